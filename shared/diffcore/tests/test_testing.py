@@ -1,0 +1,62 @@
+import os
+import signal
+import socket
+import time
+
+import pytest
+import torch
+
+from diffcore.testing.distributed import RankFailedError, run_forked
+from diffcore.testing.fixtures import NetworkRefusedError
+
+
+def test_ranks_talk_and_return_in_order():
+    def total(rank):
+        value = torch.tensor([rank + 1.0])
+        torch.distributed.all_reduce(value)
+        return rank, value.item(), torch.get_num_threads()
+
+    assert run_forked(total, ranks=3) == [(0, 6.0, 1), (1, 6.0, 1), (2, 6.0, 1)]
+
+
+def test_first_exception_surfaces_with_its_type_and_rank():
+    def fail(rank):
+        if rank == 1:
+            raise KeyError("lost")
+        torch.distributed.barrier()
+
+    with pytest.raises(KeyError, match="lost") as caught:
+        run_forked(fail)
+    assert "rank 1 of 2" in caught.value.__notes__[0]
+
+
+def test_killed_rank_ends_the_job():
+    def die(rank):
+        if rank == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+
+    with pytest.raises(RankFailedError, match="rank 0 died"):
+        run_forked(die)
+
+
+def test_hanging_rank_ends_by_the_timeout():
+    with pytest.raises(RankFailedError, match="did not answer"):
+        run_forked(lambda rank: time.sleep(60 * rank), timeout_seconds=1.0)
+
+
+@pytest.mark.parametrize("address", [("192.0.2.1", 80), ("2001:db8::1", 80), ("example.org", 80)])
+def test_no_socket_leaves_the_machine(address):
+    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as box:
+        for call in (lambda: box.connect(address), lambda: box.connect_ex(address), lambda: box.sendto(b"", address)):
+            with pytest.raises(NetworkRefusedError):
+                call()
+    with pytest.raises(NetworkRefusedError):
+        socket.getaddrinfo(*address)
+
+
+def test_loopback_is_open():
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()):
+        pass
+    assert socket.getaddrinfo("localhost", 80)

@@ -86,7 +86,7 @@ def _work(fn: Callable[[int], Any], rank: int, store: Path, pipes: Sequence[Conn
     os._exit(0)  # no atexit handlers, no second report of the parent's test session
 
 
-def _collect(pipes: Sequence[Connection], timeout: float) -> list[Any]:
+def _collect(pipes: Sequence[Any], timeout: float) -> list[Any]:
     deadline = time.monotonic() + timeout
     values: dict[int, Any] = {}
     while len(values) < len(pipes):

@@ -1,0 +1,457 @@
+"""A resumable run: one folder that holds settings, finished parts, tables, figures and the result.
+
+The same command in the same folder goes on where it stopped; other settings in the same folder are refused.
+"""
+
+import csv
+import hashlib
+import io
+import logging
+import os
+import platform
+import re
+import socket
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path, PurePath
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import yaml
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from diffcore import artifact, files
+from diffcore.errors import CorruptArtifactError, MachineError, RunMismatchError, UserError, printable
+
+_LOG = logging.getLogger(__name__)
+_SCHEMA = "diffcore/run@1"
+_PART = "diffcore/part@1"
+# Settings that change no result, so that a run may go on under other ones.
+_VOLATILE = {"out", "json", "progress", "threads", "devices", "num_nodes", "strategy", "restart", "dry_run", "debug"}
+_RECENT_SECONDS = 3600
+_GUARDED = ("=", "+", "-", "@", "\t", "\r", "'")
+
+
+class Savable(Protocol):
+    """What can draw itself into a file: a matplotlib figure."""
+
+    def savefig(self, fname: Any, **options: Any) -> Any:
+        """Writes the picture."""
+
+
+class Run:
+    """A run folder; open it with `Run.open`, as a context manager.
+
+    Attributes:
+        folder: Where it is.
+        finished: Whether the run was finished when it was opened, or has been since.
+    """
+
+    def __init__(self, folder: Path, record: dict[str, Any], lock: FileLock | None) -> None:
+        self.folder = folder
+        self.finished = record["status"] == "finished"
+        self._record = record
+        self._lock = lock
+        self._started = time.monotonic()
+        self._seconds_before = record["seconds"]
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        *,
+        command: str,
+        config: Mapping[str, Any],
+        inputs: Mapping[str, str] | None = None,
+        restart: bool = False,
+        volatile: Iterable[str] = (),
+    ) -> "Run":
+        """Opens a run folder, new or to be resumed, and locks it against other processes.
+
+        Stale temporary files are deleted, damaged parts dropped with a logged line: they are computed again. In a
+        job of several processes only the first locks and writes the record.
+
+        Args:
+            folder: Made if it does not exist.
+            command: Console script and verb, such as `immiscible-noise train`.
+            config: The resolved settings.
+            inputs: For each input its sha256, see `input_hash`.
+            restart: Rename a folder that exists to `NAME.old-N` and start anew.
+            volatile: Names in `config` that do not change results here, `batch_size` say.
+
+        Raises:
+            RunMismatchError: The folder holds a run of another command, other settings or other inputs.
+            MachineError: Another process has the folder, or the disk fails.
+            UserError: The folder is a file, cannot be written, or holds files that no run made.
+        """
+        folder = Path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{printable(folder, 300)} is a file; give a folder with --out")
+        with files.explained(folder):
+            files.make_folder(folder)
+        identity = _identity(command, config, inputs or {}, volatile)
+        if _rank() > 0:
+            return cls(folder, {**identity, "status": "running", "seconds": 0.0}, None)
+        lock = _locked(folder)
+        try:
+            if restart and (folder / "run.json").exists():
+                lock = _set_aside(folder, lock)
+            record = _resume(folder, identity) or _begin(folder, identity, config)
+            run = cls(folder, record, lock)
+            run._repair()
+            return run
+        except BaseException:
+            lock.release()
+            raise
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """The summary of a finished run.
+
+        Raises:
+            CorruptArtifactError: There is none.
+        """
+        return artifact.read_json(self.folder / "result.json")
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Returns the keys without a finished part, in their order.
+
+        Raises:
+            ValueError: A key is given twice.
+        """
+        keys = list(keys)
+        if len(set(keys)) < len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"{printable(twice)!r} is given twice; keys name units of work")
+        done = {path.stem for path in (self.folder / "parts").glob("*.json")}
+        return [key for key in keys if _file_name(key) not in done]
+
+    def save(self, key: str, tensors: Mapping[str, Tensor], **meta: Any) -> Path:
+        """Writes a finished part; when it returns, the part survives a power cut."""
+        return artifact.save(self._part(key), tensors, schema=_PART, key=key, **meta)
+
+    def load(self, key: str) -> artifact.Artifact:
+        """Reads a part.
+
+        Raises:
+            CorruptArtifactError: The part is missing, damaged, or belongs to another key.
+        """
+        part = artifact.load(self._part(key), schema=_PART)
+        if part.fields.get("key") != key:
+            raise CorruptArtifactError(f"{self._part(key)} is another part's file; delete it and run the command again")
+        return part
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
+        """Writes `tables/NAME.csv`; text that a spreadsheet would take for a formula is quoted.
+
+        Where that changed a cell, `tables/NAME.jsonl` holds the exact text. `read_table` undoes it.
+        """
+        path = self.folder / "tables" / f"{name}.csv"
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        text = io.StringIO(newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow([_guard(column) for column in columns])
+        writer.writerows([_guard(row.get(column, "")) for column in columns] for row in rows)
+        artifact.write_text(path, text.getvalue())
+        if any(_guard(value) != value for row in rows for value in (*row, *row.values())):
+            lines = (artifact.json_line(row) for row in rows)
+            artifact.write_text(path.with_suffix(".jsonl"), "".join(lines))
+        return path
+
+    def figure(self, name: str, figure: Savable) -> Path:
+        """Writes `figures/NAME.png` at 150 dpi, the same bytes for the same figure."""
+        path = self.folder / "figures" / f"{name}.png"
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=150, metadata={"Software": None})
+        files.write_whole(path, picture.getvalue())
+        return path
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Writes `result.json` and marks the run finished."""
+        if _rank() > 0:
+            return
+        artifact.write_json(self.folder / "result.json", summary)
+        self._record["summary"] = artifact.jsonable(summary)
+        self._set_status("finished")
+        self.finished = True
+
+    def close(self) -> None:
+        """Lets go of the folder."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if not self.finished and _rank() == 0:
+                failed = kind is not None and issubclass(kind, Exception)
+                self._set_status("failed" if failed else "interrupted")
+        except (MachineError, UserError):
+            if error is None:
+                raise
+            _LOG.warning("the status in run.json could not be written")  # the first error is the one to show
+        finally:
+            self.close()
+
+    def _part(self, key: str) -> Path:
+        return self.folder / "parts" / f"{_file_name(key)}.safetensors"
+
+    def _set_status(self, status: str) -> None:
+        self._record["status"] = status
+        self._record["seconds"] = round(self._seconds_before + time.monotonic() - self._started, 3)
+        artifact.write_json(self.folder / "run.json", self._record)
+
+    def _repair(self) -> None:
+        for path in files.sweep(self.folder):
+            _LOG.info("deleted %s, left by an interrupted write", printable(path.name))
+        dropped = _drop_damaged(self.folder / "parts", parts=True) + _drop_damaged(self.folder, parts=False)
+        if self.finished and not dropped:
+            try:
+                _ = self.result
+                return
+            except CorruptArtifactError as error:
+                _LOG.warning("%s", error)
+        self.finished = False
+        self._set_status("running")
+
+
+def input_hash(path: Path) -> str:
+    """Returns what tells one input from another: the sha256 of a file, or of a folder's list of files.
+
+    A folder's list has, in order of name, each file's relative name, size, and the sha256 of its first and last MiB.
+
+    Raises:
+        UserError: There is no such file or folder, or it cannot be read.
+    """
+    path = Path(path)
+    if path.is_file():
+        return files.sha256(path)
+    if not path.is_dir():
+        raise UserError(f"{printable(path, 300)} is neither a file nor a folder; check the path")
+    digest = hashlib.sha256()
+    for member in sorted(p for p in path.rglob("*") if p.is_file()):
+        name = member.relative_to(path).as_posix()
+        digest.update(f"{name!r} {member.stat().st_size} {files.sha256_of_ends(member)}\n".encode())
+    return digest.hexdigest()
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Reads a table that `Run.table` wrote, as text, with the quotes against formulas taken away."""
+    with files.explained(path, reading=True):
+        text = files.read(path).decode()
+    rows = [[cell.removeprefix("'") for cell in row] for row in csv.reader(io.StringIO(text, newline=""))]
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+
+
+def _guard(value: Any) -> Any:
+    if value is None or (isinstance(value, float) and value != value):
+        return ""
+    return f"'{value}" if isinstance(value, str) and value.startswith(_GUARDED) else value
+
+
+def _file_name(key: str) -> str:
+    if re.fullmatch(r"[a-z0-9_-][a-z0-9._-]{0,79}", key):
+        return key
+    safe = re.sub(r"[^a-z0-9._-]", "_", key)[:40].lstrip(".") or "_"
+    return f"{safe}-{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
+
+
+def _rank() -> int:
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 0
+
+
+def _locked(folder: Path) -> FileLock:
+    path = folder / "run.lock"
+    lock = FileLock(path, blocking=False)
+    try:
+        with files.explained(path):
+            lock.acquire()
+    except Timeout:
+        try:
+            pid, host, since = path.read_text(encoding="utf-8").split("\n")[:3]
+            holder = f"by pid {printable(pid)} on {printable(host)} since {printable(since)}"
+        except (OSError, ValueError):  # it has just been taken, nothing is written yet
+            holder = "by another process"
+        raise MachineError(f"{printable(folder, 300)} is in use {holder}; wait for it, or give another --out") from None
+    with files.explained(path):
+        path.write_text(f"{os.getpid()}\n{socket.gethostname()}\n{artifact.utc_now()}\n", encoding="utf-8")
+    return lock
+
+
+def _set_aside(folder: Path, lock: FileLock) -> FileLock:
+    number = 1
+    while (old := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    with files.explained(old):
+        files.replace(folder, old)
+        files.make_folder(folder)
+    lock.release()
+    _LOG.info("the old run is now %s", printable(old, 300))
+    return _locked(folder)
+
+
+def _identity(
+    command: str, config: Mapping[str, Any], inputs: Mapping[str, str], volatile: Iterable[str]
+) -> dict[str, Any]:
+    hidden = _VOLATILE | set(volatile)
+    settings = {name: value for name, value in _flat(config) if name.rpartition(".")[2] not in hidden}
+    return {
+        "schema": _SCHEMA,
+        "command": command,
+        "config": artifact.jsonable({name: _portable(value) for name, value in settings.items()}),
+        "inputs": dict(inputs),
+    }
+
+
+def _flat(config: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _portable(value: Any) -> Any:
+    """Returns a value without the place where a file lies: what is in it is told by its sum among the inputs."""
+    if isinstance(value, PurePath):
+        return value.name
+    if isinstance(value, str) and PurePath(value).is_absolute():
+        return PurePath(value).name
+    if isinstance(value, list | tuple):
+        return [_portable(item) for item in value]
+    return value
+
+
+def _resume(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    path = folder / "run.json"
+    if not path.exists():
+        foreign = sorted(p.name for p in folder.iterdir() if p.name != "run.lock" and not p.name.endswith(".tmp"))
+        if foreign:
+            raise UserError(
+                f"{printable(folder, 300)} holds files that are not of a run ({printable(foreign[0])}); "
+                "give an empty or a new folder with --out"
+            )
+        return None
+    record = artifact.read_json(path)
+    known = {"schema", "command", "config", "inputs", "status", "seconds"}
+    if record.get("schema") != _SCHEMA or not known <= set(record):
+        raise CorruptArtifactError(
+            f"{printable(path, 300)} was written by {printable(record.get('produced_by'))}; update to read it, "
+            "or give another --out"
+        )
+    _require_same(folder, record, identity)
+    return record
+
+
+def _require_same(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    before, now = (
+        dict(_flat({"command": r["command"], "config": r["config"], "inputs": r["inputs"]})) for r in (old, new)
+    )
+    differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if not differing:
+        return
+    lines = [
+        f"  {printable(name.removeprefix('config.'))}: {_shown(before.get(name))} -> {_shown(now.get(name))}"
+        for name in differing[:10]
+    ]
+    if len(differing) > 10:
+        lines.append(f"  and {len(differing) - 10} more")
+    raise RunMismatchError(
+        "\n".join(
+            [
+                f"{printable(folder, 300)} holds a run of other settings:",
+                *lines,
+                "give another --out, or --restart to keep the old run aside",
+            ]
+        )
+    )
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else printable(value, 24)
+
+
+def _begin(folder: Path, identity: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    package = str(identity["command"]).split()[0]
+    record = {
+        **identity,
+        "produced_by": artifact.produced_by(package),
+        "versions": _versions(package),
+        "seed": identity["config"].get("seed"),
+        "hardware": _hardware(),
+        "created": artifact.utc_now(),
+        "status": "running",
+        "seconds": 0.0,
+        "summary": None,
+    }
+    artifact.write_json(folder / "run.json", record)
+    artifact.write_text(folder / "config.yaml", _replay(str(identity["command"]), config))
+    return record
+
+
+def _replay(command: str, config: Mapping[str, Any]) -> str:
+    """Returns YAML for --config, without what the next run gives anew: places outside the working folder, and --out."""
+    settings, elsewhere = {}, []
+    for name, value in config.items():
+        if name in ("out", "json", "restart", "dry_run", "debug", "config"):
+            continue
+        if isinstance(value, PurePath) and value.is_absolute():
+            if not value.is_relative_to(Path.cwd()):
+                elsewhere.append(f"# {name}: {printable(value.name)} (outside the working folder; name it again)\n")
+                continue
+            value = value.relative_to(Path.cwd())
+        if value is not None:
+            settings[name] = artifact.jsonable(value)
+    head = f"# Runs again with: {command} ... --config config.yaml --out FOLDER\n"
+    return head + "".join(elsewhere) + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def _versions(package: str) -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in dict.fromkeys((package, "diffcore", "torch", "numpy", "diffusers", "lightning")):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _hardware() -> dict[str, Any]:
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"machine": platform.machine(), "cores": os.cpu_count(), "gpu": gpu, "system": sys.platform}
+
+
+def _drop_damaged(folder: Path, *, parts: bool) -> list[str]:
+    """Deletes artefacts in a folder that do not verify (and tensors without a sidecar); returns their names."""
+    own = {"run", "result"} if not parts else set()
+    stems = {p.stem for p in folder.glob("*.safetensors")} | {p.stem for p in folder.glob("*.json") if parts}
+    dropped = []
+    for stem in sorted(stems - own):
+        path = folder / f"{stem}.safetensors"
+        try:
+            sidecar = artifact.check(path, verify=parts and _is_recent(path))
+            if parts and _file_name(str(sidecar.get("key"))) != stem:
+                raise CorruptArtifactError(f"{stem} is another part's file")
+        except CorruptArtifactError as error:
+            _LOG.warning("dropped %s: %s", printable(stem), printable(error, 200))
+            with files.explained(path):
+                files.remove(path.with_suffix(".json"))  # first, or a crash here would leave a sidecar alone
+                files.remove(path)
+            dropped.append(stem)
+    return dropped
+
+
+def _is_recent(path: Path) -> bool:
+    return not path.exists() or time.time() - path.stat().st_mtime < _RECENT_SECONDS

@@ -1,0 +1,6 @@
+from .assign import assign_noise as assign_noise
+from .assign import immiscible_noise_like as immiscible_noise_like
+from .info import AssignmentInfo as AssignmentInfo
+from .select import select_noise as select_noise
+
+__version__: str

@@ -1,0 +1,46 @@
+"""Checks of what a caller passes in, each with a message that names the tensor and the first bad row."""
+
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+
+def check_images(x: Tensor) -> None:
+    """Refuses what is not a floating batch."""
+    _check_floating("x", x)
+    if x.ndim == 0:
+        raise ValueError("x is a single number; the first dimension must be the batch")
+
+
+def check_pair(x: Tensor, noise: Tensor) -> None:
+    """Refuses images and noise that do not belong together."""
+    check_images(x)
+    _check_floating("noise", noise)
+    if x.shape != noise.shape:
+        row = f": noise has no row {len(noise)}" if noise.ndim and len(noise) < len(x) else ""
+        raise ValueError(f"x has shape {list(x.shape)} but noise has shape {list(noise.shape)}{row}")
+    if x.device != noise.device:
+        raise ValueError(f"x is on {x.device} but noise is on {noise.device}")
+
+
+def check_choice(name: str, value: str, choices: Any) -> None:
+    """Refuses a value that is not one of a ``Literal``'s."""
+    if value not in get_args(choices):
+        raise ValueError(f"{name} is {value!r}; choose from {', '.join(get_args(choices))}")
+
+
+def non_finite_message(**tensors: Tensor) -> str:
+    """Says which tensor holds the first NaN or infinite value, and in which row."""
+    for name, tensor in tensors.items():
+        bad = (~torch.isfinite(tensor.reshape(len(tensor), -1))).any(dim=1).nonzero()
+        if len(bad):
+            return f"{name}[{int(bad[0])}] holds NaN or infinite values"
+    return f"the costs overflow although {' and '.join(tensors)} are finite; bring the images to unit scale"
+
+
+def _check_floating(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}, not a tensor")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} is {tensor.dtype}; convert it to a floating type, scaled as the diffusion sees it")

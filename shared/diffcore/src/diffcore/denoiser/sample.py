@@ -83,6 +83,7 @@ def sample(
         _check_level(prediction, levels[index], float(times[index]))
         return replace(prediction, in_range=True)
 
+    in_flow_time = isinstance(schedule, FlowSchedule)
     for index in range(len(times)):
         here, there = levels[index], levels[index + 1]
         prediction = predict(state, index)
@@ -94,9 +95,9 @@ def sample(
             following = _renewed_step(pair, here, there, eta, seeds, index)
         else:
             following = _step(pair, there)
-        if solver == "heun" and index + 1 < len(times) and here[0] > 0:
+        if solver == "heun" and index + 1 < len(times) and (in_flow_time or here[0] > 0):
             end = _clean_and_noise(predict(following, index + 1), there, clip_x0)
-            following = _step(_averaged(schedule, state, here, pair, end), there)
+            following = _step(_averaged(state, here, pair, end, in_flow_time), there)
         state = following
     return state
 
@@ -116,10 +117,10 @@ def _renewed_step(pair: Pair, here: Level, there: Level, eta: float, seeds: Tens
     return there[0] * x0 + kept * noise + renewed * fresh
 
 
-def _averaged(schedule: NoiseSchedule, x: Tensor, here: Level, start: Pair, end: Pair) -> Pair:
+def _averaged(x: Tensor, here: Level, start: Pair, end: Pair, in_flow_time: bool) -> Pair:
     """Returns the x0 and noise at `x` whose slope is the mean of the slopes at both ends."""
     alpha, sigma = here
-    if isinstance(schedule, FlowSchedule):
+    if in_flow_time:
         flow = (start[1] - start[0] + end[1] - end[0]) / 2
         return x - sigma * flow, x + alpha * flow
     noise = (start[1] + end[1]) / 2

@@ -42,7 +42,7 @@ class NoiseSchedule(ABC):
 
     @abstractmethod
     def timesteps(self, steps: int) -> Float64[Tensor, "steps"]:
-        """Returns the times a solver of `steps` steps evaluates, noisiest first; the last step ends at the clean end."""
+        """Returns the times a solver of `steps` steps evaluates, noisiest first; the last step ends in clean data."""
 
     def clean_alpha_sigma(self) -> tuple[float, float]:
         """Returns the level at which a solver ends, after the last of `timesteps`."""
@@ -130,7 +130,7 @@ class DiscreteSchedule(NoiseSchedule):
         elif self.spacing == "trailing":
             times = (self.num_timesteps - count * (self.num_timesteps / steps)).round() - 1
         else:
-            times = torch.linspace(0, last, steps, dtype=torch.float64).round().flip(0)
+            times = torch.linspace(last, 0, steps, dtype=torch.float64).round()
         if steps > self.num_timesteps or times[0] > last:
             raise ValueError(f"steps is {steps}, offset {self.steps_offset}; there are {last + 1} timesteps")
         return times

@@ -20,7 +20,7 @@ def test_defaults_resolve():
 @pytest.mark.parametrize(
     ("fields", "word"),
     [
-        ({"batch_size": 0}, "--batch-size is 0"),
+        ({"num_nodes": 0}, "--num-nodes is 0"),
         ({"devices": 0}, "--devices"),
         ({"num_nodes": -1}, "--num-nodes"),
         ({"threads": 0}, "--threads"),

@@ -1,4 +1,7 @@
-"""Where and how a computation runs: device, precision, seed, batch size, processes, threads. Imports no torch."""
+"""Where and how a computation runs: device, precision, seed, processes, threads. Imports no torch.
+
+Batch sizes are not here: a row of Stable Diffusion and an 8x8 digit want different ones, so each command has its own.
+"""
 
 import os
 from dataclasses import dataclass
@@ -23,7 +26,6 @@ class Runtime:
     Attributes:
         device: Where to compute; auto takes an accelerator if there is one.
         dtype: Precision of the networks; float16 needs an accelerator.
-        batch_size: Rows per forward pass.
         seed: Every draw depends on this number and the row's index alone.
         devices: Processes per machine, one accelerator each.
         num_nodes: Machines that work together.
@@ -33,7 +35,6 @@ class Runtime:
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    batch_size: int = 16
     seed: int = 0
     devices: int = 1
     num_nodes: int = 1
@@ -41,7 +42,7 @@ class Runtime:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "devices", "num_nodes", "threads"):
+        for name in ("devices", "num_nodes", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{_option(name)} is {value}; give a number of at least 1")

@@ -5,10 +5,9 @@
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -21,9 +20,9 @@ from torch import Tensor
 
 from diffcore import files
 from diffcore.errors import CorruptArtifactError, printable
+from diffcore.jsonfile import corrupt, jsonable, read_object, write_json
 
 _SCHEMA = re.compile(r"([a-z0-9][a-z0-9-]*/[a-z0-9-]+)@([1-9][0-9]*)")
-_JSON_LIMIT = 10_000_000
 _OWN = ("schema", "produced_by", "created", "sha256", "bytes", "tensors", "sidecar_sha256")
 
 
@@ -101,11 +100,11 @@ def load(path: Path, *, schema: str | None = None, verify: bool = True) -> Artif
     with files.explained(path, reading=True):
         data = files.read(path)
     if verify and hashlib.sha256(data).hexdigest() != sidecar["sha256"]:
-        raise _corrupt(path, "does not match the sum in its sidecar")
+        raise corrupt(path, "does not match the sum in its sidecar")
     try:
         tensors = parse_tensors(data)
     except (SafetensorError, KeyError, ValueError) as error:
-        raise _corrupt(path, f"is not readable ({printable(error)})") from error
+        raise corrupt(path, f"is not readable ({printable(error)})") from error
     fields = {name: value for name, value in sidecar.items() if name not in _OWN}
     return Artifact(tensors, fields, sidecar["schema"], sidecar["produced_by"], sidecar["created"])
 
@@ -117,78 +116,17 @@ def check(path: Path, *, verify: bool = True) -> dict[str, Any]:
         CorruptArtifactError: As `load`.
     """
     path = Path(path).with_suffix(".safetensors")
-    sidecar = read_json(path.with_suffix(".json"))
+    sidecar = read_object(path.with_suffix(".json"))
     missing = [name for name in _OWN if name not in sidecar]
     if missing or _digest({k: v for k, v in sidecar.items() if k != "sidecar_sha256"}) != sidecar["sidecar_sha256"]:
-        raise _corrupt(path.with_suffix(".json"), f"lacks {missing}" if missing else "was altered")
+        raise corrupt(path.with_suffix(".json"), f"lacks {missing}" if missing else "was altered")
     if not path.is_file():
-        raise _corrupt(path, "is missing")
+        raise corrupt(path, "is missing")
     if path.stat().st_size != sidecar["bytes"]:
-        raise _corrupt(path, f"has {path.stat().st_size:,} bytes where its sidecar says {sidecar['bytes']:,}")
+        raise corrupt(path, f"has {path.stat().st_size:,} bytes where its sidecar says {sidecar['bytes']:,}")
     if verify and files.sha256(path) != sidecar["sha256"]:
-        raise _corrupt(path, "does not match the sum in its sidecar")
+        raise corrupt(path, "does not match the sum in its sidecar")
     return sidecar
-
-
-def write_json(path: Path, value: Any) -> Path:
-    """Writes valid JSON atomically: non-finite numbers become null."""
-    text = json.dumps(jsonable(value), ensure_ascii=False, allow_nan=False, indent=1) + "\n"
-    return write_text(path, text)
-
-
-def json_line(value: Any) -> str:
-    """Returns a value as one line of JSON, ending in a newline: for `.jsonl` files."""
-    return json.dumps(jsonable(value), ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Writes UTF-8 text atomically; lone surrogates, which UTF-8 cannot hold, are escaped."""
-    files.write_whole(Path(path), text.encode("utf-8", errors="backslashreplace"))
-    return Path(path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object of ours strictly: no duplicate keys, no NaN, 10 MB at most.
-
-    Raises:
-        CorruptArtifactError: The file is missing or is not such an object.
-    """
-    if not path.is_file():
-        raise _corrupt(path, "is missing")
-    with files.explained(path, reading=True):
-        data = files.read(path)
-    if len(data) > _JSON_LIMIT:
-        raise _corrupt(path, f"has {len(data):,} bytes, more than JSON of ours ever has")
-    try:
-        value = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
-    except (ValueError, RecursionError) as error:
-        raise _corrupt(path, f"is not valid JSON ({printable(error)})") from error
-    if not isinstance(value, dict):
-        raise _corrupt(path, "holds no JSON object")
-    return value
-
-
-def jsonable(value: Any) -> Any:
-    """Returns a value in JSON's types: paths as text, tensors and arrays as lists, non-finite numbers as None.
-
-    Raises:
-        TypeError: A value of another type.
-    """
-    if value is None or isinstance(value, bool | str | int):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Path):
-        return value.as_posix()
-    if isinstance(value, Mapping):
-        return {str(key): jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | range):
-        return [jsonable(item) for item in value]
-    if hasattr(value, "tolist"):  # tensors, arrays and numpy's numbers
-        return jsonable(value.tolist())
-    if is_dataclass(value) and not isinstance(value, type):
-        return jsonable(asdict(value))
-    raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
 def produced_by(package: str) -> str:
@@ -219,27 +157,9 @@ def _require_schema(path: Path, sidecar: Mapping[str, Any], schema: str) -> None
     wanted, newest = _split_schema(schema)
     found, version = _split_schema(sidecar["schema"])
     if found != wanted:
-        raise _corrupt(path, f"is a {found} where a {wanted} is needed")
+        raise corrupt(path, f"is a {found} where a {wanted} is needed")
     if version > newest:
         raise CorruptArtifactError(
             f"{printable(path, 300)} has schema {sidecar['schema']}, newer than @{newest}: "
             f"written by {sidecar['produced_by']}; update to read it"
         )
-
-
-def _corrupt(path: Path, what: str) -> CorruptArtifactError:
-    return CorruptArtifactError(f"{printable(path, 300)} {what}; delete it and make it again, or restore a copy")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        raise ValueError("a key is given twice")
-    return value
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text} is no number of JSON")
-    return number

@@ -15,7 +15,16 @@ from pathlib import Path
 
 from diffcore.errors import MachineError, UserError, printable
 
-_MACHINE = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
+MACHINE_ERRORS = {
+    errno.ENOSPC,
+    errno.EFBIG,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EIO,
+    errno.ENOMEM,
+    errno.EMFILE,
+    errno.ENFILE,
+}
 _BLOCK = 1 << 20
 
 
@@ -139,7 +148,7 @@ def explained(path: Path, *, needed: int = 0, reading: bool = False) -> Iterator
     except OSError as error:
         verb = "read" if reading else "write"
         reason = f"cannot {verb} {printable(path, 300)}: {os.strerror(error.errno or errno.EIO)}"
-        if error.errno not in _MACHINE:
+        if error.errno not in MACHINE_ERRORS:
             raise UserError(f"{reason}; choose another place or change its permissions") from error
         room = "" if reading else f" ({needed:,} bytes needed, {_free_bytes(path):,} free)"
         raise MachineError(

@@ -23,7 +23,7 @@ import yaml
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from diffcore import artifact, files
+from diffcore import artifact, files, jsonfile
 from diffcore.errors import CorruptArtifactError, MachineError, RunMismatchError, UserError, printable
 
 _LOG = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ class Run:
         Raises:
             CorruptArtifactError: There is none.
         """
-        return artifact.read_json(self.folder / "result.json")
+        return jsonfile.read_object(self.folder / "result.json")
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Returns the keys without a finished part, in their order.
@@ -155,10 +155,10 @@ class Run:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow([_guard(column) for column in columns])
         writer.writerows([_guard(row.get(column, "")) for column in columns] for row in rows)
-        artifact.write_text(path, text.getvalue())
+        jsonfile.write_text(path, text.getvalue())
         if any(_guard(value) != value for row in rows for value in (*row, *row.values())):
-            lines = (artifact.json_line(row) for row in rows)
-            artifact.write_text(path.with_suffix(".jsonl"), "".join(lines))
+            lines = (jsonfile.json_line(row) for row in rows)
+            jsonfile.write_text(path.with_suffix(".jsonl"), "".join(lines))
         return path
 
     def figure(self, name: str, figure: Savable) -> Path:
@@ -173,8 +173,8 @@ class Run:
         """Writes `result.json` and marks the run finished."""
         if _rank() > 0:
             return
-        artifact.write_json(self.folder / "result.json", summary)
-        self._record["summary"] = artifact.jsonable(summary)
+        jsonfile.write_json(self.folder / "result.json", summary)
+        self._record["summary"] = jsonfile.jsonable(summary)
         self._set_status("finished")
         self.finished = True
 
@@ -206,7 +206,7 @@ class Run:
     def _set_status(self, status: str) -> None:
         self._record["status"] = status
         self._record["seconds"] = round(self._seconds_before + time.monotonic() - self._started, 3)
-        artifact.write_json(self.folder / "run.json", self._record)
+        jsonfile.write_json(self.folder / "run.json", self._record)
 
     def _repair(self) -> None:
         for path in files.sweep(self.folder):
@@ -308,7 +308,7 @@ def _identity(
     return {
         "schema": _SCHEMA,
         "command": command,
-        "config": artifact.jsonable({name: _portable(value) for name, value in settings.items()}),
+        "config": jsonfile.jsonable({name: _portable(value) for name, value in settings.items()}),
         "inputs": dict(inputs),
     }
 
@@ -342,7 +342,7 @@ def _resume(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
                 "give an empty or a new folder with --out"
             )
         return None
-    record = artifact.read_json(path)
+    record = jsonfile.read_object(path)
     known = {"schema", "command", "config", "inputs", "status", "seconds"}
     if record.get("schema") != _SCHEMA or not known <= set(record):
         raise CorruptArtifactError(
@@ -394,8 +394,8 @@ def _begin(folder: Path, identity: Mapping[str, Any], config: Mapping[str, Any])
         "seconds": 0.0,
         "summary": None,
     }
-    artifact.write_json(folder / "run.json", record)
-    artifact.write_text(folder / "config.yaml", _replay(str(identity["command"]), config))
+    jsonfile.write_json(folder / "run.json", record)
+    jsonfile.write_text(folder / "config.yaml", _replay(str(identity["command"]), config))
     return record
 
 
@@ -411,7 +411,7 @@ def _replay(command: str, config: Mapping[str, Any]) -> str:
                 continue
             value = value.relative_to(Path.cwd())
         if value is not None:
-            settings[name] = artifact.jsonable(value)
+            settings[name] = jsonfile.jsonable(value)
     head = f"# Runs again with: {command} ... --config config.yaml --out FOLDER\n"
     return head + "".join(elsewhere) + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 

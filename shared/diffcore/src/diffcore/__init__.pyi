@@ -1,0 +1,13 @@
+from .artifact import Artifact as Artifact
+from .errors import CorruptArtifactError as CorruptArtifactError
+from .errors import IncompatibleModelError as IncompatibleModelError
+from .errors import MachineError as MachineError
+from .errors import MissingDependencyError as MissingDependencyError
+from .errors import ModelNotFoundError as ModelNotFoundError
+from .errors import NoMatchError as NoMatchError
+from .errors import RunMismatchError as RunMismatchError
+from .errors import UserError as UserError
+from .run import Run as Run
+from .runtime import Runtime as Runtime
+
+__version__: str

@@ -1,0 +1,164 @@
+"""Precision, recall, density and coverage: generated features against balls around real ones, and the reverse.
+
+The ball of a row reaches to its k-th nearest other row of the same set. Distances come from one matrix product per
+chunk. As float32 loses several digits in it, radii are computed anew from the nearest candidates, and so is every pair
+that rounding could put on the wrong side of a radius: the scores are those of exact distances.
+
+References:
+    Precision and recall: Kynkäänniemi et al. 2019, equation 1. Density and coverage: Naeem et al. 2020, equations 4, 6.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Float64
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities.data import dim_zero_cat
+
+from diffcore.stats import require_finite
+
+_ROWS = 2048  # per chunk of the distance matrix
+_PAIRS = 65_536  # per chunk of directly computed distances
+_SPARE = 8  # candidates beyond k: rounding may reorder neighbours
+
+
+class Scores(NamedTuple):
+    """Shares in [0, 1]; density alone may exceed 1."""
+
+    precision: Float64[Tensor, ""]
+    recall: Float64[Tensor, ""]
+    density: Float64[Tensor, ""]
+    coverage: Float64[Tensor, ""]
+
+
+def precision_recall(
+    real: Float[Tensor, "n d"], fake: Float[Tensor, "m d"], *, k: int = 3, k_coverage: int = 5
+) -> Scores:
+    """Returns how much of the fakes is realistic, and how much of the reals is covered.
+
+    Args:
+        real: Features of real images.
+        fake: Features of generated images.
+        k: Neighbour that sets the radius for precision and recall.
+        k_coverage: Neighbour that sets the radius for density and coverage.
+
+    Raises:
+        ValueError: A set has no more rows than neighbours, or holds NaN or infinity.
+    """
+    for name, features in (("real", real), ("fake", fake)):
+        require_finite(f"{name} features", features)
+        if len(features) <= max(k, k_coverage):
+            raise ValueError(f"{name} has {len(features)} rows; {max(k, k_coverage)} neighbours need more")
+    # A common offset would eat the digits of the product.
+    centre = real.double().mean(0)
+    real, fake = ((features.double() - centre).to(features.dtype) for features in (real, fake))
+    near, wide = squared_radii(real, (k, k_coverage))
+    (fake_near,) = squared_radii(fake, (k,))
+
+    realistic = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
+    balls = torch.zeros(len(fake), dtype=torch.float64, device=fake.device)
+    recalled, covered = 0, 0
+    for start in range(0, len(real), _ROWS):
+        rows = slice(start, start + _ROWS)
+        squared = _squared_distances(real[rows], fake)
+        realistic |= _inside(real[rows], fake, squared, near[rows, None]).any(0)
+        recalled += _inside(real[rows], fake, squared, fake_near[None]).any(1).sum()
+        in_wide = _inside(real[rows], fake, squared, wide[rows, None])
+        balls += in_wide.sum(0)
+        covered += in_wide.any(1).sum()
+    return Scores(
+        realistic.double().mean(),
+        torch.as_tensor(recalled).double() / len(real),
+        balls.mean() / k_coverage,
+        torch.as_tensor(covered).double() / len(real),
+    )
+
+
+def squared_radii(x: Float[Tensor, "n d"], ks: tuple[int, ...]) -> list[Float64[Tensor, " n"]]:
+    """Returns, for each k, every row's squared distance to its k-th nearest other row."""
+    count = min(max(ks) + _SPARE, len(x) - 1)
+    parts = []
+    for start in range(0, len(x), _ROWS):
+        rows = x[start : start + _ROWS]
+        squared = _squared_distances(rows, x)
+        own = torch.arange(len(rows), device=x.device)
+        squared[own, own + start] = torch.inf  # by index: a duplicate is a neighbour, at distance 0
+        approximate, candidates = squared.topk(count, largest=False)
+        exact = _direct(rows, x, own.repeat_interleave(count), candidates.flatten())
+        exact = exact.view(len(rows), count).sort(dim=1).values
+        # A row whose farthest candidate is not clearly beyond its neighbours may have missed one.
+        missed = exact[:, max(ks) - 1] > approximate[:, -1] - _rounding(rows, x).amax(1)
+        for row in missed.nonzero().flatten().tolist() if count < len(x) - 1 else []:
+            everyone = torch.arange(len(x), device=x.device)
+            distances = _direct(rows, x, torch.full_like(everyone, row), everyone)
+            distances[start + row] = torch.inf
+            exact[row] = distances.sort().values[:count]
+        parts.append(exact)
+    nearest = torch.cat(parts)
+    return [nearest[:, k - 1] for k in ks]
+
+
+class PrecisionRecall(Metric):
+    """`precision_recall` of streamed features. Keeps them all; `compute` returns `Scores`.
+
+    Args:
+        k: Neighbour that sets the radius for precision and recall.
+        k_coverage: Neighbour that sets the radius for density and coverage.
+        options: Of `torchmetrics.Metric`.
+    """
+
+    full_state_update = False
+    real: list[Tensor]
+    fake: list[Tensor]
+
+    def __init__(self, k: int = 3, k_coverage: int = 5, **options: Any) -> None:
+        super().__init__(**options)
+        if min(k, k_coverage) < 1:
+            raise ValueError(f"k is {k}, k_coverage is {k_coverage}; both must be at least 1")
+        self.k, self.k_coverage = k, k_coverage
+        self.add_state("real", default=[], dist_reduce_fx="cat")
+        self.add_state("fake", default=[], dist_reduce_fx="cat")
+
+    def update(self, features: Float[Tensor, "b d"], real: bool) -> None:
+        """Adds features of real or of generated images.
+
+        Raises:
+            ValueError: Rows hold NaN or infinity; they are named.
+        """
+        side = self.real if real else self.fake
+        require_finite("real features" if real else "fake features", features, sum(map(len, side)))
+        side.append(features.detach() if features.dtype == torch.float64 else features.detach().float())
+
+    def compute(self) -> Scores:
+        """Returns the four scores of all rows seen, over all processes."""
+        for name in ("real", "fake"):
+            if not len(getattr(self, name)):
+                raise ValueError(f"{name} has 0 rows; update with both real and fake features")
+        return precision_recall(dim_zero_cat(self.real), dim_zero_cat(self.fake), k=self.k, k_coverage=self.k_coverage)
+
+
+def _squared_distances(x: Tensor, y: Tensor) -> Float[Tensor, "n m"]:
+    return torch.addmm(x.square().sum(1)[:, None] + y.square().sum(1), x, y.T, alpha=-2)
+
+
+def _rounding(x: Tensor, y: Tensor) -> Float[Tensor, "n m"]:
+    """Bounds the error of `_squared_distances`; rounding errors of a sum of d terms grow like sqrt(d)."""
+    return 8 * x.shape[1] ** 0.5 * torch.finfo(x.dtype).eps * (x.square().sum(1)[:, None] + y.square().sum(1))
+
+
+def _inside(x: Tensor, y: Tensor, squared: Tensor, radii: Tensor) -> Bool[Tensor, "n m"]:
+    """Returns which pairs lie within the radius (inclusive); those in doubt are decided on exact distances."""
+    inside = squared <= radii
+    i, j = ((squared - radii).abs() <= _rounding(x, y)).nonzero(as_tuple=True)
+    inside[i, j] = _direct(x, y, i, j) <= radii.expand(len(x), len(y))[i, j]
+    return inside
+
+
+def _direct(x: Tensor, y: Tensor, i: Tensor, j: Tensor) -> Float64[Tensor, " pairs"]:
+    """Returns the squared distances of the pairs (x[i], y[j]) from their differences, in float64."""
+    parts = [
+        (x[some_i].double() - y[some_j].double()).square().sum(1)
+        for some_i, some_j in zip(i.split(_PAIRS), j.split(_PAIRS), strict=True)
+    ]
+    return torch.cat(parts)

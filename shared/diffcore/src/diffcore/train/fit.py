@@ -1,0 +1,179 @@
+"""One call that trains, resumes, and stops cleanly."""
+
+import logging
+import signal
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor, nn
+
+from diffcore.errors import MachineError
+from diffcore.runtime import Runtime
+from diffcore.train.logger import JSONLLogger
+from diffcore.train.order import StepData
+
+_PRECISION = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
+
+
+def fit(
+    module: L.LightningModule,
+    data: StepData,
+    *,
+    steps: int,
+    folder: Path,
+    runtime: Runtime,
+    callbacks: Sequence[L.Callback] = (),
+    checkpoint_every: int = 500,
+    log_every: int = 50,
+    gradient_clip: float | None = None,
+) -> bool:
+    """Trains for `steps` optimizer steps, or from where an earlier call on the same folder left off.
+
+    The folder gets `checkpoints/last.ckpt` (for resuming only) and `log.jsonl`. After an interruption, whatever its
+    kind, the same call continues from the last checkpoint and ends with the weights of an uninterrupted run. Ctrl-C and
+    SIGTERM let the current step finish and write a checkpoint before the signal takes its course.
+
+    Args:
+        module: What is trained.
+        data: The samples, in an order that can be entered at any step.
+        steps: Optimizer steps in all.
+        folder: Where checkpoint and log live.
+        runtime: Device, precision, number of processes and strategy.
+        callbacks: Run in this order after each step, before the checkpoint is written.
+        checkpoint_every: Steps between checkpoints.
+        log_every: Steps between log lines.
+        gradient_clip: Largest gradient norm; None clips nothing.
+
+    Returns:
+        Whether this process is the one that writes results (rank 0).
+
+    Raises:
+        MachineError: The loss became NaN or infinite; the last good checkpoint is kept.
+    """
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    resume = checkpoint if checkpoint.exists() else None
+    keeper = _CheckpointKeeper(checkpoint, checkpoint_every)
+    with _quiet_lightning():
+        trainer = L.Trainer(
+            accelerator={"auto": "auto", "cpu": "cpu", "cuda": "gpu", "mps": "mps"}[runtime.device],
+            devices=runtime.devices,
+            num_nodes=runtime.num_nodes,
+            strategy=runtime.strategy,
+            precision=_PRECISION[runtime.dtype],  # pyright: ignore[reportArgumentType]
+            max_steps=steps,
+            max_epochs=-1,
+            logger=JSONLLogger(folder / "log.jsonl", _steps_done(resume)),
+            log_every_n_steps=log_every,
+            callbacks=[*callbacks, keeper],
+            gradient_clip_val=gradient_clip,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            default_root_dir=folder,
+        )
+        with _deferred_signals(keeper, enabled=trainer.world_size == 1):
+            _run(trainer, module, data, resume)
+    return trainer.is_global_zero
+
+
+def _run(trainer: L.Trainer, module: L.LightningModule, data: StepData, checkpoint: Path | None) -> None:
+    """Calls Lightning and undoes what it makes of signals."""
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except SIGTERMException:
+        pass  # the signal is raised again once all is written
+    except SystemExit as error:
+        if trainer.interrupted:  # Ctrl-C, turned into exit code 1
+            raise KeyboardInterrupt from error
+        raise
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Silences greetings, and advice on loaders that does not fit an order that is a function of the step."""
+    log = logging.getLogger("lightning.pytorch")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        try:
+            yield
+        finally:
+            log.setLevel(level)
+
+
+def _steps_done(checkpoint: Path | None) -> int:
+    if checkpoint is None:
+        return 0
+    return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+
+
+class _CheckpointKeeper(L.Callback):
+    """Writes the checkpoint to resume from: every so many steps, when asked to stop, and never after a bad loss."""
+
+    def __init__(self, path: Path, every: int) -> None:
+        self.path, self.every = path, every
+        self.stop_requested = False
+        self._finite: Tensor | None = None
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # Collected on the device; asked for only when a checkpoint is due.
+        finite = torch.isfinite(outputs["loss"].detach())
+        self._finite = finite if self._finite is None else self._finite & finite
+        step = trainer.global_step
+        last = step == trainer.max_steps
+        if not (self.stop_requested or last or step % self.every == 0):
+            return
+        if not bool(self._finite):
+            raise MachineError(_bad_loss(pl_module, step, self.path))
+        self._finite = None
+        trainer.save_checkpoint(self.path)
+        trainer.should_stop = trainer.should_stop or self.stop_requested
+
+
+def _bad_loss(module: nn.Module, step: int, checkpoint: Path) -> str:
+    norms = {name: float(p.detach().norm()) for name, p in module.named_parameters()}
+    name, norm = max(norms.items(), key=lambda item: item[1] if item[1] == item[1] else float("inf"))
+    kept = f"{checkpoint.name} holds the last good step" if checkpoint.exists() else "no checkpoint was written yet"
+    return (
+        f"the loss became NaN or infinite at or shortly before step {step}; "
+        f"the largest parameter is {name} with norm {norm:.3g}. "
+        f"Lower the learning rate, clip gradients, or use bfloat16 instead of float16 ({kept})"
+    )
+
+
+@contextmanager
+def _deferred_signals(keeper: _CheckpointKeeper, enabled: bool) -> Iterator[None]:
+    """Turns the first SIGINT or SIGTERM into a request to stop after the step; raises it again at the end.
+
+    With several processes the ranks would see the signal at different steps, so there it acts at once, and the last
+    regular checkpoint counts.
+    """
+    if not enabled:
+        yield
+        return
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if number in received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+        keeper.stop_requested = True
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if received:
+        signal.raise_signal(received[0])

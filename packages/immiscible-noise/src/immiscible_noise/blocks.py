@@ -4,6 +4,7 @@ Within a block of equal labels the noise stays an untouched independent sample, 
 is the noise that sampling draws for it. Across labels an assignment would leak the class into the noise.
 """
 
+import math
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-Labels = Tensor | Sequence[Hashable]
+Labels = Tensor | np.ndarray | Sequence[Hashable]
 
 
 def label_table(labels: Labels, num_rows: int) -> Int[Tensor, "b m"]:
@@ -24,12 +25,15 @@ def label_table(labels: Labels, num_rows: int) -> Int[Tensor, "b m"]:
         raise ValueError(
             f"labels has {len(labels)} rows but x has {num_rows}: row {min(len(labels), num_rows)} has no partner"
         )
+    if isinstance(labels, np.ndarray):
+        labels = torch.from_numpy(labels) if labels.dtype.kind in "iufb" else labels.tolist()
     if isinstance(labels, Tensor):
         if labels.is_floating_point() or labels.is_complex():
             raise ValueError(f"labels is {labels.dtype}; give integers, or a sequence of hashable values")
-        return labels.detach().reshape(num_rows, -1).long()
+        return labels.detach().reshape(num_rows, math.prod(labels.shape[1:])).long()
     code_of: dict[Hashable, int] = {}
-    return torch.tensor([[code_of.setdefault(_hashable(label, i), len(code_of))] for i, label in enumerate(labels)])
+    codes = [code_of.setdefault(_hashable(label, i), len(code_of)) for i, label in enumerate(labels)]
+    return torch.tensor(codes, dtype=torch.int64)[:, None]
 
 
 def same_block(table: Int[Tensor, "b m"]) -> Bool[Tensor, "b b"]:

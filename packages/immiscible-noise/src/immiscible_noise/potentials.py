@@ -16,7 +16,7 @@ def reduced_costs(
     *,
     sweeps: int = 15,
 ) -> Float[Tensor, "b b"]:
-    """Returns non-negative costs with the same optimal permutations, close to zero along them.
+    """Returns non-negative float64 costs with the same optimal permutations, close to zero along them.
 
     Log-domain Sinkhorn sweeps with uniform marginals and a temperature of a tenth of the costs' standard deviation;
     then row and column minima go. Nothing waits for the device.
@@ -26,25 +26,22 @@ def reduced_costs(
         allowed: True where row i may take column j; the rest becomes infinite. Must split into square blocks.
         sweeps: Pairs of row and column updates. More sweeps leave the host less to do; the optimum never changes.
     """
-    allowed = torch.ones_like(costs, dtype=torch.bool) if allowed is None else allowed
-    temperature = _temperature(costs, allowed)
-    scaled = (-costs / temperature).masked_fill_(~allowed, -torch.inf)
+    centred = costs - costs.mean()
+    spread = torch.linalg.vector_norm(centred) / max(len(costs), 1)
+    # Equal costs have no spread; the floor keeps the quotient below finite.
+    temperature = (0.1 * spread).clamp_min(torch.finfo(costs.dtype).tiny ** 0.5)
+    scaled = centred / -temperature
+    if allowed is not None:
+        scaled.masked_fill_(~allowed, -torch.inf)
     rows = columns = costs.new_zeros(len(costs))
     for _ in range(sweeps):
         rows = -torch.logsumexp(scaled + columns, dim=1)
         columns = -torch.logsumexp(scaled + rows[:, None], dim=0)
-    # One wild entry makes potentials large; in float64 subtracting them loses nothing of the small entries.
+    # One wild entry makes potentials large; float64 keeps the small differences beside them (Apple's GPUs lack it).
     exact = torch.float32 if costs.device.type == "mps" else torch.float64
-    columns = columns.to(exact) * temperature
-    reduced = (costs.to(exact) - columns).masked_fill_(~allowed, torch.inf)
+    reduced = costs.to(exact) - columns.to(exact) * temperature
+    if allowed is not None:
+        reduced.masked_fill_(~allowed, torch.inf)
     reduced -= reduced.amin(dim=1, keepdim=True)
-    reduced -= reduced.amin(dim=0, keepdim=True)
-    return reduced.to(costs.dtype)
-
-
-def _temperature(costs: Tensor, allowed: Tensor) -> Tensor:
-    count = allowed.sum()
-    mean = costs.where(allowed, 0).sum() / count
-    spread = ((costs - mean).square().where(allowed, 0).sum() / count).sqrt()
-    # Equal costs have no spread; the floor keeps the quotient costs / temperature finite.
-    return torch.maximum(0.1 * spread, 1e-6 * mean.abs()) + torch.finfo(costs.dtype).tiny
+    reduced -= reduced.amin(dim=0)
+    return reduced

@@ -1,0 +1,146 @@
+"""Exactness: scipy and brute force as oracles, on costs that are random and on costs that are nasty."""
+
+import importlib.util
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from immiscible_noise.potentials import reduced_costs
+from immiscible_noise.solvers import choose_solver, dual_gap, solve
+
+LAPX = pytest.param("lapx", marks=pytest.mark.skipif(importlib.util.find_spec("lap") is None, reason="needs lapx"))
+HOSTS = ["scipy", LAPX]
+
+
+def make_costs(kind: str, size: int) -> np.ndarray:
+    rng = np.random.default_rng(size)
+    costs = rng.normal(size=(size, size))
+    match kind:
+        case "duplicates":
+            costs = costs[rng.integers(0, max(size // 2, 1), size)]
+        case "all equal":
+            costs = np.full_like(costs, 3.7)
+        case "integer ties":
+            costs = rng.integers(0, 3, (size, size))
+        case "one huge entry":
+            costs[size // 2, size // 3] = 1e9
+        case "one hugely negative entry":
+            costs[size // 2, size // 3] = -1e9
+        case "scale 1e-3":
+            costs *= 1e-3
+        case "scale 1e6":
+            costs *= 1e6
+        case "offset":
+            costs += 1e4
+    return costs.astype(np.float32)
+
+
+def total(costs: np.ndarray, columns: np.ndarray) -> float:
+    return float(costs[np.arange(len(costs)), columns].astype(np.float64).sum())
+
+
+def solve_on(costs: np.ndarray, host: str, *, potentials: bool) -> np.ndarray:
+    return solve(reduced_costs(torch.from_numpy(costs)).numpy() if potentials else costs, host)
+
+
+KINDS = "random|duplicates|all equal|integer ties|one huge entry|one hugely negative entry|scale 1e-3|scale 1e6|offset"
+
+
+@pytest.mark.parametrize("potentials", [False, True])
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("kind", KINDS.split("|"))
+def test_total_cost_is_scipys(kind, host, potentials):
+    for size in (1, 2, 3, 7, 64, 257):
+        costs = make_costs(kind, size)
+        columns = solve_on(costs, host, potentials=potentials)
+        assert sorted(columns) == list(range(size))
+        reference = linear_sum_assignment(costs.astype(np.float64))[1]
+        scale = abs(costs[np.arange(size), reference].astype(np.float64)).sum()
+        assert abs(total(costs, columns) - total(costs, reference)) <= 1e-6 * scale
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("potentials", [False, True])
+def test_small_problems_match_brute_force(host, potentials):
+    for size in range(1, 7):
+        costs = make_costs("random", size)
+        best = min(total(costs, np.array(p)) for p in itertools.permutations(range(size)))
+        assert total(costs, solve_on(costs, host, potentials=potentials)) == pytest.approx(best, rel=1e-6)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("potentials", [False, True])
+def test_equal_rows_take_their_columns_in_order(host, potentials):
+    costs = make_costs("duplicates", 40)
+    columns = solve_on(costs, host, potentials=potentials)
+    for row in np.unique(costs, axis=0):
+        assert np.all(np.diff(columns[(costs == row).all(1)]) > 0)
+    assert solve_on(make_costs("all equal", 40), host, potentials=potentials).tolist() == list(range(40))
+
+
+def test_reduced_costs_keep_every_permutations_difference():
+    costs = torch.randn(6, 6, dtype=torch.float64)
+    reduced = reduced_costs(costs)
+    assert reduced.min() >= 0
+    permutations = torch.tensor(list(itertools.permutations(range(6))))
+    rows = torch.arange(6)
+    shift = costs[rows, permutations].sum(1) - reduced[rows, permutations].sum(1)
+    torch.testing.assert_close(shift, shift[:1].expand_as(shift))
+
+
+def test_potentials_leave_most_of_the_matching_in_the_zeros():
+    costs = torch.from_numpy(make_costs("random", 257))
+    reduced = reduced_costs(costs).numpy()
+    columns = linear_sum_assignment(costs)[1]
+    plain = (costs - costs.amin(1, keepdim=True)).numpy()
+    along, plainly = (c[np.arange(257), columns].mean() / c.mean() for c in (reduced, plain - plain.min(0)))
+    assert along < 0.25 * plainly
+
+
+def test_reduced_costs_never_cross_blocks():
+    allowed = torch.zeros(9, 9, dtype=torch.bool)
+    allowed[:4, :4] = allowed[4:, 4:] = True
+    costs = torch.randn(9, 9)
+    reduced = reduced_costs(costs, allowed)
+    assert torch.equal(reduced.isfinite(), allowed)
+    expected = linear_sum_assignment(costs[:4, :4])[1]
+    assert np.array_equal(solve(reduced[:4, :4].numpy(), "scipy"), expected)
+
+
+@pytest.mark.parametrize("size", [2, 7, 64])
+def test_certificate_bounds_the_gap(size):
+    rng = np.random.default_rng(0)
+    costs = make_costs("random", size)
+    best = linear_sum_assignment(costs)[1]
+    assert dual_gap(costs, best) <= 1e-9
+    for _ in range(20):
+        columns = best.copy()
+        moved = rng.choice(size, 2, replace=False)
+        columns[moved] = columns[moved[::-1]]
+        gap = total(costs, columns) - total(costs, best)
+        bound = dual_gap(costs, columns)
+        assert 0 < gap <= bound + 1e-9
+
+
+def test_certificate_is_valid_for_any_permutation_and_any_number_of_sweeps():
+    costs = make_costs("random", 30)
+    optimum = total(costs, linear_sum_assignment(costs)[1])
+    for sweeps in (1, 3, 100):
+        for seed in range(5):
+            columns = np.random.default_rng(seed).permutation(30)
+            assert total(costs, columns) - optimum <= dual_gap(costs, columns, sweeps=sweeps) + 1e-9
+
+
+def test_auto_uses_potentials_on_accelerators_only():
+    assert choose_solver("auto", on_host=True) in ("scipy", "lapx")
+    assert choose_solver("auto", on_host=False).startswith("potentials+")
+
+
+def test_a_solver_that_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setattr("immiscible_noise.solvers.has_lapx", lambda: False)
+    assert choose_solver("auto", on_host=True) == "scipy"
+    with pytest.raises(ValueError, match="pip install lapx"):
+        choose_solver("potentials+lapx", on_host=True)

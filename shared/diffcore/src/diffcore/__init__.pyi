@@ -7,6 +7,7 @@ from .errors import ModelNotFoundError as ModelNotFoundError
 from .errors import NoMatchError as NoMatchError
 from .errors import RunMismatchError as RunMismatchError
 from .errors import UserError as UserError
+from .report import Report as Report
 from .run import Run as Run
 from .runtime import Runtime as Runtime
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path, PurePath
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, runtime_checkable
 
 import yaml
 from filelock import FileLock, Timeout
@@ -35,6 +35,7 @@ _RECENT_SECONDS = 3600
 _GUARDED = ("=", "+", "-", "@", "\t", "\r", "'")
 
 
+@runtime_checkable
 class Savable(Protocol):
     """What can draw itself into a file: a matplotlib figure."""
 
@@ -106,6 +107,11 @@ class Run:
         except BaseException:
             lock.release()
             raise
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What `run.json` says: command, settings, inputs, versions, seed, hardware, status."""
+        return dict(self._record)
 
     @property
     def result(self) -> dict[str, Any]:
@@ -183,7 +189,7 @@ class Run:
         if self._lock is not None:
             self._lock.release()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Run":
         return self
 
     def __exit__(

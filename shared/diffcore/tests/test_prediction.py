@@ -153,5 +153,5 @@ def test_half_precision_outputs_are_converted_in_float32():
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(Exception, match="kind|prediction type"):
+    with pytest.raises(Exception, match=r"kind|prediction type"):
         Prediction(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1, 1), torch.ones(1, 1), "noise")  # type: ignore

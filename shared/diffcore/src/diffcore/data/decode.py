@@ -1,0 +1,109 @@
+"""One image file, from bytes of any origin to 8-bit RGB or grey.
+
+What a file claims to be is ignored, what it is counts. Whatever Pillow raises on a hostile file becomes one exception
+with a reason.
+"""
+
+import io
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from diffcore.data.files import UnreadableFileError
+from diffcore.errors import printable
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+
+
+class Decoded(NamedTuple):
+    """An image, and what was done to it that its owner may not expect."""
+
+    pixels: UInt8[np.ndarray, "c h w"]
+    notes: tuple[str, ...]
+
+
+def is_image(data: bytes) -> bool:
+    """Returns whether the bytes start like an image of a supported format."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS):
+            return True
+    except Exception:
+        return False
+
+
+def decode(data: bytes, *, channels: int = 3, max_pixels: int) -> Decoded:
+    """Returns the pixels as a person sees them: upright, on white, 8 bits.
+
+    Args:
+        data: The file's bytes.
+        channels: 3 for RGB, 1 for grey.
+        max_pixels: Width times height above which the image is refused before it is decoded.
+
+    Raises:
+        UnreadableFileError: The bytes are no image of a supported format, damaged, or too large.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise UnreadableFileError(f"has {width} x {height} pixels; the limit is {max_pixels:g} (--max-pixels)")
+            frames = getattr(image, "n_frames", 1)
+            notes = [f"is animated; the first of its {frames} frames is used"] if frames > 1 else []
+            image.load()
+            if image.has_transparency_data and image.mode != "I;16":
+                notes.append("has transparency; it lies on white")
+            flat = _eight_bits(_upright(image))
+    except UnreadableFileError:
+        raise
+    except UnidentifiedImageError:
+        raise UnreadableFileError("is not a PNG, JPEG, WebP, BMP or TIFF image") from None
+    except Exception as error:  # ValueError, SyntaxError, struct.error, MemoryError, DecompressionBombError and others
+        raise UnreadableFileError(f"is damaged: {printable(error) or type(error).__name__}") from None
+    pixels = np.array(flat.convert("RGB" if channels == 3 else "L"))
+    return Decoded(pixels.transpose(2, 0, 1) if channels == 3 else pixels[None], tuple(notes))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # unreadable EXIF says nothing about the pixels
+        return image
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Returns the image in mode L or RGB."""
+    if image.mode.startswith("I"):
+        return Image.fromarray(_sixteen_to_eight(np.asarray(image)))
+    if image.mode == "F":
+        values = np.asarray(image)
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+            raise UnreadableFileError("holds floating-point values that are not all in [0, 1]")
+        return Image.fromarray(np.rint(values * 255).astype(np.uint8))
+    if image.mode == "CMYK":
+        return _from_cmyk(image)
+    if image.has_transparency_data:
+        coloured = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), coloured).convert("RGB")
+    return image if image.mode in ("L", "RGB") else image.convert("RGB")
+
+
+def _sixteen_to_eight(values: np.ndarray) -> np.ndarray:
+    """Divides by 257; Pillow's own conversion clips at 255."""
+    if values.min() < 0 or values.max() > 65535:
+        raise UnreadableFileError("holds integers beyond 16 bits")
+    return np.rint(values / 257).astype(np.uint8)
+
+
+def _from_cmyk(image: Image.Image) -> Image.Image:
+    profile = image.info.get("icc_profile")
+    if profile:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            if converted is not None:
+                return converted
+        except Exception:  # a profile that cannot be used is as good as none
+            return image.convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,286 @@
+"""Images from a folder or a zip archive, as one tensor with labels.
+
+Flat folders have no labels; one sub-folder per class gives them, in alphabetical order. A folder that holds everything
+is no class, and `split` picks one of several, as in `train/<class>/x.jpg`.
+"""
+
+import os
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from diffcore.data.decode import Decoded, decode, is_image
+from diffcore.data.files import Files, UnreadableFileError, open_files
+from diffcore.errors import UserError, printable
+
+MAX_PIXELS = 64_000_000
+_SPLITS = {"train", "training", "test", "val", "valid", "validation", "dev"}
+_AHEAD = 512  # images decoded and not yet stored
+_TASK = 16  # images per hand-over to a thread: small images decode faster than threads switch
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """The images of a folder or archive, not yet read.
+
+    Attributes:
+        path: Folder or archive.
+        names: File names relative to it, sorted.
+        labels: Index into `classes` for each name; None for flat folders.
+        classes: Names of the sub-folders.
+        files: Reads bytes by name.
+    """
+
+    path: Path
+    names: tuple[str, ...]
+    labels: tuple[int, ...] | None
+    classes: tuple[str, ...]
+    files: Files
+
+    def read(self, index: int, *, channels: Literal[1, 3] = 3, max_pixels: int = MAX_PIXELS) -> UInt8[Tensor, "c h w"]:
+        """Returns one image at its own size.
+
+        Raises:
+            UnreadableFileError: The file is no image, damaged or too large; the message is the reason.
+        """
+        return torch.from_numpy(self._decode(index, channels, max_pixels).pixels.copy())
+
+    def _decode(self, index: int, channels: int, max_pixels: int) -> Decoded:
+        return decode(self.files.read(self.names[index]), channels=channels, max_pixels=max_pixels)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images of one size in memory.
+
+    Attributes:
+        images: 8-bit pixels.
+        labels: Index into `classes` for each image; None without classes.
+        classes: Class names; empty without.
+        names: File name of each image.
+        skipped: Files that could not be used: name and reason.
+        notes: Sentences about what was done to images that their owner may not expect.
+    """
+
+    images: UInt8[Tensor, "n c h w"]
+    labels: Int[Tensor, " n"] | None
+    classes: tuple[str, ...]
+    names: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def x0(self) -> Float[Tensor, "n c h w"]:
+        """Returns the images in [-1, 1], as pixel-space denoisers see them."""
+        return self.images.float() / 127.5 - 1
+
+    def unit(self) -> Float[Tensor, "n c h w"]:
+        """Returns the images in [0, 1]."""
+        return self.images.float() / 255
+
+
+def open_images(path: str | Path, *, split: str | None = None) -> ImageSource:
+    """Lists the images of a folder or zip archive; reads none.
+
+    Args:
+        path: Folder or archive, by content.
+        split: Sub-folder to use, where the data set has several.
+
+    Raises:
+        UserError: There is nothing at `path`, or its layout is unclear.
+    """
+    path = Path(path)
+    files = open_files(path)
+    if not files.names:
+        raise UserError(f"{printable(path)} is empty; expected images, or one sub-folder of images per class")
+    names, depth = _chosen(path, files.names, split)
+    folders = [name.split("/")[depth:-1] for name in names]
+    classes = tuple(sorted({parts[0] for parts in folders if parts}))
+    if not classes:
+        return ImageSource(path, names, None, (), files)
+    if split is None and any(len(parts) > 1 and parts[0].lower() in _SPLITS for parts in folders):
+        raise UserError(f"{printable(path)} has several parts: {_listed(classes)}; choose one with --split")
+    for name, parts in zip(names, folders, strict=True):
+        if not parts and _is_image(files, name):
+            raise UserError(
+                f"{printable(path)} has images beside its sub-folders, such as {printable(name)}; "
+                "put every image into the folder of its class, or none"
+            )
+    inside = [(name, parts[0]) for name, parts in zip(names, folders, strict=True) if parts]
+    numbers = {name: number for number, name in enumerate(classes)}
+    return ImageSource(path, tuple(n for n, _ in inside), tuple(numbers[c] for _, c in inside), classes, files)
+
+
+def load_images(
+    path: str | Path,
+    *,
+    size: int | None = None,
+    split: str | None = None,
+    channels: Literal[1, 3] = 3,
+    strict: bool = False,
+    max_pixels: int = MAX_PIXELS,
+    threads: int | None = None,
+) -> ImageSet:
+    """Reads all images of a folder or zip archive.
+
+    A file that is no image, damaged or too large is skipped and listed in the result.
+
+    Args:
+        path: Folder or archive.
+        size: Side in pixels: images are cropped to their central square and resized. None takes them as they are.
+        split: Sub-folder to use, where the data set has several.
+        channels: 3 for RGB, 1 for grey.
+        strict: Makes the first unusable file an error.
+        max_pixels: Width times height above which a file is not decoded.
+        threads: Decoding threads; by default as many as cores, 8 at most.
+
+    Raises:
+        UserError: No image can be read, or sizes differ and `size` is None.
+    """
+    if size is not None and size < 1:
+        raise UserError(f"--size is {size}; it must be at least 1")
+    source = open_images(path, split=split)
+    kept: list[int] = []
+    skipped: list[tuple[str, str]] = []
+    notes: dict[str, list[str]] = {}
+    images: Tensor | None = None
+    with closing(_decoded(source, size, channels, max_pixels, threads)) as stream:
+        for index, result in enumerate(stream):
+            name = source.names[index]
+            if isinstance(result, UnreadableFileError):
+                if strict:
+                    raise UserError(f"{printable(name)} {result}; remove it, or leave out --strict")
+                skipped.append((name, str(result)))
+                continue
+            pixels, remarks = result
+            if images is None:
+                images = _room(len(source.names), pixels)
+            if pixels.shape != images.shape[1:]:
+                raise UserError(_mixed(source.names[kept[0]], images[0], name, pixels))
+            images[len(kept)] = pixels
+            kept.append(index)
+            for remark in remarks:
+                notes.setdefault(remark, []).append(name)
+    if images is None:
+        raise UserError(_nothing(source, skipped))
+    labels = None if source.labels is None else torch.tensor([source.labels[index] for index in kept])
+    return ImageSet(
+        images if len(kept) == len(images) else images[: len(kept)].clone(),
+        labels,
+        source.classes,
+        tuple(source.names[index] for index in kept),
+        tuple(skipped),
+        tuple(_note(remark, names) for remark, names in notes.items()),
+    )
+
+
+def resize(image: UInt8[Tensor, "c h w"], size: int) -> UInt8[Tensor, "c size size"]:
+    """Returns the central square, resized by antialiased bicubic interpolation in float32 and rounded once."""
+    height, width = image.shape[1:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = image[:, top : top + side, left : left + side]
+    if side == size:
+        return square
+    scaled = F.interpolate(square[None].float(), size=(size, size), mode="bicubic", antialias=True, align_corners=False)
+    return scaled[0].round().clamp(0, 255).to(torch.uint8)
+
+
+def _decoded(
+    source: ImageSource, size: int | None, channels: int, max_pixels: int, threads: int | None
+) -> Generator[tuple[Tensor, Sequence[str]] | UnreadableFileError]:
+    """Decodes on a thread pool, a bounded number ahead, in order."""
+    total = len(source.names)
+
+    def work(index: int) -> tuple[Tensor, Sequence[str]] | UnreadableFileError:
+        try:
+            pixels, notes = source._decode(index, channels, max_pixels)
+        except UnreadableFileError as error:
+            return error
+        image = torch.from_numpy(pixels.copy())
+        return (image if size is None else resize(image, size)), notes
+
+    def work_on(first: int) -> list[tuple[Tensor, Sequence[str]] | UnreadableFileError]:
+        return [work(index) for index in range(first, min(first + _TASK, total))]
+
+    with ThreadPoolExecutor(threads or min(os.cpu_count() or 1, 8)) as pool:
+        try:
+            for start in range(0, total, _AHEAD):
+                for done in pool.map(work_on, range(start, min(start + _AHEAD, total), _TASK)):
+                    yield from done
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _room(count: int, first: Tensor) -> Tensor:
+    try:
+        return torch.empty(count, *first.shape, dtype=torch.uint8)
+    except RuntimeError:
+        gigabytes = count * first.numel() / 1e9
+        raise UserError(f"{count} images like the first take {gigabytes:.0f} GB of memory; choose a --size") from None
+
+
+def _chosen(path: Path, names: tuple[str, ...], split: str | None) -> tuple[tuple[str, ...], int]:
+    """Returns the names inside the split, and how many leading folders all of them share."""
+    wanted = [part for part in (split or "").split("/") if part]
+    depth = _shared_depth(names, wanted)
+    if wanted:
+        inside = tuple(name for name in names if name.split("/")[depth:-1][: len(wanted)] == wanted)
+        if not inside:
+            folders = {name.split("/")[depth] for name in names if name.count("/") > depth}
+            raise UserError(f"{printable(path)} has no folder {split!r}; it has {_listed(sorted(folders)) or 'none'}")
+        names = inside
+        depth = depth + len(wanted)
+    return names, depth + _shared_depth(tuple("/".join(name.split("/")[depth:]) for name in names), [])
+
+
+def _shared_depth(names: tuple[str, ...], stop: list[str]) -> int:
+    """Returns the number of leading folders that hold everything, stopping before the folder named first in `stop`."""
+    depth = 0
+    for level in zip(*(name.split("/")[:-1] for name in names), strict=False):
+        if len(set(level)) > 1 or level[0] in stop[:1]:
+            break
+        depth += 1
+    return depth
+
+
+def _is_image(files: Files, name: str) -> bool:
+    try:
+        return is_image(files.read(name))
+    except UnreadableFileError:
+        return False
+
+
+def _mixed(first: str, image: Tensor, second: str, other: Tensor) -> str:
+    (h, w), (other_h, other_w) = image.shape[1:], other.shape[1:]
+    return (
+        f"images differ in size: {printable(first)} is {w} x {h}, {printable(second)} is {other_w} x {other_h}; "
+        f"give them one with --size {min(h, w, other_h, other_w)}"
+    )
+
+
+def _nothing(source: ImageSource, skipped: list[tuple[str, str]]) -> str:
+    name, reason = skipped[0]
+    return (
+        f"{printable(source.path)} has no readable image among {len(skipped)} files; "
+        f"the first, {printable(name)}, {reason}"
+    )
+
+
+def _note(remark: str, names: list[str]) -> str:
+    others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    return f"{printable(names[0])}{others} {remark}"
+
+
+def _listed(names: Sequence[str], limit: int = 5) -> str:
+    return ", ".join(printable(name) for name in names[:limit]) + (", …" if len(names) > limit else "")

@@ -5,9 +5,11 @@ import time
 
 import pytest
 import torch
+from torchmetrics import Metric
 
 from diffcore.testing.distributed import RankFailedError, run_forked
 from diffcore.testing.fixtures import NetworkRefusedError
+from diffcore.testing.metrics import check_metric
 
 
 def test_ranks_talk_and_return_in_order():
@@ -60,3 +62,48 @@ def test_loopback_is_open():
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()):
         pass
     assert socket.getaddrinfo("localhost", 80)
+
+
+class Mean(Metric):
+    """Right by default; each flaw is a mistake that real metrics make."""
+
+    def __init__(self, flaw=""):
+        super().__init__()
+        self.flaw = flaw
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum" if flaw != "ranks" else None)
+        self.add_state("calls", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, x, sign):
+        x = x.double()
+        self.total += sign * (x.mean() * 4 if self.flaw == "batches" else x.sum())
+        self.count += 4 if self.flaw == "batches" else len(x)
+        self.calls += 1
+        if self.flaw == "order":
+            self.total += 1e-3 * x[0] if len(x) > 3 else 0
+
+    def compute(self):
+        if self.flaw == "compute":
+            self.total += 1
+            self._computed = None
+        count = self.count.flatten()[0] if self.flaw == "ranks" else self.count
+        return (self.total / count).float(), self.total.float()
+
+
+DATA = [(torch.randn(4, generator=torch.Generator().manual_seed(s)), 1.0 if s else -1.0) for s in range(3)]
+TOTAL = float(DATA[1][0].double().sum() + DATA[2][0].double().sum() - DATA[0][0].double().sum())
+
+
+def test_check_metric_accepts_a_right_metric():
+    check_metric(Mean, DATA, (TOTAL / 12, TOTAL), atol=1e-6, half_atol=1e-2)
+
+
+@pytest.mark.parametrize("flaw", ["batches", "order", "compute", "ranks"])
+def test_check_metric_finds_the_flaw(flaw):
+    with pytest.raises(AssertionError, match="Mean"):
+        check_metric(lambda: Mean(flaw), DATA, (TOTAL / 12, TOTAL), atol=1e-6)
+
+
+def test_check_metric_finds_a_wrong_value():
+    with pytest.raises(AssertionError, match="as given"):
+        check_metric(Mean, DATA, (TOTAL / 12 + 1e-3, TOTAL), atol=1e-6)

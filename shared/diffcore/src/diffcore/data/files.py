@@ -3,8 +3,8 @@
 import os
 import stat
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Protocol
 
 from diffcore.errors import UserError, printable
 
@@ -16,35 +16,6 @@ RATIO_FREE_BYTES = 10 * 2**20
 
 class UnreadableFileError(Exception):
     """One file of a data set cannot be used; the message is the reason, without the file's name."""
-
-
-class Files(Protocol):
-    """Names and bytes: a folder or an archive."""
-
-    names: tuple[str, ...]
-
-    def read(self, name: str) -> bytes:
-        """Returns a file's bytes.
-
-        Raises:
-            UnreadableFileError: It cannot be read, or is too large.
-        """
-        ...
-
-
-def open_files(path: Path) -> Files:
-    """Opens a folder or a zip archive; hidden files, and what operating systems leave behind, do not count.
-
-    Raises:
-        UserError: There is neither at `path`, or the archive breaks a rule.
-    """
-    if path.is_dir():
-        return FolderFiles(path)
-    if not path.exists():
-        raise UserError(f"{printable(path)} does not exist; pass a folder or a zip archive of images")
-    if not path.is_file() or not zipfile.is_zipfile(path):
-        raise UserError(f"{printable(path)} is neither a folder nor a zip archive; pass one of them with images in it")
-    return ZipFiles(path)
 
 
 class FolderFiles:
@@ -109,6 +80,25 @@ class ZipFiles:
         return {**self.__dict__, "_archive": None}
 
 
+Files = FolderFiles | ZipFiles
+"""Names and bytes: a folder or an archive."""
+
+
+def open_files(path: Path) -> Files:
+    """Opens a folder or a zip archive; hidden files, and what operating systems leave behind, do not count.
+
+    Raises:
+        UserError: There is neither at `path`, or the archive breaks a rule.
+    """
+    if path.is_dir():
+        return FolderFiles(path)
+    if not path.exists():
+        raise UserError(f"{printable(path)} does not exist; pass a folder or a zip archive of images")
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        raise UserError(f"{printable(path)} is neither a folder nor a zip archive; pass one of them with images in it")
+    return ZipFiles(path)
+
+
 def _check_members(path: Path, members: list[zipfile.ZipInfo]) -> None:
     """Refuses archives that only a mistake or an attack produces."""
     if len(members) > MAX_MEMBERS:
@@ -141,7 +131,7 @@ def _objection(member: zipfile.ZipInfo) -> str | None:
     return None
 
 
-def _visible(names) -> tuple[str, ...]:
+def _visible(names: Iterable[str]) -> tuple[str, ...]:
     junk = {"__MACOSX", "Thumbs.db", "desktop.ini"}
     return tuple(
         sorted(name for name in names if not any(p.startswith(".") or p in junk for p in PurePosixPath(name).parts))

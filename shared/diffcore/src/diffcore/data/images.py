@@ -5,10 +5,11 @@ is no class, and `split` picks one of several, as in `train/<class>/x.jpg`.
 """
 
 import os
+import warnings
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -43,7 +44,7 @@ class ImageSource:
     names: tuple[str, ...]
     labels: tuple[int, ...] | None
     classes: tuple[str, ...]
-    files: Files
+    files: Files = field(compare=False, repr=False)
 
     def read(self, index: int, *, channels: Literal[1, 3] = 3, max_pixels: int = MAX_PIXELS) -> UInt8[Tensor, "c h w"]:
         """Returns one image at its own size.
@@ -154,7 +155,9 @@ def load_images(
     skipped: list[tuple[str, str]] = []
     notes: dict[str, list[str]] = {}
     images: Tensor | None = None
-    with closing(_decoded(source, size, channels, max_pixels, threads)) as stream:
+    with warnings.catch_warnings(), closing(_decoded(source, size, channels, max_pixels, threads)) as stream:
+        # What Pillow says about damaged metadata is not about the pixels; damaged pixels are listed by name.
+        warnings.filterwarnings("ignore", module="PIL")
         for index, result in enumerate(stream):
             name = source.names[index]
             if isinstance(result, UnreadableFileError):

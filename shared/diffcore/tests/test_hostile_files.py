@@ -1,0 +1,382 @@
+"""Image files and archives that mistakes and attackers make, from one seeded generator."""
+
+import io
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from diffcore.data import UnreadableFileError, load_images
+from diffcore.data import files as files_module
+from diffcore.data.decode import decode
+from diffcore.errors import UserError
+
+LIMIT = 64_000_000
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning:PIL"),
+    pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning"),
+]
+
+
+def random_pixels(height: int = 24, width: int = 32, channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(7).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, height: int, rows: bytes, *extra: bytes, depth: int = 8, colour: int = 0) -> bytes:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(rows))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(extra) + body + chunk(b"IEND", b"")
+
+
+def broken_images() -> Iterator[tuple[str, bytes]]:
+    """At least sixty files that must be refused, each with a name."""
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(random_pixels())
+    whole = {kind: encoded(image, kind) for kind in ("PNG", "JPEG", "WEBP", "BMP", "TIFF")}
+    for kind, data in whole.items():
+        for part in (0.02, 0.3, 0.6, 0.8):
+            yield f"{kind} cut at {part}", data[: int(len(data) * part)]
+        yield f"{kind} magic alone", data[:12]
+        yield f"{kind} with zeros for content", data[:16] + bytes(len(data) - 16)
+        noise = rng.integers(0, 256, len(data), dtype=np.uint8).tobytes()
+        yield f"{kind} with noise for content", data[:12] + noise[12:]
+    pixels = png(4, 4, bytes(20))
+    yield "empty", b""
+    yield "one byte", b"\x89"
+    yield "text", b"just text, named .png"
+    yield "html", b"<html><script>alert(1)</script></html>"
+    yield "svg", b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>"
+    yield "noise", rng.integers(0, 256, 5000, dtype=np.uint8).tobytes()
+    yield "zip", b"PK\x05\x06" + bytes(18)
+    yield "git lfs pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    for kind in ("GIF", "PPM", "TGA", "PCX", "ICO", "SGI", "IM", "EPS", "PDF", "DDS"):
+        yield f"format {kind}", encoded(image, kind)
+    yield "pixel bomb", png(60_000, 60_000, b"")
+    yield "just over the limit", png(8001, 8000, bytes(8001))
+    yield "wide bomb", png(2**31 - 1, 1, b"")
+    yield "no width", png(0, 4, b"")
+    yield "text bomb", png(4, 4, bytes(20), chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2 * 2**20))))
+    yield "bad crc", pixels.replace(b"IHDR", b"IHDX", 1)
+    yield "damaged header checksum", pixels[:29] + bytes(4) + pixels[33:]
+    yield "unknown colour type", png(4, 4, bytes(20), colour=5)
+    yield "too little data", png(40, 40, bytes(3))
+    yield "chunk longer than the file", pixels[:8] + struct.pack(">I", 2**30) + pixels[12:]
+    for name, values in (
+        ("nan", [np.nan, 0.5]),
+        ("infinite", [np.inf, 0.5]),
+        ("negative", [-0.1, 0.5]),
+        ("above one", [0.5, 255.0]),
+    ):
+        yield f"float tiff {name}", encoded(Image.fromarray(np.array([values], dtype=np.float32)), "TIFF")
+    yield "integers beyond 16 bits", encoded(Image.fromarray(np.array([[70_000, 1]], dtype=np.int32)), "TIFF")
+    yield "negative integers", encoded(Image.fromarray(np.array([[-1, 1]], dtype=np.int32)), "TIFF")
+
+
+BROKEN = dict(broken_images())
+
+
+def test_there_are_sixty_of_them():
+    assert len(BROKEN) >= 60
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_images_are_refused_with_a_reason(name):
+    with pytest.raises(UnreadableFileError) as caught:
+        decode(BROKEN[name], max_pixels=LIMIT)
+    reason = str(caught.value)
+    assert reason.startswith(("is not a PNG", "is damaged: ", "has ", "holds "))
+    assert reason.isprintable()
+
+
+def test_a_folder_of_broken_images_skips_each_once(tmp_path):
+    for number, data in enumerate(BROKEN.values()):
+        (tmp_path / f"{number:03}.png").write_bytes(data)
+    (tmp_path / "good.png").write_bytes(encoded(Image.fromarray(random_pixels()), "PNG"))
+    loaded = load_images(tmp_path)
+    assert loaded.names == ("good.png",)
+    assert [name for name, _ in loaded.skipped] == [f"{number:03}.png" for number in range(len(BROKEN))]
+
+
+def test_flipped_bytes_never_escape_as_another_error():
+    rng = np.random.default_rng(1)
+    image = Image.fromarray(random_pixels())
+    for kind in ("PNG", "JPEG", "WEBP", "BMP", "TIFF"):
+        data = np.frombuffer(encoded(image, kind), dtype=np.uint8)
+        for _ in range(60):
+            flipped = data.copy()
+            flipped[rng.integers(0, min(len(data), 400), 3)] = rng.integers(0, 256, 3)
+            try:
+                pixels = decode(flipped.tobytes(), max_pixels=10_000).pixels
+            except UnreadableFileError:
+                continue
+            assert pixels.dtype == np.uint8
+            assert pixels.shape[0] == 3
+
+
+def grey16(values: np.ndarray) -> bytes:
+    return encoded(Image.fromarray(values.astype(np.uint16)), "PNG")
+
+
+def test_sixteen_bit_grey_is_divided_not_clipped():
+    values = np.array([[0, 257, 31_097, 65_535]])
+    assert decode(grey16(values), max_pixels=LIMIT).pixels[0].tolist() == [[0, 1, 121, 255]]
+    tiff = encoded(Image.fromarray(values.astype(np.int32)), "TIFF")
+    assert decode(tiff, max_pixels=LIMIT).pixels[1].tolist() == [[0, 1, 121, 255]]
+    rotated = Image.fromarray(np.array([[0, 65_535]], dtype=np.uint16))
+    exif = rotated.getexif()
+    exif[0x0112] = 6
+    assert decode(encoded(rotated, "PNG", exif=exif), max_pixels=LIMIT).pixels[0].tolist() == [[0], [255]]
+
+
+def test_float_tiffs_in_the_unit_interval_are_read():
+    data = encoded(Image.fromarray(np.array([[0.0, 0.5, 1.0]], dtype=np.float32)), "TIFF")
+    assert decode(data, max_pixels=LIMIT).pixels[2].tolist() == [[0, 128, 255]]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "L", "RGB"])
+def test_transparency_lies_on_white(mode):
+    base = Image.new("RGBA", (2, 1), (200, 0, 0, 255))
+    base.putpixel((1, 0), (0, 0, 255, 0))
+    if mode in ("RGBA", "LA", "PA"):
+        data = encoded(base.convert(mode), "TIFF" if mode == "PA" else "PNG")
+    else:
+        flat = base.convert("RGB").convert(mode)
+        data = encoded(flat, "PNG", transparency=flat.getpixel((1, 0)))
+    decoded = decode(data, max_pixels=LIMIT)
+    assert decoded.pixels[:, 0, 1].tolist() == [255, 255, 255]
+    assert decoded.pixels[1, 0, 0] < 100
+    assert decoded.notes == ("has transparency; it lies on white",)
+
+
+def test_partial_transparency_is_mixed():
+    data = encoded(Image.new("RGBA", (1, 1), (0, 0, 0, 51)), "PNG")
+    assert decode(data, max_pixels=LIMIT).pixels.flatten().tolist() == [204] * 3
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "PNG", "TIFF"])
+def test_animations_give_their_first_frame_and_a_note(kind):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "green", "blue")]
+    data = encoded(
+        frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {})
+    )
+    decoded = decode(data, max_pixels=LIMIT)
+    assert decoded.pixels[:, 0, 0].tolist() == [255, 0, 0]
+    assert decoded.notes == ("is animated; the first of its 3 frames is used",)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_turns_images_upright(kind):
+    image = Image.fromarray(random_pixels(32, 64))
+    for tag, shape in ((1, (32, 64)), (3, (32, 64)), (6, (64, 32)), (8, (64, 32)), (99, (32, 64))):
+        exif = image.getexif()
+        exif[0x0112] = tag
+        data = encoded(image, kind, exif=exif)
+        assert decode(data, max_pixels=LIMIT).pixels.shape[1:] == shape
+    data = encoded(image, "PNG", exif=b"Exif\0\0garbage that is no TIFF header")
+    assert decode(data, max_pixels=LIMIT).pixels.shape[1:] == (32, 64)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "RGB"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_mode_becomes_eight_bits(mode, channels):
+    image = Image.fromarray(random_pixels())
+    source = image.convert(mode)
+    data = encoded(source, "TIFF")
+    expected = np.asarray(source.convert("RGB").convert("RGB" if channels == 3 else "L"))
+    pixels = decode(data, channels=channels, max_pixels=LIMIT).pixels
+    assert pixels.shape == (channels, 24, 32)
+    assert np.array_equal(pixels.transpose(1, 2, 0).squeeze(), expected)
+
+
+def test_cmyk_uses_its_profile_and_survives_a_bad_one():
+    image = Image.fromarray(random_pixels()).convert("CMYK")
+    plain = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+    for profile in (b"no profile", ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()):
+        data = encoded(image, "TIFF", icc_profile=profile)
+        assert np.array_equal(decode(data, max_pixels=LIMIT).pixels, plain)
+
+
+def test_the_content_decides_not_the_name(tmp_path):
+    jpeg = encoded(Image.fromarray(random_pixels()), "JPEG")
+    (tmp_path / "photo.png").write_bytes(jpeg)
+    (tmp_path / "photo").write_bytes(jpeg)
+    assert len(load_images(tmp_path)) == 2
+
+
+def test_the_pixel_limit_is_the_users(tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded(Image.fromarray(random_pixels(10, 11)), "PNG"))
+    assert len(load_images(tmp_path, max_pixels=110)) == 1
+    with pytest.raises(UserError, match=r"11 x 10 pixels; the limit is 109 \(--max-pixels\)"):
+        load_images(tmp_path, max_pixels=109)
+
+
+def test_notes_count_and_name_the_first(tmp_path):
+    clear = encoded(Image.new("RGBA", (2, 2)), "PNG")
+    for name in ("a.png", "b.png", "c.png"):
+        (tmp_path / name).write_bytes(clear)
+    assert load_images(tmp_path).notes == ("a.png (and 2 more) has transparency; it lies on white",)
+
+
+# --- archives -------------------------------------------------------------------------------------------------------
+
+GOOD = encoded(Image.fromarray(random_pixels()), "PNG")
+
+
+def member(name: str, **fields) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo("placeholder")
+    info.filename = info.orig_filename = name
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info
+
+
+def archive(*members: tuple[zipfile.ZipInfo, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as target:
+        for info, data in members:
+            info.compress_type = compression
+            target.writestr(info, data)
+    return buffer.getvalue()
+
+
+def with_flag(data: bytes, flag: int) -> bytes:
+    """Sets a flag bit in the first local header and the first central entry."""
+    changed = bytearray(data)
+    for start, offset in ((data.index(b"PK\x03\x04"), 6), (data.index(b"PK\x01\x02"), 8)):
+        changed[start + offset] |= flag
+    return bytes(changed)
+
+
+def with_size(data: bytes, size: int) -> bytes:
+    """Lies about the uncompressed size in the central directory."""
+    start = data.index(b"PK\x01\x02")
+    return data[: start + 24] + struct.pack("<I", size) + data[start + 28 :]
+
+
+PATHS = [
+    "../evil.png",
+    "a/../../evil.png",
+    "/etc/evil.png",
+    "//server/share/evil.png",
+    "C:/evil.png",
+    "c:evil.png",
+    "..\\evil.png",
+    "a\\b.png",
+    "\\\\server\\evil.png",
+    "./evil.png",
+    "a//b.png",
+    "a/./b.png",
+    "..",
+    "a/..",
+]
+
+
+def hostile_archives() -> Iterator[tuple[str, bytes, str]]:
+    """Archives that must be refused as a whole: name, bytes, and a part of the message."""
+    for path in PATHS:
+        yield f"path {path}", archive((member("ok.png"), GOOD), (member(path), GOOD)), "leads elsewhere"
+    folder = archive((member("ok.png"), GOOD), (member("../up/"), b""))
+    yield "folder that leads up", folder, "leads elsewhere"
+    nul = archive((member("aX.png"), GOOD)).replace(b"aX.png", b"a\0.png")
+    yield "NUL in a name", nul, "leads elsewhere"
+    yield "symbolic link", archive((member("link.png", external_attr=0o120777 << 16), b"/etc/passwd")), "is a link"
+    yield "encrypted", with_flag(archive((member("a.png"), GOOD)), 1), "is encrypted"
+    twice = archive((member("a.png"), GOOD), (member("b.png"), GOOD)).replace(b"b.png", b"a.png")
+    yield "two members of one name", twice, "appears twice"
+    bomb = archive((member("bomb.png"), bytes(11 * 2**20)), compression=zipfile.ZIP_DEFLATED)
+    yield "ratio", bomb, "grows more than 200 times"
+    yield "size", with_size(archive((member("a.png"), GOOD)), 2**28 + 1), "the limit is"
+    for name, compression in (("bzip2", zipfile.ZIP_BZIP2), ("lzma", zipfile.ZIP_LZMA)):
+        yield name, archive((member("a.png"), GOOD), compression=compression), "another method"
+    yield "no members", archive(), "is empty"
+    yield "hidden members alone", archive((member(".a.png"), GOOD), (member("__MACOSX/a.png"), GOOD)), "is empty"
+    whole = archive((member("a.png"), GOOD))
+    yield "directory cut off", whole[:-30], "neither a folder nor a zip"
+    middle = whole.index(b"PK\x01\x02")
+    yield "directory overwritten", whole[:middle] + b"XXXX" + whole[middle + 4 :], "is damaged"
+    yield "terminal codes", archive((member("\x1b[31m/../x.png"), GOOD)), r"\\x1b"
+
+
+HOSTILE = {name: (data, message) for name, data, message in hostile_archives()}
+
+
+def damaged_archives() -> Iterator[tuple[str, bytes]]:
+    """Archives with one good member and one that fails when it is read."""
+    good = (member("good.png"), GOOD)
+    data = archive((member("bad.png"), GOOD), good)
+    yield "content changed", data.replace(GOOD[40:48], bytes(8), 1)
+    yield "size too small", with_size(archive((member("bad.png"), GOOD), good, compression=8), 100)
+    yield "names differ", data.replace(b"bad.png", b"bed.png", 1)
+    yield "archive in the archive", archive((member("bad.png"), archive((member("x.png"), GOOD))), good)
+
+
+DAMAGED = dict(damaged_archives())
+
+
+def test_there_are_twenty_five_archives():
+    assert len(HOSTILE) + len(DAMAGED) >= 25
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_archives_are_refused(tmp_path, name):
+    data, message = HOSTILE[name]
+    path = tmp_path / "set.zip"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=message) as caught:
+        load_images(path)
+    assert str(caught.value).isprintable()
+    assert sorted(tmp_path.rglob("*")) == [path]
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_members_are_skipped(tmp_path, name):
+    path = tmp_path / "set.zip"
+    path.write_bytes(DAMAGED[name])
+    loaded = load_images(path)
+    assert loaded.names == ("good.png",)
+    assert [skipped for skipped, _ in loaded.skipped] == ["bad.png"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "make", "message"),
+    [
+        (
+            "MAX_MEMBERS",
+            1,
+            lambda: archive((member("a.png"), GOOD), (member("b.png"), GOOD)),
+            "2 members; the limit is 1",
+        ),
+        ("MAX_BYTES", 100, lambda: archive((member("a.png"), GOOD)), "the limit is 100"),
+    ],
+)
+def test_limits_of_number_and_size(tmp_path, monkeypatch, limit, value, make: Callable[[], bytes], message):
+    path = Path(tmp_path) / "set.zip"
+    path.write_bytes(make())
+    assert len(load_images(path)) > 0
+    monkeypatch.setattr(files_module, limit, value)
+    with pytest.raises(UserError, match=message):
+        load_images(path)
+
+
+def test_large_files_of_a_folder_are_skipped(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(GOOD)
+    (tmp_path / "b.png").write_bytes(GOOD + bytes(5000))
+    monkeypatch.setattr(files_module, "MAX_BYTES", len(GOOD))
+    loaded = load_images(tmp_path)
+    assert loaded.names == ("a.png",)
+    assert "bytes; the limit is" in loaded.skipped[0][1]

@@ -204,3 +204,39 @@ def test_no_rows_give_no_samples_and_nothing_is_differentiated():
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         sample(gaussian(FlowSchedule(), dim=3), torch.randn(2, 3), **options)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "kind"),
+    [
+        (DiscreteSchedule(), "epsilon"),
+        (DiscreteSchedule(), "sample"),
+        (DiscreteSchedule(rescale_betas_zero_snr=True, spacing="trailing"), "v_prediction"),
+        (FlowSchedule(), "flow_prediction"),
+        (EDMSchedule(), "edm"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("solver", "eta"), [("ddim", 0.0), ("ddim", 1.0), ("heun", 0.0)])
+def test_the_loop_asks_the_device_nothing(schedule, kind, solver, eta):
+    class Backbone(torch.nn.Linear):
+        def forward(self, x, t):
+            return super().forward(x) + t[:, None]
+
+    # Tensors on the meta device have no values: whoever asks for one fails.
+    denoiser = NetworkDenoiser(Backbone(4, 4, device="meta"), schedule, kind)
+    noise, seeds = torch.empty(3, 4, device="meta"), torch.empty(3, dtype=torch.int64, device="meta")
+    views = []
+    x = sample(
+        denoiser,
+        noise,
+        steps=3,
+        solver=solver,
+        eta=eta,
+        seeds=seeds,
+        clip_x0=1.0,
+        on_step=lambda _, prediction: views.append((prediction.x0, prediction.score)),
+    )
+    assert x.shape == (3, 4)
+    assert x.device.type == "meta"
+    assert len(views) == 3

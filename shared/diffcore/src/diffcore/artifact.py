@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ def save(path: Path, tensors: Mapping[str, Tensor], *, schema: str, **fields: An
         raise ValueError(f"fields {taken} belong to the sidecar itself")
     path = Path(path).with_suffix(".safetensors")
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    data = serialize_tensors(plain, metadata={"format": "pt", "schema": schema})
+    # one entry only: the library writes several in random order, and the same tensors must give the same bytes
+    data = serialize_tensors(plain, metadata={"schema": schema})
     sidecar = {
         "schema": schema,
         "produced_by": produced_by(owner.partition("/")[0]),
@@ -131,10 +133,17 @@ def check(path: Path, *, verify: bool = True) -> dict[str, Any]:
 
 def produced_by(package: str) -> str:
     """Returns a distribution's name and version, or the name alone if it is not installed."""
+    version = installed_version(package)
+    return f"{package} {version}" if version else package
+
+
+@cache
+def installed_version(package: str) -> str | None:
+    """Returns the version of an installed distribution."""
     try:
-        return f"{package} {metadata.version(package)}"
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return package
+        return None
 
 
 def utc_now() -> str:

@@ -14,7 +14,6 @@ import socket
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path, PurePath
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
@@ -100,13 +99,30 @@ class Run:
         try:
             if restart and (folder / "run.json").exists():
                 lock = _set_aside(folder, lock)
-            record = _resume(folder, identity) or _begin(folder, identity, config)
+            record = _resume(folder, identity) or _begin(folder, identity)
+            if not (folder / "config.yaml").exists():  # on resuming too: a crash may have come before it
+                jsonfile.write_text(folder / "config.yaml", _replay(command, config))
             run = cls(folder, record, lock)
             run._repair()
             return run
         except BaseException:
             lock.release()
             raise
+
+    @classmethod
+    def reopen(cls, folder: Path) -> "Run":
+        """Opens a folder under the settings that it already has: for reading it, or making its report again.
+
+        Raises:
+            UserError: The folder holds no run.
+            MachineError: Another process has it.
+        """
+        folder = Path(folder)
+        if not (folder / "run.json").is_file():
+            raise UserError(f"{printable(folder, 300)} holds no run; give a folder that a command wrote")
+        record = jsonfile.read_object(folder / "run.json")
+        command, config, inputs = (record.get(name, {}) for name in ("command", "config", "inputs"))
+        return cls.open(folder, command=command, config=config, inputs=inputs)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -158,7 +174,7 @@ class Run:
         path = self.folder / "tables" / f"{name}.csv"
         columns = list(dict.fromkeys(column for row in rows for column in row))
         text = io.StringIO(newline="")
-        writer = csv.writer(text, lineterminator="\n")
+        writer = csv.writer(text, lineterminator="\r\n")  # of RFC 4180; any other leaves a lone \r unquoted
         writer.writerow([_guard(column) for column in columns])
         writer.writerows([_guard(row.get(column, "")) for column in columns] for row in rows)
         jsonfile.write_text(path, text.getvalue())
@@ -279,19 +295,24 @@ def _rank() -> int:
 def _locked(folder: Path) -> FileLock:
     path = folder / "run.lock"
     lock = FileLock(path, blocking=False)
-    try:
-        with files.explained(path):
-            lock.acquire()
-    except Timeout:
+    with files.explained(path):
         try:
-            pid, host, since = path.read_text(encoding="utf-8").split("\n")[:3]
-            holder = f"by pid {printable(pid)} on {printable(host)} since {printable(since)}"
-        except (OSError, ValueError):  # it has just been taken, nothing is written yet
-            holder = "by another process"
-        raise MachineError(f"{printable(folder, 300)} is in use {holder}; wait for it, or give another --out") from None
+            lock.acquire()
+        except Timeout:  # an OSError by descent, which is not what it means here
+            raise MachineError(
+                f"{printable(folder, 300)} is in use {_holder(path)}; wait for it, or give another --out"
+            ) from None
     with files.explained(path):
         path.write_text(f"{os.getpid()}\n{socket.gethostname()}\n{artifact.utc_now()}\n", encoding="utf-8")
     return lock
+
+
+def _holder(path: Path) -> str:
+    try:
+        pid, host, since = path.read_text(encoding="utf-8").split("\n")[:3]
+    except (OSError, ValueError):  # it has just been taken, nothing is written yet
+        return "by another process"
+    return f"by pid {printable(pid)} on {printable(host)} since {printable(since)}"
 
 
 def _set_aside(folder: Path, lock: FileLock) -> FileLock:
@@ -387,7 +408,7 @@ def _shown(value: Any) -> str:
     return "nothing" if value is None else printable(value, 24)
 
 
-def _begin(folder: Path, identity: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+def _begin(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     package = str(identity["command"]).split()[0]
     record = {
         **identity,
@@ -401,7 +422,6 @@ def _begin(folder: Path, identity: Mapping[str, Any], config: Mapping[str, Any])
         "summary": None,
     }
     jsonfile.write_json(folder / "run.json", record)
-    jsonfile.write_text(folder / "config.yaml", _replay(str(identity["command"]), config))
     return record
 
 
@@ -411,11 +431,12 @@ def _replay(command: str, config: Mapping[str, Any]) -> str:
     for name, value in config.items():
         if name in ("out", "json", "restart", "dry_run", "debug", "config"):
             continue
-        if isinstance(value, PurePath) and value.is_absolute():
-            if not value.is_relative_to(Path.cwd()):
-                elsewhere.append(f"# {name}: {printable(value.name)} (outside the working folder; name it again)\n")
+        if isinstance(value, PurePath | str) and PurePath(value).is_absolute():
+            if not PurePath(value).is_relative_to(Path.cwd()):
+                shown = printable(PurePath(value).name)
+                elsewhere.append(f"# {name}: {shown} (outside the working folder; name it again)\n")
                 continue
-            value = value.relative_to(Path.cwd())
+            value = PurePath(value).relative_to(Path.cwd()).as_posix()
         if value is not None:
             settings[name] = jsonfile.jsonable(value)
     head = f"# Runs again with: {command} ... --config config.yaml --out FOLDER\n"
@@ -423,13 +444,9 @@ def _replay(command: str, config: Mapping[str, Any]) -> str:
 
 
 def _versions(package: str) -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in dict.fromkeys((package, "diffcore", "torch", "numpy", "diffusers", "lightning")):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
+    names = dict.fromkeys((package, "diffcore", "torch", "numpy", "diffusers", "lightning"))
+    found = {name: artifact.installed_version(name) for name in names}
+    return {"python": platform.python_version(), **{name: version for name, version in found.items() if version}}
 
 
 def _hardware() -> dict[str, Any]:

@@ -55,6 +55,11 @@ def test_add_noise_equals_diffusers(betas):
     )
 
 
+def test_defaults_are_those_of_ddpm():
+    assert schedule_from(DDPMScheduler()) == DiscreteSchedule()
+    assert schedule_from(EDMEulerScheduler()) == EDMSchedule()
+
+
 def test_trained_betas_are_taken_as_they_are():
     betas = torch.linspace(1e-3, 0.2, 20, dtype=torch.float64).tolist()
     schedule = schedule_from(DDPMScheduler(num_train_timesteps=20, trained_betas=betas))

@@ -16,8 +16,8 @@ from diffcore.denoiser.schedule import (
     FlowSchedule,
     NoiseSchedule,
     bridge,
-    schedule_from,
 )
+from diffcore.denoiser.scheduler import schedule_from
 
 __all__ = [
     "BackboneCall",

@@ -87,9 +87,7 @@ class SampleGrid(L.Callback):
         condition = {name: value.to(device) for name, value in self.condition.items()}
         x0 = sample(self.ema.denoiser, self.noise.to(device), condition, steps=self.sampling_steps)
         images = self.decode(x0).cpu()
-        self.run.figure(
-            "samples", image_grid(images, title=f"{self.sampling_steps} steps, after {step} training steps")
-        )
+        self.run.figure("samples", image_grid(images))
 
 
 class ConsoleSummary(L.Callback):

@@ -118,5 +118,5 @@ class StepData(L.LightningDataModule):
         )
 
 
-def _as_is(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+def _as_is(batch: Any) -> Any:
     return batch

@@ -1,0 +1,236 @@
+"""Trains one model on images with one arm, into a run folder that can be resumed."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from diffcore import artifact
+from diffcore.data import ImageSet
+from diffcore.denoiser import NetworkDenoiser
+from diffcore.errors import UserError, printable
+from diffcore.noise import row_noise
+from diffcore.run import Run
+from diffcore.runtime import Runtime
+from diffcore.train import (
+    EMA,
+    ConsoleSummary,
+    DenoisingModule,
+    PairNoise,
+    SampleGrid,
+    Snapshots,
+    StepData,
+    fit,
+    snapshot_key,
+)
+from immiscible_noise.build import build_denoiser
+from immiscible_noise.couple import pair_noise_for
+from immiscible_noise.settings import Arm, TrainSettings
+
+_GRID_STREAM = 103
+
+
+@dataclass(frozen=True)
+class PixelScale:
+    """Maps images in [0, 1] to model space and back: `x0 = (images - mean) / std`."""
+
+    mean: float = 0.5
+    std: float = 0.5
+
+    @classmethod
+    def of(cls, images: ImageSet, normalisation: str) -> "PixelScale":
+        """Returns the fixed map to [-1, 1], or the one to mean 0 and variance 1 over all pixels of the set."""
+        if normalisation == "symmetric":
+            return cls()
+        pixels = images.images.double() / 255
+        return cls(float(pixels.mean()), float(pixels.std().clamp(min=1e-3)))
+
+    def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Maps images to x0."""
+        return (images - self.mean) / self.std
+
+    def decode(self, x0: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Maps x0 to images. Not clamped: where pixels pile up at black, clamping samples would shift their statistics."""
+        return x0 * self.std + self.mean
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that is needed to build a trained model again around its weights.
+
+    Attributes:
+        arm: How noise met images.
+        settings: Objective, network and the rest, with `network` resolved.
+        scale: From pixels to model space.
+        shape: Channels, height, width.
+        num_classes: Number of labels of a class-conditional model, else None.
+        sigma_data: Standard deviation of x0.
+        seed: Of weights, order and noise.
+    """
+
+    arm: Arm
+    settings: TrainSettings
+    scale: PixelScale
+    shape: tuple[int, int, int]
+    num_classes: int | None
+    sigma_data: float
+    seed: int
+
+    def denoiser(self) -> NetworkDenoiser:
+        """Builds the untrained denoiser."""
+        return build_denoiser(self.settings, self.shape, self.num_classes, self.sigma_data, self.seed)
+
+    def as_fields(self) -> dict[str, Any]:
+        """Returns plain values for a JSON file."""
+        return asdict(self)
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> "Recipe":
+        """Reads what `as_fields` wrote."""
+        return cls(
+            arm=Arm(**fields["arm"]),
+            settings=TrainSettings(**fields["settings"]),
+            scale=PixelScale(**fields["scale"]),
+            shape=tuple(fields["shape"]),
+            num_classes=fields["num_classes"],
+            sigma_data=fields["sigma_data"],
+            seed=fields["seed"],
+        )
+
+
+class Batches:
+    """Batches of a set of images for the trainer: x0, positions and, for class-conditional training, labels."""
+
+    def __init__(self, images: ImageSet, scale: PixelScale, class_conditional: bool) -> None:
+        self.images, self.scale = images.images, scale
+        self.labels = images.labels if class_conditional else None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: Int[Tensor, " b"]) -> dict[str, Any]:
+        """Returns one batch."""
+        batch: dict[str, Any] = {"x0": self.scale.encode(self.images[indices].float() / 255), "indices": indices}
+        if self.labels is not None:
+            batch["labels"] = self.labels[indices]
+            batch["condition"] = {"class_labels": batch["labels"]}
+        return batch
+
+
+def train(
+    images: ImageSet,
+    run: Run,
+    arm: Arm,
+    settings: TrainSettings,
+    runtime: Runtime,
+    *,
+    pair_noise: Callable[[int], PairNoise | None] | None = None,
+    quiet: bool = False,
+) -> Recipe:
+    """Trains a model and keeps its averaged weights at `settings.snapshot_steps`.
+
+    A run that was interrupted continues from its last checkpoint; a finished one returns at once. Two runs with the
+    same seed and different arms share initial weights, data order and noise stream, so that they differ by the arm
+    alone.
+
+    Args:
+        images: Square images of one size, with labels if the training is class-conditional.
+        run: Where checkpoints, snapshots and the recipe go.
+        arm: How noise meets images.
+        settings: Objective, network, length.
+        runtime: Seed, device, precision, processes.
+        pair_noise: From the seed to a coupling of one's own, instead of the arm's.
+        quiet: Show no progress.
+
+    Returns:
+        The recipe, which `load_snapshot` turns into a denoiser.
+    """
+    recipe = recipe_for(images, arm, settings, runtime.seed)
+    settings = recipe.settings
+    if not run.missing([snapshot_key(step) for step in settings.snapshot_steps]):
+        return recipe
+    run.save("recipe", {}, **recipe.as_fields())
+    module = DenoisingModule(
+        recipe.denoiser(),
+        optimizer=partial(torch.optim.Adam, lr=settings.learning_rate, fused=True),
+        pair_noise=pair_noise(runtime.seed) if pair_noise else pair_noise_for(arm, runtime.seed),
+        learning_rate_factor=_warmup(settings.warmup) if settings.warmup else None,
+        seed=runtime.seed,
+    )
+    ema = EMA(settings.ema_decay)
+    callbacks = [ema, Snapshots(run, ema, settings.snapshot_steps, settings.batch_size)]
+    if not quiet:
+        noise, condition = _grid_inputs(recipe)
+        callbacks.append(
+            SampleGrid(run, ema, noise, condition, decode=recipe.scale.decode, every=max(settings.steps // 4, 1))
+        )
+        callbacks.append(ConsoleSummary(f"training {arm.name}"))
+    fit(
+        module,
+        StepData(Batches(images, recipe.scale, settings.class_conditional), settings.batch_size, runtime.seed),
+        steps=settings.steps,
+        folder=run.folder,
+        runtime=runtime,
+        callbacks=callbacks,
+        checkpoint_every=settings.checkpoint_every,
+        gradient_clip=settings.gradient_clip or None,
+    )
+    return recipe
+
+
+def recipe_for(images: ImageSet, arm: Arm, settings: TrainSettings, seed: int) -> Recipe:
+    """Fits the settings to a set of images: network, pixel scale, number of labels."""
+    _, channels, height, width = images.images.shape
+    settings = settings.for_image_size(height)
+    scale = PixelScale.of(images, settings.normalisation)
+    return Recipe(
+        arm=arm,
+        settings=settings,
+        scale=scale,
+        shape=(channels, height, width),
+        num_classes=len(images.classes) if settings.class_conditional else None,
+        sigma_data=float((images.images.double() / 255).std()) / scale.std,
+        seed=seed,
+    )
+
+
+def read_recipe(training: Path) -> Recipe:
+    """Reads the recipe of a training run from its folder, without opening the run.
+
+    Raises:
+        UserError: The folder is no training run.
+        CorruptArtifactError: The run is damaged.
+    """
+    if not (training / "parts" / "recipe.json").exists():
+        raise UserError(f"{printable(training, 300)} is no run of 'immiscible-noise train'; give its run folder")
+    return Recipe.from_fields(artifact.load(training / "parts" / "recipe").fields)
+
+
+def load_snapshot(recipe: Recipe, training: Path, step: int, device: torch.device | str = "cpu") -> NetworkDenoiser:
+    """Returns the denoiser with the averaged weights that were kept after `step` steps.
+
+    Raises:
+        UserError: The training did not get that far.
+    """
+    path = training / "parts" / snapshot_key(step)
+    if not path.with_suffix(".json").exists():
+        raise UserError(f"{printable(training, 300)} has no weights of step {step}; run its training to the end")
+    denoiser = recipe.denoiser()
+    denoiser.backbone.load_state_dict(artifact.load(path).tensors)
+    return denoiser.to(device).eval().requires_grad_(False)
+
+
+def _warmup(steps: int) -> Callable[[int], float]:
+    return lambda step: min(1.0, (step + 1) / steps)
+
+
+def _grid_inputs(recipe: Recipe) -> tuple[Tensor, dict[str, Tensor]]:
+    noise = row_noise(recipe.seed, range(40), recipe.shape, stream=_GRID_STREAM)
+    if recipe.num_classes is None:
+        return noise, {}
+    return noise, {"class_labels": torch.arange(len(noise)) % recipe.num_classes}

@@ -11,7 +11,7 @@ from cyclopts.config import Dict
 from diffcore import files
 from diffcore.errors import UserError, printable
 
-_BYTES, _ALIASES = 10_000_000, 100
+_BYTES, _ALIASES, _DEPTH = 10_000_000, 100, 64
 
 
 class _UniqueLoader(yaml.SafeLoader):
@@ -58,8 +58,7 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"{shown} has {len(data):,} bytes, too many for settings; give a config.yaml")
     try:
         text = data.decode("utf-8-sig")
-        if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)) > _ALIASES:
-            raise UserError(f"{shown} repeats itself by more than {_ALIASES} aliases; write the values out")
+        _limit(shown, text)
         value = yaml.load(text, Loader=_UniqueLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{shown} is not valid YAML: {printable(error, 200)}; correct it and try again") from error
@@ -68,3 +67,15 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{shown} holds no options; write one 'name: value' per line")
     return {str(name): item for name, item in value.items()}
+
+
+def _limit(shown: str, text: str) -> None:
+    """Refuses YAML that would take long to read, before it is built: aliases multiply, depth costs its square."""
+    aliases = depth = 0
+    for event in yaml.parse(text):
+        aliases += isinstance(event, yaml.AliasEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if aliases > _ALIASES:
+            raise UserError(f"{shown} repeats itself by more than {_ALIASES} aliases; write the values out")
+        if depth > _DEPTH:
+            raise UserError(f"{shown} is nested more than {_DEPTH} levels deep; options are one level")

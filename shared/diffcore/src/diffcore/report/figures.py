@@ -5,7 +5,7 @@ Each function returns a `matplotlib.figure.Figure`; nothing touches pyplot or it
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -47,7 +47,7 @@ class Series:
     @classmethod
     def over_seeds(
         cls, label: str, x: ArrayLike, values: ArrayLike, *, color: int | None = None, dash: int = 0
-    ) -> Self:
+    ) -> "Series":
         """Returns the mean over seeds with a band from the least to the greatest; `values` has a row per seed."""
         rows = np.asarray(values, dtype=float)
         return cls(label, x, rows.mean(0), rows.min(0), rows.max(0), color, dash)

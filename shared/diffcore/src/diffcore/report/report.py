@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from jaxtyping import Float
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -51,32 +51,32 @@ class Report:
         self._answer = ""
         self._blocks: list[dict[str, Any] | _Picture] = []
 
-    def answer(self, sentence: str) -> Self:
+    def answer(self, sentence: str) -> "Report":
         """Sets the sentence at the top, in large type."""
         self._answer = sentence
         return self
 
-    def numbers(self, numbers: Mapping[str, float | str]) -> Self:
+    def numbers(self, numbers: Mapping[str, float | str]) -> "Report":
         """Adds a row of key figures, each under its name."""
         pairs = [(name, _cell(value)) for name, value in numbers.items()]
         return self._add(kind="numbers", numbers=pairs)
 
-    def section(self, heading: str) -> Self:
+    def section(self, heading: str) -> "Report":
         """Starts a section."""
         number = sum(isinstance(block, dict) and block["kind"] == "section" for block in self._blocks) + 1
         return self._add(kind="section", heading=heading, anchor=f"section-{number}")
 
-    def text(self, *paragraphs: str) -> Self:
+    def text(self, *paragraphs: str) -> "Report":
         """Adds paragraphs."""
         for paragraph in paragraphs:
             self._add(kind="text", text=paragraph)
         return self
 
-    def points(self, *items: str) -> Self:
+    def points(self, *items: str) -> "Report":
         """Adds a list of points."""
         return self._add(kind="points", items_=items)
 
-    def figure(self, figure: Figure | Path, caption: str) -> Self:
+    def figure(self, figure: Figure | Path, caption: str) -> "Report":
         """Adds a figure, or a picture file such as `Run.figure` returns.
 
         Args:
@@ -100,7 +100,7 @@ class Report:
         columns: int | None = None,
         row_labels: Sequence[str] = (),
         column_labels: Sequence[str] = (),
-    ) -> Self:
+    ) -> "Report":
         """Adds a grid of images in [0, 1]; arguments as in `image_grid`."""
         grid = image_grid(images, columns=columns, row_labels=row_labels, column_labels=column_labels)
         self.figure(grid, caption)
@@ -109,7 +109,7 @@ class Report:
             self._blocks.append(_Picture(picture.data, caption, photograph=max(images.shape[-2:]) > _SMALL_SIDE))
         return self
 
-    def table(self, rows: Sequence[Mapping[str, Any]], caption: str = "") -> Self:
+    def table(self, rows: Sequence[Mapping[str, Any]], caption: str = "") -> "Report":
         """Adds a table, a column per key; numbers to four digits, the first 200 rows."""
         names = list(dict.fromkeys(name for row in rows for name in row))
         columns = [(name, all(_is_number(row.get(name)) for row in rows)) for name in names]
@@ -132,7 +132,7 @@ class Report:
             _LOG.warning("%s has %.0f MB; mail and some browsers may refuse it", Path(path).name, len(text) / 1e6)
         return jsonfile.write_text(path, text)
 
-    def _add(self, **block: Any) -> Self:
+    def _add(self, **block: Any) -> "Report":
         self._blocks.append(block)
         return self
 

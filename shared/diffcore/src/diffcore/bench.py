@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile  # torch.profiler's would import the whole compiler first
 
 from diffcore import jsonfile
 from diffcore.errors import UserError, printable
@@ -198,10 +198,10 @@ def peak_megabytes(function: Callable[[], Any]) -> float:
 def _allocation_changes(function: Callable[[], Any]) -> list[int]:
     """Returns the bytes that each allocation takes (positive) or gives back (negative), in order of time."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler announces itself on standard error
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(profile_memory=True) as profiler:
         _ = function()
-    recorded: Any = profiler.profiler  # torch's type stubs lack the fields of events
-    events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
+    recorded: Any = profiler.kineto_results  # torch's type stubs lack the fields of events
+    events = [event for event in recorded.events() if event.name() == "[memory]"]
     return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 

@@ -200,8 +200,8 @@ def _allocation_changes(function: Callable[[], Any]) -> list[int]:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler announces itself on standard error
     with profile(profile_memory=True) as profiler:
         _ = function()
-    recorded: Any = profiler.kineto_results  # torch's type stubs lack the fields of events
-    events = [event for event in recorded.events() if event.name() == "[memory]"]
+    recorded: Any = profiler  # torch's type stubs lack the fields of events
+    events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
     return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 

@@ -295,7 +295,7 @@ def hostile_archives() -> Iterator[tuple[str, bytes, str]]:
     nul = archive((member("aX.png"), GOOD)).replace(b"aX.png", b"a\0.png")
     yield "NUL in a name", nul, "leads elsewhere"
     yield "symbolic link", archive((member("link.png", external_attr=0o120777 << 16), b"/etc/passwd")), "is a link"
-    yield "encrypted", with_flag(archive((member("a.png"), GOOD)), 1), "is encrypted"
+    yield "encrypted", with_flag(archive((member("a.png"), GOOD)), 1), "member 'a.png' is encrypted; repack"
     twice = archive((member("a.png"), GOOD), (member("b.png"), GOOD)).replace(b"b.png", b"a.png")
     yield "two members of one name", twice, "appears twice"
     bomb = archive((member("bomb.png"), bytes(11 * 2**20)), compression=zipfile.ZIP_DEFLATED)

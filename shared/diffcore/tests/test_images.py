@@ -167,14 +167,22 @@ def test_order_and_threads_do_not_matter(tmp_path):
 
 
 def test_a_source_travels_to_other_processes(tmp_path):
-    source = open_images(zip_of(tmp_path, named("a.png", "b.png")))
-    expected = source.read(1)
-    assert torch.equal(pickle.loads(pickle.dumps(source)).read(1), expected)
+    source = open_images(zip_of(tmp_path, {f"{i:03}.png": encoded(picture(64, 64, seed=i)) for i in range(20)}))
+    expected = [source.read(index) for index in range(20)]
+    assert torch.equal(pickle.loads(pickle.dumps(source)).read(1), expected[1])
+
+    def all_equal() -> bool:
+        return all(torch.equal(source.read(index), expected[index]) for _ in range(20) for index in range(20))
+
+    # Two processes at once: a shared file position would hand each the bytes of the other.
     child = os.fork()
     if child == 0:
-        os._exit(0 if torch.equal(source.read(1), expected) else 1)
+        try:
+            os._exit(0 if all_equal() else 1)
+        finally:
+            os._exit(2)
+    assert all_equal()
     assert os.waitpid(child, 0)[1] == 0
-    assert torch.equal(source.read(1), expected)
 
 
 def smooth(height: int, width: int) -> np.ndarray:

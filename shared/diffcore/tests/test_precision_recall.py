@@ -55,6 +55,23 @@ def test_radii_are_exact_where_the_matrix_product_is_not():
     torch.testing.assert_close(radii.sqrt(), expected, rtol=1e-6, atol=0)
 
 
+def test_radii_are_those_of_float64():
+    x = points(200, 0, dtype=torch.float32)
+    radii = squared_radii(x, (3, 5))
+    distances = (x.double()[:, None] - x.double()).square().sum(-1).sort(1).values
+    torch.testing.assert_close(radii[0], distances[:, 3], rtol=1e-12, atol=0)
+    torch.testing.assert_close(radii[1], distances[:, 5], rtol=1e-12, atol=0)
+
+
+def test_clusters_closer_than_float32_products_can_tell():
+    side = 100 * (torch.arange(40) % 2 * 2 - 1)[:, None]
+    real = (1e-2 * points(40, 0) + side).float()
+    fake = (1.5e-2 * points(40, 1) + side).float()
+    scores = [float(score) for score in precision_recall(real, fake)]
+    assert scores == pytest.approx(brute(real, fake, 3, 5), abs=1e-10)
+    assert 0 < scores[0] < 1
+
+
 def test_chunks_leave_no_seam(monkeypatch):
     real, fake = points(50, 0), points(40, 1)
     whole = precision_recall(real, fake)

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from diffcore import artifact, files
 from diffcore.errors import CorruptArtifactError, MachineError, UserError
 from diffcore.jsonfile import jsonable, read_json, write_json, write_text
-from diffcore.testing.disk import faulty_disk
+from diffcore.testing.disk import Killed, faulty_disk
 from diffcore.testing.distributed import run_forked
 
 SCHEMA = "diffcore/thing@2"
@@ -180,6 +180,17 @@ def test_machine_faults_keep_the_old_artifact_and_say_what_is_needed(tmp_path, f
         assert artifact.load(path).schema == SCHEMA  # the same tensors: either sidecar vouches for them
     with faulty_disk():
         assert [p.name for p in files.sweep(tmp_path)] == []
+
+
+def test_a_sidecar_never_promises_what_is_not_there(tmp_path):
+    with faulty_disk() as disk:
+        save(tmp_path / "golden")
+    for at in range(1, disk.count + 1):
+        folder = tmp_path / str(at)
+        with faulty_disk(at, "killed"), pytest.raises(Killed):
+            save(folder)
+        if (folder / "thing.json").exists():
+            assert len(artifact.load(folder / "thing").tensors["x"]) == 1000
 
 
 def test_a_real_file_size_limit(tmp_path):

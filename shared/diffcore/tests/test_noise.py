@@ -72,6 +72,13 @@ def test_seed_row_and_stream_all_matter(draw):
     assert (torch.corrcoef(draws) - torch.eye(6)).abs().max() < 0.5
 
 
+@pytest.mark.parametrize("draw", [row_noise, philox_normal, philox_uniform])
+def test_no_two_rows_are_alike(draw):
+    draws = draw(0, range(500), (8,))
+    assert len(torch.unique(draws, dim=0)) == 500
+    assert len(torch.unique(draws[:, 0])) > 490
+
+
 def test_steps_matter_and_large_values_are_accepted():
     a, b = (philox_normal(2**63 - 1, [2**32 - 1], (4,), step=step) for step in (0, 2**32 - 1))
     assert not torch.equal(a, b)

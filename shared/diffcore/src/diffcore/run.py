@@ -3,35 +3,28 @@
 The same command in the same folder goes on where it stopped; other settings in the same folder are refused.
 """
 
-import csv
 import hashlib
 import io
 import logging
 import os
-import platform
 import re
 import socket
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
-import yaml
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from diffcore import artifact, files, jsonfile
-from diffcore.errors import CorruptArtifactError, MachineError, RunMismatchError, UserError, printable
+from diffcore import artifact, files, jsonfile, tables
+from diffcore.errors import CorruptArtifactError, MachineError, UserError, printable
+from diffcore.record import SCHEMA, hardware, identity_of, replay_text, require_same, versions
 
 _LOG = logging.getLogger(__name__)
-_SCHEMA = "diffcore/run@1"
 _PART = "diffcore/part@1"
-# Settings that change no result, so that a run may go on under other ones.
-_VOLATILE = {"out", "json", "progress", "threads", "devices", "num_nodes", "strategy", "restart", "dry_run", "debug"}
 _RECENT_SECONDS = 3600
-_GUARDED = ("=", "+", "-", "@", "\t", "\r", "'")
 
 
 @runtime_checkable
@@ -92,7 +85,7 @@ class Run:
             raise UserError(f"{printable(folder, 300)} is a file; give a folder with --out")
         with files.explained(folder):
             files.make_folder(folder)
-        identity = _identity(command, config, inputs or {}, volatile)
+        identity = identity_of(command, config, inputs or {}, volatile)
         if _rank() > 0:
             return cls(folder, {**identity, "status": "running", "seconds": 0.0}, None)
         lock = _locked(folder)
@@ -101,7 +94,7 @@ class Run:
                 lock = _set_aside(folder, lock)
             record = _resume(folder, identity) or _begin(folder, identity)
             if not (folder / "config.yaml").exists():  # on resuming too: a crash may have come before it
-                jsonfile.write_text(folder / "config.yaml", _replay(command, config))
+                jsonfile.write_text(folder / "config.yaml", replay_text(command, config))
             run = cls(folder, record, lock)
             run._repair()
             return run
@@ -123,6 +116,11 @@ class Run:
         record = jsonfile.read_object(folder / "run.json")
         command, config, inputs = (record.get(name, {}) for name in ("command", "config", "inputs"))
         return cls.open(folder, command=command, config=config, inputs=inputs)
+
+    @property
+    def leading(self) -> bool:
+        """Whether this process writes results: the only one, or the first of several."""
+        return _rank() == 0
 
     @property
     def record(self) -> dict[str, Any]:
@@ -172,15 +170,9 @@ class Run:
         Where that changed a cell, `tables/NAME.jsonl` holds the exact text. `read_table` undoes it.
         """
         path = self.folder / "tables" / f"{name}.csv"
-        columns = list(dict.fromkeys(column for row in rows for column in row))
-        text = io.StringIO(newline="")
-        writer = csv.writer(text, lineterminator="\r\n")  # of RFC 4180; any other leaves a lone \r unquoted
-        writer.writerow([_guard(column) for column in columns])
-        writer.writerows([_guard(row.get(column, "")) for column in columns] for row in rows)
-        jsonfile.write_text(path, text.getvalue())
-        if any(_guard(value) != value for row in rows for value in (*row, *row.values())):
-            lines = (jsonfile.json_line(row) for row in rows)
-            jsonfile.write_text(path.with_suffix(".jsonl"), "".join(lines))
+        jsonfile.write_text(path, tables.csv_text(rows))
+        if tables.has_guarded(rows):
+            jsonfile.write_text(path.with_suffix(".jsonl"), "".join(map(jsonfile.json_line, rows)))
         return path
 
     def figure(self, name: str, figure: Savable) -> Path:
@@ -233,7 +225,7 @@ class Run:
     def _repair(self) -> None:
         for path in files.sweep(self.folder):
             _LOG.info("deleted %s, left by an interrupted write", printable(path.name))
-        dropped = _drop_damaged(self.folder / "parts", parts=True) + _drop_damaged(self.folder, parts=False)
+        dropped = _drop_damaged_parts(self.folder / "parts") + _drop_damaged_results(self.folder)
         if self.finished and not dropped:
             try:
                 _ = self.result
@@ -262,20 +254,6 @@ def input_hash(path: Path) -> str:
         name = member.relative_to(path).as_posix()
         digest.update(f"{name!r} {member.stat().st_size} {files.sha256_of_ends(member)}\n".encode())
     return digest.hexdigest()
-
-
-def read_table(path: Path) -> list[dict[str, str]]:
-    """Reads a table that `Run.table` wrote, as text, with the quotes against formulas taken away."""
-    with files.explained(path, reading=True):
-        text = files.read(path).decode()
-    rows = [[cell.removeprefix("'") for cell in row] for row in csv.reader(io.StringIO(text, newline=""))]
-    return [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
-
-
-def _guard(value: Any) -> Any:
-    if value is None or (isinstance(value, float) and value != value):
-        return ""
-    return f"'{value}" if isinstance(value, str) and value.startswith(_GUARDED) else value
 
 
 def _file_name(key: str) -> str:
@@ -327,38 +305,6 @@ def _set_aside(folder: Path, lock: FileLock) -> FileLock:
     return _locked(folder)
 
 
-def _identity(
-    command: str, config: Mapping[str, Any], inputs: Mapping[str, str], volatile: Iterable[str]
-) -> dict[str, Any]:
-    hidden = _VOLATILE | set(volatile)
-    settings = {name: value for name, value in _flat(config) if name.rpartition(".")[2] not in hidden}
-    return {
-        "schema": _SCHEMA,
-        "command": command,
-        "config": jsonfile.jsonable({name: _portable(value) for name, value in settings.items()}),
-        "inputs": dict(inputs),
-    }
-
-
-def _flat(config: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def _portable(value: Any) -> Any:
-    """Returns a value without the place where a file lies: what is in it is told by its sum among the inputs."""
-    if isinstance(value, PurePath):
-        return value.name
-    if isinstance(value, str) and PurePath(value).is_absolute():
-        return PurePath(value).name
-    if isinstance(value, list | tuple):
-        return [_portable(item) for item in value]
-    return value
-
-
 def _resume(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
     path = folder / "run.json"
     if not path.exists():
@@ -371,41 +317,13 @@ def _resume(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     record = jsonfile.read_object(path)
     known = {"schema", "command", "config", "inputs", "status", "seconds"}
-    if record.get("schema") != _SCHEMA or not known <= set(record):
+    if record.get("schema") != SCHEMA or not known <= set(record):
         raise CorruptArtifactError(
             f"{printable(path, 300)} was written by {printable(record.get('produced_by'))}; update to read it, "
             "or give another --out"
         )
-    _require_same(folder, record, identity)
+    require_same(folder, record, identity)
     return record
-
-
-def _require_same(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    before, now = (
-        dict(_flat({"command": r["command"], "config": r["config"], "inputs": r["inputs"]})) for r in (old, new)
-    )
-    differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    if not differing:
-        return
-    lines = [
-        f"  {printable(name.removeprefix('config.'))}: {_shown(before.get(name))} -> {_shown(now.get(name))}"
-        for name in differing[:10]
-    ]
-    if len(differing) > 10:
-        lines.append(f"  and {len(differing) - 10} more")
-    raise RunMismatchError(
-        "\n".join(
-            [
-                f"{printable(folder, 300)} holds a run of other settings:",
-                *lines,
-                "give another --out, or --restart to keep the old run aside",
-            ]
-        )
-    )
-
-
-def _shown(value: Any) -> str:
-    return "nothing" if value is None else printable(value, 24)
 
 
 def _begin(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -413,9 +331,9 @@ def _begin(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     record = {
         **identity,
         "produced_by": artifact.produced_by(package),
-        "versions": _versions(package),
+        "versions": versions(package),
         "seed": identity["config"].get("seed"),
-        "hardware": _hardware(),
+        "hardware": hardware(),
         "created": artifact.utc_now(),
         "status": "running",
         "seconds": 0.0,
@@ -425,55 +343,41 @@ def _begin(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     return record
 
 
-def _replay(command: str, config: Mapping[str, Any]) -> str:
-    """Returns YAML for --config, without what the next run gives anew: places outside the working folder, and --out."""
-    settings, elsewhere = {}, []
-    for name, value in config.items():
-        if name in ("out", "json", "restart", "dry_run", "debug", "config"):
-            continue
-        if isinstance(value, PurePath | str) and PurePath(value).is_absolute():
-            if not PurePath(value).is_relative_to(Path.cwd()):
-                shown = printable(PurePath(value).name)
-                elsewhere.append(f"# {name}: {shown} (outside the working folder; name it again)\n")
-                continue
-            value = PurePath(value).relative_to(Path.cwd()).as_posix()
-        if value is not None:
-            settings[name] = jsonfile.jsonable(value)
-    head = f"# Runs again with: {command} ... --config config.yaml --out FOLDER\n"
-    return head + "".join(elsewhere) + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-
-
-def _versions(package: str) -> dict[str, str]:
-    names = dict.fromkeys((package, "diffcore", "torch", "numpy", "diffusers", "lightning"))
-    found = {name: artifact.installed_version(name) for name in names}
-    return {"python": platform.python_version(), **{name: version for name, version in found.items() if version}}
-
-
-def _hardware() -> dict[str, Any]:
-    import torch
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"machine": platform.machine(), "cores": os.cpu_count(), "gpu": gpu, "system": sys.platform}
-
-
-def _drop_damaged(folder: Path, *, parts: bool) -> list[str]:
-    """Deletes artefacts in a folder that do not verify (and tensors without a sidecar); returns their names."""
-    own = {"run", "result"} if not parts else set()
-    stems = {p.stem for p in folder.glob("*.safetensors")} | {p.stem for p in folder.glob("*.json") if parts}
+def _drop_damaged_parts(folder: Path) -> list[str]:
+    """Deletes parts that do not verify, and returns their names."""
     dropped = []
-    for stem in sorted(stems - own):
+    for stem in sorted({path.stem for path in folder.glob("*") if path.suffix in (".json", ".safetensors")}):
         path = folder / f"{stem}.safetensors"
         try:
-            sidecar = artifact.check(path, verify=parts and _is_recent(path))
-            if parts and _file_name(str(sidecar.get("key"))) != stem:
+            sidecar = artifact.check(path, verify=_is_recent(path))
+            if _file_name(str(sidecar.get("key"))) != stem:
                 raise CorruptArtifactError(f"{stem} is another part's file")
         except CorruptArtifactError as error:
-            _LOG.warning("dropped %s: %s", printable(stem), printable(error, 200))
-            with files.explained(path):
-                files.remove(path.with_suffix(".json"))  # first, or a crash here would leave a sidecar alone
-                files.remove(path)
+            _drop(path, error)
             dropped.append(stem)
     return dropped
+
+
+def _drop_damaged_results(folder: Path) -> list[str]:
+    """Deletes results with a sidecar of ours that do not verify; files in layouts of others are left alone."""
+    dropped = []
+    for sidecar in sorted(folder.glob("*.json")):
+        try:
+            if "sidecar_sha256" in jsonfile.read_json(sidecar):
+                artifact.check(sidecar, verify=False)
+        except CorruptArtifactError as error:
+            if sidecar.stem in ("run", "result") or not sidecar.with_suffix(".safetensors").exists():
+                continue
+            _drop(sidecar.with_suffix(".safetensors"), error)
+            dropped.append(sidecar.stem)
+    return dropped
+
+
+def _drop(path: Path, error: CorruptArtifactError) -> None:
+    _LOG.warning("dropped %s: %s", printable(path.stem), printable(error, 200))
+    with files.explained(path):
+        files.remove(path.with_suffix(".json"))  # first, or a crash here would leave a sidecar alone
+        files.remove(path)
 
 
 def _is_recent(path: Path) -> bool:

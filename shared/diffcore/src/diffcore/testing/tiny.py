@@ -1,0 +1,266 @@
+"""Tiny models of the real architectures with random weights: stand-ins for checkpoints, built in milliseconds.
+
+Matrices that a class initialises with zeros (output layers, modulations) are filled with N(0, 0.1), or faults behind
+them would stay hidden.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from diffcore.denoiser import DiscreteSchedule, EDMSchedule, FlowSchedule, NetworkDenoiser, NoiseSchedule
+from diffcore.denoiser.prediction import PredictionType
+from diffcore.models.backbones import backbone_call
+
+Name = Literal["sd15", "sdxl", "unet2d", "dit", "pixart", "sd3", "flux"]
+NAMES: tuple[str, ...] = get_args(Name)
+
+_UNET = {"sample_size": 8, "block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8}
+_DIT = {
+    "sample_size": 8,
+    "num_layers": 2,
+    "patch_size": 2,
+    "attention_head_dim": 8,
+    "in_channels": 4,
+    "out_channels": 8,
+    "attention_bias": True,
+    "norm_elementwise_affine": False,
+}
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sd15": (
+        "UNet2DConditionModel",
+        _UNET
+        | {
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "cross_attention_dim": 32,
+            "attention_head_dim": 8,
+        },
+    ),
+    "sdxl": (
+        "UNet2DConditionModel",
+        _UNET
+        | {
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "attention_head_dim": (2, 4),
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "transformer_layers_per_block": (1, 2),
+            "projection_class_embeddings_input_dim": 80,  # text_embeds 32 + 6 size numbers of 8
+            "cross_attention_dim": 64,
+        },
+    ),
+    "unet2d": (
+        "UNet2DModel",
+        _UNET
+        | {
+            "in_channels": 3,
+            "out_channels": 3,
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+            "attention_head_dim": 8,
+            "num_class_embeds": 10,
+        },
+    ),
+    "dit": (
+        "DiTTransformer2DModel",
+        _DIT
+        | {
+            "num_attention_heads": 2,
+            "activation_fn": "gelu-approximate",
+            "num_embeds_ada_norm": 10,
+            "norm_type": "ada_norm_zero",
+        },
+    ),
+    "pixart": (
+        "PixArtTransformer2DModel",
+        _DIT
+        | {
+            "num_attention_heads": 3,
+            "cross_attention_dim": 24,
+            "caption_channels": 32,
+            "num_embeds_ada_norm": 1000,
+            "norm_type": "ada_norm_single",
+            "norm_eps": 1e-6,
+            "use_additional_conditions": False,
+        },
+    ),
+    "sd3": (
+        "SD3Transformer2DModel",
+        {
+            "sample_size": 8,
+            "patch_size": 2,
+            "in_channels": 4,
+            "num_layers": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 4,
+            "joint_attention_dim": 32,
+            "caption_projection_dim": 32,
+            "pooled_projection_dim": 64,
+            "out_channels": 4,
+            "pos_embed_max_size": 16,
+            "qk_norm": "rms_norm",
+            "dual_attention_layers": (0,),
+        },
+    ),
+    "flux": (
+        "FluxTransformer2DModel",
+        {
+            "patch_size": 1,
+            "in_channels": 16,  # 4 latent channels, packed two by two
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 32,
+            "pooled_projection_dim": 32,
+            "axes_dims_rope": (4, 4, 8),
+            "guidance_embeds": False,
+        },
+    ),
+}
+_STABLE = {"betas": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+_TRAINED: dict[str, tuple[PredictionType, NoiseSchedule]] = {
+    "sd15": ("epsilon", DiscreteSchedule(**_STABLE, steps_offset=1, set_alpha_to_one=False)),
+    "sdxl": ("epsilon", DiscreteSchedule(**_STABLE, steps_offset=1, set_alpha_to_one=False)),
+    "unet2d": ("edm", EDMSchedule()),
+    "dit": ("epsilon", DiscreteSchedule()),
+    "pixart": ("epsilon", DiscreteSchedule()),
+    "sd3": ("flow_prediction", FlowSchedule(shift=3.0)),
+    "flux": ("flow_prediction", FlowSchedule()),
+}
+
+
+def backbone(name: str, seed: int = 0, **changes: Any) -> nn.Module:
+    """Returns a tiny backbone of a family, in float32 and `eval()`; `changes` replace single settings."""
+    import diffusers
+
+    class_name, config = CONFIGS[name]
+    return seeded(lambda: getattr(diffusers, class_name)(**{**config, **changes}), seed)
+
+
+def inputs(name: str, batch: int = 2, seed: int = 0) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Returns a valid `(x_t, t, cond)` of a family; rows have different noise levels."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(batch, *shape, generator=generator)
+
+    x_t = normal(3 if name == "unet2d" else 4, 8, 8)
+    share = torch.linspace(0.2, 0.8, batch)
+    _, schedule = _TRAINED[name]
+    t = (1000 * share).round() if isinstance(schedule, DiscreteSchedule) else share
+    cond = {
+        "sd15": lambda: {"encoder_hidden_states": normal(7, 32)},
+        "sdxl": lambda: {
+            "encoder_hidden_states": normal(7, 64),
+            "text_embeds": normal(32),
+            "time_ids": torch.tensor([16.0, 16, 0, 0, 16, 16]).repeat(batch, 1),
+        },
+        "unet2d": lambda: {"class_labels": torch.arange(batch) % 10},
+        "dit": lambda: {"class_labels": torch.arange(batch) % 10},
+        "pixart": lambda: {
+            "encoder_hidden_states": normal(7, 32),
+            "encoder_attention_mask": (torch.arange(7) < 4).float().repeat(batch, 1),
+        },
+        "sd3": lambda: {"encoder_hidden_states": normal(7, 32), "pooled_projections": normal(64)},
+        "flux": lambda: {"encoder_hidden_states": normal(7, 32), "pooled_projections": normal(32)},
+    }[name]()
+    return x_t, t, cond
+
+
+def denoiser(name: str, seed: int = 0) -> NetworkDenoiser:
+    """Returns a tiny backbone with the schedule and prediction type that its family is trained with."""
+    network = backbone(name, seed)
+    prediction_type, schedule = _TRAINED[name]
+    return NetworkDenoiser(network, schedule, prediction_type, call=backbone_call(network)).eval()
+
+
+def vae(seed: int = 0, **changes: Any) -> nn.Module:
+    """Returns a tiny `AutoencoderKL`: 4 latent channels at half the side of its 16x16 images."""
+    from diffusers import AutoencoderKL
+
+    config: dict[str, Any] = {
+        "block_out_channels": (32, 64),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "latent_channels": 4,
+        "norm_num_groups": 8,
+        "sample_size": 16,
+    }
+    return seeded(lambda: AutoencoderKL(**{**config, **changes}), seed)
+
+
+def text_encoder(seed: int = 0, *, projection: bool = False, **changes: Any) -> nn.Module:
+    """Returns a tiny CLIP text encoder of width 32 for the vocabulary of `tokenizer`."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config: dict[str, Any] = {
+        "vocab_size": 514,
+        "hidden_size": 32,
+        "intermediate_size": 37,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 77,
+        "projection_dim": 32,
+        "bos_token_id": 512,
+        "eos_token_id": 513,
+        "pad_token_id": 1,
+    }
+    kind = CLIPTextModelWithProjection if projection else CLIPTextModel
+    return seeded(lambda: kind(CLIPTextConfig(**{**config, **changes})), seed)
+
+
+def tokenizer(pad_token: str = "<|endoftext|>") -> Any:
+    """Returns a CLIP tokenizer whose words are single bytes: 514 entries, no merges."""
+    from transformers import CLIPTokenizer
+
+    letters = byte_letters()
+    entries = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {entry: index for index, entry in enumerate(entries)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], pad_token=pad_token, model_max_length=77)
+
+
+def byte_letters() -> list[str]:
+    """Returns the 256 printable letters that stand for bytes in byte-level vocabularies, in CLIP's order."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
+
+
+def pipeline(name: Literal["sd15", "sdxl"], seed: int = 0) -> Any:
+    """Returns a whole tiny Stable Diffusion or SDXL pipeline of the diffusers library."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    parts = {"vae": vae(seed), "unet": backbone(name, seed), "scheduler": scheduler, "tokenizer": tokenizer()}
+    parts["text_encoder"] = text_encoder(seed)
+    if name == "sd15":
+        return StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    second = {"tokenizer_2": tokenizer("!"), "text_encoder_2": text_encoder(seed + 1, projection=True)}
+    return StableDiffusionXLPipeline(**parts, **second)
+
+
+def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """Builds a module with its own random stream, fills matrices of zeros, and returns it frozen in `eval()`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = build()
+        with torch.no_grad():
+            for parameter in module.parameters():
+                if parameter.ndim > 1 and not parameter.any():
+                    parameter.normal_(0, 0.1)
+    return module.eval().requires_grad_(False)

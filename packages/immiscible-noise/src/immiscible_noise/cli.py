@@ -96,11 +96,13 @@ def train(
     loaded, inputs = _load(data, images, runtime, need_labels=training.class_conditional)
     folder = output.out or Path("runs") / f"train-{data.stem}-{arm.name}"
     if output.dry_run:
-        return _plan(loaded, training, [arm.name], 1, folder)
+        return _plan(loaded, training, [arm.name], 1, folder, output.json)
     with _open(folder, "train", config, inputs, output) as opened:
         if not opened.finished:
             recipe = train_model(loaded, opened, arm, training, runtime)
-            opened.finish({"arm": recipe.arm.name, "steps": training.steps, "images": len(loaded.images)})
+            if not opened.leading:
+                return 0
+            opened.finish({"arm": recipe.arm.name, "steps": training.steps, "images": len(loaded)})
             write_page(opened)
         emit(opened.result | {"folder": str(folder)}, output.json)
     return 0
@@ -176,7 +178,7 @@ def compare(
     loaded, inputs = _load(data, images, runtime, need_labels=training.class_conditional)
     folder = output.out or Path("runs") / f"compare-{data.stem}"
     if output.dry_run:
-        return _plan(loaded, training, [arm.name for arm in chosen], seeds, folder)
+        return _plan(loaded, training, [arm.name for arm in chosen], seeds, folder, output.json)
     with _open(folder, "compare", config, inputs, output) as opened:
         if not opened.finished:
             first = runtime.seed
@@ -305,7 +307,7 @@ def _load(
     return images, {printable(data.name): input_hash(data)}
 
 
-def _plan(images: "ImageSet", training: TrainSettings, arms: list[str], seeds: int, folder: Path) -> int:
+def _plan(images: "ImageSet", training: TrainSettings, arms: list[str], seeds: int, folder: Path, json: bool) -> int:
     """Prints what a command would do."""
     from immiscible_noise.train import recipe_for
 
@@ -327,6 +329,7 @@ def _plan(images: "ImageSet", training: TrainSettings, arms: list[str], seeds: i
             "megabytes_of_weights_in_memory": round(parameters * 4 * 5 / 1e6, 1),
             "megabytes_on_disk": round(runs * parameters * 4 * (len(training.snapshot_steps) + 4) / 1e6, 1),
             "writes": folder,
-        }
+        },
+        json,
     )
     return 0

@@ -36,7 +36,13 @@ def diagnose_images(
     gallery = make_gallery(images, scale, batch_size=max(batch_sizes), seed=seed)
     distances = {f"distances/{name}": values for name, values in gallery.distances.items()}
     pictures = {"images": gallery.images, "independent": gallery.independent, "assigned": gallery.assigned}
-    run.save("gallery", pictures | distances, batch_size=gallery.batch_size, rounds=gallery.rounds)
+    run.save(
+        "gallery",
+        pictures | distances,
+        batch_size=gallery.batch_size,
+        rounds=gallery.rounds,
+        pairings=list(gallery.distances),
+    )
     rows = _rows(diagnosis)
     run.save("diagnosis", {}, rows=rows, recommendation=asdict(diagnosis.recommendation))
     run.table("diagnosis", rows)

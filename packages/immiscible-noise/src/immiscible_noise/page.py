@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ _NAMES = {
     "knn": "nearest of 4",
     "knn-inner": "nearest of 4, inner product",
 }
+_COLUMNS = {"main_direction_variance": "variance, main axis", "leak_error": "± leak", "frechet": "Fréchet distance"}
 _CONDITIONS = {"assignment": "Labels respected", "ignore": "Labels ignored", "vanilla": "No assignment"}
 _MAY = (
     "Where the curves of one number of solver steps separate by more than their bands, the arms differ on these data, "
@@ -46,7 +48,7 @@ def write_page(run: Run) -> Path:
     report = Report(_title(run), run)
     compared, diagnosed, trained = (_has(run.folder, part) for part in ("comparison", "diagnosis", "recipe"))
     if compared:
-        _add_comparison(report, run, run.folder, "")
+        _add_comparison(report, run, run.folder)
     if diagnosed:
         _add_diagnosis(report, run, answers=not compared)
     if trained:
@@ -62,7 +64,7 @@ def _write_demo_page(run: Run) -> Path:
     free, conditional = run.folder / "unconditional", run.folder / "conditional"
     compared = _has(free, "comparison") and _has(conditional, "comparison")
     if compared:
-        _add_comparison(report, run, free, "unconditional: ")
+        _add_comparison(report, run, free)
         study = Comparison.load(conditional)
         report.section("With labels as the condition")
         report.text(_condition_sentence(study))
@@ -124,10 +126,10 @@ def _title(run: Run) -> str:
     return titles.get(verb, "Immiscible noise")
 
 
-def _add_comparison(report: Report, run: Run, folder: Path, prefix: str) -> None:
+def _add_comparison(report: Report, run: Run, folder: Path) -> None:
     study = Comparison.load(folder)
     seeds = len({s.seed for s in study.scores})
-    report.answer(prefix.capitalize() + verdict(study) if prefix else verdict(study))
+    report.answer(verdict(study))
     report.section("Fréchet distance")
     band = f"mean of {seeds} seeds, band from least to greatest" if seeds > 1 else "one seed"
     report.figure(
@@ -181,7 +183,7 @@ def _add_diagnosis(report: Report, run: Run, *, answers: bool) -> None:
         columns=len(pictures["images"]),
         row_labels=["image", "independent", "assigned"],
     )
-    distances = {name.removeprefix("distances/"): v for name, v in pictures.items() if name.startswith("distances/")}
+    distances = {name: pictures[f"distances/{name}"] for name in gallery.fields["pairings"]}
     pairs = len(next(iter(distances.values())))
     figure = histogram(distances, x_label="L2 distance between image and noise")
     report.figure(run.figure("distances", figure), f"Distances between image and noise, {pairs:,} pairs each.")
@@ -193,10 +195,10 @@ def _add_training(report: Report, run: Run) -> None:
     recipe = run.load("recipe").fields
     report.section("Training")
     rows = [json.loads(line) for line in (run.folder / "log.jsonl").read_text("utf-8").splitlines()]
-    losses = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
-    if losses:
-        steps, values = zip(*losses, strict=True)
-        figure = lines_with_band([Series("loss", steps, values)], x_label="step", y_label="loss", log_y=True)
+    rows = [row for row in rows if row.get("loss") is not None]
+    if rows:
+        loss = Series("loss", [row["step"] for row in rows], [row["loss"] for row in rows])
+        figure = lines_with_band([loss], x_label="step", y_label="loss", log_y=True)
         report.figure(
             run.figure("loss", figure),
             "Training loss of single batches. Losses of different arms cannot be compared: assigned noise is easier to "
@@ -213,10 +215,21 @@ def verdict(study: Comparison) -> str:
     arms = [arm for arm in study.arms() if arm != "vanilla"]
     if "vanilla" not in study.arms() or not arms:
         arm = study.arms()[0]
-        mean = sum(s.frechet for s in study.final(arm, steps)) / len(study.final(arm, steps))
-        return f"{_NAMES.get(arm, arm)}: Fréchet distance {mean:.3g} at {steps} solver steps."
-    parts = [f"{_NAMES.get(arm, arm)} {study.ratio(arm, steps)[0]:.2f}" for arm in arms]
-    return f"At {steps} solver steps, Fréchet distance over that of vanilla training: {'; '.join(parts)}."
+        return f"{_NAMES.get(arm, arm)}: Fréchet distance {_mean_final(study, arm, steps):.3g} at {steps} solver steps."
+    vanilla = _mean_final(study, "vanilla", steps)
+    parts = [
+        f"{_NAMES.get(arm, arm)} {_mean_final(study, arm, steps):.3g} ({_ratio(study, arm, steps)})" for arm in arms
+    ]
+    return f"Fréchet distance at {steps} solver steps: vanilla {vanilla:.3g}, {', '.join(parts)}."
+
+
+def _mean_final(study: Comparison, arm: str, steps: int) -> float:
+    return mean(s.frechet for s in study.final(arm, steps))
+
+
+def _ratio(study: Comparison, arm: str, steps: int) -> str:
+    ratio, deviation = study.ratio(arm, steps)
+    return f"{ratio:.2f}×" if deviation is None else f"{ratio:.2f} ± {deviation:.2f}×"
 
 
 def _condition_sentence(study: Comparison) -> str:
@@ -253,10 +266,14 @@ def _at(scores: Sequence[Any], seed: int, samples_seen: int) -> float:
 
 
 def _readable(row: dict[str, Any]) -> dict[str, Any]:
-    return {name.replace("_", " "): _NAMES.get(value, value) if name == "arm" else value for name, value in row.items()}
+    return {
+        _COLUMNS.get(name, name.replace("_", " ")): _NAMES.get(value, value) if name == "arm" else value
+        for name, value in row.items()
+        if value is not None
+    }
 
 
-def _rows_of(grids: dict[str, Tensor], columns: int = 20) -> tuple[Tensor, list[str]]:
+def _rows_of(grids: dict[str, Tensor], columns: int = 12) -> tuple[Tensor, list[str]]:
     names = list(grids)
     return torch.cat([grids[name][:columns] for name in names]), names
 

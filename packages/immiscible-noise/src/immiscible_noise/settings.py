@@ -108,7 +108,7 @@ class TrainSettings:
     class_conditional: bool = False
     normalisation: Literal["symmetric", "standard"] = "symmetric"
     snapshots: int = 4
-    gradient_clip: Annotated[float, Parameter(help="Largest gradient norm; 0 clips nothing.")] = 0.0
+    gradient_clip: float = 0.0
     checkpoint_every: int = 500
 
     def __post_init__(self) -> None:
@@ -143,7 +143,7 @@ class EvaluationSettings:
         sampling_batch: Samples per forward pass.
     """
 
-    sampling_steps: tuple[int, ...] = (5, 10, 50)
+    sampling_steps: Annotated[tuple[int, ...], Parameter(consume_multiple=True)] = (5, 10, 50)
     num_samples: int = 3000
     eta: float = 0.0
     sampling_batch: int = 1000

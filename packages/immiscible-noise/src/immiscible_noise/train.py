@@ -55,7 +55,7 @@ class PixelScale:
         return (images - self.mean) / self.std
 
     def decode(self, x0: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Maps x0 to images. Not clamped: where pixels pile up at black, clamping samples would shift their statistics."""
+        """Maps x0 to images, unclamped: where real pixels pile up at black, clamping would shift statistics."""
         return x0 * self.std + self.mean
 
 

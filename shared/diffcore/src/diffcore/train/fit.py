@@ -89,7 +89,7 @@ def _run(trainer: L.Trainer, module: L.LightningModule, data: StepData, checkpoi
     """Calls Lightning and undoes what it makes of signals."""
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    except SIGTERMException:
+    except (_StopRequested, SIGTERMException):
         pass  # the signal is raised again once all is written
     except SystemExit as error:
         if trainer.interrupted:  # Ctrl-C, turned into exit code 1
@@ -117,6 +117,10 @@ def _steps_done(checkpoint: Path | None) -> int:
     return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
 
 
+class _StopRequested(BaseException):
+    """Ends the fit after a step whose checkpoint is written."""
+
+
 class _CheckpointKeeper(L.Callback):
     """Writes the checkpoint to resume from: every so many steps, when asked to stop, and never after a bad loss."""
 
@@ -137,7 +141,9 @@ class _CheckpointKeeper(L.Callback):
             raise MachineError(_bad_loss(pl_module, step, self.path))
         self._finite = None
         trainer.save_checkpoint(self.path)
-        trainer.should_stop = trainer.should_stop or self.stop_requested
+        if self.stop_requested:
+            # Not trainer.should_stop: it would log a line that an uninterrupted run does not have.
+            raise _StopRequested
 
 
 def _bad_loss(module: nn.Module, step: int, checkpoint: Path) -> str:

@@ -1,0 +1,370 @@
+"""The commands from end to end on a small folder of images: results, resuming, bad input."""
+
+import json
+import logging
+import os
+import random
+import re
+import resource
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffcore import artifact
+from diffcore.cli import main
+from immiscible_noise.cli import app
+
+
+def small(**changes: object) -> list[str]:
+    """Returns the options of a training that takes a moment."""
+    options = {"steps": 12, "batch-size": 16, "width": 16, "snapshots": 2, "checkpoint-every": 4} | changes
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+SMALL = small()
+QUICK = ["--num-samples", "40", "--sampling-steps", "2", "3"]
+
+
+def paint(folder: Path, *, classes: int = 2, count: int = 20, size: int = 8) -> Path:
+    """Writes images whose brightness is on the left in one class and on the right in the other."""
+    rng = np.random.default_rng(0)
+    for label in range(classes):
+        (folder / f"class{label}").mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 60, (size, size, 3), dtype=np.uint8)
+            half = slice(0, size // 2) if label % 2 == 0 else slice(size // 2, None)
+            pixels[:, half] += 160
+            Image.fromarray(pixels).save(folder / f"class{label}" / f"{i:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def painted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return paint(tmp_path_factory.mktemp("data") / "painted")
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was(request: pytest.FixtureRequest) -> None:
+    """The console script logs to the standard error of its moment, which a test replaces."""
+    root = logging.getLogger()
+    request.addfinalizer(partial(setattr, root, "handlers", list(root.handlers)))  # noqa: PT021  one line, no generator
+
+
+def run(*tokens: object) -> int:
+    return app([str(token) for token in tokens])
+
+
+def weights(folder: Path, step: int = 12) -> dict[str, torch.Tensor]:
+    return artifact.load(folder / "parts" / f"snapshot-{step:08d}").tensors
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--method", "vanilla", "--objective", "ddpm"],
+        ["--method", "assignment", "--objective", "edm", "--class-conditional"],
+        ["--method", "knn", "--objective", "flow", "--normalisation", "standard"],
+        ["--strength", "0.5", "--network", "unet", "--warmup", "3", "--gradient-clip", "1"],
+    ],
+    ids=lambda options: "-".join(options[1::2]),
+)
+def test_train_writes_weights_pictures_and_a_report(painted: Path, tmp_path: Path, options: list[str]):
+    out = tmp_path / "run"
+    assert run("train", painted, "--out", out, *options, *SMALL) == 0
+    assert all(value.isfinite().all() for value in weights(out).values())
+    assert any(not torch.equal(weights(out)[name], weights(out, 6)[name]) for name in weights(out))
+    assert (out / "figures" / "samples.png").stat().st_size > 1000
+    assert "<script" not in (out / "report.html").read_text()
+    assert json.loads((out / "run.json").read_text())["status"] == "finished"
+
+
+def test_arms_of_one_seed_share_weights_order_and_noise(painted: Path, tmp_path: Path):
+    """With strength 0 the assignment is vanilla to the last bit: nothing else may differ between arms."""
+    for name, options in {
+        "vanilla": ["--method", "vanilla"],
+        "off": ["--method", "assignment", "--strength", "0"],
+        "on": ["--method", "assignment"],
+    }.items():
+        assert run("train", painted, "--out", tmp_path / name, *options, *SMALL) == 0
+    assert_same(weights(tmp_path / "vanilla"), weights(tmp_path / "off"))
+    assert any(
+        not torch.equal(value, weights(tmp_path / "on")[name]) for name, value in weights(tmp_path / "vanilla").items()
+    )
+
+
+def test_evaluate_measures_every_snapshot_and_tells_its_features(
+    painted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "run"
+    run("train", painted, "--out", out, "--class-conditional", *SMALL)
+    capsys.readouterr()
+    assert run("evaluate", out, painted, "--json", *QUICK) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["frechet"]) == {"assignment, 2 steps", "assignment, 3 steps"}
+    assert re.fullmatch(r"classifier [0-9a-f]{12}, held-out accuracy \d+\.\d%, 32 features", result["features"])
+    assert 0 <= result["accuracy"]["assignment, 2 steps"] <= 1
+    table = (out / "evaluation" / "tables" / "scores.csv").read_text().splitlines()
+    assert len(table) == 1 + 2 * 2
+    assert (out / "evaluation" / "report.html").exists()
+
+
+def test_evaluate_warns_where_sampling_is_biased(painted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    for method in ("assignment", "vanilla"):
+        run("train", painted, "--out", tmp_path / method, "--method", method, *SMALL)
+        caplog.clear()
+        assert run("evaluate", tmp_path / method, painted, "--eta", "1", *QUICK) == 0
+        warned = [record for record in caplog.records if "stochastic sampling" in record.message]
+        assert bool(warned) == (method == "assignment")
+
+
+def test_compare_shows_all_arms_and_resumes_what_is_done(
+    painted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "study"
+    command = ["compare", painted, "--arms", "vanilla", "assignment", "--seeds", "2", "--out", out, *SMALL, *QUICK]
+    assert run(*command, "--json") == 0
+    first = json.loads(capsys.readouterr().out)
+    assert set(first["ratio"]) == {"assignment / vanilla, 2 steps", "assignment / vanilla, 3 steps"}
+    assert first["seeds"] == 2
+    written = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    assert run(*command, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == first
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == written
+    for figure in ("curves", "final", "distances"):
+        assert (out / "figures" / f"{figure}.png").exists()
+    (out / "report.html").unlink()
+    assert run("report", out) == 0
+    assert "What may not" in (out / "report.html").read_text()
+
+
+def test_diagnose_recommends_and_measures_the_leak(painted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert run("diagnose", painted, "--batch-sizes", "8", "32", "--out", tmp_path / "d", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["pairing"] == "blocks"
+    assert result["leak"]["assignment, batch 32"] > 0.7 > result["leak"]["blocks, batch 32"]
+    assert result["reduction"]["assignment, batch 32"] > result["reduction"]["assignment, batch 8"] > 0
+
+
+def test_a_plan_writes_nothing(painted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert run("compare", painted, "--out", tmp_path / "x", "--seeds", "2", "--dry-run", "--json", *SMALL) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["trainings"] == 6
+    assert plan["parameters"] > 1000
+    assert not (tmp_path / "x").exists()
+
+
+def start(*tokens: object, limit: int | None = None) -> int:
+    """Runs the console script in a forked process, whose standard error goes to a file; returns the process's id."""
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            if limit is not None:
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            code = main(app, [str(token) for token in tokens])
+        finally:
+            os._exit(code)
+    return child
+
+
+def exit_code(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def wait_for(path: Path, child: int) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "the command ended before it wrote a checkpoint"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)  # polls for another process's file
+
+
+LONG = ["--method", "assignment", *small(steps=200, **{"checkpoint-every": 5})]
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(painted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert run("train", painted, "--out", out, *LONG) == 0
+    return out
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["kill", "int", "term"]
+)
+def test_an_interrupted_training_continues_to_the_same_weights(
+    painted: Path, uninterrupted: Path, tmp_path: Path, number: int, code: int
+):
+    out = tmp_path / "cut"
+    child = start("train", painted, "--out", out, *LONG)
+    wait_for(out / "checkpoints" / "last.ckpt", child)
+    os.kill(child, number)
+    assert exit_code(child) == code
+    assert not (out / "result.json").exists()
+    assert run("train", painted, "--out", out, *LONG) == 0
+    assert_same(weights(out, 200), weights(uninterrupted, 200))
+    assert (out / "log.jsonl").read_text() == (uninterrupted / "log.jsonl").read_text()
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize("moment", range(50 if os.environ.get("RELIABILITY") == "long" else 4))
+def test_a_training_killed_at_any_moment_continues_to_the_same_weights(
+    painted: Path, uninterrupted: Path, tmp_path: Path, moment: int
+):
+    out = tmp_path / "cut"
+    child = start("train", painted, "--out", out, *LONG)
+    time.sleep(random.Random(moment).uniform(0, 3.0))  # the moment itself is what is tested
+    os.kill(child, signal.SIGKILL)
+    exit_code(child)
+    assert run("train", painted, "--out", out, *LONG) == 0
+    assert_same(weights(out, 200), weights(uninterrupted, 200))
+
+
+def test_two_processes_train_as_one(painted: Path, tmp_path: Path):
+    """Vanilla, so that nothing depends on which rows share a rank; assignment works on each rank's share."""
+    command = ["train", painted, "--method", "vanilla", "--device", "cpu", *SMALL]
+    assert run(*command, "--out", tmp_path / "one") == 0
+    child = start(*command, "--out", tmp_path / "two", "--devices", "2", "--strategy", "ddp_fork")
+    assert exit_code(child) == 0
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=1e-5, rtol=1e-4)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *tokens: object, code: int = 2) -> str:
+    """Runs a command as the console script does, requires its exit code, and returns its message."""
+    assert main(app, [str(token) for token in tokens]) == code
+    shown = capsys.readouterr().err
+    assert "Traceback" not in shown
+    return " ".join(shown.split())
+
+
+def test_an_empty_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "empty").mkdir()
+    assert "empty" in refused(capsys, "train", tmp_path / "empty", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_such_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert "nowhere" in refused(capsys, "diagnose", tmp_path / "nowhere")
+
+
+def test_a_text_file_named_png_and_a_truncated_jpeg_are_left_out_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+):
+    data = paint(tmp_path / "data")
+    (data / "class0" / "text.png").write_text("not a picture")
+    whole = tmp_path / "whole.jpg"
+    Image.effect_noise((64, 64), 80).convert("RGB").save(whole)
+    (data / "class1" / "cut.jpg").write_bytes(whole.read_bytes()[:900])
+    assert run("train", data, "--out", tmp_path / "out", *SMALL) == 0
+    told = " ".join(record.getMessage() for record in caplog.records)
+    assert "class0/text.png" in told
+    assert "class1/cut.jpg" in told
+    assert "text.png" in refused(capsys, "train", data, "--strict", "--out", tmp_path / "strict", *SMALL)
+
+
+def test_mixed_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    data = paint(tmp_path / "data")
+    Image.new("RGB", (12, 10)).save(data / "class1" / "odd.png")
+    message = refused(capsys, "train", data, "--out", tmp_path / "out", *SMALL)
+    assert "odd.png is 12 x 10" in message
+    assert "--size" in message
+    assert run("train", data, "--size", "8", "--out", tmp_path / "out", *SMALL) == 0
+
+
+def test_images_that_are_not_square(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (12, 10)).save(tmp_path / "data" / "wide.png")
+    assert "--size 10" in refused(capsys, "diagnose", tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("--batch-size", "0", "--batch-size is 0"),
+        ("--k", "0", "--k is 0"),
+        ("--strength", "1.5", "--strength is 1.5"),
+        ("--steps", "0", "--steps is 0"),
+        ("--learning-rate", "0", "--learning-rate is 0"),
+        ("--devices", "0", "--devices is 0"),
+        ("--method", "asignment", "asignment"),
+        ("--strenght", "1", "--strength"),
+    ],
+)
+def test_options_out_of_range(painted: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, told: str):
+    assert told in refused(capsys, "train", painted, option, value)
+
+
+def test_a_batch_of_one_trains(painted: Path, tmp_path: Path):
+    assert run("train", painted, "--out", tmp_path / "out", *small(**{"batch-size": 1})) == 0
+
+
+def test_a_batch_larger_than_the_data_trains(painted: Path, tmp_path: Path):
+    assert run("train", painted, "--out", tmp_path / "out", *small(**{"batch-size": 100})) == 0
+
+
+def test_labels_asked_for_where_there_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "flat").mkdir()
+    for i in range(3):
+        Image.new("RGB", (8, 8), (i, i, i)).save(tmp_path / "flat" / f"{i}.png")
+    assert "no sub-folders" in refused(capsys, "train", tmp_path / "flat", "--class-conditional", *SMALL)
+
+
+def test_a_run_folder_of_other_settings(painted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "run"
+    run("train", painted, "--out", out, *SMALL)
+    before = (out / "run.json").read_bytes()
+    message = refused(capsys, "train", painted, "--out", out, *SMALL, "--learning-rate", "0.01")
+    assert "learning_rate: 0.001 -> 0.01" in message
+    assert (out / "run.json").read_bytes() == before
+    assert run("train", painted, "--out", out, "--restart", *SMALL, "--learning-rate", "0.01") == 0
+    assert (tmp_path / "run.old-1" / "run.json").read_bytes() == before
+
+
+def test_output_that_cannot_be_written(painted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "file").write_text("in the way")
+    assert "is a file" in refused(capsys, "train", painted, "--out", tmp_path / "file", *SMALL)
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_folder_that_is_no_training_run(painted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert "no run of 'immiscible-noise train'" in refused(
+        capsys, "evaluate", painted, painted, "--out", tmp_path / "e"
+    )
+
+
+def test_a_model_of_another_size(painted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run("train", painted, "--out", tmp_path / "run", *SMALL)
+    message = refused(capsys, "evaluate", tmp_path / "run", painted, "--size", "16", "--out", tmp_path / "e", *QUICK)
+    assert "--size 8" in message
+
+
+def test_an_unknown_arm(painted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert "choose from vanilla" in refused(capsys, "compare", painted, "--arms", "best", "--out", tmp_path / "c")
+
+
+def test_a_full_disk_is_the_machines_fault_and_loses_nothing(
+    painted: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    """A file-size limit stands in for the full disk: the first checkpoint does not fit under it."""
+    command = ["train", painted, "--out", tmp_path / "run", *small(width=64)]
+    child = start(*command, limit=60_000)
+    assert exit_code(child) == 3
+    assert "Traceback" not in capfd.readouterr().err
+    assert run(*command) == 0
+    assert run("train", painted, "--out", tmp_path / "whole", *small(width=64)) == 0
+    assert_same(weights(tmp_path / "run"), weights(tmp_path / "whole"))

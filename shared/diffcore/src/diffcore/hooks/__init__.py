@@ -1,0 +1,21 @@
+"""Looking into a network while it runs, and changing it, without touching its code: sites, activations, edits, maps."""
+
+from diffcore.hooks.attach import clear
+from diffcore.hooks.attention import NamedReduction, Reduction, attention_probs
+from diffcore.hooks.capture import Activations, capture
+from diffcore.hooks.intervene import Branch, Edit, intervene
+from diffcore.hooks.match import Site, match
+
+__all__ = [
+    "Activations",
+    "Branch",
+    "Edit",
+    "NamedReduction",
+    "Reduction",
+    "Site",
+    "attention_probs",
+    "capture",
+    "clear",
+    "intervene",
+    "match",
+]

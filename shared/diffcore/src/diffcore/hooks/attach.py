@@ -1,0 +1,199 @@
+"""Forward hooks on modules: who can carry them, how a site's tensor is read and replaced, how they come off."""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from diffcore.errors import IncompatibleModelError
+from diffcore.hooks.match import Site
+
+Visit = Callable[[Tensor], Tensor | None]
+"""What happens at a site: None leaves the network alone, a tensor takes the place of the one seen."""
+
+_OURS = "set_by_diffcore"
+_FUSED_INTO = {
+    "to_qkv": {"to_q", "to_k", "to_v"},
+    "to_kv": {"to_k", "to_v"},
+    "to_added_qkv": {"add_q_proj", "add_k_proj", "add_v_proj"},
+}
+
+
+def require_hookable(model: nn.Module, *, stop: bool = False) -> None:
+    """Raises where hooks would stay silent or do harm: compiled, replicated and, for `stop`, sharded networks.
+
+    Raises:
+        IncompatibleModelError: Names the module and says what to do.
+    """
+    for name, module in model.named_modules():
+        where = f"{type(model).__name__}{f' ({name})' if name else ''}"
+        kinds = {kind.__name__ for kind in type(module).__mro__}
+        if "OptimizedModule" in kinds or getattr(module, "_compiled_call_impl", None) is not None:
+            raise IncompatibleModelError(f"{where} is compiled, and hooks on it stay silent; use it before compiling")
+        devices = getattr(module, "device_ids", None) or ()
+        if "DataParallel" in kinds and len(devices) > 1:
+            raise IncompatibleModelError(f"{where} runs on {len(devices)} devices at once; use its .module on one")
+        if stop and kinds & {"FullyShardedDataParallel", "FSDPModule"}:
+            raise IncompatibleModelError(
+                f"{where} is sharded (FSDP), and a forward pass that ends early would leave it gathered; use stop=False"
+            )
+
+
+def require_unfused(model: nn.Module, sites: Iterable[tuple[Site, nn.Module]]) -> None:
+    """Raises where a site is a projection that fusing has put out of use; its module is still there, but silent.
+
+    Raises:
+        IncompatibleModelError: Names the site.
+    """
+    silent = {
+        id(getattr(module, part))
+        for module in model.modules()
+        if _is_fused(module)
+        for fused, parts in _FUSED_INTO.items()
+        if getattr(module, fused, None) is not None
+        for part in parts
+        if getattr(module, part, None) is not None
+    }
+    for site, module in sites:
+        if id(module) in silent:
+            raise IncompatibleModelError(
+                f"{site.module!r} is never called while projections are fused; call unfuse_qkv_projections()"
+            )
+
+
+def in_backward() -> bool:
+    """Returns whether autograd runs a backward pass on this thread: gradient checkpointing then calls modules again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def this_thread() -> Callable[[], bool]:
+    """Returns a question: is this the thread that asked for it? Hooks fire for every thread that uses the network."""
+    entered = threading.get_ident()
+    return lambda: threading.get_ident() == entered
+
+
+@contextmanager
+def attached(visits: Iterable[tuple[Site, nn.Module, Visit]], *, prepend: bool = False) -> Iterator[None]:
+    """Visits the sites while the block runs; every hook is taken off when it ends, however it ends."""
+    with ExitStack() as stack:
+        for site, module, visit in visits:
+            on = _on_input(site, visit) if site.at == "input" else _on_output(site, visit)
+            stack.callback(put_on(module, on, before=site.at == "input", prepend=prepend).remove)
+        yield
+
+
+def put_on(module: nn.Module, hook: Callable[..., Any], *, before: bool, prepend: bool = False) -> RemovableHandle:
+    """Registers a forward hook that `clear` knows as ours.
+
+    Args:
+        module: What to hook.
+        hook: Called as (module, args, kwargs) before the module runs, or as (module, args, output) after it.
+        before: Which of the two.
+        prepend: Ahead of the hooks that are there.
+    """
+    setattr(hook, _OURS, True)
+    if before:
+        return module.register_forward_pre_hook(hook, prepend=prepend, with_kwargs=True)
+    return module.register_forward_hook(hook, prepend=prepend)
+
+
+def clear(model: nn.Module) -> None:
+    """Removes every hook of ours from a network, after an accident that left some; others' hooks stay."""
+    for module in model.modules():
+        for hooks, companions in (
+            (module._forward_pre_hooks, [module._forward_pre_hooks_with_kwargs]),
+            (module._forward_hooks, [module._forward_hooks_with_kwargs, module._forward_hooks_always_called]),
+        ):
+            for key in [key for key, hook in hooks.items() if hasattr(hook, _OURS)]:
+                del hooks[key]
+                for companion in companions:
+                    companion.pop(key, None)
+
+
+def _is_fused(module: nn.Module) -> bool:
+    # Some networks keep the flag after unfusing and only change the processor back; those with `unfuse_projections`
+    # have one processor for both.
+    switched = type(getattr(module, "processor", None)).__name__.startswith("Fused")
+    return bool(getattr(module, "fused_projections", False)) and (switched or hasattr(module, "unfuse_projections"))
+
+
+def _on_output(site: Site, visit: Visit) -> Callable[..., Any]:
+    path = site.path
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        del module, args
+        # The usual case first: this runs on every module of large networks.
+        if isinstance(output, Tensor) and not path:
+            return visit(output)
+        route = path or _first_tensor(output, site)
+        seen = visit(_read(output, route, site))
+        return None if seen is None else _write(output, route, seen)
+
+    return hook
+
+
+def _on_input(site: Site, visit: Visit) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        del module
+        for index, value in enumerate(args):
+            if isinstance(value, Tensor):
+                new = visit(value)
+                return None if new is None else ((*args[:index], new, *args[index + 1 :]), kwargs)
+        for name, value in kwargs.items():
+            if isinstance(value, Tensor):
+                new = visit(value)
+                return None if new is None else (args, {**kwargs, name: new})
+        raise TypeError(f"{site.module!r} was called without a tensor among its arguments")
+
+    return hook
+
+
+def _elements(output: Any) -> list[Any] | None:
+    """Returns the parts of a tuple, a list or one of the output classes that networks return."""
+    if isinstance(output, tuple | list):
+        return list(output)
+    if is_dataclass(output) and not isinstance(output, type):
+        return [getattr(output, field.name) for field in fields(output)]
+    return None
+
+
+def _first_tensor(output: Any, site: Site) -> tuple[int, ...]:
+    for index, element in enumerate(_elements(output) or []):
+        if isinstance(element, Tensor):
+            return (index,)
+    raise TypeError(f"{site.module!r} returned {type(output).__name__} without a tensor in it")
+
+
+def _read(output: Any, path: tuple[int, ...], site: Site) -> Tensor:
+    value = output
+    for index in path:
+        elements = _elements(value)
+        if elements is None or index >= len(elements):
+            raise TypeError(f"{site.module!r} has no {site.at}: it returned {_outline(output)}")
+        value = elements[index]
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{site.at} of {site.module!r} is {_outline(value)}, not a tensor")
+    return value
+
+
+def _write(output: Any, path: tuple[int, ...], new: Tensor) -> Any:
+    """Returns a copy of a module's output with one tensor replaced."""
+    if not path:
+        return new
+    elements = _elements(output) or []
+    elements[path[0]] = _write(elements[path[0]], path[1:], new)
+    if is_dataclass(output) and not isinstance(output, type):
+        return replace(output, **{fields(output)[path[0]].name: elements[path[0]]})
+    kind: Any = type(output)
+    return kind(*elements) if hasattr(output, "_fields") else kind(elements)
+
+
+def _outline(value: Any) -> str:
+    kind = type(value).__name__
+    elements = _elements(value)
+    return kind if elements is None else f"{kind} of {len(elements)}"

@@ -1,0 +1,104 @@
+"""Activations of a network, caught while it runs."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from diffcore.errors import NoMatchError, printable
+from diffcore.hooks.attach import Visit, attached, in_backward, require_hookable, require_unfused, this_thread
+from diffcore.hooks.match import Site, resolve
+
+
+class Activations(dict[str, Tensor]):
+    """What the sites of a block gave, by name: the first firing of each.
+
+    Attributes:
+        calls: All firings of each site, in order; a module that a forward pass calls twice has two per pass.
+        silent: Names that have not fired.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__()
+        self.calls: dict[str, list[Tensor]] = {name: [] for name in names}
+        self.silent: set[str] = set(self.calls)
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Keeps a value of a site that fired."""
+        self.setdefault(name, value)
+        self.calls[name].append(value)
+
+    def __missing__(self, name: str) -> Tensor:
+        shown = f"'{printable(name, 200)}'"
+        if name in self.silent:
+            raise NoMatchError(f"{shown} was never called in this block; run the forward pass inside it")
+        if name in self.calls:
+            raise NoMatchError(f"reduce returned nothing for {shown}, so nothing was kept")
+        raise NoMatchError(f"{shown} was not captured; captured were: {', '.join(list(self.calls)[:10])}")
+
+
+class _Finished(BaseException):
+    """Ends a forward pass early; no `Exception`, so that no handler inside a network takes it for a failure."""
+
+    def __init__(self, by: Activations) -> None:
+        super().__init__()
+        self.by = by
+
+
+@contextmanager
+def capture(
+    model: nn.Module,
+    wanted: str | Site | Iterable[str | Site],
+    *,
+    reduce: Callable[[str, Tensor], Tensor | None] | None = None,
+    stop: bool = False,
+    prepend: bool = False,
+) -> Iterator[Activations]:
+    """Catches the tensors at sites while the block runs.
+
+    ``with capture(unet, "*.attn2.to_v") as activations: unet(x, t, states)``
+
+    Tensors are detached, not copied, and keep the precision of the computation. Only the thread that enters the block
+    is listened to. Under gradient checkpointing the second run, during backward, is not recorded. An edit by
+    `intervene` that was entered before is seen, one entered later is not.
+
+    Args:
+        model: The network.
+        wanted: Patterns as in `match`, sites, or a mixture.
+        reduce: Called as (name, tensor) at each firing; what it returns is kept instead of the tensor, None keeps
+            nothing. So a sweep over a whole network holds statistics instead of activations.
+        stop: Ends the forward pass, and with it the block, as soon as every site has fired once. Lines of the block
+            after the forward call are then skipped, so put only that call in it.
+        prepend: Go ahead of hooks that are there, edits among them.
+
+    Raises:
+        NoMatchError: A pattern or site is not in the network.
+        IncompatibleModelError: The network is compiled, replicated, sharded (with `stop`), or a wanted projection
+            is fused.
+    """
+    sites = resolve(model, wanted)
+    require_hookable(model, stop=stop)
+    require_unfused(model, sites)
+    activations = Activations(site.key for site, _ in sites)
+    mine = this_thread()
+
+    def visit(name: str) -> Visit:
+        def see(x: Tensor) -> None:
+            if not mine() or in_backward():
+                return
+            value = x.detach()
+            kept = value if reduce is None else reduce(name, value)
+            if kept is not None:
+                activations.add(name, kept)
+            activations.silent.discard(name)
+            if stop and not activations.silent:
+                raise _Finished(activations)
+
+        return see
+
+    try:
+        with attached([(site, module, visit(site.key)) for site, module in sites], prepend=prepend):
+            yield activations
+    except _Finished as finished:
+        if finished.by is not activations:
+            raise

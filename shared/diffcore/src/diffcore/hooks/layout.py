@@ -1,0 +1,90 @@
+"""Which queries of an attention call are places in a picture, which keys are tokens, and how high the picture is."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the two sequences of an attention call are to be read.
+
+    Attributes:
+        places: Queries that are places.
+        tokens: Keys that are tokens; where text and image attend separately, all of them.
+        grid: Height and width of the places.
+    """
+
+    places: range
+    tokens: slice
+    grid: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class NetworkCall:
+    """What the arguments of the whole network say about the sequences inside.
+
+    Attributes:
+        size: Height and width of the sample, for networks that take pictures.
+        grid: Height and width in places, for networks that take sequences with positions (Flux).
+        num_text: Text tokens.
+    """
+
+    size: tuple[int, int] | None = None
+    grid: tuple[int, int] | None = None
+    num_text: int | None = None
+
+
+def network_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> NetworkCall:
+    """Reads the arguments of a network."""
+    pictures = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim == 4)
+    picture = next(pictures, None)
+    text, positions = kwargs.get("encoder_hidden_states"), kwargs.get("img_ids")
+    return NetworkCall(
+        size=None if picture is None else (picture.shape[2], picture.shape[3]),
+        grid=None if positions is None else (int(positions[..., 1].max()) + 1, int(positions[..., 2].max()) + 1),
+        num_text=None if text is None else text.shape[1],
+    )
+
+
+def layout(
+    network: NetworkCall, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], num_queries: int
+) -> Layout:
+    """Reads one attention call: image first and text after in SD3, text first in Flux, no mixture elsewhere.
+
+    Args:
+        network: The call of the network around it.
+        module: The attention module.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        num_queries: Length of the query sequence.
+
+    Raises:
+        ValueError: The number of text tokens, or height and width, cannot be told.
+    """
+    places, tokens = range(num_queries), slice(None)
+    if any(kind.__name__ == "FluxAttention" for kind in type(module).__mro__):
+        if network.num_text is None:
+            raise ValueError("image and text cannot be told apart; call the network with encoder_hidden_states=")
+        places, tokens = range(network.num_text, num_queries), slice(0, network.num_text)
+    elif getattr(module, "add_k_proj", None) is not None and kwargs.get("encoder_hidden_states") is not None:
+        num_places = num_queries - kwargs["encoder_hidden_states"].shape[1]
+        places, tokens = range(num_places), slice(num_places, num_queries)
+    hidden = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    return Layout(places, tokens, _grid(network, hidden, len(places)))
+
+
+def _grid(network: NetworkCall, hidden: Tensor, num_places: int) -> tuple[int, int]:
+    if hidden.ndim == 4:
+        return hidden.shape[2], hidden.shape[3]
+    if network.grid is not None and math.prod(network.grid) == num_places:
+        return network.grid
+    height, width = network.size or (math.isqrt(num_places), math.isqrt(num_places))
+    # Patches and strides divide both sides by one number and round up.
+    for factor in range(1, max(height, width) + 1):
+        grid = (-(-height // factor), -(-width // factor))
+        if math.prod(grid) == num_places:
+            return grid
+    raise ValueError(f"{num_places} places are no picture of a {height}x{width} sample; use another reduction")

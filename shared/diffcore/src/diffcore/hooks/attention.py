@@ -33,7 +33,7 @@ def attention_probs(
     *,
     reduce: Reduction | Sequence[Reduction] | None = None,
     check: bool = False,
-    chunk_megabytes: float = 256,
+    chunk_megabytes: int = 256,
 ) -> Iterator[Activations]:
     """Computes attention maps while the block runs.
 
@@ -150,7 +150,7 @@ def _reductions(reduce: Reduction | Sequence[Reduction] | None) -> tuple[Reducti
 
 
 def _reduced(
-    name: str, call: AttentionCall, keep: Reduction | None, read_layout: Callable[[int], Layout], most_bytes: float
+    name: str, call: AttentionCall, keep: Reduction | None, read_layout: Callable[[int], Layout], most_bytes: int
 ) -> Tensor:
     queries, tokens = range(call.num_queries), slice(None)
     grid = None

@@ -147,9 +147,9 @@ def _explain(
 ) -> str:
     shown = f"'{printable(pattern, 200)}'"
     containers = [name for name in hits if _is_container(modules[name])]
-    if hits and len(containers) == len(hits):
-        if children := [name for name in modules if name in usable and name.rpartition(".")[0] in containers]:
-            return f"{shown} matches only containers of {network}, which are never called; use {_listed(children)}"
+    children = [name for name in modules if name in usable and name.rpartition(".")[0] in containers]
+    if children and len(containers) == len(hits):
+        return f"{shown} matches only containers of {network}, which are never called; use {_listed(children)}"
     candidates = [name for name in modules if name in usable]
     last = pattern.rpartition(".")[2]
     # A pattern that ends in a real name most likely errs further left.

@@ -28,11 +28,11 @@ class AttentionCall:
         """Length of the query sequence."""
         return self.query.shape[-2]
 
-    def chunks(self, queries: range, most_bytes: float) -> Iterator[range]:
+    def chunks(self, queries: range, most_bytes: int) -> Iterator[range]:
         """Yields runs of queries whose maps take at most so many bytes, but one query at least."""
         width = 8 if self.query.dtype == torch.float64 else 4
         per_query = self.query.shape[:-2].numel() * self.key.shape[-2] * width
-        size = max(int(most_bytes // per_query), 1)
+        size = max(most_bytes // per_query, 1)
         return (queries[start : start + size] for start in range(0, len(queries), size))
 
     def probs(self, queries: range) -> Tensor:

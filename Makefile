@@ -29,6 +29,8 @@ RUN := $(UV) run --no-sync
 PACKAGES := $(notdir $(wildcard packages/*))
 PKG ?= $(PACKAGES)
 ARGS ?=
+# Test processes; each has one thread.
+JOBS ?= auto
 
 .PHONY: help sync demo test lint types bench integrations reliability zoo build clean
 
@@ -47,7 +49,7 @@ demo: sync ## the two-minute tour of each package, with pictures
 	@for package in $(PKG); do $(RUN) $$package demo --out runs/demo-$$package || exit $$?; done
 
 test: sync ## all tests
-	@OMP_NUM_THREADS=1 $(RUN) pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN) pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 lint: sync ## style, formatting and the dependency rule
 	@$(RUN) ruff check .

@@ -33,7 +33,7 @@ def diagnose_images(
     x0 = scale.encode(images.unit())
     generator = torch.Generator().manual_seed(seed)
     diagnosis = diagnose(x0, labels=images.labels, batch_sizes=batch_sizes, k=k, generator=generator)
-    gallery = make_gallery(images, scale, batch_size=max(batch_sizes), seed=seed)
+    gallery = make_gallery(images, scale, batch_size=min(max(batch_sizes), 256), seed=seed)
     distances = {f"distances/{name}": values for name, values in gallery.distances.items()}
     pictures = {"images": gallery.images, "independent": gallery.independent, "assigned": gallery.assigned}
     run.save(

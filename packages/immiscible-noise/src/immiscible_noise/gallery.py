@@ -36,7 +36,7 @@ class Gallery:
 
 
 def make_gallery(
-    images: ImageSet, scale: PixelScale, *, batch_size: int = 256, rounds: int = 64, count: int = 10, seed: int = 0
+    images: ImageSet, scale: PixelScale, *, batch_size: int = 256, rounds: int = 256, count: int = 10, seed: int = 0
 ) -> Gallery:
     """Pairs a few images with noise again and again, in batches filled up with random others.
 

@@ -7,10 +7,9 @@ from statistics import mean
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from diffcore import artifact
-from diffcore.report import Report, Series, bar_with_interval, histogram, lines_with_band
+from diffcore.report import Report, Series, bar_with_interval, histogram, image_grid, lines_with_band
 from diffcore.run import Run
 from immiscible_noise.compare import Comparison
 
@@ -23,6 +22,7 @@ _NAMES = {
     "knn-inner": "nearest of 4, inner product",
 }
 _COLUMNS = {"main_direction_variance": "variance, main axis", "leak_error": "± leak", "frechet": "Fréchet distance"}
+_GRID_COLUMNS = 12
 _CONDITIONS = {"assignment": "Labels respected", "ignore": "Labels ignored", "vanilla": "No assignment"}
 _MAY = (
     "Where the curves of one number of solver steps separate by more than their bands, the arms differ on these data, "
@@ -150,12 +150,13 @@ def _add_comparison(report: Report, run: Run, folder: Path) -> None:
 
 def _add_samples(report: Report, study: Comparison, folder: Path) -> None:
     grids = artifact.load(folder / "parts" / "grids")
-    images, rows = _rows_of(grids.tensors)
+    rows = study.arms()
+    images = torch.cat([grids.tensors[row][:_GRID_COLUMNS] for row in rows])
     report.images(
         images,
         f"{grids.fields['sampling_steps']} solver steps; each column starts from the same noise in every arm, "
         f"seed {min(s.seed for s in study.scores)}.",
-        columns=len(images) // len(rows),
+        columns=_GRID_COLUMNS,
         row_labels=[_NAMES.get(row, row) for row in rows],
     )
 
@@ -174,14 +175,18 @@ def _add_diagnosis(report: Report, run: Run, *, answers: bool) -> None:
         )
     report.section("What the assignment does to the noise")
     pictures = gallery.tensors
-    shown = torch.cat([pictures["images"], _stretched(pictures["independent"]), _stretched(pictures["assigned"])])
+    averages = torch.cat([pictures["independent"], pictures["assigned"]])
+    # Around grey, on one scale for both rows.
+    contrast = 4 * pictures["assigned"].std().clamp(min=1e-6)
+    shown = torch.cat([pictures["images"], 0.5 + averages / contrast])
     rounds = gallery.fields["rounds"]
-    report.images(
-        shown,
+    grid = image_grid(
+        shown, columns=len(pictures["images"]), row_labels=["image", "independent noise", "assigned noise"]
+    )
+    report.figure(
+        run.figure("tilt", grid),
         f"Images, and the average of {rounds} noises that each met in batches of {gallery.fields['batch_size']}. "
         "Independent noise averages to nothing; assigned noise averages to a trace of its image: that is the tilt.",
-        columns=len(pictures["images"]),
-        row_labels=["image", "independent", "assigned"],
     )
     distances = {name: pictures[f"distances/{name}"] for name in gallery.fields["pairings"]}
     pairs = len(next(iter(distances.values())))
@@ -271,13 +276,3 @@ def _readable(row: dict[str, Any]) -> dict[str, Any]:
         for name, value in row.items()
         if value is not None
     }
-
-
-def _rows_of(grids: dict[str, Tensor], columns: int = 12) -> tuple[Tensor, list[str]]:
-    names = list(grids)
-    return torch.cat([grids[name][:columns] for name in names]), names
-
-
-def _stretched(noise: Tensor) -> Tensor:
-    """Maps averaged noise to [0, 1] around grey, on one scale for a whole row."""
-    return (0.5 + noise / (6 * noise.std().clamp(min=1e-6))).clamp(0, 1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from diffcore.denoiser import DiscreteSchedule, EDMSchedule, FlowSchedule, NetworkDenoiser, NoiseSchedule
 from diffcore.denoiser.prediction import PredictionType
 from diffcore.models.backbones import backbone_call
+from diffcore.models.tokenizers import byte_letters
 
 Name = Literal["sd15", "sdxl", "unet2d", "dit", "pixart", "sd3", "flux"]
 NAMES: tuple[str, ...] = get_args(Name)
@@ -225,13 +226,6 @@ def tokenizer(pad_token: str = "<|endoftext|>") -> Any:
     return CLIPTokenizer(vocab=vocabulary, merges=[], pad_token=pad_token, model_max_length=77)
 
 
-def byte_letters() -> list[str]:
-    """Returns the 256 printable letters that stand for bytes in byte-level vocabularies, in CLIP's order."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
-
-
 def pipeline(name: Literal["sd15", "sdxl"], seed: int = 0) -> Any:
     """Returns a whole tiny Stable Diffusion or SDXL pipeline of the diffusers library."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -247,9 +241,8 @@ def pipeline(name: Literal["sd15", "sdxl"], seed: int = 0) -> Any:
     parts = {"vae": vae(seed), "unet": backbone(name, seed), "scheduler": scheduler, "tokenizer": tokenizer()}
     parts["text_encoder"] = text_encoder(seed)
     if name == "sd15":
-        return StableDiffusionPipeline(
-            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-        )
+        without: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        return StableDiffusionPipeline(**parts, **without)
     second = {"tokenizer_2": tokenizer("!"), "text_encoder_2": text_encoder(seed + 1, projection=True)}
     return StableDiffusionXLPipeline(**parts, **second)
 

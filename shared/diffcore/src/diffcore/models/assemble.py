@@ -1,0 +1,148 @@
+"""From built components to the parts of a `DiffusionModel`: its denoiser, codec and prompt encoder."""
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from diffcore.denoiser import (
+    DiscreteSchedule,
+    EDMSchedule,
+    FlowSchedule,
+    NetworkDenoiser,
+    NoiseSchedule,
+    PredictionType,
+    schedule_from,
+)
+from diffcore.errors import IncompatibleModelError, printable
+from diffcore.models.backbones import backbone_call
+from diffcore.models.codec import Codec, LatentCodec, MissingCodec, PixelCodec
+from diffcore.models.inventory import Component
+from diffcore.models.prompts import PromptEncoder, Recipe, TextTower
+
+_LINEAR = DiscreteSchedule()
+_STABLE = DiscreteSchedule(
+    betas="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, set_alpha_to_one=False
+)
+_USUAL: dict[str, tuple[PredictionType, NoiseSchedule]] = {
+    "UNet2DModel": ("epsilon", _LINEAR),
+    "UNet2DConditionModel": ("epsilon", _STABLE),
+    "DiTTransformer2DModel": ("epsilon", _LINEAR),
+    "PixArtTransformer2DModel": ("epsilon", _LINEAR),
+    "SD3Transformer2DModel": ("flow_prediction", FlowSchedule(shift=3.0)),
+    "FluxTransformer2DModel": ("flow_prediction", FlowSchedule(shift=math.exp(1.15))),
+}
+_RECIPES: dict[str, tuple[Recipe, tuple[str, ...], int]] = {
+    # towers that must be there; tokens of T5
+    "StableDiffusionPipeline": ("stable diffusion", ("",), 0),
+    "StableDiffusionXLPipeline": ("sdxl", ("", "_2"), 0),
+    "PixArtAlphaPipeline": ("pixart", ("",), 120),
+    "PixArtSigmaPipeline": ("pixart", ("",), 300),
+    "StableDiffusion3Pipeline": ("sd3", ("", "_2"), 256),
+    "FluxPipeline": ("flux", ("", "_2"), 512),
+}
+
+
+def make_denoiser(
+    backbone: nn.Module,
+    class_name: str,
+    scheduler: Component | None,
+    settings: Mapping[str, Any],
+    prediction_type: PredictionType | None = None,
+) -> NetworkDenoiser:
+    """Returns a backbone with the schedule and prediction type that its files state.
+
+    Args:
+        backbone: Of diffusers.
+        class_name: Its class.
+        scheduler: Its scheduler's configuration; without one, what is usual for the class, and a warning.
+        settings: Of EDM preconditioning, if the folder has them.
+        prediction_type: Replaces what the files say.
+
+    Raises:
+        IncompatibleModelError: The scheduler has no counterpart here.
+    """
+    if settings.get("prediction_type") == "edm":
+        numbers = {key: float(value) for key, value in settings.items() if key != "prediction_type"}
+        stated: PredictionType = "edm"
+        schedule: NoiseSchedule = EDMSchedule(**numbers)
+    elif scheduler is None:
+        stated, schedule = _USUAL[class_name]
+        warnings.warn(f"no scheduler came with the model; taken is what is usual for {class_name}", stacklevel=2)
+    else:
+        schedule = schedule_from({**scheduler.config, "_class_name": scheduler.class_name})
+        stated = _stated_prediction(scheduler, schedule)
+    sigma_data = schedule.sigma_data if isinstance(schedule, EDMSchedule) else 0.5
+    kind = prediction_type or stated
+    return NetworkDenoiser(backbone, schedule, kind, sigma_data=sigma_data, call=backbone_call(backbone)).eval()
+
+
+def _stated_prediction(scheduler: Component, schedule: NoiseSchedule) -> PredictionType:
+    if isinstance(schedule, FlowSchedule):
+        return "flow_prediction"
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    if isinstance(schedule, EDMSchedule) and kind == "epsilon":
+        return "edm"  # diffusers' word for its preconditioned output
+    if kind not in ("epsilon", "sample", "v_prediction") or isinstance(schedule, EDMSchedule):
+        raise IncompatibleModelError(
+            f"{printable(scheduler.folder, 300)} predicts {printable(kind)}, which is not supported; "
+            "pass --prediction-type"
+        )
+    return kind
+
+
+def make_codec(name: str, class_name: str, backbone: nn.Module, vae: nn.Module | None) -> Codec:
+    """Returns what carries images to a model's x0: its autoencoder, or plain pixels."""
+    if vae is not None:
+        return LatentCodec(vae)
+    if class_name == "UNet2DModel" and backbone.config["in_channels"] in (1, 3):  # pyright: ignore[reportIndexIssue, reportArgumentType]
+        return PixelCodec()
+    return MissingCodec(name)
+
+
+def make_prompts(
+    pipeline_class: str | None, modules: Mapping[str, Any], backbone: nn.Module, settings: Mapping[str, Any]
+) -> PromptEncoder | None:
+    """Returns the prompt encoder of a pipeline; None where it takes no prompts, or some encoder or tokenizer is absent.
+
+    Raises:
+        IncompatibleModelError: A tokenizer has more entries than its encoder.
+    """
+    if pipeline_class not in _RECIPES:
+        return None
+    recipe, required, num_text_tokens = _RECIPES[pipeline_class]
+    present = [n for n in ("", "_2", "_3") if f"text_encoder{n}" in modules and f"tokenizer{n}" in modules]
+    absent = [f"text_encoder{n}" for n in required if n not in present]
+    if absent:
+        warnings.warn(
+            f"{' and '.join(absent)} or its tokenizer is not there; prompts cannot be encoded, pass conditions",
+            stacklevel=2,
+        )
+        return None
+    towers = [_tower(modules[f"tokenizer{n}"], modules[f"text_encoder{n}"], num_text_tokens) for n in present]
+    config: Any = backbone.config
+    pixels = int(config.get("sample_size") or 128) * 8
+    sized = recipe == "pixart" and config.get("use_additional_conditions")
+    return PromptEncoder(
+        recipe,
+        towers,
+        num_text_tokens=num_text_tokens,
+        width=int(config.get("joint_attention_dim") or 4096),
+        size=(pixels, pixels),
+        sized=bool(sized),
+        guidance=3.5 if config.get("guidance_embeds") else None,
+        zeros_for_empty=recipe == "sdxl" and bool(settings.get("force_zeros_for_empty_prompt", True)),
+    )
+
+
+def _tower(tokenizer: Any, encoder: nn.Module, num_text_tokens: int) -> TextTower:
+    entries, places = len(tokenizer), int(encoder.config.vocab_size)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    if entries > places:
+        raise IncompatibleModelError(
+            f"the tokenizer has {entries:,} entries, its text encoder {places:,}; they do not belong together"
+        )
+    longest = getattr(encoder.config, "max_position_embeddings", None)
+    length = min(tokenizer.model_max_length, longest) if longest else num_text_tokens
+    return TextTower(tokenizer, encoder, length)

@@ -1,0 +1,137 @@
+"""Between images in [0, 1] and what a model works on: scaled latents, or pixels in [-1, 1]."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from diffcore.errors import IncompatibleModelError, printable
+from diffcore.noise import philox_normal
+
+_STREAM = int.from_bytes(b"vae")  # keeps the draws of posteriors apart from others of the same seed
+
+
+class Codec(ABC):
+    """Images in [0, 1] to and from x0."""
+
+    @abstractmethod
+    def encode(
+        self,
+        images: Float[Tensor, "b c height width"],
+        *,
+        sample: bool = False,
+        seeds: Int[Tensor, " b"] | None = None,
+    ) -> Float[Tensor, "b *data"]:
+        """Returns x0 of images.
+
+        Args:
+            images: Values in [0, 1].
+            sample: Whether x0 is drawn from the posterior instead of being its mode, where there is one.
+            seeds: One per image, for `sample`.
+        """
+
+    @abstractmethod
+    def decode(self, x0: Float[Tensor, "b *data"]) -> Float[Tensor, "b c height width"]:
+        """Returns images in [0, 1], in float32."""
+
+
+class PixelCodec(Codec):
+    """Models that work on pixels: x0 is the image in [-1, 1]."""
+
+    def encode(
+        self,
+        images: Float[Tensor, "b c height width"],
+        *,
+        sample: bool = False,
+        seeds: Int[Tensor, " b"] | None = None,
+    ) -> Float[Tensor, "b *data"]:
+        """Returns 2 images - 1."""
+        return 2 * images - 1
+
+    def decode(self, x0: Float[Tensor, "b *data"]) -> Float[Tensor, "b c height width"]:
+        """Returns (x0 + 1) / 2, within [0, 1]."""
+        return ((x0.float() + 1) / 2).clamp(0, 1)
+
+
+class LatentCodec(Codec):
+    """An autoencoder: x0 = (z - shift) scaling, both numbers from its configuration.
+
+    Args:
+        vae: An `AutoencoderKL`.
+    """
+
+    def __init__(self, vae: nn.Module) -> None:
+        config: Any = vae.config
+        for key in ("latents_mean", "latents_std"):
+            if config.get(key) is not None:
+                raise IncompatibleModelError(
+                    f"the autoencoder sets {key}, which is not supported; use one with a single scaling factor"
+                )
+        self.vae = vae
+        self.scaling = float(config["scaling_factor"])
+        self.shift = float(config.get("shift_factor") or 0.0)
+        self.factor = 2 ** (len(config["block_out_channels"]) - 1)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        images: Float[Tensor, "b c height width"],
+        *,
+        sample: bool = False,
+        seeds: Int[Tensor, " b"] | None = None,
+    ) -> Float[Tensor, "b *data"]:
+        """Returns scaled latents: the posterior's mode, or a draw from it."""
+        height, width = images.shape[-2:]
+        if height % self.factor or width % self.factor:
+            near = [max(round(side / self.factor), 1) * self.factor for side in (height, width)]
+            raise ValueError(
+                f"images are {height}x{width}; sides must be multiples of {self.factor}, such as {near[0]}x{near[1]}"
+            )
+        if sample and seeds is None:
+            raise ValueError("sample is on without seeds; pass one seed per image")
+        parameter = next(self.vae.parameters())
+        posterior = self.vae.encode((2 * images - 1).to(parameter), return_dict=False)[0]  # pyright: ignore[reportCallIssue]
+        z = posterior.mode().float()
+        if sample and seeds is not None:
+            noise = philox_normal(0, seeds, z.shape[1:], step=0, stream=_STREAM, device=z.device, dtype=z.dtype)
+            z = z + posterior.std.float() * noise
+        return (z - self.shift) * self.scaling
+
+    @torch.no_grad()
+    def decode(self, x0: Float[Tensor, "b *data"]) -> Float[Tensor, "b c height width"]:
+        """Returns the images that latents stand for."""
+        parameter = next(self.vae.parameters())
+        z = (x0.float() / self.scaling + self.shift).to(parameter)
+        return (self.vae.decode(z, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)  # pyright: ignore[reportCallIssue]
+
+
+class MissingCodec(Codec):
+    """Stands where a latent model has no autoencoder: it works, but sees no images.
+
+    Args:
+        name: Of the model, for messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def encode(
+        self,
+        images: Float[Tensor, "b c height width"],
+        *,
+        sample: bool = False,
+        seeds: Int[Tensor, " b"] | None = None,
+    ) -> Float[Tensor, "b *data"]:
+        """Raises IncompatibleModelError."""
+        raise self._refusal()
+
+    def decode(self, x0: Float[Tensor, "b *data"]) -> Float[Tensor, "b c height width"]:
+        """Raises IncompatibleModelError."""
+        raise self._refusal()
+
+    def _refusal(self) -> IncompatibleModelError:
+        return IncompatibleModelError(
+            f"{printable(self.name)} came without an autoencoder; load the pipeline folder with its vae"
+        )

@@ -1,0 +1,101 @@
+"""One component of a model folder, read and checked: its configuration, its weight files, its vocabulary."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffcore.models.catalog import CONFIG_FILES, ROLES, SAME_CLASS, Role, current_class
+from diffcore.models.configcheck import cleaned, num_layers, refuse_code
+from diffcore.models.inventory import Component
+from diffcore.models.refusal import about, refusal
+from diffcore.models.weightfiles import find_weights
+from diffcore.strictjson import read_foreign_object
+
+TOKENIZER_BYTES = 64 * 2**20
+_VOCABULARIES = {
+    "CLIPTokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
+    "T5Tokenizer": (("tokenizer.json",), ("spiece.model",)),
+}
+
+
+def role_of(library: str, class_name: str) -> Role | None:
+    """Returns what a class is to us; None for classes that are not in our tables."""
+    if (library, class_name) == ("diffusers", "Transformer2DModel"):
+        return "backbone"  # of DiT and PixArt, before they had classes of their own
+    return ROLES.get((library, SAME_CLASS.get(class_name, class_name)))
+
+
+def read_component(
+    folder: Path,
+    sizes: Mapping[str, int],
+    name: str,
+    library: str,
+    class_name: str,
+    *,
+    allow_pickle: bool = False,
+    config_only: bool = False,
+) -> Component:
+    """Returns a component whose class is in our tables.
+
+    Args:
+        folder: Where its files are.
+        sizes: Names and bytes of the files in it.
+        name: Its key in the pipeline.
+        library: Of the class.
+        class_name: What the index, or the configuration itself, says it is.
+        allow_pickle: Whether pickled weights may be planned for.
+        config_only: Whether there are no weights to look for.
+
+    Raises:
+        IncompatibleModelError: A file is missing, unsafe or broken, or the class is another.
+    """
+    role = role_of(library, class_name)
+    assert role is not None  # callers look it up first
+    if role == "tokenizer":
+        return _read_tokenizer(folder, sizes, name, library, SAME_CLASS.get(class_name, class_name))
+    config_path = folder / CONFIG_FILES[role]
+    if config_path.name not in sizes:
+        raise refusal(config_path, "is missing")
+    raw = read_foreign_object(config_path)
+    class_name = _class_of(config_path, raw, class_name)
+    with about(config_path):
+        config, dropped = cleaned(raw, role, class_name)
+    component = Component(name, role, library, class_name, config, folder, dropped=dropped)
+    if role == "scheduler" or config_only:
+        return component
+    headers, pickles, variant = find_weights(folder, sizes, library, allow_pickle=allow_pickle)
+    count = sum(len(header.tensors) for header in headers)
+    if headers and num_layers(config) > count:
+        raise refusal(config_path, f"asks for {num_layers(config)} layers or more, but there are {count} tensors")
+    return component.with_weights(headers, pickles, variant)
+
+
+def _class_of(config_path: Path, config: Mapping[str, Any], expected: str) -> str:
+    """Returns today's name of the class, if the configuration agrees with whoever asked for it."""
+    own = config.get("_class_name", expected)
+    if not isinstance(own, str):
+        raise refusal(config_path, "has a _class_name that is not text; diffcore never runs code from model folders")
+    named, wanted = current_class(own, config), current_class(expected, config)
+    if named != wanted or named == "Transformer2DModel":
+        raise refusal(config_path, f"is of class {own[:60]!r}, where {expected[:60]!r} is expected")
+    return named
+
+
+def _read_tokenizer(folder: Path, sizes: Mapping[str, int], name: str, library: str, kind: str) -> Component:
+    vocabulary = next((group for group in _VOCABULARIES[kind] if all(file in sizes for file in group)), None)
+    if vocabulary is None:
+        wanted = " or ".join(" + ".join(group) for group in _VOCABULARIES[kind])
+        raise refusal(folder, f"has no vocabulary ({wanted})")
+    config: dict[str, Any] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        if file in sizes:
+            # Tokenizers without a limit say so with a length of 1e30.
+            content = read_foreign_object(folder / file, parse_int=lambda text: int(text[:40]))
+            with about(folder / file):
+                refuse_code(content)
+            config |= {key: content[key] for key in ("pad_token", "model_max_length") if key in content}
+    files = tuple(folder / file for file in vocabulary)
+    for file in files:
+        if sizes[file.name] > TOKENIZER_BYTES:
+            raise refusal(file, f"has {sizes[file.name]:,} bytes; the limit is {TOKENIZER_BYTES:,}")
+    return Component(name, "tokenizer", library, kind, config, folder, files=files)

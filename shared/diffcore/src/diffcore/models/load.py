@@ -1,0 +1,218 @@
+"""`load`: from a folder or file on disk to a `DiffusionModel`, offline, with nothing from it ever executed.
+
+The libraries build modules from checked configurations; files are read here. None of their loaders is called: they
+would follow names in configurations, fall back to pickles, and leave missing tensors empty without a word.
+"""
+
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffcore.denoiser import PredictionType
+from diffcore.errors import IncompatibleModelError, MissingDependencyError, ModelNotFoundError, printable
+from diffcore.models import ldm, singlefile
+from diffcore.models.assemble import make_codec, make_denoiser, make_prompts
+from diffcore.models.build import build
+from diffcore.models.component import read_component
+from diffcore.models.families import family_of
+from diffcore.models.fingerprint import fingerprint
+from diffcore.models.inspect import HUB_NAME, inspect_model
+from diffcore.models.inventory import Component, Inventory
+from diffcore.models.model import DiffusionModel
+from diffcore.models.pieces import HARMLESS, Naming, folder_names
+from diffcore.models.stored import Stored, stored_in, unpickled
+from diffcore.models.tokenizers import build_tokenizer, installed_clip_tokenizer
+from diffcore.models.walk import walk
+from diffcore.runtime import Runtime
+
+_DOWNLOADED = ("*.json", "*.txt", "*.model", "*.safetensors")
+_NETWORKS = ("backbone", "codec", "text_encoder")
+
+
+def load(
+    source: str | Path,
+    runtime: Runtime,
+    *,
+    download: bool = False,
+    allow_pickle: bool = False,
+    prediction_type: PredictionType | None = None,
+    tokenizer: Path | None = None,
+    like: Path | None = None,
+    check_finite: bool = True,
+) -> DiffusionModel:
+    """Loads a diffusion model, frozen and in `eval()`.
+
+    Args:
+        source: A diffusers pipeline folder, the folder of one backbone, a safetensors file in the original layout of
+            SD 1.x, 2.x or SDXL, or the name of a repository with `download`.
+        runtime: Device and precision of the networks.
+        download: Whether a repository may be fetched; otherwise the network is never touched.
+        allow_pickle: Whether weights may be unpickled, by torch's restricted unpickler, where no safetensors are.
+        prediction_type: Replaces what the files say.
+        tokenizer: A folder with CLIP's vocabulary, for single files.
+        like: A pipeline folder of the same family, for single files: its configurations and tokenizers.
+        check_finite: Whether every weight is looked at.
+
+    Raises:
+        ModelNotFoundError: There is no such model here.
+        IncompatibleModelError: It is unsafe, broken, or of a kind that is not supported.
+    """
+    path = resolve(source, download=download)
+    inventory = inspect_model(path, allow_pickle=allow_pickle)
+    for warning in inventory.warnings:
+        warnings.warn(f"{printable(path, 300)}: {warning}", stacklevel=2)
+    if inventory.layout in ("pipeline", "component"):
+        plan = _plan_of_folder(inventory)
+    else:
+        plan = _plan_of_file(inventory, prediction_type, tokenizer, like)
+    modules = {name: _build(plan, name, runtime, check_finite) for name in plan.parts}
+    return _assembled(path, plan, {**modules, **plan.tokenizers}, prediction_type)
+
+
+def resolve(source: str | Path, *, download: bool = False) -> Path:
+    """Returns where a model is on this machine, after fetching it where that was asked for.
+
+    Raises:
+        ModelNotFoundError: It is not here, and may not be fetched.
+    """
+    name = str(source)
+    if name.startswith("zoo:"):
+        raise ModelNotFoundError(
+            f"{printable(name)} is not here: no models ship with this version; point to a model folder or file"
+        )
+    path = Path(source)
+    if not download or path.exists() or not HUB_NAME.fullmatch(name):
+        return path
+    try:
+        from huggingface_hub import HfApi, snapshot_download
+    except ImportError as error:
+        raise MissingDependencyError("huggingface_hub is not installed; pip install 'diffcore[models]'") from error
+    try:
+        # One commit for the check and the fetch, whatever is pushed in between.
+        commit = HfApi().model_info(name).sha
+        return Path(snapshot_download(name, revision=commit, allow_patterns=list(_DOWNLOADED)))
+    except Exception as error:  # the hub's client and its transport each have their own
+        raise ModelNotFoundError(f"{name!r} could not be fetched ({printable(error)}); check the name") from error
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What to build from what."""
+
+    inventory: Inventory
+    components: Mapping[str, Component]
+    parts: Mapping[str, Stored]
+    naming: Mapping[str, Naming]
+    leftovers: re.Pattern[str]
+    tokenizers: Mapping[str, Any]
+    pipeline_class: str | None
+    settings: Mapping[str, Any]
+
+
+def _plan_of_folder(inventory: Inventory) -> _Plan:
+    networks = {name: c for name, c in inventory.components.items() if c.role in _NETWORKS}
+    parts = {
+        name: unpickled(c.pickles[0]) if c.pickles else stored_in(c.weights, c.folder) for name, c in networks.items()
+    }
+    tokenizers = {n: build_tokenizer(c) for n, c in inventory.components.items() if c.role == "tokenizer"}
+    return _Plan(
+        inventory=inventory,
+        components=inventory.components,
+        parts=parts,
+        naming=dict.fromkeys(parts, folder_names),
+        leftovers=HARMLESS,
+        tokenizers=tokenizers,
+        pipeline_class=inventory.class_name if inventory.layout == "pipeline" else None,
+        settings=inventory.settings,
+    )
+
+
+def _plan_of_file(
+    inventory: Inventory, prediction_type: PredictionType | None, tokenizer: Path | None, like: Path | None
+) -> _Plan:
+    if inventory.header is not None:
+        family, stored = inventory.class_name, stored_in([inventory.header], inventory.path)
+    else:
+        stored = unpickled(inventory.path)
+        family = family_of(stored.shapes, inventory.path)
+    plan = singlefile.plan_of(family, like)
+    stated = prediction_type or singlefile.described_prediction(stored)
+    if stated is None and family == "sd21" and like is None:
+        warnings.warn(
+            "the weights of SD 2.x do not say what they predict; v_prediction is taken, --prediction-type replaces it",
+            stacklevel=3,
+        )
+    if stated is not None or "ztsnr" in stored.shapes:
+        usual = plan.components["scheduler"].config.get("prediction_type", "epsilon")
+        plan = singlefile.with_prediction(plan, stated or usual, zero_snr="ztsnr" in stored.shapes)
+    parts = singlefile.parts_of(stored, family)
+    return _Plan(
+        inventory=inventory,
+        components=plan.components,
+        parts=parts,
+        naming={part: partial(ldm.component_names, family, part) for part in parts},
+        leftovers=ldm.HARMLESS,
+        tokenizers=_tokenizers_of_file(family, plan, tokenizer, like),
+        pipeline_class=plan.class_name,
+        settings=plan.settings,
+    )
+
+
+def _tokenizers_of_file(family: str, plan: Inventory, folder: Path | None, like: Path | None) -> dict[str, Any]:
+    """Returns the tokenizers that do not travel with a single file, from wherever there is a vocabulary."""
+    names = [f"tokenizer{number}" for number, _ in zip(("", "_2"), singlefile.PADS[family], strict=False)]
+    if folder is not None:
+        sizes = walk(folder)
+        return {
+            name: build_tokenizer(read_component(folder, sizes, name, "transformers", "CLIPTokenizer").padded_with(pad))
+            for name, pad in zip(names, singlefile.PADS[family], strict=True)
+        }
+    if like is not None:
+        return {n: build_tokenizer(c) for n, c in plan.components.items() if c.role == "tokenizer"}
+    found = [installed_clip_tokenizer(pad) for pad in singlefile.PADS[family]]
+    return {name: tokenizer for name, tokenizer in zip(names, found, strict=True) if tokenizer is not None}
+
+
+def _build(plan: _Plan, name: str, runtime: Runtime, check_finite: bool) -> torch.nn.Module:
+    component = plan.components.get(name)
+    if component is None:
+        raise IncompatibleModelError(
+            f"{printable(plan.inventory.path, 300)} holds a {name}, unknown to its family; name another with --like"
+        )
+    wide = component.role == "codec" and component.config.get("force_upcast") and runtime.dtype == "float16"
+    return build(
+        component,
+        plan.parts[name],
+        plan.naming[name],
+        dtype=torch.float32 if wide else runtime.torch_dtype,
+        device=runtime.torch_device,
+        leftovers=plan.leftovers,
+        check_finite=check_finite,
+    )
+
+
+def _assembled(
+    path: Path, plan: _Plan, modules: dict[str, Any], prediction_type: PredictionType | None
+) -> DiffusionModel:
+    by_role = {plan.components[name].role: name for name in plan.parts}
+    backbone, described = modules[by_role["backbone"]], plan.components[by_role["backbone"]]
+    name = path.stem if path.is_file() else path.resolve().name
+    return DiffusionModel(
+        name=name,
+        fingerprint=fingerprint(plan.inventory, plan.components),
+        denoiser=make_denoiser(
+            backbone, described.class_name, plan.components.get("scheduler"), plan.settings, prediction_type
+        ),
+        codec=make_codec(name, described.class_name, backbone, modules.get("vae")),
+        prompts=make_prompts(plan.pipeline_class, modules, backbone, plan.settings),
+        pipeline_class=plan.pipeline_class,
+        components=plan.components,
+        modules=modules,
+        settings=plan.settings,
+    )

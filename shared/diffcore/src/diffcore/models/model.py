@@ -1,0 +1,65 @@
+"""A diffusion model as every technique sees it, whatever it was on disk."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from diffcore.denoiser import NetworkDenoiser
+from diffcore.models.build import build_scheduler
+from diffcore.models.catalog import PIPELINES
+from diffcore.models.codec import Codec
+from diffcore.models.inventory import Component
+from diffcore.models.prompts import PromptEncoder
+
+
+@dataclass(frozen=True, eq=False)
+class DiffusionModel:
+    """A loaded model: frozen weights, and what carries images and prompts to and from them.
+
+    Attributes:
+        name: Of its folder or file.
+        fingerprint: Digest of configurations, tensor headers and samples of the weights; keys caches.
+        denoiser: Backbone, schedule and prediction type.
+        codec: Between images in [0, 1] and x0.
+        prompts: From prompts to conditions; None where the model takes none, or came without its text encoders.
+        pipeline_class: Of the diffusers library; None for a bare backbone.
+        components: How each part was described on disk.
+        modules: Networks and tokenizers by their name in the pipeline.
+        settings: Scalars of the pipeline.
+    """
+
+    name: str
+    fingerprint: str
+    denoiser: NetworkDenoiser
+    codec: Codec
+    prompts: PromptEncoder | None
+    pipeline_class: str | None
+    components: Mapping[str, Component]
+    modules: Mapping[str, Any]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The bare network."""
+        return self.denoiser.backbone
+
+    @cached_property
+    def pipeline(self) -> Any:
+        """The pipeline of the diffusers library around the same modules; None for a bare backbone."""
+        if self.pipeline_class is None:
+            return None
+        import diffusers
+
+        parts = {name: self.modules.get(name) for name in PIPELINES[self.pipeline_class]}
+        if "scheduler" in self.components:
+            parts["scheduler"] = build_scheduler(self.components["scheduler"])
+        settings: dict[str, Any] = {}
+        if self.pipeline_class == "StableDiffusionPipeline":
+            settings = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        if self.pipeline_class == "StableDiffusionXLPipeline":
+            zeros = bool(self.settings.get("force_zeros_for_empty_prompt", True))
+            settings = {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
+        return getattr(diffusers, self.pipeline_class)(**parts, **settings)

@@ -1,0 +1,213 @@
+"""From prompts to what a backbone is conditioned on: tokens first, so that nothing is cut in silence, then states."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from diffcore.denoiser import Condition
+
+Recipe = Literal["stable diffusion", "sdxl", "pixart", "sd3", "flux"]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Prompts as numbers, once for each text encoder.
+
+    Attributes:
+        ids: Of each encoder, padded to its length.
+        masks: 1 where a token is no padding.
+        truncated: Whether some encoder sees less than the whole prompt.
+        lost: What the encoder that sees most does not see; empty for prompts that fit.
+    """
+
+    ids: tuple[Int[Tensor, "b _"], ...]
+    masks: tuple[Int[Tensor, "b _"], ...]
+    truncated: Bool[Tensor, " b"]
+    lost: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.lost)
+
+
+@dataclass(frozen=True)
+class TextTower:
+    """A tokenizer, its encoder, and how many tokens they take.
+
+    Attributes:
+        tokenizer: Of the transformers library.
+        encoder: Likewise.
+        length: Tokens per prompt, start and end included.
+    """
+
+    tokenizer: Any
+    encoder: nn.Module
+    length: int
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor, list[str]]:
+        """Returns ids, mask and the text that was cut."""
+        rows = (
+            self.tokenizer(list(prompts), padding=False, truncation=False, verbose=False).input_ids if prompts else []
+        )
+        end = self.tokenizer.eos_token_id
+        ids = torch.full((len(rows), self.length), self.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        lost = []
+        for index, row in enumerate(rows):
+            kept = row if len(row) <= self.length else [*row[: self.length - 1], end]
+            ids[index, : len(kept)] = torch.tensor(kept)
+            mask[index, : len(kept)] = 1
+            lost.append(self.tokenizer.decode(row[self.length - 1 : -1]) if len(row) > self.length else "")
+        return ids, mask, lost
+
+
+class PromptEncoder:
+    """Turns prompts into conditions, as the pipeline of its family does.
+
+    Args:
+        recipe: How the states of the encoders are put together.
+        towers: Its text encoders in order.
+        num_text_tokens: Tokens of T5 (SD3's place for them stays empty without it).
+        width: Of the states the backbone takes; SD3 alone reads it.
+        size: Height and width in pixels that size-conditioned models are told.
+        sized: Whether PixArt's backbone is told the size.
+        guidance: What guidance-distilled Flux is told; None for others.
+        zeros_for_empty: Whether "no prompt" is zeros, as in SDXL, or the empty prompt.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        towers: Sequence[TextTower],
+        *,
+        num_text_tokens: int = 256,
+        width: int = 4096,
+        size: tuple[int, int] = (512, 512),
+        sized: bool = False,
+        guidance: float | None = None,
+        zeros_for_empty: bool = False,
+    ) -> None:
+        self.recipe: Recipe = recipe
+        self.towers = tuple(towers)
+        self.num_text_tokens = num_text_tokens
+        self.width = width
+        self.size = size
+        self.sized = sized
+        self.guidance = guidance
+        self.zeros_for_empty = zeros_for_empty
+
+    def __call__(self, prompts: Sequence[str], *, size: tuple[int, int] | None = None) -> Condition:
+        """Returns the condition of some prompts; see `tokenize` and `encode`."""
+        return self.encode(self.tokenize(prompts), size=size)
+
+    def tokenize(self, prompts: Sequence[str]) -> Tokens:
+        """Returns the tokens of some prompts and what was cut of them."""
+        if isinstance(prompts, str):
+            raise TypeError("prompts is one string; pass a list of them")
+        if self.recipe == "pixart":
+            prompts = [prompt.lower().strip() for prompt in prompts]
+        rows = [tower.tokenize(prompts) for tower in self.towers]
+        lost = [min(texts, key=len) for texts in zip(*(row[2] for row in rows), strict=True)]
+        some = [any(texts) for texts in zip(*(row[2] for row in rows), strict=True)]
+        return Tokens(
+            tuple(row[0] for row in rows),
+            tuple(row[1] for row in rows),
+            torch.tensor(some, dtype=torch.bool),
+            tuple(lost),
+        )
+
+    @torch.no_grad()
+    def encode(self, tokens: Tokens, *, size: tuple[int, int] | None = None) -> Condition:
+        """Returns the condition of some tokens, on the encoders' device.
+
+        Args:
+            tokens: Of `tokenize`.
+            size: Height and width in pixels, for models that are told; by default what they were trained for.
+        """
+        return _RECIPES[self.recipe](self, tokens, size or self.size)
+
+    def unconditional(self, count: int, *, size: tuple[int, int] | None = None) -> Condition:
+        """Returns the condition that means "no prompt", as the family's pipeline makes it, `count` times."""
+        cond = dict(self([""] * count, size=size))
+        if self.zeros_for_empty:
+            cond |= {key: torch.zeros_like(cond[key]) for key in ("encoder_hidden_states", "text_embeds")}
+        return cond
+
+    def _stable_diffusion(self, tokens: Tokens, size: tuple[int, int]) -> Condition:
+        tower = self.towers[0]
+        use_mask = bool(getattr(tower.encoder.config, "use_attention_mask", False))
+        device = _device(tower.encoder)
+        mask = {"attention_mask": tokens.masks[0].to(device)} if use_mask else {}
+        return {"encoder_hidden_states": tower.encoder(tokens.ids[0].to(device), **mask)[0]}
+
+    def _sdxl(self, tokens: Tokens, size: tuple[int, int]) -> Condition:
+        states, pooled = self._clip_states(tokens)
+        height, width = size
+        numbers = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=states.device)
+        return {
+            "encoder_hidden_states": states,
+            "text_embeds": pooled[-1],
+            "time_ids": numbers.repeat(len(states), 1),
+        }
+
+    def _pixart(self, tokens: Tokens, size: tuple[int, int]) -> Condition:
+        tower = self.towers[0]
+        device = _device(tower.encoder)
+        mask = tokens.masks[0].to(device)
+        states = tower.encoder(tokens.ids[0].to(device), attention_mask=mask)[0]
+        cond: dict[str, Tensor] = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+        if self.sized:
+            height, width = size
+            cond["resolution"] = torch.tensor([[height, width]], dtype=torch.float32, device=device).repeat(
+                len(mask), 1
+            )
+            cond["aspect_ratio"] = torch.tensor([[height / width]], device=device).repeat(len(mask), 1)
+        return cond
+
+    def _sd3(self, tokens: Tokens, size: tuple[int, int]) -> Condition:
+        clip, pooled = self._clip_states(tokens, towers=2)
+        clip = F.pad(clip, (0, self.width - clip.shape[-1]))
+        if len(self.towers) > 2:
+            tower = self.towers[2]
+            text = tower.encoder(tokens.ids[2].to(clip.device))[0].to(clip.dtype)
+        else:
+            text = clip.new_zeros(len(clip), self.num_text_tokens, self.width)
+        return {"encoder_hidden_states": torch.cat([clip, text], 1), "pooled_projections": torch.cat(pooled, -1)}
+
+    def _flux(self, tokens: Tokens, size: tuple[int, int]) -> Condition:
+        clip, text = self.towers
+        device = _device(clip.encoder)
+        pooled = clip.encoder(tokens.ids[0].to(device)).pooler_output
+        cond = {
+            "encoder_hidden_states": text.encoder(tokens.ids[1].to(device))[0],
+            "pooled_projections": pooled,
+        }
+        if self.guidance is not None:
+            cond["guidance"] = torch.full((len(pooled),), self.guidance, device=device)
+        return cond
+
+    def _clip_states(self, tokens: Tokens, towers: int | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Returns the last states but one of the CLIP encoders side by side, and each one's pooled output."""
+        states, pooled = [], []
+        for tower, ids in zip(self.towers[:towers], tokens.ids, strict=False):
+            output = tower.encoder(ids.to(_device(tower.encoder)), output_hidden_states=True)
+            states.append(output.hidden_states[-2])
+            pooled.append(output[0])
+        return torch.cat(states, -1), pooled
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+_RECIPES: dict[str, Callable[[PromptEncoder, Tokens, tuple[int, int]], Condition]] = {
+    "stable diffusion": PromptEncoder._stable_diffusion,
+    "sdxl": PromptEncoder._sdxl,
+    "pixart": PromptEncoder._pixart,
+    "sd3": PromptEncoder._sd3,
+    "flux": PromptEncoder._flux,
+}

@@ -39,8 +39,10 @@ def test_every_command_shows_its_shortest_form(script: str):
 def test_every_option_is_explained(script: str, capsys: pytest.CaptureFixture[str]):
     for command in commands(script):
         shown = help_of(script, command, capsys)
-        options = re.findall(r"^│ (?:\* )? *(?:[A-Z-]+ )*?(--[a-z-]+)(.*)│$", shown, flags=re.MULTILINE)
-        assert options, command
-        for option, rest in options:
-            words = re.sub(r"--[a-z-]+|[A-Z]{2,}|\[.*?\]", "", rest).split()
-            assert words, f"{script} {command} {option} has no help"
+        # A row starts with the option's names; what follows, up to the next such row, is its help.
+        text = re.sub(r"[│╭╮╰╯─*]", " ", shown.partition("╭")[2])
+        rows = re.split(r"\n\s+(?=(?:[A-Z-]+ )?--[a-z])", text)[1:]
+        assert rows, command
+        for row in rows:
+            words = re.sub(r"--[a-z-]+|\b[A-Z]{2,}\b|\[.*?\]", " ", row).split()
+            assert len(words) >= 2, f"{script} {command} {row.split()[:2]} has no help"

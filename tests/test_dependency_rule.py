@@ -35,7 +35,7 @@ def test_a_forbidden_import_is_noticed(tmp_path: Path):
     """The layers would be an empty promise if a wrong order passed."""
     wrong = tmp_path / "contracts.ini"
     wrong.write_text(
-        "[importlinter]\nroot_packages = diffcore\n\n"
+        "[importlinter]\nroot_package = diffcore\n\n"
         "[importlinter:contract:1]\nname = upside down\ntype = layers\nlayers =\n  diffcore.errors\n  diffcore.run\n"
     )
     result = lint_imports(wrong)

@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import sys
 import tomllib
 import zipfile
 from email.parser import Parser
@@ -71,30 +70,25 @@ def test_bumping_one_version_touches_only_that_package(tmp_path: Path):
     assert [path.relative_to(copy).as_posix() for path in changed] == [f"packages/{TECHNIQUES[0]}/pyproject.toml"]
 
 
-@pytest.fixture(scope="session")
-def constraints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Versions of the workspace's own environment, so that the installation below needs nothing new."""
-    path = tmp_path_factory.mktemp("constraints") / "constraints.txt"
-    names = "\n".join(line for line in uv("pip", "freeze", "--python", sys.executable).splitlines() if "==" in line)
-    path.write_text(names + "\n")
-    return path
+def install(folder: Path, wheels: dict[str, Path], name: str, *extras: str) -> Path:
+    """Installs a package and what it needs into an empty environment, then its wheel and diffcore's over it.
 
-
-def install(folder: Path, constraints: Path, wheels: dict[str, Path], requirement: str) -> Path:
-    """Installs from the wheels and uv's cache alone into an empty environment; returns its scripts folder."""
-    uv("venv", "--quiet", "--python", sys.executable, folder)
-    links = [str(next(iter(wheels.values())).parent), *os.environ.get("UV_FIND_LINKS", "").split(",")]
-    found = [word for link in links if link for word in ("--find-links", link)]
-    # torchvision stays out for the reason that the workspace's settings give.
-    uv("pip", "install", "--quiet", "--offline", "--python", folder, "-c", constraints, *found, requirement)
+    Versions come from the lock file and files from uv's cache, which the workspace's own environment has filled: no
+    network. Returns the folder of its scripts.
+    """
+    environment = {**os.environ, "UV_PROJECT_ENVIRONMENT": str(folder)}
+    chosen = [word for extra in extras for word in ("--extra", extra)]
+    command = [UV, "sync", "--quiet", "--frozen", "--offline", "--no-editable", "--no-dev", "--package", name, *chosen]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    ours = [wheels[name], *([wheels["diffcore"]] if extras or name == "diffcore" else [])]
+    uv("pip", "install", "--quiet", "--offline", "--no-deps", "--reinstall", "--python", folder, *ours)
     return folder / "bin"
 
 
 @pytest.mark.slow
-def test_the_assignment_alone_installs_and_its_script_says_what_is_missing(
-    tmp_path: Path, constraints: Path, wheels: dict[str, Path]
-):
-    scripts = install(tmp_path / "alone", constraints, wheels, "immiscible-noise")
+def test_the_assignment_alone_installs_and_its_script_says_what_is_missing(tmp_path: Path, wheels: dict[str, Path]):
+    scripts = install(tmp_path / "alone", wheels, "immiscible-noise")
     code = (
         "import torch, immiscible_noise as i; x = torch.randn(16, 3, 4, 4); n = torch.randn_like(x); "
         "a = i.assign_noise(x, n); assert (x * a).sum() > (x * n).sum(); print(a.shape)"
@@ -109,11 +103,9 @@ def test_the_assignment_alone_installs_and_its_script_says_what_is_missing(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TECHNIQUES)
-def test_a_technique_installs_with_diffcore_alone_and_runs(
-    name: str, tmp_path: Path, constraints: Path, wheels: dict[str, Path]
-):
+def test_a_technique_installs_with_diffcore_alone_and_runs(name: str, tmp_path: Path, wheels: dict[str, Path]):
     extras = tomllib.loads((MEMBERS[name] / "pyproject.toml").read_text())["project"].get("optional-dependencies", {})
-    scripts = install(tmp_path / "whole", constraints, wheels, f"{name}[train]" if "train" in extras else name)
+    scripts = install(tmp_path / "whole", wheels, name, *(["train"] if "train" in extras else []))
     shown = subprocess.run([scripts / name, "--help"], capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
     assert "demo" in shown.stdout

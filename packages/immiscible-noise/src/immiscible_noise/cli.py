@@ -26,7 +26,7 @@ app = make_app(
 )
 
 
-@Parameter(name="*", group="Data")
+@Parameter(name="*", group="Data", negative="")
 @dataclass(frozen=True)
 class DataOptions:
     """Which images, and how they are read.
@@ -147,7 +147,7 @@ def evaluate(
 def compare(
     data: Path,
     *,
-    arms: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ("vanilla", "assignment", "half"),
+    arms: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = ("vanilla", "assignment", "half"),
     seeds: int = 3,
     training: TrainSettings = TrainSettings(),
     evaluation: EvaluationSettings = EvaluationSettings(),
@@ -194,7 +194,7 @@ def compare(
 def diagnose(
     data: Path,
     *,
-    batch_sizes: Annotated[tuple[int, ...], Parameter(consume_multiple=True)] = (64, 256, 1024),
+    batch_sizes: Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative="")] = (64, 256, 1024),
     k: int = 4,
     images: DataOptions = DataOptions(),
     normalisation: Literal["symmetric", "standard"] = "symmetric",

@@ -12,7 +12,7 @@ Objective = Literal["flow", "ddpm", "edm"]
 Network = Literal["auto", "unet", "mlp"]
 
 
-@Parameter(name="*", group="Noise")
+@Parameter(name="*", group="Noise", negative="")
 @dataclass(frozen=True)
 class Arm:
     """How a batch's noise meets its images.
@@ -74,7 +74,7 @@ def arm_named(name: str) -> Arm:
     return PRESETS[name]
 
 
-@Parameter(name="*", group="Training")
+@Parameter(name="*", group="Training", negative="")
 @dataclass(frozen=True)
 class TrainSettings:
     """What is trained and for how long.
@@ -143,7 +143,7 @@ class EvaluationSettings:
         sampling_batch: Samples per forward pass.
     """
 
-    sampling_steps: Annotated[tuple[int, ...], Parameter(consume_multiple=True)] = (5, 10, 50)
+    sampling_steps: Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative="")] = (5, 10, 50)
     num_samples: int = 3000
     eta: float = 0.0
     sampling_batch: int = 1000

@@ -149,8 +149,9 @@ def _words(
     """Returns four tensors (b, ceil(numbers / 4)) of random words: counter = (index // 4, row, step, stream)."""
     row = torch.as_tensor(rows, dtype=torch.int64, device=device)[:, None] & _MASK32
     block = torch.arange(-(-numbers // 4), device=row.device)[None, :]
-    constant = torch.tensor([step & _MASK32, stream & _MASK32], dtype=torch.int64, device=row.device)
-    return philox4x32((block, row, constant[0], constant[1]), seed & _MASK64)
+    # Filled on the device: a tensor made from a Python number would be a copy that waits for the queue.
+    constants = (torch.full((), word & _MASK32, dtype=torch.int64, device=row.device) for word in (step, stream))
+    return philox4x32((block, row, *constants), seed & _MASK64)
 
 
 def _working_dtype(dtype: torch.dtype) -> torch.dtype:

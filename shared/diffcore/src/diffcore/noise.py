@@ -150,8 +150,8 @@ def _words(
     row = torch.as_tensor(rows, dtype=torch.int64, device=device)[:, None] & _MASK32
     block = torch.arange(-(-numbers // 4), device=row.device)[None, :]
     # Filled on the device: a tensor made from a Python number would be a copy that waits for the queue.
-    constants = (torch.full((), word & _MASK32, dtype=torch.int64, device=row.device) for word in (step, stream))
-    return philox4x32((block, row, *constants), seed & _MASK64)
+    third, fourth = (torch.full((), word & _MASK32, dtype=torch.int64, device=row.device) for word in (step, stream))
+    return philox4x32((block, row, third, fourth), seed & _MASK64)
 
 
 def _working_dtype(dtype: torch.dtype) -> torch.dtype:

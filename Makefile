@@ -20,6 +20,11 @@ comma := ,
 space := $(subst ,, )
 export UV_FIND_LINKS ?= $(subst $(space),$(comma),$(strip $(pip_links)))
 
+# And so is the certificate file that pip was told of, where there is one.
+ifdef PIP_CERT
+export SSL_CERT_FILE ?= $(PIP_CERT)
+endif
+
 # Actively waiting OpenMP threads slow a busy machine down by an order of magnitude.
 export OMP_WAIT_POLICY ?= PASSIVE
 

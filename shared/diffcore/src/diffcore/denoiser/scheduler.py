@@ -1,5 +1,6 @@
 """Noise schedules out of diffusers' schedulers, which mix the schedule with one solver."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,11 +8,12 @@ from diffcore.denoiser.schedule import DiscreteSchedule, EDMSchedule, FlowSchedu
 from diffcore.errors import IncompatibleModelError, printable
 
 
-def schedule_from(scheduler: object) -> NoiseSchedule:
+def schedule_from(scheduler: object, *, num_tokens: int = 4096) -> NoiseSchedule:
     """Returns the noise schedule of a diffusers scheduler, given as the object or as its configuration.
 
     Args:
         scheduler: A scheduler object, or the mapping in its `scheduler_config.json`.
+        num_tokens: Image tokens of a sample, for schedulers that shift by them (Flux: 4096 at 1024 by 1024 pixels).
 
     Raises:
         IncompatibleModelError: The scheduler, or one of its settings, has no counterpart here.
@@ -19,7 +21,7 @@ def schedule_from(scheduler: object) -> NoiseSchedule:
     config: Mapping[str, Any] = scheduler if isinstance(scheduler, Mapping) else getattr(scheduler, "config", {})
     name = str(config.get("_class_name", type(scheduler).__name__))
     if "FlowMatch" in name:
-        return _flow_from(config, name)
+        return _flow_from(config, name, num_tokens)
     if "EDM" in name:
         _refuse(config, name, sigma_schedule=("karras", None))
         fields = ("sigma_min", "sigma_max", "rho", "sigma_data")
@@ -31,14 +33,24 @@ def schedule_from(scheduler: object) -> NoiseSchedule:
     )
 
 
-def _flow_from(config: Mapping[str, Any], name: str) -> FlowSchedule:
+def _flow_from(config: Mapping[str, Any], name: str, num_tokens: int) -> FlowSchedule:
     off = (False, None)
-    _refuse(config, name, use_dynamic_shifting=off, invert_sigmas=off, shift_terminal=(None,), stochastic_sampling=off)
+    _refuse(config, name, invert_sigmas=off, shift_terminal=(None,), stochastic_sampling=off)
     _refuse(config, name, use_karras_sigmas=off, use_exponential_sigmas=off, use_beta_sigmas=off)
+    if config.get("use_dynamic_shifting"):
+        _refuse(config, name, time_shift_type=("exponential",))
+        return FlowSchedule(math.exp(_shift_exponent(config, num_tokens)))
     shift = float(config.get("shift", 1.0))
     lowest = 1 / int(config.get("num_train_timesteps", 1000))
     # diffusers shifts its lowest level when the scheduler is built, and once more with the grid.
     return FlowSchedule(shift, last_time=shift * lowest / (1 + (shift - 1) * lowest))
+
+
+def _shift_exponent(config: Mapping[str, Any], num_tokens: int) -> float:
+    """Returns mu, linear in the tokens; its defaults are those of Flux's pipeline."""
+    few, many = float(config.get("base_image_seq_len", 256)), float(config.get("max_image_seq_len", 4096))
+    low, high = float(config.get("base_shift", 0.5)), float(config.get("max_shift", 1.15))
+    return low + (high - low) * (num_tokens - few) / (many - few)
 
 
 def _discrete_from(config: Mapping[str, Any], name: str) -> DiscreteSchedule:

@@ -18,6 +18,7 @@ from diffcore.denoiser import (
 )
 from diffcore.errors import IncompatibleModelError, printable
 from diffcore.models.backbones import backbone_call
+from diffcore.models.build import build_scheduler
 from diffcore.models.codec import Codec, LatentCodec, MissingCodec, PixelCodec
 from diffcore.models.inventory import Component
 from diffcore.models.prompts import PromptEncoder, Recipe, TextTower
@@ -72,7 +73,9 @@ def make_denoiser(
         stated, schedule = _USUAL[class_name]
         warnings.warn(f"no scheduler came with the model; taken is what is usual for {class_name}", stacklevel=2)
     else:
-        schedule = schedule_from({**scheduler.config, "_class_name": scheduler.class_name})
+        # The class fills in what old configurations leave out; what it does not know of, the configuration still says.
+        defaults = build_scheduler(scheduler).config
+        schedule = schedule_from({**defaults, **scheduler.config, "_class_name": scheduler.class_name})
         stated = _stated_prediction(scheduler, schedule)
     sigma_data = schedule.sigma_data if isinstance(schedule, EDMSchedule) else 0.5
     kind = prediction_type or stated
@@ -103,7 +106,11 @@ def make_codec(name: str, class_name: str, backbone: nn.Module, vae: nn.Module |
 
 
 def make_prompts(
-    pipeline_class: str | None, modules: Mapping[str, Any], backbone: nn.Module, settings: Mapping[str, Any]
+    pipeline_class: str | None,
+    modules: Mapping[str, Any],
+    backbone: nn.Module,
+    codec: Codec,
+    settings: Mapping[str, Any],
 ) -> PromptEncoder | None:
     """Returns the prompt encoder of a pipeline; None where it takes no prompts, or some encoder or tokenizer is absent.
 
@@ -123,7 +130,7 @@ def make_prompts(
         return None
     towers = [_tower(modules[f"tokenizer{n}"], modules[f"text_encoder{n}"], num_text_tokens) for n in present]
     config: Any = backbone.config
-    pixels = int(config.get("sample_size") or 128) * 8
+    pixels = int(config.get("sample_size") or 128) * (codec.factor if isinstance(codec, LatentCodec) else 8)
     sized = recipe == "pixart" and config.get("use_additional_conditions")
     return PromptEncoder(
         recipe,

@@ -203,14 +203,15 @@ def _assembled(
     by_role = {plan.components[name].role: name for name in plan.parts}
     backbone, described = modules[by_role["backbone"]], plan.components[by_role["backbone"]]
     name = path.stem if path.is_file() else path.resolve().name
+    codec = make_codec(name, described.class_name, backbone, modules.get("vae"))
     return DiffusionModel(
         name=name,
         fingerprint=fingerprint(plan.inventory, plan.components),
         denoiser=make_denoiser(
             backbone, described.class_name, plan.components.get("scheduler"), plan.settings, prediction_type
         ),
-        codec=make_codec(name, described.class_name, backbone, modules.get("vae")),
-        prompts=make_prompts(plan.pipeline_class, modules, backbone, plan.settings),
+        codec=codec,
+        prompts=make_prompts(plan.pipeline_class, modules, backbone, codec, plan.settings),
         pipeline_class=plan.pipeline_class,
         components=plan.components,
         modules=modules,

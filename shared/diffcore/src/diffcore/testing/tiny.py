@@ -5,6 +5,7 @@ them would stay hidden.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -226,25 +227,139 @@ def tokenizer(pad_token: str = "<|endoftext|>") -> Any:
     return CLIPTokenizer(vocab=vocabulary, merges=[], pad_token=pad_token, model_max_length=77)
 
 
-def pipeline(name: Literal["sd15", "sdxl"], seed: int = 0) -> Any:
-    """Returns a whole tiny Stable Diffusion or SDXL pipeline of the diffusers library."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+def t5_encoder(seed: int = 0, *, width: int = 32) -> nn.Module:
+    """Returns a tiny T5 text encoder for the vocabulary of `t5_tokenizer`."""
+    from transformers import T5Config, T5EncoderModel
 
-    scheduler = DDIMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
+    config = T5Config(
+        vocab_size=160, d_model=width, d_kv=8, d_ff=37, num_layers=1, num_heads=4, feed_forward_proj="gated-gelu"
     )
-    parts = {"vae": vae(seed), "unet": backbone(name, seed), "scheduler": scheduler, "tokenizer": tokenizer()}
-    parts["text_encoder"] = text_encoder(seed)
-    if name == "sd15":
-        without: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        return StableDiffusionPipeline(**parts, **without)
-    second = {"tokenizer_2": tokenizer("!"), "text_encoder_2": text_encoder(seed + 1, projection=True)}
-    return StableDiffusionXLPipeline(**parts, **second)
+    return seeded(lambda: T5EncoderModel(config), seed)
+
+
+def t5_tokenizer() -> Any:
+    """Returns a T5 tokenizer whose words are single letters: 26 of them, and the 100 sentinels."""
+    from transformers import T5Tokenizer
+
+    letters = [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
+    sentinels = [(f"<extra_id_{index}>", 0.0) for index in range(99, -1, -1)]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters, *sentinels]
+    return T5Tokenizer(vocab=vocabulary)
+
+
+def pipeline(name: str, seed: int = 0, *, width: int = 32) -> Any:
+    """Returns a whole tiny pipeline of the diffusers library.
+
+    Args:
+        name: sd15, sd21, sdxl, dit, pixart, sd3 or flux.
+        seed: Of the weights.
+        width: Of the first text encoder's states in sd15 and sd21. Single files tell the two apart by it: 768 or 1024.
+    """
+    import diffusers
+
+    class_name, parts = _PIPELINES[name](seed, width)
+    return getattr(diffusers, class_name)(**parts)
+
+
+def _stable_parts(name: str, seed: int, width: int) -> tuple[str, dict[str, Any]]:
+    linear = {"use_linear_projection": True} if name == "sd21" else {}
+    return "StableDiffusionPipeline", {
+        "unet": backbone("sd15", seed, cross_attention_dim=width, **linear),
+        "vae": vae(seed),
+        "scheduler": _ddim(prediction_type="v_prediction" if name == "sd21" else "epsilon"),
+        "text_encoder": text_encoder(seed, hidden_size=width),
+        "tokenizer": tokenizer("!" if name == "sd21" else "<|endoftext|>"),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+
+
+def _sdxl_parts(seed: int, width: int) -> tuple[str, dict[str, Any]]:
+    return "StableDiffusionXLPipeline", {
+        "unet": backbone("sdxl", seed),
+        "vae": vae(seed, force_upcast=False),
+        "scheduler": _ddim(),
+        "text_encoder": text_encoder(seed),
+        # As deep as readers of single files look for.
+        "text_encoder_2": text_encoder(seed + 1, projection=True, num_hidden_layers=10),
+        "tokenizer": tokenizer(),
+        "tokenizer_2": tokenizer("!"),
+    }
+
+
+def _dit_parts(seed: int, width: int) -> tuple[str, dict[str, Any]]:
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(clip_sample=False)
+    return "DiTPipeline", {"transformer": backbone("dit", seed), "vae": vae(seed), "scheduler": scheduler}
+
+
+def _pixart_parts(seed: int, width: int) -> tuple[str, dict[str, Any]]:
+    from diffusers import DDIMScheduler
+
+    return "PixArtAlphaPipeline", {
+        "transformer": backbone("pixart", seed),
+        "vae": vae(seed),
+        "scheduler": DDIMScheduler(clip_sample=False),
+        "text_encoder": t5_encoder(seed),
+        "tokenizer": t5_tokenizer(),
+    }
+
+
+def _sd3_parts(seed: int, width: int) -> tuple[str, dict[str, Any]]:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return "StableDiffusion3Pipeline", {
+        "transformer": backbone("sd3", seed, joint_attention_dim=64),
+        "vae": vae(seed, scaling_factor=1.5305, shift_factor=0.0609),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "text_encoder": text_encoder(seed, projection=True),
+        "text_encoder_2": text_encoder(seed + 1, projection=True),
+        "text_encoder_3": t5_encoder(seed, width=64),
+        "tokenizer": tokenizer(),
+        "tokenizer_2": tokenizer("!"),
+        "tokenizer_3": t5_tokenizer(),
+    }
+
+
+def _flux_parts(seed: int, width: int) -> tuple[str, dict[str, Any]]:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return "FluxPipeline", {
+        "transformer": backbone("flux", seed, guidance_embeds=True),
+        "vae": vae(seed, scaling_factor=0.3611, shift_factor=0.1159),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        "text_encoder": text_encoder(seed),
+        "text_encoder_2": t5_encoder(seed),
+        "tokenizer": tokenizer(),
+        "tokenizer_2": t5_tokenizer(),
+    }
+
+
+def _ddim(**changes: Any) -> Any:
+    from diffusers import DDIMScheduler
+
+    config: dict[str, Any] = {
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+    }
+    return DDIMScheduler(**{**config, **changes})
+
+
+_PIPELINES: dict[str, Callable[[int, int], tuple[str, dict[str, Any]]]] = {
+    "sd15": partial(_stable_parts, "sd15"),
+    "sd21": partial(_stable_parts, "sd21"),
+    "sdxl": _sdxl_parts,
+    "dit": _dit_parts,
+    "pixart": _pixart_parts,
+    "sd3": _sd3_parts,
+    "flux": _flux_parts,
+}
 
 
 def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:

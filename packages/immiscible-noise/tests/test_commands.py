@@ -19,6 +19,7 @@ from PIL import Image
 from diffcore import artifact
 from diffcore.cli import main
 from immiscible_noise.cli import app
+from immiscible_noise.train import load_snapshot, read_recipe
 
 
 def small(**changes: object) -> list[str]:
@@ -87,6 +88,37 @@ def test_train_writes_weights_pictures_and_a_report(painted: Path, tmp_path: Pat
     assert (out / "figures" / "samples.png").stat().st_size > 1000
     assert "<script" not in (out / "report.html").read_text()
     assert json.loads((out / "run.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.parametrize("objective", ["flow", "ddpm", "edm"])
+def test_an_exported_unet_predicts_in_plain_diffusers_what_it_predicts_here(
+    painted: Path, tmp_path: Path, objective: str
+):
+    import diffusers
+
+    out = tmp_path / "run"
+    options = ["--network", "unet", "--objective", objective, "--class-conditional", *small(steps=2, snapshots=1)]
+    assert run("train", painted, "--out", out, *options) == 0
+    unet = diffusers.UNet2DModel.from_pretrained(out / "model" / "unet", local_files_only=True)
+    config = json.loads((out / "model" / "scheduler" / "scheduler_config.json").read_text())
+    scheduler = getattr(diffusers, config["_class_name"]).from_pretrained(out / "model" / "scheduler")
+    scheduler.set_timesteps(4)
+
+    denoiser, labels = load_snapshot(read_recipe(out), out, 2), torch.tensor([0, 1, 1])
+    x_t = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    timestep = scheduler.timesteps[2]
+    fed = scheduler.scale_model_input(x_t, timestep) if objective != "flow" else x_t
+    with torch.no_grad():
+        output = unet(fed, timestep.expand(3), class_labels=labels).sample
+        if objective == "edm":
+            sigma = scheduler.sigmas[2]
+            theirs = scheduler.precondition_outputs(x_t, output, sigma)
+            ours = denoiser(x_t, sigma.expand(3), {"class_labels": labels}).x0
+        else:
+            theirs = output
+            t = timestep / 1000 if objective == "flow" else timestep
+            ours = denoiser(x_t, t.expand(3), {"class_labels": labels}).output
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_arms_of_one_seed_share_weights_order_and_noise(painted: Path, tmp_path: Path):

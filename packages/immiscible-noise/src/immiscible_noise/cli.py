@@ -1,6 +1,7 @@
 """The commands. Each parses, calls one function, and writes a run folder with a report; heavy imports stand inside."""
 
 import logging
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -67,6 +68,7 @@ def demo(*, out: Path = Path("runs/demo-immiscible-noise"), full: bool = False, 
 
     result = run_demo(out, full=full)
     emit(result, json)
+    print(f"report: {out / 'report.html'}", file=sys.stderr)
     return 0 if result["passed"] else 1
 
 
@@ -102,9 +104,13 @@ def train(
             recipe = train_model(loaded, opened, arm, training, runtime)
             if not opened.leading:
                 return 0
+            if recipe.settings.network == "unet":
+                from immiscible_noise.export import export_model
+
+                export_model(recipe, opened)
             opened.finish({"arm": recipe.arm.name, "steps": training.steps, "images": len(loaded)})
             write_page(opened)
-        emit(opened.result | {"folder": str(folder)}, output.json)
+        _show(opened, output)
     return 0
 
 
@@ -139,7 +145,7 @@ def evaluate(
         if not opened.finished:
             opened.finish(evaluate_training(model, loaded, opened, evaluation, runtime).summary())
             write_page(opened)
-        emit(opened.result, output.json)
+        _show(opened, output)
     return 0
 
 
@@ -186,7 +192,7 @@ def compare(
             study = run_arms(loaded, inputs, opened, chosen, range(first, first + seeds), training, evaluation, runtime)
             opened.finish(study.summary())
             write_page(opened)
-        emit(opened.result, output.json)
+        _show(opened, output)
     return 0
 
 
@@ -226,7 +232,7 @@ def diagnose(
         if not opened.finished:
             opened.finish(diagnose_images(loaded, opened, batch_sizes, k, normalisation, runtime.seed))
             write_page(opened)
-        emit(opened.result, output.json)
+        _show(opened, output)
     return 0
 
 
@@ -278,6 +284,12 @@ def _open(folder: Path, verb: str, config: dict[str, Any], inputs: dict[str, str
 
     command = f"immiscible-noise {verb}"
     return Run.open(folder, command=command, config=config, inputs=inputs, restart=output.restart)
+
+
+def _show(run: "Run", output: Output) -> None:
+    """Prints the result, and where the report is."""
+    emit(run.result, output.json)
+    print(f"report: {run.folder / 'report.html'}", file=sys.stderr)
 
 
 def _load(

@@ -204,7 +204,7 @@ def test_gradients_flow_through_edits_also_under_checkpointing():
         if checkpointing:
             backbone.enable_gradient_checkpointing()
         backbone.zero_grad()
-        with intervene(backbone, {"mid_block.resnets.0.conv1": lambda x: x * 3}):
+        with intervene(backbone, {"down_blocks.0.resnets.0.norm1": lambda x: x * 3}):
             backbone(x_t, t, **cond).sample.square().sum().backward()
         gradients.append(backbone.conv_in.weight.grad.clone())
     torch.testing.assert_close(*gradients)

@@ -6,6 +6,7 @@ import torch
 from diffcore.metrics import PrecisionRecall, precision_recall
 from diffcore.metrics.precision_recall import squared_radii
 from diffcore.testing.distributed import run_forked
+from diffcore.testing.metrics import check_metric
 
 
 def points(n: int, seed: int, dim: int = 4, dtype=torch.float64) -> torch.Tensor:
@@ -105,17 +106,36 @@ def test_streams_in_batches_and_resets():
         metric.compute()
 
 
-def test_two_processes_with_unequal_shares():
-    real, fake = points(50, 0), points(40, 1)
+def test_however_the_rows_arrive():
+    real, fake = points(50, 0).half().float(), points(40, 1).half().float()  # float16 holds them exactly
+    check_metric(PrecisionRecall, [(real, True), (fake, False)], brute(real, fake, 3, 5), atol=1e-10, half_atol=1e-10)
+
+
+def test_a_rank_without_rows_and_ranks_of_different_precision():
+    real, fake = points(50, 0).float(), points(40, 1).float()
 
     def work(rank):
-        metric = PrecisionRecall()
-        metric.update(real[:11] if rank else real[11:], real=True)
-        metric.update(fake[:40] if rank else fake[40:], real=False)
-        return [float(score) for score in metric.compute()]
+        values = []
+        for precise in (False, True):
+            metric = PrecisionRecall()
+            if rank == 0:
+                metric.update(real, real=True)  # the other rank has not seen a single batch of them
+                metric.update(fake[:7], real=False)
+            else:
+                metric.update(fake[7:].to(torch.float64 if precise else torch.float32), real=False)
+            values.append([float(score) for score in metric.compute()])
+        return values
 
     expected = pytest.approx([float(score) for score in precision_recall(real, fake)])
-    assert run_forked(work) == [expected, expected]
+    assert run_forked(work) == [[expected, expected]] * 2
+
+
+def test_no_rank_has_rows():
+    def work(rank):
+        with pytest.raises(ValueError, match="real has 0 rows"):
+            PrecisionRecall().compute()
+
+    run_forked(work)
 
 
 def test_bad_features_are_named():

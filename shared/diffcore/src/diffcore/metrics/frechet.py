@@ -13,22 +13,15 @@ References:
 
 import math
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 from torchmetrics import Metric
 
+from diffcore.metrics.estimate import Estimate
 from diffcore.stats import Covariance, RunningCovariance, covariance, require_finite
-
-
-class Estimate(NamedTuple):
-    """A distance, its standard error, and the number of rows on the smaller side."""
-
-    value: float
-    standard_error: float
-    n: int
 
 
 def frechet_distance(real: Covariance, fake: Covariance) -> Float64[Tensor, ""]:

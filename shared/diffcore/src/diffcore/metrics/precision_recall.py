@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities.data import dim_zero_cat
 
+from diffcore.metrics.rows import RealAndFake
 from diffcore.stats import require_finite
 
 _ROWS = 2048  # per chunk of the distance matrix
@@ -99,7 +98,7 @@ def squared_radii(x: Float[Tensor, "n d"], ks: tuple[int, ...]) -> list[Float64[
     return [nearest[:, k - 1] for k in ks]
 
 
-class PrecisionRecall(Metric):
+class PrecisionRecall(RealAndFake):
     """`precision_recall` of streamed features. Keeps them all; `compute` returns `Scores`.
 
     Args:
@@ -108,34 +107,15 @@ class PrecisionRecall(Metric):
         options: Of `torchmetrics.Metric`.
     """
 
-    full_state_update = False
-    real: list[Tensor]
-    fake: list[Tensor]
-
     def __init__(self, k: int = 3, k_coverage: int = 5, **options: Any) -> None:
         super().__init__(**options)
         if min(k, k_coverage) < 1:
             raise ValueError(f"k is {k}, k_coverage is {k_coverage}; both must be at least 1")
         self.k, self.k_coverage = k, k_coverage
-        self.add_state("real", default=[], dist_reduce_fx="cat")
-        self.add_state("fake", default=[], dist_reduce_fx="cat")
-
-    def update(self, features: Float[Tensor, "b d"], real: bool) -> None:
-        """Adds features of real or of generated images.
-
-        Raises:
-            ValueError: Rows hold NaN or infinity; they are named.
-        """
-        side = self.real if real else self.fake
-        require_finite("real features" if real else "fake features", features, sum(map(len, side)))
-        side.append(features.detach() if features.dtype == torch.float64 else features.detach().float())
 
     def compute(self) -> Scores:
         """Returns the four scores of all rows seen, over all processes."""
-        for name in ("real", "fake"):
-            if not len(getattr(self, name)):
-                raise ValueError(f"{name} has 0 rows; update with both real and fake features")
-        return precision_recall(dim_zero_cat(self.real), dim_zero_cat(self.fake), k=self.k, k_coverage=self.k_coverage)
+        return precision_recall(*self.both(), k=self.k, k_coverage=self.k_coverage)
 
 
 def _squared_distances(x: Tensor, y: Tensor) -> Float[Tensor, "n m"]:

@@ -1,0 +1,11 @@
+"""A number with its uncertainty, as every metric that is a mean or a distance reports it."""
+
+from typing import NamedTuple
+
+
+class Estimate(NamedTuple):
+    """A number, its standard error, and how many rows (images, prompts) it rests on: of the smaller side, where two."""
+
+    value: float
+    standard_error: float
+    n: int

@@ -1,23 +1,46 @@
 """Metrics of generated images, as functions on features and as `torchmetrics.Metric`."""
 
+from diffcore.metrics.clip_score import ClipScore, PromptFit
+from diffcore.metrics.estimate import Estimate
 from diffcore.metrics.frechet import (
-    Estimate,
     FrechetDistance,
     extrapolate,
     frechet_distance,
     frechet_distance_from_features,
     real_floor,
 )
+from diffcore.metrics.keypoints import CorrectKeypoints, PercentageCorrectKeypoints
+from diffcore.metrics.kid import KernelDistance, kernel_distance
+from diffcore.metrics.pairwise_ssim import PairwiseSSIM, pairwise_ssim
 from diffcore.metrics.precision_recall import PrecisionRecall, Scores, precision_recall
+from diffcore.metrics.replication import Nearest, Replication, ReplicationScore, nearest_training_images
+from diffcore.metrics.rows import RealAndFake, gather_rows
+from diffcore.metrics.segmentation import DataSetIoU, IntersectionOverUnion
 
 __all__ = [
+    "ClipScore",
+    "CorrectKeypoints",
+    "DataSetIoU",
     "Estimate",
     "FrechetDistance",
+    "IntersectionOverUnion",
+    "KernelDistance",
+    "Nearest",
+    "PairwiseSSIM",
+    "PercentageCorrectKeypoints",
     "PrecisionRecall",
+    "PromptFit",
+    "RealAndFake",
+    "Replication",
+    "ReplicationScore",
     "Scores",
     "extrapolate",
     "frechet_distance",
     "frechet_distance_from_features",
+    "gather_rows",
+    "kernel_distance",
+    "nearest_training_images",
+    "pairwise_ssim",
     "precision_recall",
     "real_floor",
 ]

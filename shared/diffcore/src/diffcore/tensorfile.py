@@ -100,7 +100,8 @@ def read_header(path: Path, *, allow_empty: bool = False) -> TensorHeader:
                 header = file.read(length) if len(head) == 8 and length <= MAX_HEADER_BYTES else b""
         return _checked(path, head, header, status.st_size, allow_empty)
     except StrictError as error:
-        raise IncompatibleModelError(f"{printable(path, 300)} {error}") from None
+        advice = "" if ";" in str(error) else "; get a clean copy"
+        raise IncompatibleModelError(f"{printable(path, 300)} {error}{advice}") from None
 
 
 def what_it_is(path: Path) -> str | None:
@@ -153,7 +154,7 @@ def _checked(path: Path, head: bytes, header: bytes, size: int, allow_empty: boo
         raise StrictError(f"ends after {size:,} of at least {8 + length:,} bytes; copy it again")
     content = parse(header, parse_int=_natural)
     if not isinstance(content, dict):
-        raise StrictError("has a header that is no object; get a clean copy")
+        raise StrictError("has a header that is no object")
     metadata = _checked_metadata(content.pop("__metadata__", {}))
     if len(content) > MAX_TENSORS:
         raise StrictError(f"names {len(content):,} tensors; the limit is {MAX_TENSORS:,}")
@@ -174,36 +175,37 @@ def _say_what_it_is(path: Path) -> None:
 
 def _checked_metadata(metadata: Any) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise StrictError("has metadata that is not text; get a clean copy")
+        raise StrictError("has metadata that is not text")
     try:
         "".join([*metadata, *metadata.values()]).encode()
     except UnicodeEncodeError:
-        raise StrictError("has metadata that is not Unicode; get a clean copy") from None
+        raise StrictError("has metadata that is not Unicode") from None
     return metadata
 
 
 def _entry(name: str, value: Any, allow_empty: bool) -> TensorEntry:
-    def refuse(what: str) -> StrictError:
-        return StrictError(f"has tensor {printable(name)!r} with {what}; get a clean copy")
-
     if not _NAME.fullmatch(name):
-        raise refuse(f"a name that is not 1 to {MAX_NAME} plain characters")
+        raise _tensor_with(name, f"a name that is not 1 to {MAX_NAME} plain characters")
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        raise refuse("other fields than dtype, shape and data_offsets")
+        raise _tensor_with(name, "other fields than dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise refuse(f"dtype {printable(dtype, 30)}")
+        raise _tensor_with(name, f"dtype {printable(dtype, 30)}")
     smallest = 0 if allow_empty else 1
     if not (isinstance(shape, list) and len(shape) <= MAX_RANK and all(type(side) is int for side in shape)):
-        raise refuse(f"a shape that is not a list of at most {MAX_RANK} whole numbers")
+        raise _tensor_with(name, f"a shape that is not a list of at most {MAX_RANK} whole numbers")
     if not all(smallest <= side <= MAX_DIM for side in shape):
-        raise refuse(f"a side outside {smallest} to 2^31")
+        raise _tensor_with(name, f"a side outside {smallest} to 2^31")
     if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(offset) is int for offset in offsets)):
-        raise refuse("offsets that are not two whole numbers")
+        raise _tensor_with(name, "offsets that are not two whole numbers")
     start, end = offsets
     if end - start != math.prod(shape) * ITEM_BYTES[dtype]:
-        raise refuse(f"{end - start:,} bytes for shape {printable(shape)} of {dtype}")
+        raise _tensor_with(name, f"{end - start:,} bytes for shape {printable(shape)} of {dtype}")
     return TensorEntry(dtype, tuple(shape), start, end)
+
+
+def _tensor_with(name: str, what: str) -> StrictError:
+    return StrictError(f"has tensor {printable(name)!r} with {what}")
 
 
 def _check_layout(tensors: Mapping[str, TensorEntry], data_bytes: int, size: int) -> None:
@@ -211,17 +213,17 @@ def _check_layout(tensors: Mapping[str, TensorEntry], data_bytes: int, size: int
     position = 0
     for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.start != position:
-            raise StrictError(f"has a hole or an overlap before tensor {printable(name)!r}; get a clean copy")
+            raise StrictError(f"has a hole or an overlap before tensor {printable(name)!r}")
         position = entry.end
     if position > data_bytes:
         raise StrictError(f"ends after {size:,} of {size + position - data_bytes:,} bytes; copy it again")
     if position < data_bytes:
-        raise StrictError(f"has {data_bytes - position:,} bytes after its last tensor; get a clean copy")
+        raise StrictError(f"has {data_bytes - position:,} bytes after its last tensor")
 
 
 def _natural(text: str) -> int:
     if text.startswith("-") or len(text) > 19:
-        raise StrictError(f"has the number {printable(text, 30)} in its header; get a clean copy")
+        raise StrictError(f"has the number {printable(text, 30)} in its header")
     return int(text)
 
 

@@ -46,40 +46,43 @@ _RECIPES: dict[str, tuple[Recipe, tuple[str, ...], int]] = {
 }
 
 
-def make_denoiser(
-    backbone: nn.Module,
-    class_name: str,
-    scheduler: Component | None,
-    settings: Mapping[str, Any],
-    prediction_type: PredictionType | None = None,
-) -> NetworkDenoiser:
-    """Returns a backbone with the schedule and prediction type that its files state.
+def read_schedule(
+    class_name: str, scheduler: Component | None, settings: Mapping[str, Any]
+) -> tuple[PredictionType, NoiseSchedule]:
+    """Returns what a backbone predicts, and under which schedule, as its files state it.
 
     Args:
-        backbone: Of diffusers.
-        class_name: Its class.
+        class_name: Of the backbone.
         scheduler: Its scheduler's configuration; without one, what is usual for the class, and a warning.
         settings: Of EDM preconditioning, if the folder has them.
-        prediction_type: Replaces what the files say.
 
     Raises:
-        IncompatibleModelError: The scheduler has no counterpart here.
+        IncompatibleModelError: The scheduler has no counterpart here, or makes no sense.
     """
-    if settings.get("prediction_type") == "edm":
-        numbers = {key: float(value) for key, value in settings.items() if key != "prediction_type"}
-        stated: PredictionType = "edm"
-        schedule: NoiseSchedule = EDMSchedule(**numbers)
-    elif scheduler is None:
-        stated, schedule = _USUAL[class_name]
+    if scheduler is None and settings.get("prediction_type") != "edm":
         warnings.warn(f"no scheduler came with the model; taken is what is usual for {class_name}", stacklevel=2)
-    else:
+        return _USUAL[class_name]
+    try:
+        if scheduler is None or settings.get("prediction_type") == "edm":
+            return "edm", EDMSchedule(**{k: float(v) for k, v in settings.items() if k != "prediction_type"})
         # The class fills in what old configurations leave out; what it does not know of, the configuration still says.
         defaults = build_scheduler(scheduler).config
         schedule = schedule_from({**defaults, **scheduler.config, "_class_name": scheduler.class_name})
-        stated = _stated_prediction(scheduler, schedule)
+    except IncompatibleModelError:
+        raise
+    except Exception as error:  # whatever the library, or a schedule of ours, makes of impossible numbers
+        where = printable(scheduler.folder, 300) if scheduler else "denoiser.json"
+        raise IncompatibleModelError(
+            f"the scheduler in {where} makes no schedule: {printable(error)}; get a clean copy of the model"
+        ) from None
+    return _stated_prediction(scheduler, schedule), schedule
+
+
+def make_denoiser(backbone: nn.Module, prediction_type: PredictionType, schedule: NoiseSchedule) -> NetworkDenoiser:
+    """Returns a backbone of diffusers as a denoiser."""
     sigma_data = schedule.sigma_data if isinstance(schedule, EDMSchedule) else 0.5
-    kind = prediction_type or stated
-    return NetworkDenoiser(backbone, schedule, kind, sigma_data=sigma_data, call=backbone_call(backbone)).eval()
+    call = backbone_call(backbone)
+    return NetworkDenoiser(backbone, schedule, prediction_type, sigma_data=sigma_data, call=call).eval()
 
 
 def _stated_prediction(scheduler: Component, schedule: NoiseSchedule) -> PredictionType:

@@ -64,11 +64,6 @@ class LatentCodec(Codec):
 
     def __init__(self, vae: nn.Module) -> None:
         config: Any = vae.config
-        for key in ("latents_mean", "latents_std"):
-            if config.get(key) is not None:
-                raise IncompatibleModelError(
-                    f"the autoencoder sets {key}, which is not supported; use one with a single scaling factor"
-                )
         self.vae = vae
         self.scaling = float(config["scaling_factor"])
         self.shift = float(config.get("shift_factor") or 0.0)

@@ -60,6 +60,9 @@ def read_component(
     class_name = _class_of(config_path, raw, class_name)
     with about(config_path):
         config, dropped = cleaned(raw, role, class_name)
+    own = [key for key in ("latents_mean", "latents_std") if config.get(key) is not None]
+    if role == "codec" and own:
+        raise refusal(config_path, f"sets {own[0]}; autoencoders with one scaling factor are supported, no others")
     component = Component(name, role, library, class_name, config, folder, dropped=dropped)
     if role == "scheduler" or config_only:
         return component

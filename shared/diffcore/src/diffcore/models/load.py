@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from diffcore.denoiser import PredictionType
+from diffcore.denoiser import NetworkDenoiser, PredictionType
 from diffcore.errors import IncompatibleModelError, MissingDependencyError, ModelNotFoundError, printable
 from diffcore.models import ldm, singlefile
-from diffcore.models.assemble import make_codec, make_denoiser, make_prompts
+from diffcore.models.assemble import make_codec, make_denoiser, make_prompts, read_schedule
 from diffcore.models.build import build
 from diffcore.models.component import read_component
 from diffcore.models.families import family_of
@@ -71,8 +71,10 @@ def load(
         plan = _plan_of_folder(inventory)
     else:
         plan = _plan_of_file(inventory, prediction_type, tokenizer, like)
+    stated, schedule = read_schedule(plan.backbone.class_name, plan.components.get("scheduler"), plan.settings)
     modules = {name: _build(plan, name, runtime, check_finite) for name in plan.parts}
-    return _assembled(path, plan, {**modules, **plan.tokenizers}, prediction_type)
+    denoiser = make_denoiser(modules[plan.backbone.name], prediction_type or stated, schedule)
+    return _assembled(path, plan, denoiser, {**modules, **plan.tokenizers})
 
 
 def resolve(source: str | Path, *, download: bool = False) -> Path:
@@ -113,6 +115,11 @@ class _Plan:
     tokenizers: Mapping[str, Any]
     pipeline_class: str | None
     settings: Mapping[str, Any]
+
+    @property
+    def backbone(self) -> Component:
+        """The component that is the backbone."""
+        return next(self.components[name] for name in self.parts if self.components[name].role == "backbone")
 
 
 def _plan_of_folder(inventory: Inventory) -> _Plan:
@@ -197,21 +204,15 @@ def _build(plan: _Plan, name: str, runtime: Runtime, check_finite: bool) -> torc
     )
 
 
-def _assembled(
-    path: Path, plan: _Plan, modules: dict[str, Any], prediction_type: PredictionType | None
-) -> DiffusionModel:
-    by_role = {plan.components[name].role: name for name in plan.parts}
-    backbone, described = modules[by_role["backbone"]], plan.components[by_role["backbone"]]
+def _assembled(path: Path, plan: _Plan, denoiser: NetworkDenoiser, modules: dict[str, Any]) -> DiffusionModel:
     name = path.stem if path.is_file() else path.resolve().name
-    codec = make_codec(name, described.class_name, backbone, modules.get("vae"))
+    codec = make_codec(name, plan.backbone.class_name, denoiser.backbone, modules.get("vae"))
     return DiffusionModel(
         name=name,
         fingerprint=fingerprint(plan.inventory, plan.components),
-        denoiser=make_denoiser(
-            backbone, described.class_name, plan.components.get("scheduler"), plan.settings, prediction_type
-        ),
+        denoiser=denoiser,
         codec=codec,
-        prompts=make_prompts(plan.pipeline_class, modules, backbone, codec, plan.settings),
+        prompts=make_prompts(plan.pipeline_class, modules, denoiser.backbone, codec, plan.settings),
         pipeline_class=plan.pipeline_class,
         components=plan.components,
         modules=modules,

@@ -87,7 +87,9 @@ def unpickled(path: Path) -> Stored:
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
             if isinstance(tensor, int | float | str):
                 continue  # counters of the training
-            raise IncompatibleModelError(f"{printable(path, 300)} holds {printable(name)}, which is no plain tensor")
+            raise IncompatibleModelError(
+                f"{printable(path, 300)} holds {printable(name)}, which is no plain tensor; get it in safetensors"
+            )
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise IncompatibleModelError(
                 f"{printable(path, 300)} has tensor {printable(name)!r}, larger than its bytes; get a clean copy"

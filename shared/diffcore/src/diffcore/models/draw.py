@@ -68,9 +68,10 @@ def draw_images(
         drawn = run.load(key).tensors["images"]
         images.append(drawn)
         for place, image in enumerate(drawn):
-            run.figure(f"image-{index:04d}-{place:04d}", _single(image))
+            run.figure(f"image-{index:04d}-{place:04d}", image_grid(image[None]))
     run.figure("grid", image_grid(torch.cat(images), columns=count if len(images) > 1 else None))
-    return {"images": len(images) * count, "pixels": f"{images[0].shape[-1]}x{images[0].shape[-2]}", "truncated": truncated}
+    height, width = images[0].shape[-2:]
+    return {"images": len(images) * count, "pixels": f"{width}x{height}", "truncated": truncated}
 
 
 def _condition(model: DiffusionModel, prompts: Sequence[str], index: int, count: int) -> tuple[dict[str, Tensor], str]:
@@ -91,7 +92,3 @@ def _guided(model: DiffusionModel, guidance_scale: float, count: int) -> Denoise
     if model.prompts is None:
         raise UserError("--guidance-scale needs a model that takes prompts; leave it out")
     return GuidedDenoiser(model.denoiser, guidance_scale, model.prompts.unconditional(1))
-
-
-def _single(image: Tensor) -> Any:
-    return image_grid(image[None])

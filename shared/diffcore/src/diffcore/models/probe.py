@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffcore.errors import IncompatibleModelError
 from diffcore.hooks import capture, match
+from diffcore.models.backbones import condition_keys
 from diffcore.models.model import DiffusionModel
 
 
@@ -78,9 +80,6 @@ def empty_condition(model: DiffusionModel, count: int) -> dict[str, Tensor]:
     Raises:
         IncompatibleModelError: The model takes prompts and came without its text encoders.
     """
-    from diffcore.errors import IncompatibleModelError
-    from diffcore.models.backbones import condition_keys
-
     if model.prompts is not None:
         return dict(model.prompts.unconditional(count))
     required = condition_keys(model.backbone).required

@@ -1,0 +1,197 @@
+"""The console script `diffcore`: look at models and into them, and sample. Heavy imports stand inside the commands."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from cyclopts import Parameter
+
+from diffcore.cli import Output, emit, main, make_app, settings
+from diffcore.errors import UserError
+from diffcore.runtime import Runtime
+
+if TYPE_CHECKING:
+    from diffcore.models import DiffusionModel
+
+app = make_app(
+    "diffcore",
+    "Look at diffusion models on disk and into them, and sample, without running anything from their folders.\n\n"
+    "Start with: diffcore info FOLDER",
+    "diffcore",
+)
+
+
+@Parameter(name="*", group="Model", negative="")
+@dataclass(frozen=True)
+class Loading:
+    """How a model is found and read.
+
+    Attributes:
+        download: Fetch a repository owner/name; without this word the network is never touched.
+        allow_pickle: Read weights that are pickles, with torch's restricted unpickler; only from authors you trust.
+        prediction_type: What the network predicts, where the files do not say.
+        tokenizer: Folder with CLIP's vocabulary, for single files.
+        like: Pipeline folder of the same family, for single files: its configurations and tokenizers.
+    """
+
+    download: bool = False
+    allow_pickle: bool = False
+    prediction_type: Literal["epsilon", "sample", "v_prediction", "flow_prediction"] | None = None
+    tokenizer: Path | None = None
+    like: Path | None = None
+
+
+def run() -> int:
+    """Runs the command line and returns its exit code."""
+    return main(app)
+
+
+@app.command
+def info(model: str, *, loading: Loading = Loading(), output: Output = Output()) -> int:
+    """Tell what a model is, before anything of it is loaded: components, sizes, schedule, fingerprint.
+
+    Shortest form: diffcore info FOLDER
+
+    A model that is unsafe or broken is refused with the reason, exit code 2. With --out, writes a report with the noise
+    schedule drawn.
+
+    Args:
+        model: Pipeline folder, backbone folder, or safetensors file.
+    """
+    from diffcore.models import inspect_model, resolve
+    from diffcore.models.describe import describe
+    from diffcore.models.schedules import schedule_of
+
+    path = resolve(model, download=loading.download)
+    inventory = inspect_model(path, allow_pickle=loading.allow_pickle)
+    described = describe(inventory)
+    prediction, schedule = schedule_of(inventory, loading.prediction_type)
+    result = described | {"prediction_type": prediction, "schedule": None if schedule is None else repr(schedule)}
+    if output.out is not None:
+        from diffcore.models.page import write_model_page
+        from diffcore.run import Run
+
+        inputs = {described["name"]: described["fingerprint"]}
+        config = settings(loading=loading)
+        with Run.open(
+            output.out, command="diffcore info", config=config, inputs=inputs, restart=output.restart
+        ) as opened:
+            write_model_page(result, schedule, opened)
+            opened.finish(result)
+        print(f"report: {output.out / 'report.html'}", file=sys.stderr)
+    emit(result if output.json else _flattened(result), output.json)
+    return 0
+
+
+@app.command
+def hooks(
+    model: str,
+    patterns: tuple[str, ...],
+    *,
+    loading: Loading = Loading(),
+    runtime: Runtime = Runtime(),
+    json: bool = False,
+) -> int:
+    """List the modules that patterns match, what they put out, and how much of a forward pass it takes to get there.
+
+    Shortest form: diffcore hooks FOLDER '*attn2.to_v'
+
+    Args:
+        model: Pipeline folder, backbone folder, or safetensors file.
+        patterns: Shell patterns on dotted names; * crosses dots.
+        json: Print one JSON object.
+    """
+    from diffcore.models.probe import probe_sites
+
+    rows = probe_sites(_load(model, loading, runtime), patterns)
+    if json:
+        emit({"sites": rows}, as_json=True)
+        return 0
+    width = max(len(row["module"]) for row in rows)
+    for row in rows:
+        shape = "x".join(map(str, row["shape"])) if row["shape"] else "does not run"
+        print(f"{row['module']:<{width}}  {shape:<16}  {row['cost']:.1%} of a forward pass")
+    return 0
+
+
+@app.command
+def sample(
+    model: str,
+    prompts: tuple[str, ...] = (),
+    *,
+    steps: int = 50,
+    solver: Literal["ddim", "euler", "heun"] = "ddim",
+    guidance_scale: float = 1.0,
+    count: int = 1,
+    size: int | None = None,
+    loading: Loading = Loading(),
+    runtime: Runtime = Runtime(),
+    output: Output = Output(),
+) -> int:
+    """Draw images and write them as PNG files and one grid.
+
+    Shortest form: diffcore sample FOLDER 'a portrait of a woman' --guidance-scale 7.5
+
+    Image i of a prompt starts from noise that depends on the seed and i alone.
+
+    Args:
+        model: Pipeline folder, backbone folder, or safetensors file.
+        prompts: One or more; a model without prompts draws its classes in turn.
+        steps: Solver steps.
+        solver: How each step is taken.
+        guidance_scale: Classifier-free guidance; 1 is off.
+        count: Images per prompt.
+        size: Side in pixels; by default what the model was trained for.
+    """
+    from diffcore.models.draw import draw_images
+    from diffcore.run import Run
+
+    if steps < 1 or count < 1:
+        raise UserError(f"--steps is {steps} and --count is {count}; both must be at least 1")
+    loaded = _load(model, loading, runtime)
+    options: dict[str, Any] = {"steps": steps, "solver": solver, "guidance_scale": guidance_scale, "size": size}
+    config = settings(prompts=list(prompts), count=count, **options, loading=loading, runtime=runtime)
+    folder = output.out or Path("runs") / f"sample-{loaded.name}"
+    inputs = {loaded.name: loaded.fingerprint}
+    with Run.open(folder, command="diffcore sample", config=config, inputs=inputs, restart=output.restart) as opened:
+        if not opened.finished:
+            opened.finish(draw_images(loaded, opened, prompts, count=count, seed=runtime.seed, **options))
+        emit(opened.result, output.json)
+    print(f"images: {folder / 'figures'}", file=sys.stderr)
+    return 0
+
+
+def _load(model: str, loading: Loading, runtime: Runtime) -> "DiffusionModel":
+    from diffcore.models import load
+
+    runtime.apply_threads()
+    return load(
+        model,
+        runtime,
+        download=loading.download,
+        allow_pickle=loading.allow_pickle,
+        prediction_type=loading.prediction_type,
+        tokenizer=loading.tokenizer,
+        like=loading.like,
+    )
+
+
+def _flattened(result: dict[str, Any]) -> dict[str, Any]:
+    """Returns a line per component in place of the table."""
+    lines = {
+        row["component"]: ", ".join(
+            str(part)
+            for part in (
+                row["class"],
+                f"{row['parameters']:,} parameters" if row["parameters"] else None,
+                f"{row['megabytes']:g} MB" if row["megabytes"] else None,
+                row["precision"] or None,
+                row["variant"],
+            )
+            if part
+        )
+        for row in result["components"]
+    }
+    warnings = "; ".join(result["warnings"]) or "none"
+    return {**result, "parameters": f"{result['parameters']:,}", "warnings": warnings, "components": lines}

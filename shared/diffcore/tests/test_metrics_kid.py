@@ -45,7 +45,7 @@ def brute_error(real: torch.Tensor, fake: torch.Tensor, blocks: int) -> float:
 class Value(KernelDistance):
     """The standard error is made of neighbouring rows, so it alone may depend on their order."""
 
-    def compute(self):
+    def compute(self):  # pyright: ignore[reportIncompatibleMethodOverride]
         return super().compute().value
 
 

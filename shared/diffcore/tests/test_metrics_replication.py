@@ -27,7 +27,7 @@ def test_nearest_equals_brute_force(k, chunks, monkeypatch):
     real, fake = features(40, 0).double(), features(23, 1).double()
     found, expected = nearest_training_images(real, fake, k=k), brute(real, fake).topk(k, dim=1)
     torch.testing.assert_close(found.cosine, expected.values, atol=1e-12, rtol=0)
-    assert torch.equal(found.index, expected.indices)
+    assert torch.equal(found.row, expected.indices)
 
 
 def test_however_the_rows_arrive():

@@ -2,6 +2,7 @@
 
 from diffcore.metrics.clip_score import ClipScore, PromptFit
 from diffcore.metrics.estimate import Estimate
+from diffcore.metrics.features import FeatureExtractor, feature_extractor
 from diffcore.metrics.frechet import (
     FrechetDistance,
     extrapolate,
@@ -13,15 +14,18 @@ from diffcore.metrics.keypoints import CorrectKeypoints, PercentageCorrectKeypoi
 from diffcore.metrics.kid import KernelDistance, kernel_distance
 from diffcore.metrics.pairwise_ssim import PairwiseSSIM, pairwise_ssim
 from diffcore.metrics.precision_recall import PrecisionRecall, Scores, precision_recall
+from diffcore.metrics.preprocess import Preprocessing, resize
 from diffcore.metrics.replication import Nearest, Replication, ReplicationScore, nearest_training_images
 from diffcore.metrics.rows import RealAndFake, gather_rows
 from diffcore.metrics.segmentation import DataSetIoU, IntersectionOverUnion
+from diffcore.metrics.statistics_file import read_statistics
 
 __all__ = [
     "ClipScore",
     "CorrectKeypoints",
     "DataSetIoU",
     "Estimate",
+    "FeatureExtractor",
     "FrechetDistance",
     "IntersectionOverUnion",
     "KernelDistance",
@@ -29,12 +33,14 @@ __all__ = [
     "PairwiseSSIM",
     "PercentageCorrectKeypoints",
     "PrecisionRecall",
+    "Preprocessing",
     "PromptFit",
     "RealAndFake",
     "Replication",
     "ReplicationScore",
     "Scores",
     "extrapolate",
+    "feature_extractor",
     "frechet_distance",
     "frechet_distance_from_features",
     "gather_rows",
@@ -42,5 +48,7 @@ __all__ = [
     "nearest_training_images",
     "pairwise_ssim",
     "precision_recall",
+    "read_statistics",
     "real_floor",
+    "resize",
 ]

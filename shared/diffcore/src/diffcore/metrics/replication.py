@@ -21,7 +21,7 @@ class Nearest(NamedTuple):
     """The nearest training images of each image, nearest first: cosines in [-1, 1], and rows of the training set."""
 
     cosine: Float[Tensor, "n k"]
-    index: Int[Tensor, "n k"]
+    row: Int[Tensor, "n k"]
 
 
 class Replication(NamedTuple):

@@ -128,6 +128,8 @@ class PromptEncoder:
             tokens: Of `tokenize`.
             size: Height and width in pixels, for models that are told; by default what they were trained for.
         """
+        if not len(tokens):  # the encoders take no empty batch
+            return {key: value[:0] for key, value in self([""], size=size).items()}
         return _RECIPES[self.recipe](self, tokens, size or self.size)
 
     def unconditional(self, count: int, *, size: tuple[int, int] | None = None) -> Condition:

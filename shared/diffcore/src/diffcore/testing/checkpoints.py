@@ -139,7 +139,7 @@ def _own_class(folder: Path) -> None:
     _edit(folder / "model_index.json", unet=["my_unet", "MyUNet"])
 
 
-DAMAGES: dict[str, Callable[[Path], None]] = {
+DAMAGES: dict[str, Callable[[Path], object]] = {
     "shard missing": _lose_shard,
     "truncated": _truncate,
     "LFS pointer": lambda f: _unet(f).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n"),

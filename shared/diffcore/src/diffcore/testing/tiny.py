@@ -137,7 +137,7 @@ _TRAINED: dict[str, tuple[PredictionType, NoiseSchedule]] = {
 }
 
 
-def backbone(name: str, seed: int = 0, **changes: Any) -> nn.Module:
+def backbone(name: str, seed: int = 0, **changes: Any) -> Any:
     """Returns a tiny backbone of a family, in float32 and `eval()`; `changes` replace single settings."""
     import diffusers
 
@@ -280,9 +280,9 @@ def _sdxl_parts(seed: int, width: int) -> tuple[str, dict[str, Any]]:
         "unet": backbone("sdxl", seed),
         "vae": vae(seed, force_upcast=False),
         "scheduler": _ddim(),
-        "text_encoder": text_encoder(seed),
-        # As deep as readers of single files look for.
-        "text_encoder_2": text_encoder(seed + 1, projection=True, num_hidden_layers=10),
+        # Readers of single files tell the two by their widths, and look at the tenth layer of the second.
+        "text_encoder": text_encoder(seed, hidden_size=24),
+        "text_encoder_2": text_encoder(seed + 1, projection=True, hidden_size=40, num_hidden_layers=10),
         "tokenizer": tokenizer(),
         "tokenizer_2": tokenizer("!"),
     }

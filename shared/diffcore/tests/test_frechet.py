@@ -14,6 +14,7 @@ from diffcore.metrics import (
 )
 from diffcore.stats import Covariance, covariance
 from diffcore.testing.distributed import run_forked
+from diffcore.testing.metrics import check_metric
 
 
 def features(n: int, d: int, seed: int, shift: float = 0.0, scale: float = 1.0) -> torch.Tensor:
@@ -89,6 +90,12 @@ def test_streams_in_any_split_and_precision():
     metric.update(fake, real=True)
     metric.update(real, real=False)
     assert float(metric.compute()) == pytest.approx(expected, rel=1e-8)
+
+
+def test_however_the_rows_arrive():
+    real, fake = features(90, 8, 1).half().float(), features(70, 8, 2, shift=0.3).half().float()  # exact in float16
+    batches = [(real[:40], True), (fake, False), (real[40:], True)]
+    check_metric(lambda: FrechetDistance(8), batches, textbook(real, fake), atol=1e-8, half_atol=1e-8)
 
 
 def test_two_processes_with_unequal_shares():

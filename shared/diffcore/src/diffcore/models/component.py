@@ -18,6 +18,9 @@ _VOCABULARIES = {
 }
 
 
+_TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+
+
 def role_of(library: str, class_name: str) -> Role | None:
     """Returns what a class is to us; None for classes that are not in our tables."""
     if (library, class_name) == ("diffusers", "Transformer2DModel"):
@@ -89,16 +92,22 @@ def _read_tokenizer(folder: Path, sizes: Mapping[str, int], name: str, library: 
     if vocabulary is None:
         wanted = " or ".join(" + ".join(group) for group in _VOCABULARIES[kind])
         raise refusal(folder, f"has no vocabulary ({wanted})")
-    config: dict[str, Any] = {}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        if file in sizes:
-            # Tokenizers without a limit say so with a length of 1e30.
-            content = read_foreign_object(folder / file, parse_int=lambda text: int(text[:40]))
-            with about(folder / file):
-                refuse_code(content)
-            config |= {key: content[key] for key in ("pad_token", "model_max_length") if key in content}
+    own, special = (_tokenizer_settings(folder, sizes, file) for file in _TOKENIZER_SETTINGS)
+    # Older folders correct their padding in the map of special tokens; newer ones say all in one file.
+    merged = special | own if "added_tokens_decoder" in own else own | special
+    config = {key: merged[key] for key in ("pad_token", "model_max_length") if key in merged}
     files = tuple(folder / file for file in vocabulary)
     for file in files:
         if sizes[file.name] > TOKENIZER_BYTES:
             raise refusal(file, f"has {sizes[file.name]:,} bytes; the limit is {TOKENIZER_BYTES:,}")
     return Component(name, "tokenizer", library, kind, config, folder, files=files)
+
+
+def _tokenizer_settings(folder: Path, sizes: Mapping[str, int], file: str) -> dict[str, Any]:
+    if file not in sizes:
+        return {}
+    # Tokenizers without a limit say so with a length of 1e30.
+    content = read_foreign_object(folder / file, parse_int=lambda text: int(text[:40]))
+    with about(folder / file):
+        refuse_code(content)
+    return content

@@ -1,0 +1,224 @@
+"""Published configurations: through the gate, on the meta device at real size, and loaded with tiny weights."""
+
+import json
+import shutil
+import struct
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import CLIPTokenizer
+
+from diffcore.denoiser import DiscreteSchedule, FlowSchedule
+from diffcore.models import condition_keys, fingerprint, inspect_model, ldm, load
+from diffcore.models.assemble import read_schedule
+from diffcore.models.build import factory_of, on_meta
+from diffcore.models.folders import inspect_configs
+from diffcore.models.singlefile import CONFIGS
+from diffcore.runtime import Runtime
+from diffcore.testing import real_configs, tiny
+
+REAL = Path(real_configs.__file__).parent
+NAMES = ("sd14", "sd15", "sd21", "sdxl", "sd3", "flux-dev", "pixart-alpha")
+NETWORKS = ("backbone", "codec", "text_encoder")
+PARAMETERS = {  # published counts of the backbones, in millions
+    "sd14": 860,
+    "sd15": 860,
+    "sd21": 866,
+    "sdxl": 2567,
+    "sd3": 2028,
+    "flux-dev": 11_901,
+    "pixart-alpha": 611,
+}
+
+
+def with_vocabularies(folder: Path) -> Path:
+    """Adds what the published folders hold besides JSON: vocabularies, in the layout of their time."""
+    index = json.loads((folder / "model_index.json").read_text())
+    for name, value in index.items():
+        if name.startswith("tokenizer"):
+            (folder / name).mkdir(exist_ok=True)
+            if value[1].startswith("T5"):
+                tiny.t5_tokenizer().save_pretrained(folder.parent / f"{folder.name}-words")
+                shutil.copy(folder.parent / f"{folder.name}-words" / "tokenizer.json", folder / name)
+            else:
+                (folder / name / "vocab.json").write_text(json.dumps(tiny.tokenizer().get_vocab()))
+                (folder / name / "merges.txt").write_text("#version: 0.2\n")
+    return folder
+
+
+def write_hollow_weights(module: torch.nn.Module, path: Path) -> None:
+    """Writes a safetensors file with the names and shapes of a module, and nothing but a hole for its data."""
+    header, end = {}, 0
+    for name, tensor in module.state_dict().items():
+        size = tensor.numel() * 2
+        header[name] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_real_sizes_pass_the_gate_and_build_on_meta(tmp_path, name):
+    folder = with_vocabularies(Path(shutil.copytree(REAL / name, tmp_path / name)))
+    plan = inspect_configs(folder)
+    modules = {n: on_meta(c, factory_of(c)) for n, c in plan.components.items() if c.role in NETWORKS}
+    for part, module in modules.items():
+        stem = "model" if plan.components[part].library == "transformers" else "diffusion_pytorch_model"
+        write_hollow_weights(module, folder / part / f"{stem}.safetensors")
+    found = inspect_model(folder)
+    assert found.components.keys() == plan.components.keys()
+    backbone = next(c for c in found.components.values() if c.role == "backbone")
+    assert len(backbone.weights[0].tensors) == len(modules[backbone.name].state_dict())
+    millions = sum(p.numel() for p in modules[backbone.name].parameters()) / 1e6
+    assert millions == pytest.approx(PARAMETERS[name], abs=1)
+    assert not any(key.startswith("_") for c in found.components.values() for key in c.config)
+    assert "safety_checker" not in found.components
+    assert len(fingerprint(found)) == 64
+    kind, schedule = read_schedule(backbone.class_name, found.components["scheduler"], found.settings)
+    assert kind == {"sd21": "v_prediction", "sd3": "flow_prediction", "flux-dev": "flow_prediction"}.get(
+        name, "epsilon"
+    )
+    assert isinstance(schedule, FlowSchedule if kind == "flow_prediction" else DiscreteSchedule)
+    keys = condition_keys(modules[backbone.name])
+    assert ("time_ids" in keys.required) == (name == "sdxl")
+    assert ("guidance" in keys.required) == (name == "flux-dev")
+    assert ("resolution" in keys.required) == (name == "pixart-alpha")  # an absent setting at 1024 pixels
+
+
+def test_old_schedules_are_what_the_library_makes_of_them():
+    _, schedule = read_schedule("UNet2DConditionModel", inspect_configs_of("sd14").components["scheduler"], {})
+    assert schedule.timesteps(50)[[0, 1, -1]].tolist() == [981, 961, 1]
+    assert float(schedule.log_snr(torch.tensor(999))) == pytest.approx(-5.36, abs=0.01)
+    _, schedule = read_schedule(
+        "PixArtTransformer2DModel", inspect_configs_of("pixart-alpha").components["scheduler"], {}
+    )
+    assert schedule.timesteps(3).tolist() == [999, 500, 0]  # the library rounds 499.5 to even as well
+    _, schedule = read_schedule("FluxTransformer2DModel", inspect_configs_of("flux-dev").components["scheduler"], {})
+    assert schedule.shift == pytest.approx(3.158, abs=1e-3)  # exp(1.15) at 4096 tokens
+
+
+def inspect_configs_of(name: str):
+    from diffcore.models.folders import inspect_pipeline
+    from diffcore.models.walk import walk
+
+    index = json.loads((REAL / name / "model_index.json").read_text())
+    sizes = {file: size for file, size in walk(REAL / name).items() if not file.startswith("tokenizer")}
+    assert any(key.startswith("tokenizer") for key in index)
+    return inspect_pipeline(REAL / name, sizes, config_only=True)
+
+
+SHRUNK = {
+    "unet": {
+        "block_out_channels": [32, 64],
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "sample_size": 8,
+        "attention_head_dim": 8,
+    },
+    "vae": {
+        "block_out_channels": [32, 64],
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "latent_channels": 4,
+    },
+    "text_encoder": {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4},
+}
+CROSS = {
+    "cross_attention_dim": 32,
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+}
+
+
+@pytest.mark.parametrize("name", ["sd14", "sd15", "sd21", "sdxl"])
+def test_they_load_with_tiny_weights(tmp_path, name):
+    folder = with_vocabularies(Path(shutil.copytree(REAL / name, tmp_path / name)))
+    changes = {part: dict(values) for part, values in SHRUNK.items()}
+    changes["text_encoder"]["vocab_size"] = 514
+    if name == "sdxl":
+        changes["text_encoder_2"] = changes["text_encoder"] | {"projection_dim": 32}
+        changes["unet"] |= {
+            "cross_attention_dim": 64,
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+            "transformer_layers_per_block": [1, 2],
+            "projection_class_embeddings_input_dim": 80,
+            "addition_time_embed_dim": 8,
+        }
+    else:
+        changes["unet"] |= CROSS
+    for part, values in changes.items():
+        path = folder / part / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    plan = inspect_configs(folder)
+    for part, component in plan.components.items():
+        if component.role in NETWORKS:
+            module = tiny.seeded(factory_of(component), seed=0)
+            stem = "model" if component.library == "transformers" else "diffusion_pytorch_model"
+            save_file(module.state_dict(), folder / part / f"{stem}.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = load(folder, Runtime(device="cpu"))
+    cond = model.prompts(["a cat"])
+    assert cond["encoder_hidden_states"].shape == (1, 77, 64 if name == "sdxl" else 32)
+    x0 = model.denoiser(torch.ones(1, 4, 8, 8), torch.tensor([500]), cond).x0
+    images = model.codec.decode(x0)
+    assert images.shape == (1, 3, 16, 16)
+    assert images.isfinite().all()
+    assert model.codec.scaling == (0.13025 if name == "sdxl" else 0.18215)
+    theirs = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    assert theirs.pad_token_id == (0 if name == "sd21" else 513)  # "!" is the first letter of the vocabulary
+    assert model.prompts.tokenize(["a"]).ids[0][0, -1] == theirs.pad_token_id
+    assert model.pipeline is not None
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
+def test_single_file_maps_at_real_size_are_the_librarys(family):
+    """The library's converters, fed our names on the meta device, give back the module's own names and shapes."""
+    from diffusers.loaders import single_file_utils as theirs
+
+    plan = inspect_configs(CONFIGS / family)
+    components = {name: c for name, c in plan.components.items() if c.role in NETWORKS}
+    for name, component in components.items():
+        module = on_meta(component, factory_of(component))
+        shapes = {n: tuple(t.shape) for n, t in module.state_dict().items()}
+        stored = {}
+        for own, piece in ldm.component_names(family, name, shapes.keys(), ()).items():
+            shape = shapes[own]
+            if piece.change.endswith("third"):
+                shape = (3 * shape[0], *shape[1:])
+            elif piece.change == "transpose":
+                shape = shape[::-1]
+            elif piece.change == "flatten":
+                shape = (*shape, 1, 1)
+            stored[piece.name] = torch.empty(shape, device="meta")
+        if name == "unet":
+            back = theirs.convert_ldm_unet_checkpoint(dict(stored), dict(component.config))
+        elif name == "vae":
+            back = theirs.convert_ldm_vae_checkpoint(dict(stored), dict(component.config))
+        elif ldm.TEXT_PREFIXES[family, name][0] == "clip":
+            back = theirs.convert_ldm_clip_checkpoint(dict(stored))
+        else:
+            prefix = ldm.TEXT_PREFIXES[family, name][1]
+            back = theirs.convert_open_clip_checkpoint(module, dict(stored), prefix=prefix)
+        if name.startswith("text_encoder") and not any(n.startswith("text_model.") for n in shapes):
+            back = {n.removeprefix("text_model."): tensor for n, tensor in back.items()}
+        assert {n: tuple(tensor.shape) for n, tensor in back.items()} == shapes
+
+
+def test_shipped_configurations_are_small_and_hold_no_vocabulary():
+    files = [path for path in CONFIGS.rglob("*") if path.is_file()]
+    assert all(path.suffix == ".json" for path in files)
+    assert sum(path.stat().st_size for path in files) < 60_000
+    for family, real in (("sd15", "sd15"), ("sd21", "sd21"), ("sdxl", "sdxl")):
+        shipped, published = inspect_configs(CONFIGS / family), inspect_configs_of(real)
+        for name in ("unet", "vae", "text_encoder"):
+            a, b = (on_meta(p.components[name], factory_of(p.components[name])) for p in (shipped, published))
+            assert {n: t.shape for n, t in a.state_dict().items()} == {n: t.shape for n, t in b.state_dict().items()}

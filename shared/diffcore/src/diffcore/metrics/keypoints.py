@@ -78,7 +78,7 @@ class PercentageCorrectKeypoints(Metric):
             raise ValueError(
                 f"box {int((~(side > 0) | ~side.isfinite()).nonzero()[0])} has no size; give its height and width"
             )
-        # Squares keep a point on the border inside, where a root and a quotient would round it out.
+        # 0.29 * 100 is a little below 29 in floating point: the border must not fall outside by rounding.
         radius = side[:, None, None] * torch.tensor(self.alphas, dtype=torch.float64, device=side.device)
         inside = offset.square().sum(-1, keepdim=True) <= radius.square() * (1 + 1e-12)
         correct, points = (inside & counted[..., None]).double().sum(1), counted.sum(1)

@@ -5,10 +5,10 @@
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 from diffcore.models.families import PREFIX
-from diffcore.models.pieces import Piece
+from diffcore.models.pieces import Change, Piece
 
 HARMLESS = re.compile(
     r"model_ema\..*|loss\..*|first_stage_model\.loss\..*|(.*\.)?position_ids|(.*\.)?logit_scale|v_pred|ztsnr|edm_.*|"
@@ -35,6 +35,10 @@ _UNET_ENDS = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
+_UNET_PART = re.compile(
+    r"(?:(?P<side>down|up)_blocks\.(?P<level>\d+)|mid_block)\."
+    r"(?P<part>resnets|attentions|downsamplers|upsamplers)\.(?P<index>\d+)\.(?P<tail>.+)"
+)
 _MIDDLE = {"resnets.0": "0", "attentions.0": "1", "resnets.1": "2"}
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 _OPEN_CLIP = {
@@ -43,6 +47,11 @@ _OPEN_CLIP = {
     "self_attn.out_proj": "attn.out_proj",
     "mlp.fc1": "mlp.c_fc",
     "mlp.fc2": "mlp.c_proj",
+}
+_OPEN_CLIP_THIRDS: dict[str, Change] = {
+    "self_attn.q_proj": "first third",
+    "self_attn.k_proj": "second third",
+    "self_attn.v_proj": "last third",
 }
 _OPEN_CLIP_ENDS = {
     "embeddings.token_embedding.weight": Piece("token_embedding.weight"),
@@ -70,35 +79,32 @@ def _unet_name(name: str, per_down: int, attentive: set[str]) -> str:
     base, _, leaf = name.rpartition(".")
     if base in _UNET_ENDS:
         return f"{_UNET_ENDS[base]}.{leaf}"
-    kind, _, rest = name.partition(".")
-    if kind == "mid_block":
-        part, tail = re.match(r"(\w+\.\d+)\.(.*)", rest).groups()  # pyright: ignore[reportOptionalMemberAccess]
-        return f"middle_block.{_MIDDLE[part]}.{_inner(part, tail)}"
-    level, part, index, tail = re.match(r"(\d+)\.(\w+)\.(\d+)\.(.*)", rest).groups()  # pyright: ignore[reportOptionalMemberAccess]
-    if kind == "down_blocks":
-        step = per_down + 1
-        if part == "downsamplers":
-            return f"input_blocks.{(int(level) + 1) * step}.0.op.{leaf}"
-        place = f"input_blocks.{1 + int(level) * step + int(index)}"
-    else:
-        step = per_down + 1
-        if part == "upsamplers":
-            position = 2 if f"up_blocks.{level}.attentions" in attentive else 1
-            return f"output_blocks.{int(level) * step + per_down}.{position}.conv.{leaf}"
-        place = f"output_blocks.{int(level) * step + int(index)}"
-    return f"{place}.{0 if part == 'resnets' else 1}.{_inner(part, tail)}"
+    match = _UNET_PART.fullmatch(name)
+    if match is None:
+        return name  # the layout has no such tensor: it will be missed under this name
+    side, level, part, index, tail = match["side"], int(match["level"] or 0), *match.group("part", "index", "tail")
+    step = per_down + 1  # places per level on the way down, and on the way up
+    if side is None:
+        return f"middle_block.{_MIDDLE.get(f'{part}.{index}')}.{_inner(part, tail)}"
+    if part == "downsamplers":
+        return f"input_blocks.{(level + 1) * step}.0.op.{leaf}"
+    if part == "upsamplers":
+        position = 2 if f"up_blocks.{level}.attentions" in attentive else 1
+        return f"output_blocks.{level * step + per_down}.{position}.conv.{leaf}"
+    place = level * step + int(index)
+    block = f"input_blocks.{1 + place}" if side == "down" else f"output_blocks.{place}"
+    return f"{block}.{0 if part == 'resnets' else 1}.{_inner(part, tail)}"
 
 
 def _inner(part: str, tail: str) -> str:
-    if not part.startswith("resnets"):
+    if part != "resnets":
         return tail  # transformers keep their names
-    layer, leaf = tail.rsplit(".", 1)
-    return f"{_RESNET[layer]}.{leaf}"
+    layer, _, leaf = tail.rpartition(".")
+    return f"{_RESNET.get(layer, layer)}.{leaf}"
 
 
-def vae_names(module: Collection[str], stored: Collection[str] = ()) -> dict[str, Piece]:
+def vae_names(module: Collection[str]) -> dict[str, Piece]:
     """Returns where an `AutoencoderKL` finds its tensors in an original file."""
-    del stored
     last = max((int(m[1]) for n in module if (m := re.match(r"decoder\.up_blocks\.(\d+)", n))), default=0)
     return {name: _vae_piece(name, last) for name in module}
 
@@ -107,7 +113,7 @@ def _vae_piece(name: str, last: int) -> Piece:
     if match := re.fullmatch(r"(\w+)\.mid_block\.attentions\.0\.(.+)\.(\w+)", name):
         half, layer, leaf = match.groups()
         change = "none" if layer == "group_norm" or leaf == "bias" else "flatten"
-        return Piece(f"first_stage_model.{half}.mid.attn_1.{_VAE_ATTENTION[layer]}.{leaf}", change)
+        return Piece(f"first_stage_model.{half}.mid.attn_1.{_VAE_ATTENTION.get(layer, layer)}.{leaf}", change)
     name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
     name = re.sub(r"down_blocks\.(\d+)", r"down.\1", name)
     name = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{last - int(m[1])}", name)
@@ -134,16 +140,14 @@ def _prefixed(prefix: str, piece: Piece) -> Piece:
 def _open_clip_piece(name: str) -> Piece:
     if name in _OPEN_CLIP_ENDS:
         return _OPEN_CLIP_ENDS[name]
-    layer, part, leaf = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(\w+)", name).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(\w+)", name)
+    if match is None:
+        return Piece(name)
+    layer, part, leaf = match.groups()
     place = f"transformer.resblocks.{layer}"
-    thirds: Mapping[str, str] = {
-        "self_attn.q_proj": "first third",
-        "self_attn.k_proj": "second third",
-        "self_attn.v_proj": "last third",
-    }
-    if part in thirds:
-        return Piece(f"{place}.attn.in_proj_{leaf}", thirds[part])  # pyright: ignore[reportArgumentType]
-    return Piece(f"{place}.{_OPEN_CLIP[part]}.{leaf}")
+    if part in _OPEN_CLIP_THIRDS:
+        return Piece(f"{place}.attn.in_proj_{leaf}", _OPEN_CLIP_THIRDS[part])
+    return Piece(f"{place}.{_OPEN_CLIP.get(part, part)}.{leaf}")
 
 
 TEXT_PREFIXES = {
@@ -167,6 +171,6 @@ def component_names(family: str, component: str, module: Collection[str], stored
     if component == "unet":
         return unet_names(module, stored)
     if component == "vae":
-        return vae_names(module, stored)
+        return vae_names(module)
     grammar, prefix = TEXT_PREFIXES[family, component]
     return clip_names(prefix, module) if grammar == "clip" else open_clip_names(prefix, module)

@@ -45,14 +45,13 @@ def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
         readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         if version not in readers:
             raise ValueError(f"{name} is of an unknown version of the npy format")
-        shape, by_column, dtype = readers[version](file)
+        shape, _, dtype = readers[version](file)  # a vector and a symmetric matrix are the same by row and by column
         if dtype not in (np.dtype("f4"), np.dtype("f8")):
             raise ValueError(f"{name} is of type {dtype}")
         if len(shape) > 2 or any(not 0 <= side <= MAX_COLUMNS for side in shape):
             raise ValueError(f"{name} has the shape {shape}; {MAX_COLUMNS} columns are the limit")
         data = file.read(math.prod(shape) * dtype.itemsize)
-    values = np.frombuffer(data, dtype)
-    return values.reshape(shape, order="F" if by_column else "C").astype(np.float64, order="C")
+    return np.frombuffer(data, dtype).reshape(shape).astype(np.float64)
 
 
 def _refusal(path: Path, what: str) -> IncompatibleModelError:

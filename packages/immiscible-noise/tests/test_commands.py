@@ -194,6 +194,12 @@ def test_a_plan_writes_nothing(painted: Path, tmp_path: Path, capsys: pytest.Cap
     assert plan["trainings"] == 6
     assert plan["parameters"] > 1000
     assert not (tmp_path / "x").exists()
+    run("train", painted, "--out", tmp_path / "run", *SMALL)
+    for command in (["diagnose", painted], ["evaluate", tmp_path / "run", painted]):
+        capsys.readouterr()
+        assert run(*command, "--out", tmp_path / "x", "--dry-run", "--json") == 0
+        assert json.loads(capsys.readouterr().out)["images"] == 40
+        assert not (tmp_path / "x").exists()
 
 
 def start(*tokens: object, limit: int | None = None) -> int:
@@ -333,12 +339,53 @@ def test_images_that_are_not_square(tmp_path: Path, capsys: pytest.CaptureFixtur
         ("--steps", "0", "--steps is 0"),
         ("--learning-rate", "0", "--learning-rate is 0"),
         ("--devices", "0", "--devices is 0"),
+        ("--warmup", "-5", "--warmup is -5"),
+        ("--ema-decay", "1.5", "--ema-decay is 1.5"),
+        ("--gradient-clip", "-1", "--gradient-clip is -1"),
+        ("--condition", "block", "--class-conditional"),
+        ("--condition", "ignore", "--class-conditional"),
         ("--method", "asignment", "asignment"),
         ("--strenght", "1", "--strength"),
     ],
 )
 def test_options_out_of_range(painted: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, told: str):
     assert told in refused(capsys, "train", painted, option, value)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "told"),
+    [
+        (["diagnose", "--k", "0"], "--k is 0"),
+        (["diagnose", "--batch-sizes", "64", "1"], "at least 2"),
+        (["diagnose", "--batch-sizes", "0", "-5"], "at least 2"),
+        (["compare", "--arms"], "names none"),
+        (["compare", "--sampling-steps", "2", "2"], "each number once"),
+        (["compare", "--sampling-batch", "0"], "--sampling-batch is 0"),
+        (["compare", "--arms", "vanilla", "ignore"], "--class-conditional"),
+        (["train", "--batch-size", "3", "--devices", "2"], "2 processes"),
+        (["train", "--network", "unet", "--size", "9"], "--size 8"),
+        (["train", "--network", "unet", "--width", "12"], "multiple of 8"),
+    ],
+    ids=" ".join,
+)
+def test_settings_that_do_not_fit_leave_no_folder(
+    painted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tokens: list[str], told: str
+):
+    """A folder left behind would refuse the corrected command as one of other settings."""
+    verb, *options = tokens
+    assert told in refused(capsys, verb, painted, "--out", tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_image_is_too_few_to_measure(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "one").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "one" / "a.png")
+    assert "at least 2" in refused(capsys, "diagnose", tmp_path / "one", "--out", tmp_path / "out")
+
+
+def test_batches_smaller_than_the_gallery_are_shown(painted: Path, tmp_path: Path):
+    assert run("diagnose", painted, "--batch-sizes", "2", "4", "--out", tmp_path / "d") == 0
+    assert artifact.load(tmp_path / "d" / "parts" / "gallery").tensors["images"].shape[0] == 4
 
 
 def test_a_batch_of_one_trains(painted: Path, tmp_path: Path):
@@ -383,6 +430,15 @@ def test_a_model_of_another_size(painted: Path, tmp_path: Path, capsys: pytest.C
     run("train", painted, "--out", tmp_path / "run", *SMALL)
     message = refused(capsys, "evaluate", tmp_path / "run", painted, "--size", "16", "--out", tmp_path / "e", *QUICK)
     assert "--size 8" in message
+
+
+def test_a_conditional_model_needs_the_labels_that_it_was_trained_on(
+    painted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run("train", painted, "--out", tmp_path / "run", "--class-conditional", *SMALL)
+    for data in (painted / "class0", paint(tmp_path / "three", classes=3)):
+        message = refused(capsys, "evaluate", tmp_path / "run", data, "--out", tmp_path / "e", "--restart", *QUICK)
+        assert "conditioned on 2 classes" in message
 
 
 def test_an_unknown_arm(painted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -54,17 +54,12 @@ def build_denoiser(
 
 
 def unet(shape: tuple[int, int, int], width: int, num_classes: int | None) -> nn.Module:
-    """Builds diffusers' U-Net: halving down to 4x4 or thrice, attention at the lowest level but one."""
+    """Builds diffusers' U-Net: halves images once below 16x16, else twice, with attention at the lowest level."""
     from diffusers import UNet2DModel
 
     channels, height, _ = shape
-    levels = 1 + min(2, max(height.bit_length() - 3, 1))
-    step = 2 ** (levels - 1)
-    if height % step or height < 2 * step:
-        nearest = max(height // step, 2) * step
-        raise UserError(f"the U-Net halves images {levels - 1} times, not {height}x{height}; use --size {nearest}")
-    if width % 8:
-        raise UserError(f"--width is {width}; the U-Net's group norms need a multiple of 8")
+    check_unet(height, width)
+    levels = _levels(height)
     attention = levels - 1
     return UNet2DModel(
         sample_size=height,
@@ -78,6 +73,28 @@ def unet(shape: tuple[int, int, int], width: int, num_classes: int | None) -> nn
         attention_head_dim=8,
         num_class_embeds=num_classes,
     )
+
+
+def check_unet(size: int, width: int) -> None:
+    """Refuses what the U-Net cannot be built for, before anything expensive starts.
+
+    Raises:
+        UserError: Images of this side cannot be halved often enough, or the group norms do not fit the width.
+    """
+    halvings = _levels(size) - 1
+    step = 2**halvings
+    if size % step or size < 2 * step:
+        often = "once" if halvings == 1 else "twice"
+        raise UserError(
+            f"the U-Net halves images {often}, which {size}x{size} does not allow; "
+            f"use --size {max(size // step, 2) * step}"
+        )
+    if width % 8:
+        raise UserError(f"--width is {width}; the U-Net's group norms need a multiple of 8")
+
+
+def _levels(size: int) -> int:
+    return 1 + min(2, max(size.bit_length() - 3, 1))
 
 
 def _objective(objective: Objective, sigma_data: float) -> tuple[NoiseSchedule, PredictionType]:

@@ -96,6 +96,7 @@ def train(
 
     config = settings(data=data, arm=arm, training=training, images=images, runtime=runtime)
     loaded, inputs = _load(data, images, runtime, need_labels=training.class_conditional)
+    _check_training(loaded, [arm], training, runtime)
     folder = output.out or Path("runs") / f"train-{data.stem}-{arm.name}"
     if output.dry_run:
         return _plan(loaded, training, [arm.name], 1, folder, output.json)
@@ -137,10 +138,15 @@ def evaluate(
     """
     from immiscible_noise.compare import evaluate_training
     from immiscible_noise.page import write_page
+    from immiscible_noise.train import read_recipe
 
     config = settings(model=model, data=data, evaluation=evaluation, images=images, runtime=runtime)
-    loaded, inputs = _load(data, images, runtime)
+    loaded, inputs = _load(data, images, runtime, at_least=2)
     folder = output.out or model / "evaluation"
+    if output.dry_run:
+        weights = read_recipe(model).settings.snapshot_steps
+        emit({**_seen(loaded), "weights_of_steps": weights, "writes": folder}, output.json)
+        return 0
     with _open(folder, "evaluate", config, inputs, output) as opened:
         if not opened.finished:
             opened.finish(evaluate_training(model, loaded, opened, evaluation, runtime).summary())
@@ -177,11 +183,14 @@ def compare(
     from immiscible_noise.page import write_page
 
     chosen = [arm_named(name) for name in dict.fromkeys(arms)]
+    if not chosen:
+        raise UserError("--arms names none; give at least one, such as --arms vanilla assignment")
     if seeds < 1:
         raise UserError(f"--seeds is {seeds}; give a number of at least 1")
     shared: dict[str, Any] = {"training": training, "evaluation": evaluation, "images": images, "runtime": runtime}
     config = settings(data=data, arms=list(arms), seeds=seeds, **shared)
-    loaded, inputs = _load(data, images, runtime, need_labels=training.class_conditional)
+    loaded, inputs = _load(data, images, runtime, need_labels=training.class_conditional, at_least=2)
+    _check_training(loaded, chosen, training, runtime)
     folder = output.out or Path("runs") / f"compare-{data.stem}"
     if output.dry_run:
         return _plan(loaded, training, [arm.name for arm in chosen], seeds, folder, output.json)
@@ -223,11 +232,20 @@ def diagnose(
     from immiscible_noise.diagnosis import diagnose_images
     from immiscible_noise.page import write_page
 
+    if k < 1:
+        raise UserError(f"--k is {k}; give the number of noise draws per image, at least 1")
+    if not batch_sizes or min(batch_sizes) < 2:
+        raise UserError(
+            f"--batch-sizes is {batch_sizes}; give numbers of at least 2: one image has nothing to exchange"
+        )
     config = settings(
         data=data, batch_sizes=list(batch_sizes), k=k, normalisation=normalisation, images=images, runtime=runtime
     )
-    loaded, inputs = _load(data, images, runtime)
+    loaded, inputs = _load(data, images, runtime, at_least=2)
     folder = output.out or Path("runs") / f"diagnose-{data.stem}"
+    if output.dry_run:
+        emit({**_seen(loaded), "writes": folder}, output.json)
+        return 0
     with _open(folder, "diagnose", config, inputs, output) as opened:
         if not opened.finished:
             opened.finish(diagnose_images(loaded, opened, batch_sizes, k, normalisation, runtime.seed))
@@ -293,7 +311,7 @@ def _show(run: "Run", output: Output) -> None:
 
 
 def _load(
-    data: Path, options: DataOptions, runtime: Runtime, *, need_labels: bool = False
+    data: Path, options: DataOptions, runtime: Runtime, *, need_labels: bool = False, at_least: int = 1
 ) -> tuple["ImageSet", dict[str, str]]:
     """Reads the images, says what was left out, and checks what training needs before anything expensive starts."""
     from diffcore.data import load_images
@@ -316,7 +334,31 @@ def _load(
             f"{printable(data)} has no sub-folders, so there are no labels; leave out --class-conditional, "
             "or put the images of each class into a folder of its own"
         )
+    if len(images) < at_least:
+        raise UserError(f"{printable(data)} has {len(images)} readable image; this command needs at least {at_least}")
     return images, {printable(data.name): input_hash(data)}
+
+
+def _check_training(images: "ImageSet", arms: list[Arm], training: TrainSettings, runtime: Runtime) -> None:
+    """Refuses settings that do not fit the images, the machine or one another, before a folder is made."""
+    from immiscible_noise.build import check_unet
+
+    size = images.images.shape[-1]
+    if training.for_image_size(size).network == "unet":
+        check_unet(size, training.width)
+    processes = runtime.devices * runtime.num_nodes
+    if training.batch_size % processes:
+        raise UserError(f"--batch-size is {training.batch_size}, which {processes} processes cannot share equally")
+    if not training.class_conditional and any(arm.condition != "auto" for arm in arms):
+        raise UserError(
+            "labels matter to the noise (--condition, arm 'ignore') only in class-conditional training; "
+            "add --class-conditional"
+        )
+
+
+def _seen(images: "ImageSet") -> dict[str, Any]:
+    shape = "x".join(map(str, images.images.shape[1:]))
+    return {"images": len(images), "shape": shape, "classes": len(images.classes)}
 
 
 def _plan(images: "ImageSet", training: TrainSettings, arms: list[str], seeds: int, folder: Path, json: bool) -> int:
@@ -328,9 +370,7 @@ def _plan(images: "ImageSet", training: TrainSettings, arms: list[str], seeds: i
     runs = len(arms) * seeds
     emit(
         {
-            "images": len(images),
-            "shape": "x".join(map(str, recipe.shape)),
-            "classes": len(images.classes),
+            **_seen(images),
             "network": recipe.settings.network,
             "parameters": parameters,
             "trainings": runs,

@@ -183,6 +183,11 @@ def evaluate_training(
             f"the model makes {wanted} images, the data are {size}; give --size {recipe.shape[1]}"
             + (" and --grey" if recipe.shape[0] == 1 else "")
         )
+    if recipe.num_classes is not None and (images.labels is None or len(images.classes) != recipe.num_classes):
+        raise UserError(
+            f"the model is conditioned on {recipe.num_classes} classes, the data have {len(images.classes)}; "
+            "give images with one sub-folder for each class that it was trained on"
+        )
     if evaluation.eta > 0 and recipe.arm.method != "vanilla":
         _LOG.warning(
             "this model was trained on %s noise: its output is no score, and stochastic sampling (eta %g) is biased",

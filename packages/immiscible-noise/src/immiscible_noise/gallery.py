@@ -45,12 +45,12 @@ def make_gallery(
         scale: To model space.
         batch_size: Images per batch; fewer where there are not so many.
         rounds: Number of batches.
-        count: Number of images shown.
+        count: Number of images shown; fewer where a batch does not hold so many.
         seed: Fixes images and noise.
     """
     generator = torch.Generator().manual_seed(seed)
-    shown = _of_different_labels(images, count, generator)
     batch_size = min(batch_size, len(images))
+    shown = _of_different_labels(images, min(count, batch_size), generator)
     independent, assigned = (torch.zeros(len(shown), *images.images.shape[1:]) for _ in range(2))
     distances: dict[str, list[Tensor]] = {"independent": [], "assigned": [], f"nearest of {_K}": []}
     for _ in range(rounds):

@@ -117,6 +117,12 @@ class TrainSettings:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give a number of at least 1")
         if not self.learning_rate > 0:
             raise UserError(f"--learning-rate is {self.learning_rate}; give a positive number")
+        if self.warmup < 0:
+            raise UserError(f"--warmup is {self.warmup}; give a number of steps, 0 for none")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"--ema-decay is {self.ema_decay}; give a number from 0 to below 1")
+        if not self.gradient_clip >= 0:
+            raise UserError(f"--gradient-clip is {self.gradient_clip}; give a norm, 0 to clip nothing")
 
     @property
     def snapshot_steps(self) -> list[int]:
@@ -151,6 +157,10 @@ class EvaluationSettings:
     def __post_init__(self) -> None:
         if not self.sampling_steps or min(self.sampling_steps) < 1:
             raise UserError(f"--sampling-steps is {self.sampling_steps}; give numbers of at least 1")
+        if len(set(self.sampling_steps)) < len(self.sampling_steps):
+            raise UserError(f"--sampling-steps is {self.sampling_steps}; give each number once")
+        if self.sampling_batch < 1:
+            raise UserError(f"--sampling-batch is {self.sampling_batch}; give a number of at least 1")
         if self.num_samples < 2:
             raise UserError(f"--num-samples is {self.num_samples}; a Fréchet distance needs at least 2")
         if not 0 <= self.eta <= 1:

@@ -404,3 +404,31 @@ def test_dropped_settings_are_counted(folder):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"evil_setting": 1, "other": {"x": [1]}}))
     assert inspect_model(folder).components["text_encoder"].dropped == known + 2
     load(folder, CPU)
+
+
+def test_modules_are_replaced_and_the_rest_is_shared(saved):
+    import copy
+
+    model = load(saved, CPU, prediction_type="v_prediction")
+    assert model.backbone_name == "unet"
+    assert model.pipeline.scheduler.config.prediction_type == "v_prediction"
+    other = copy.deepcopy(model.backbone)
+    torch.nn.init.zeros_(other.conv_out.weight)
+    edited = model.with_modules("conv_out is zero", {"unet": other})
+    assert edited.backbone is other
+    assert edited.denoiser.prediction_type == "v_prediction"
+    assert edited.modules["vae"] is model.modules["vae"]
+    assert edited.pipeline.unet is other
+    assert len({model.fingerprint, edited.fingerprint, model.with_modules("x", {"unet": other}).fingerprint}) == 3
+    x_t, t, cond = tiny.inputs("sd15")
+    assert model.denoiser(x_t, t, cond).output.std() > 0.1
+    assert edited.denoiser(x_t, t, cond).output.std() < 0.1
+    with pytest.raises(KeyError, match="sd15 has no transformer; it has .*unet"):
+        model.with_modules("x", {"transformer": other})
+
+
+def test_options_that_cannot_be_are_refused_before_anything_is_built(saved):
+    with pytest.raises(IncompatibleModelError, match="DiscreteSchedule; prediction type edm needs"):
+        load(saved, CPU, prediction_type="edm")
+    with pytest.raises(UserError, match="float16 does not run on a CPU"):
+        load(saved, Runtime(dtype="float16"))

@@ -213,6 +213,52 @@ def test_single_file_maps_at_real_size_are_the_librarys(family):
         assert {n: tuple(tensor.shape) for n, tensor in back.items()} == shapes
 
 
+KNOWN_NAMES = {  # as published files spell them; shapes of the first side
+    "sd15": {
+        "model.diffusion_model.input_blocks.3.0.op.weight": 320,
+        "model.diffusion_model.input_blocks.11.0.out_layers.3.weight": 1280,
+        "model.diffusion_model.middle_block.1.proj_in.weight": 1280,
+        "model.diffusion_model.output_blocks.2.1.conv.weight": 1280,
+        "model.diffusion_model.output_blocks.5.2.conv.weight": 1280,
+        "model.diffusion_model.output_blocks.8.2.conv.weight": 640,
+        "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.ff.net.0.proj.weight": 2560,
+        "first_stage_model.decoder.up.3.upsample.conv.weight": 512,
+        "first_stage_model.decoder.up.0.block.0.nin_shortcut.weight": 128,
+        "first_stage_model.encoder.down.2.downsample.conv.bias": 512,
+        "first_stage_model.decoder.mid.attn_1.proj_out.weight": 512,
+        "first_stage_model.quant_conv.weight": 8,
+        "cond_stage_model.transformer.text_model.encoder.layers.11.mlp.fc1.weight": 3072,
+    },
+    "sd21": {"cond_stage_model.model.transformer.resblocks.22.attn.in_proj_weight": 3072},
+    "sdxl": {
+        "model.diffusion_model.output_blocks.2.2.conv.weight": 1280,
+        "model.diffusion_model.output_blocks.5.2.conv.weight": 640,
+        "model.diffusion_model.input_blocks.8.1.transformer_blocks.9.attn2.to_k.weight": 1280,
+        "model.diffusion_model.label_emb.0.2.weight": 1280,
+        "conditioner.embedders.0.transformer.text_model.final_layer_norm.bias": 768,
+        "conditioner.embedders.1.model.transformer.resblocks.31.attn.in_proj_weight": 3840,
+        "conditioner.embedders.1.model.positional_embedding": 77,
+        "conditioner.embedders.1.model.text_projection": 1280,
+    },
+}
+
+
+@pytest.mark.parametrize("family", KNOWN_NAMES)
+def test_names_of_the_original_layout_are_those_of_published_files(family):
+    named = {}
+    for name, component in inspect_configs(CONFIGS / family).components.items():
+        if component.role in NETWORKS:
+            tensors = on_meta(component, factory_of(component)).state_dict()
+            pieces = ldm.component_names(family, name, tensors.keys(), ())
+            named |= {
+                piece.name: len(tensors[own]) * (3 if "third" in piece.change else 1) for own, piece in pieces.items()
+            }
+    assert {name: named.get(name) for name in KNOWN_NAMES[family]} == KNOWN_NAMES[family]
+    if family == "sd15":
+        counts = [sum(name.startswith(prefix) for name in named) for prefix in ("model.", "first_", "cond_")]
+        assert counts == [686, 248, 196]
+
+
 def test_shipped_configurations_are_small_and_hold_no_vocabulary():
     files = [path for path in CONFIGS.rglob("*") if path.is_file()]
     assert all(path.suffix == ".json" for path in files)

@@ -129,7 +129,8 @@ def _with_real_buffers(factory: Callable[[], nn.Module]) -> nn.Module:
 
 def _shared_names(module: nn.Module) -> dict[str, str]:
     """Returns the names that stand for the tensor of another name, as tied weights do."""
-    shared = dict(getattr(module, "_tied_weights_keys", None) or {})
+    tied = getattr(module, "_tied_weights_keys", None)
+    shared: dict[str, str] = dict(tied) if isinstance(tied, Mapping) else {}
     first: dict[int, str] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         twin = first.setdefault(id(parameter), name)

@@ -11,7 +11,7 @@ from diffcore.models.families import PREFIX
 from diffcore.models.pieces import Change, Piece
 
 HARMLESS = re.compile(
-    r"model_ema\..*|loss\..*|first_stage_model\.loss\..*|(.*\.)?position_ids|(.*\.)?logit_scale|v_pred|ztsnr|edm_.*|"
+    r"model_ema\..*|loss\..*|first_stage_model\.loss\..*|(.*\.)?position_ids|(.*\.)?logit_scale|(.*\.)?attn_mask|v_pred|ztsnr|edm_.*|"
     r"(denoiser\.)?sigmas|log_sigmas|betas|alphas_cumprod\w*|sqrt_\w+|log_one_minus_\w+|posterior_\w+|logvar|"
     r"lvlb_weights|scale_factor|global_step|cond_stage_model\.model\.text_projection|"
     r"first_stage_model\.quantize\..*|model\.diffusion_model\.(num_updates|decay)"

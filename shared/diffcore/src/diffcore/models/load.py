@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from diffcore.denoiser import NetworkDenoiser, PredictionType
+from diffcore.denoiser import EDMSchedule, NetworkDenoiser, PredictionType
 from diffcore.errors import IncompatibleModelError, MissingDependencyError, ModelNotFoundError, printable
 from diffcore.models import ldm, singlefile
 from diffcore.models.assemble import make_codec, make_denoiser, make_prompts, read_schedule
@@ -63,6 +63,7 @@ def load(
         ModelNotFoundError: There is no such model here.
         IncompatibleModelError: It is unsafe, broken, or of a kind that is not supported.
     """
+    _ = runtime.torch_dtype  # refuses what the device cannot do before anything is read
     path = resolve(source, download=download)
     inventory = inspect_model(path, allow_pickle=allow_pickle)
     for warning in inventory.warnings:
@@ -72,6 +73,10 @@ def load(
     else:
         plan = _plan_of_file(inventory, prediction_type, tokenizer, like)
     stated, schedule = read_schedule(plan.backbone.class_name, plan.components.get("scheduler"), plan.settings)
+    if prediction_type == "edm" and not isinstance(schedule, EDMSchedule):
+        raise IncompatibleModelError(
+            f"{printable(path, 300)} has a {type(schedule).__name__}; prediction type edm needs an EDM schedule"
+        )
     modules = {name: _build(plan, name, runtime, check_finite) for name in plan.parts}
     denoiser = make_denoiser(modules[plan.backbone.name], prediction_type or stated, schedule)
     return _assembled(path, plan, denoiser, {**modules, **plan.tokenizers})
@@ -149,8 +154,8 @@ def _plan_of_file(
         stored = unpickled(inventory.path)
         family = family_of(stored.shapes, inventory.path)
     plan = singlefile.plan_of(family, like)
-    stated = prediction_type or singlefile.described_prediction(stored)
-    if stated is None and family == "sd21" and like is None:
+    stated = singlefile.described_prediction(stored)
+    if stated is None and prediction_type is None and family == "sd21" and like is None:
         warnings.warn(
             "the weights of SD 2.x do not say what they predict; v_prediction is taken, --prediction-type replaces it",
             stacklevel=3,

@@ -1,13 +1,15 @@
 """A diffusion model as every technique sees it, whatever it was on disk."""
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from torch import nn
 
-from diffcore.denoiser import NetworkDenoiser
+from diffcore.denoiser import DiscreteSchedule, NetworkDenoiser
+from diffcore.models.assemble import make_codec, make_denoiser, make_prompts
 from diffcore.models.build import build_scheduler
 from diffcore.models.catalog import PIPELINES
 from diffcore.models.codec import Codec
@@ -46,6 +48,36 @@ class DiffusionModel:
         """The bare network."""
         return self.denoiser.backbone
 
+    @property
+    def backbone_name(self) -> str:
+        """Its name in the pipeline: unet or transformer; "backbone" without one."""
+        return next(name for name in self.modules if self.components[name].role == "backbone")
+
+    def with_modules(self, change: str, modules: Mapping[str, nn.Module]) -> "DiffusionModel":
+        """Returns the model with some of its networks replaced; the others are shared.
+
+        Args:
+            change: What was done to them, in a way that tells two changes apart: it enters the fingerprint.
+            modules: Replacements by their name in the pipeline.
+
+        Raises:
+            KeyError: The model has no network of a name.
+        """
+        for name in modules:
+            if name not in self.modules:
+                raise KeyError(f"{self.name} has no {name}; it has {', '.join(self.modules)}")
+        merged = {**self.modules, **modules}
+        backbone = merged[self.backbone_name]
+        codec = make_codec(self.name, type(backbone).__name__, backbone, merged.get("vae"))
+        return replace(
+            self,
+            fingerprint=hashlib.sha256(f"{self.fingerprint} {change}".encode()).hexdigest(),
+            denoiser=make_denoiser(backbone, self.denoiser.prediction_type, self.denoiser.schedule),
+            codec=codec,
+            prompts=self.prompts and make_prompts(self.pipeline_class, merged, backbone, codec, self.settings),
+            modules=merged,
+        )
+
     @cached_property
     def pipeline(self) -> Any:
         """The pipeline of the diffusers library around the same modules; None for a bare backbone."""
@@ -55,7 +87,7 @@ class DiffusionModel:
 
         parts = {name: self.modules.get(name) for name in PIPELINES[self.pipeline_class]}
         if "scheduler" in self.components:
-            parts["scheduler"] = build_scheduler(self.components["scheduler"])
+            parts["scheduler"] = self._scheduler()
         settings: dict[str, Any] = {}
         if self.pipeline_class == "StableDiffusionPipeline":
             settings = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -63,3 +95,10 @@ class DiffusionModel:
             zeros = bool(self.settings.get("force_zeros_for_empty_prompt", True))
             settings = {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
         return getattr(diffusers, self.pipeline_class)(**parts, **settings)
+
+    def _scheduler(self) -> Any:
+        scheduler = self.components["scheduler"]
+        if isinstance(self.denoiser.schedule, DiscreteSchedule):  # the user may have said what is predicted
+            config = {**scheduler.config, "prediction_type": self.denoiser.prediction_type}
+            scheduler = replace(scheduler, config=config)
+        return build_scheduler(scheduler)

@@ -202,7 +202,7 @@ def test_a_plan_writes_nothing(painted: Path, tmp_path: Path, capsys: pytest.Cap
         assert not (tmp_path / "x").exists()
 
 
-def start(*tokens: object, limit: int | None = None) -> int:
+def start(*tokens: object, limit: int | None = None, ignored: signal.Signals | None = None) -> int:
     """Runs the console script in a forked process, whose standard error goes to a file; returns the process's id."""
     child = os.fork()
     if child == 0:
@@ -212,6 +212,8 @@ def start(*tokens: object, limit: int | None = None) -> int:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            if ignored is not None:
+                signal.signal(ignored, signal.SIG_IGN)
             code = main(app, [str(token) for token in tokens])
         finally:
             os._exit(code)
@@ -255,6 +257,30 @@ def test_an_interrupted_training_continues_to_the_same_weights(
     assert run("train", painted, "--out", out, *LONG) == 0
     assert_same(weights(out, 200), weights(uninterrupted, 200))
     assert (out / "log.jsonl").read_text() == (uninterrupted / "log.jsonl").read_text()
+
+
+@pytest.mark.parametrize("lost", [[6], [12], [6, 12]], ids=str)
+def test_weights_that_were_damaged_are_trained_again(painted: Path, tmp_path: Path, lost: list[int]):
+    out = tmp_path / "run"
+    assert run("train", painted, "--out", out, *SMALL) == 0
+    before = [weights(out, 6), weights(out)]
+    for step in lost:
+        os.truncate(out / "parts" / f"snapshot-{step:08d}.safetensors", 100)
+    assert run("train", painted, "--out", out, *SMALL) == 0
+    assert_same(weights(out, 6), before[0])
+    assert_same(weights(out), before[1])
+
+
+def test_an_ignored_signal_does_not_finish_a_training(painted: Path, uninterrupted: Path, tmp_path: Path):
+    """As `nohup` or a script's `&` start it: the signal that is raised again after the fit then does nothing."""
+    out = tmp_path / "cut"
+    child = start("train", painted, "--out", out, *LONG, ignored=signal.SIGINT)
+    wait_for(out / "checkpoints" / "last.ckpt", child)
+    os.kill(child, signal.SIGINT)
+    if exit_code(child):  # it stopped rather than went on: then it must say so
+        assert not (out / "result.json").exists()
+        assert run("train", painted, "--out", out, *LONG) == 0
+    assert_same(weights(out, 200), weights(uninterrupted, 200))
 
 
 @pytest.mark.reliability

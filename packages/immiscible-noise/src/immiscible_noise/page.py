@@ -84,7 +84,9 @@ def curves(study: Comparison, run: Run, name: str = "curves") -> Path:
             seen = sorted({s.samples_seen for s in scores})
             seeds = sorted({s.seed for s in scores})
             values = [[_at(scores, seed, n) for n in seen] for seed in seeds]
-            label = f"{_NAMES.get(arm, arm)}, {steps} steps"
+            # One legend entry per colour and one per dash; a leading underscore keeps the rest out.
+            named = _NAMES.get(arm, arm) if dash == 0 else f"{steps} steps" if place == 0 else "_"
+            label = f"{named}, {steps} steps" if place == dash == 0 else named
             series.append(Series.over_seeds(label, seen, values, color=place, dash=dash))
     figure = lines_with_band(series, x_label="training images seen", y_label="Fréchet distance", log_x=True, log_y=True)
     return run.figure(name, figure)

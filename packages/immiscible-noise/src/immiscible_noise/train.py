@@ -1,5 +1,6 @@
 """Trains one model on images with one arm, into a run folder that can be resumed."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,7 +14,7 @@ from torch import Tensor
 from diffcore import artifact
 from diffcore.data import ImageSet
 from diffcore.denoiser import NetworkDenoiser
-from diffcore.errors import UserError, printable
+from diffcore.errors import MachineError, UserError, printable
 from diffcore.noise import row_noise
 from diffcore.run import Run
 from diffcore.runtime import Runtime
@@ -32,6 +33,7 @@ from immiscible_noise.build import build_denoiser
 from immiscible_noise.couple import pair_noise_for
 from immiscible_noise.settings import Arm, TrainSettings
 
+_LOG = logging.getLogger("diffcore.immiscible_noise")
 _GRID_STREAM = 103
 
 
@@ -149,11 +151,16 @@ def train(
 
     Returns:
         The recipe, which `load_snapshot` turns into a denoiser.
+
+    Raises:
+        MachineError: The training stopped early, or its loss became NaN or infinite.
     """
     recipe = recipe_for(images, arm, settings, runtime.seed)
     settings = recipe.settings
-    if not run.missing([snapshot_key(step) for step in settings.snapshot_steps]):
+    missing = _missing_steps(run, settings)
+    if not missing:
         return recipe
+    _restart_before(missing[0], run)
     run.save("recipe", {}, **recipe.as_fields())
     module = DenoisingModule(
         recipe.denoiser(),
@@ -180,6 +187,8 @@ def train(
         checkpoint_every=settings.checkpoint_every,
         gradient_clip=settings.gradient_clip or None,
     )
+    if run.leading and _missing_steps(run, settings):  # a signal that whoever started us ignores can end the fit early
+        raise MachineError("the training stopped before its last step; run the same command again to go on")
     return recipe
 
 
@@ -223,6 +232,22 @@ def load_snapshot(recipe: Recipe, training: Path, step: int, device: torch.devic
     denoiser = recipe.denoiser()
     denoiser.backbone.load_state_dict(artifact.load(path).tensors)
     return denoiser.to(device).eval().requires_grad_(False)
+
+
+def _missing_steps(run: Run, settings: TrainSettings) -> list[int]:
+    """Steps, ascending, whose weights are to be kept and are not there."""
+    return [step for step in settings.snapshot_steps if run.missing([snapshot_key(step)])]
+
+
+def _restart_before(step: int, run: Run) -> None:
+    """Deletes a checkpoint that lies past weights which are missing: resuming from it would never make them again."""
+    checkpoint = run.folder / "checkpoints" / "last.ckpt"
+    if not run.leading or not checkpoint.exists():
+        return
+    done = int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    if done >= step:
+        _LOG.warning("the weights of step %d are lost: training starts anew", step)
+        checkpoint.unlink()
 
 
 def _warmup(steps: int) -> Callable[[int], float]:

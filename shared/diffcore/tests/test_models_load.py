@@ -423,7 +423,7 @@ def test_modules_are_replaced_and_the_rest_is_shared(saved):
     x_t, t, cond = tiny.inputs("sd15")
     assert model.denoiser(x_t, t, cond).output.std() > 0.1
     assert edited.denoiser(x_t, t, cond).output.std() < 0.1
-    with pytest.raises(KeyError, match="sd15 has no transformer; it has .*unet"):
+    with pytest.raises(KeyError, match=r"sd15 has no transformer; it has .*unet"):
         model.with_modules("x", {"transformer": other})
 
 
@@ -432,3 +432,16 @@ def test_options_that_cannot_be_are_refused_before_anything_is_built(saved):
         load(saved, CPU, prediction_type="edm")
     with pytest.raises(UserError, match="float16 does not run on a CPU"):
         load(saved, Runtime(dtype="float16"))
+
+
+def test_the_shipped_configurations_have_real_sizes_and_sd2_warns(tmp_path):
+    file = single_file(tiny.pipeline("sd21", width=1024), tmp_path / "m.safetensors", "sd21")
+    with (
+        pytest.warns(UserWarning, match="v_prediction is taken, --prediction-type replaces it"),
+        pytest.raises(IncompatibleModelError, match=r"unet in .*m\.safetensors lacks 5\d\d tensors"),
+    ):
+        load(file, CPU)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(IncompatibleModelError, match="lacks"):
+            load(file, CPU, prediction_type="epsilon")

@@ -482,3 +482,34 @@ def test_a_full_disk_is_the_machines_fault_and_loses_nothing(
     assert run(*command) == 0
     assert run("train", painted, "--out", tmp_path / "whole", *small(width=64)) == 0
     assert_same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_a_data_folder_named_as_output_is_refused_and_left_as_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    data = paint(tmp_path / "data")
+    before = sorted(data.rglob("*"))
+    assert "not of a run" in refused(capsys, "train", data, "--out", data, *SMALL)
+    assert sorted(data.rglob("*")) == before
+
+
+def test_stray_files_beside_the_images_do_not_change_the_data(painted: Path, tmp_path: Path):
+    data = paint(tmp_path / "data")
+    assert run("train", data, "--out", tmp_path / "run", *SMALL) == 0
+    (data / "class0" / ".DS_Store").write_bytes(b"\0")
+    assert run("train", data, "--out", tmp_path / "run", *SMALL) == 0
+
+
+def test_labels_that_cannot_be_learnt_give_no_features(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    rng = np.random.default_rng(0)
+    for label in range(4):
+        (tmp_path / "data" / str(label)).mkdir(parents=True)
+        for i in range(10):
+            pixels = rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / str(label) / f"{i}.png")
+    run("train", tmp_path / "data", "--out", tmp_path / "run", *SMALL)
+    assert run("evaluate", tmp_path / "run", tmp_path / "data", *QUICK) == 0
+    assert (
+        "principal components" in json.loads((tmp_path / "run" / "evaluation" / "result.json").read_text())["features"]
+    )
+    assert any("most frequent label" in record.getMessage() for record in caplog.records)

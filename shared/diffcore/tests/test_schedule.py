@@ -164,7 +164,7 @@ def test_schedules_survive_half_precision_and_compare_by_value():
     [
         ({"_class_name": "VQDiffusionScheduler"}, "VQDiffusionScheduler"),
         ({"_class_name": "DDPMScheduler", "beta_schedule": "sigmoid"}, "beta_schedule = sigmoid"),
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}, "use_dynamic_shifting"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True}, "invert_sigmas"),
         ({"_class_name": "EDMEulerScheduler", "sigma_schedule": "exponential"}, "sigma_schedule = exponential"),
     ],
 )

@@ -342,3 +342,14 @@ def test_the_log_drops_half_lines_and_steps_to_be_taken_again(tmp_path: Path):
     log.log_metrics({"loss": float("nan"), "epoch": 0.0}, step=2)
     log.finalize("finished")
     assert path.read_text() == '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": null}\n'
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path):
+    """A shell that starts a job in the background tells it to ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        train_to(tmp_path / "run", 12, callbacks=(SignalAt(6, signal.SIGINT),))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 12

@@ -27,6 +27,9 @@ app = make_app(
 )
 
 
+_Flag = Annotated[bool, Parameter(negative="")]
+
+
 @Parameter(name="*", group="Data", negative="")
 @dataclass(frozen=True)
 class DataOptions:
@@ -51,7 +54,7 @@ def run() -> int:
 
 
 @app.command
-def demo(*, out: Path = Path("runs/demo-immiscible-noise"), full: bool = False, json: bool = False) -> int:
+def demo(*, out: Path = Path("runs/demo-immiscible-noise"), full: _Flag = False, json: _Flag = False) -> int:
     """See the effect on 1797 real handwritten digits: three arms, pictures, numbers; about a minute on two cores.
 
     Shortest form: immiscible-noise demo
@@ -257,7 +260,7 @@ def diagnose(
 @app.command
 def bench(
     *,
-    smoke: bool = False,
+    smoke: _Flag = False,
     json: Path | None = None,
     baseline: Path | None = None,
     fail_below: float | None = None,
@@ -281,19 +284,20 @@ def bench(
 
 
 @app.command
-def report(run: Path) -> int:
+def report(run: Path, *, json: _Flag = False) -> int:
     """Make the report of a run again from what its folder holds.
 
     Shortest form: immiscible-noise report RUN
 
     Args:
         run: Run folder of any command.
+        json: Print the result as one JSON object.
     """
     from diffcore.run import Run
     from immiscible_noise.page import write_page
 
     with Run.reopen(run) as opened:
-        emit({"report": write_page(opened)})
+        emit({"report": write_page(opened)}, json)
     return 0
 
 
@@ -315,7 +319,6 @@ def _load(
 ) -> tuple["ImageSet", dict[str, str]]:
     """Reads the images, says what was left out, and checks what training needs before anything expensive starts."""
     from diffcore.data import load_images
-    from diffcore.run import input_hash
 
     runtime.apply_threads()
     channels = 1 if options.grey else 3
@@ -336,7 +339,7 @@ def _load(
         )
     if len(images) < at_least:
         raise UserError(f"{printable(data)} has {len(images)} readable image; this command needs at least {at_least}")
-    return images, {printable(data.name): input_hash(data)}
+    return images, {printable(data.name): images.sha256}
 
 
 def _check_training(images: "ImageSet", arms: list[Arm], training: TrainSettings, runtime: Runtime) -> None:

@@ -22,6 +22,7 @@ from immiscible_noise.train import Recipe, load_snapshot, read_recipe, train
 
 _LOG = logging.getLogger(__name__)
 _GRID = 40
+_LEAST_LEARNT = 0.05  # accuracy above the most frequent label, below which features mean nothing
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def compare(
             recipes.append(recipe)
     floor = evaluator.floor()
     study = Comparison(scores, evaluator.description, floor.value, floor.n, recipes)
-    _save_grids(study, run)
+    _save_grids(study, run, evaluator.device)
     study.save(run)
     return study
 
@@ -247,7 +248,10 @@ def open_training(study: Run, inputs: dict[str, str], arm: Arm, settings: TrainS
 
 
 def shared_classifier(images: ImageSet, run: Run, runtime: Runtime) -> TrainedClassifier | None:
-    """Returns the study's feature extractor, trained once on the images' labels; None without labels."""
+    """Returns the study's feature extractor, trained once on the images' labels.
+
+    None without labels, and where the classifier learnt nothing from them.
+    """
     if images.labels is None:
         return None
     device = runtime.torch_device
@@ -255,6 +259,15 @@ def shared_classifier(images: ImageSet, run: Run, runtime: Runtime) -> TrainedCl
         trained = train_classifier(images.images, images.labels, len(images.classes), device=device)
         run.save("classifier", trained.network.state_dict(), accuracy=trained.accuracy, weights_sha256=trained.sha256)
     part = run.load("classifier")
+    most_frequent = float(images.labels.bincount().max()) / len(images)
+    if part.fields["accuracy"] < most_frequent + _LEAST_LEARNT:
+        _LOG.warning(
+            "the classifier reached a held-out accuracy of %.1f %%, the most frequent label has %.1f %%: its features "
+            "mean nothing, distances are taken in principal components of the pixels",
+            100 * part.fields["accuracy"],
+            100 * most_frequent,
+        )
+        return None
     _, channels, size, _ = images.images.shape
     network = Classifier(channels, size, len(images.classes))
     network.load_state_dict(part.tensors)
@@ -262,7 +275,7 @@ def shared_classifier(images: ImageSet, run: Run, runtime: Runtime) -> TrainedCl
     return TrainedClassifier(network, part.fields["accuracy"], part.fields["weights_sha256"])
 
 
-def _save_grids(study: Comparison, run: Run) -> None:
+def _save_grids(study: Comparison, run: Run, device: torch.device) -> None:
     """Keeps samples of every arm from equal noise, of the first seed and the last weights, at the fewest steps."""
     steps = study.sampling_steps()[0]
     grids = {}
@@ -270,7 +283,7 @@ def _save_grids(study: Comparison, run: Run) -> None:
         if recipe.arm.name in grids:
             continue
         training = run.folder / "arms" / f"{recipe.arm.name}-seed{recipe.seed}"
-        denoiser = load_snapshot(recipe, training, recipe.settings.snapshot_steps[-1])
+        denoiser = load_snapshot(recipe, training, recipe.settings.snapshot_steps[-1], device)
         labels = None if recipe.num_classes is None else torch.arange(_GRID) % recipe.num_classes
         grids[recipe.arm.name] = generate(denoiser, recipe, _GRID, steps, labels=labels)
     run.save("grids", grids, sampling_steps=steps)

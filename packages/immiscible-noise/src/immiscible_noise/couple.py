@@ -29,6 +29,7 @@ def pair_noise_for(arm: Arm, seed: int) -> PairNoise | None:
             x0,
             noise,
             labels=batch.get("labels"),
+            mask=batch.get("mask"),
             cost=arm.cost,
             condition=arm.condition,
             strength=arm.strength,

@@ -33,7 +33,7 @@ def diagnose_images(
     x0 = scale.encode(images.unit())
     generator = torch.Generator().manual_seed(seed)
     diagnosis = diagnose(x0, labels=images.labels, batch_sizes=batch_sizes, k=k, generator=generator)
-    gallery = make_gallery(images, scale, batch_size=min(max(batch_sizes), 256), seed=seed)
+    gallery = make_gallery(images, scale, batch_size=min(max(batch_sizes), 256), k=k, seed=seed)
     distances = {f"distances/{name}": values for name, values in gallery.distances.items()}
     pictures = {"images": gallery.images, "independent": gallery.independent, "assigned": gallery.assigned}
     run.save(
@@ -47,7 +47,13 @@ def diagnose_images(
     run.save("diagnosis", {}, rows=rows, recommendation=asdict(diagnosis.recommendation))
     run.table("diagnosis", rows)
     named = {f"{row['pairing']}, batch {row['batch_size']}": row for row in rows}
+    chosen = diagnosis.recommendation
+    condition = " --class-conditional --condition block" if chosen.pairing == "blocks" else ""
+    options = (
+        "--method vanilla" if chosen.strength == 0 else f"--method assignment --strength {chosen.strength:g}{condition}"
+    )
     return {
+        "options_of_train": options,
         "recommendation": diagnosis.recommendation.why,
         "pairing": diagnosis.recommendation.pairing,
         "strength": diagnosis.recommendation.strength,

@@ -15,6 +15,7 @@ from immiscible_noise.classifier import TrainedClassifier, classify
 from immiscible_noise.train import Recipe
 
 _SAMPLING_STREAM, _LABEL_STREAM = 104, 105
+_COMPONENTS = 32
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,11 @@ class Evaluator:
     @property
     def description(self) -> str:
         """The features, in words."""
-        return self.classifier.description if self.classifier else "32 principal components of the pixels"
+        return (
+            self.classifier.description
+            if self.classifier
+            else f"{self.real.shape[1]} principal components of the pixels"
+        )
 
     def features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 32"]:
         """Returns the features of images in [0, 1]."""
@@ -155,7 +160,6 @@ def generate(
         batch_size: Images per forward pass.
     """
     device = next(denoiser.parameters()).device
-    clip = _clip(recipe) if recipe.settings.objective == "ddpm" else None
     images = []
     for rows in torch.arange(count).split(batch_size):
         noise = row_noise(0, rows, recipe.shape, stream=_SAMPLING_STREAM, device=device)
@@ -168,7 +172,7 @@ def generate(
             solver="ddim" if eta else solver,
             eta=eta,
             seeds=rows.to(device) if eta else None,
-            clip_x0=clip,
+            clip_x0=recipe.clip_x0,
         )
         images.append(recipe.scale.decode(x0))
     return torch.cat(images)
@@ -179,14 +183,11 @@ def as_rows(scores: Sequence[Score]) -> list[dict[str, object]]:
     return [asdict(score) for score in scores]
 
 
-def _clip(recipe: Recipe) -> float:
-    """The largest |x0| that a pixel can have, which DDPM and DDIM clamp their predictions to."""
-    return max(recipe.scale.mean, 1 - recipe.scale.mean) / recipe.scale.std
-
-
 def _principal_axes(images: Float[Tensor, "n c h w"]) -> tuple[Tensor, Tensor]:
-    flat = images.flatten(1).double()
+    """Returns the mean and the leading directions, by randomised subspace iteration from a fixed seed."""
+    flat = images.flatten(1)
     mean = flat.mean(0)
-    count = min(32, flat.shape[1])
-    axes = torch.linalg.eigh((flat - mean).T @ (flat - mean)).eigenvectors[:, -count:]
-    return mean.float(), axes.float()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        _, _, axes = torch.svd_lowrank(flat - mean, q=min(_COMPONENTS, *flat.shape), niter=4)
+    return mean, axes

@@ -11,8 +11,6 @@ from immiscible_noise.assign import assign_noise
 from immiscible_noise.select import select_noise
 from immiscible_noise.train import PixelScale
 
-_K = 4
-
 
 @dataclass(frozen=True)
 class Gallery:
@@ -36,7 +34,14 @@ class Gallery:
 
 
 def make_gallery(
-    images: ImageSet, scale: PixelScale, *, batch_size: int = 256, rounds: int = 256, count: int = 10, seed: int = 0
+    images: ImageSet,
+    scale: PixelScale,
+    *,
+    batch_size: int = 256,
+    rounds: int = 256,
+    count: int = 10,
+    k: int = 4,
+    seed: int = 0,
 ) -> Gallery:
     """Pairs a few images with noise again and again, in batches filled up with random others.
 
@@ -46,13 +51,14 @@ def make_gallery(
         batch_size: Images per batch; fewer where there are not so many.
         rounds: Number of batches.
         count: Number of images shown; fewer where a batch does not hold so many.
+        k: Draws per image for nearest-of-k selection.
         seed: Fixes images and noise.
     """
     generator = torch.Generator().manual_seed(seed)
     batch_size = min(batch_size, len(images))
     shown = _of_different_labels(images, min(count, batch_size), generator)
     independent, assigned = (torch.zeros(len(shown), *images.images.shape[1:]) for _ in range(2))
-    distances: dict[str, list[Tensor]] = {"independent": [], "assigned": [], f"nearest of {_K}": []}
+    distances: dict[str, list[Tensor]] = {"independent": [], "assigned": [], f"nearest of {k}": []}
     for _ in range(rounds):
         others = torch.randperm(len(images), generator=generator)
         rows = torch.cat([shown, others[~torch.isin(others, shown)]])[:batch_size]
@@ -61,7 +67,7 @@ def make_gallery(
         near = assign_noise(x0, noise)
         independent += noise[: len(shown)] / rounds
         assigned += near[: len(shown)] / rounds
-        nearest = select_noise(x0, _K, generator=generator)
+        nearest = select_noise(x0, k, generator=generator)
         for kept, paired in zip(distances.values(), (noise, near, nearest), strict=True):
             kept.append((x0 - paired).flatten(1).norm(dim=1))
     shown_images = images.unit()[shown]

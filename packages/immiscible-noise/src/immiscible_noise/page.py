@@ -53,6 +53,8 @@ def write_page(run: Run) -> Path:
         _add_diagnosis(report, run, answers=not compared)
     if trained:
         _add_training(report, run)
+    if run.record["status"] not in ("finished", "running"):
+        report.answer(f"This run is not finished ({run.record['status']}): type its command again.")
     if compared:
         _add_conclusions(report)
     return report.save(run.folder / "report.html")
@@ -200,6 +202,8 @@ def _add_diagnosis(report: Report, run: Run, *, answers: bool) -> None:
 
 def _add_training(report: Report, run: Run) -> None:
     recipe = run.load("recipe").fields
+    settings, arm = recipe["settings"], recipe["arm"]
+    report.answer(f"{settings['steps']:,} steps of {settings['batch_size']} images, noise: {arm['method']}.")
     report.section("Training")
     rows = [json.loads(line) for line in (run.folder / "log.jsonl").read_text("utf-8").splitlines()]
     rows = [row for row in rows if row.get("loss") is not None]
@@ -254,7 +258,7 @@ def _leak_sentence(rows: Sequence[dict[str, Any]]) -> str:
     leaks = [row for row in rows if row["leak"] is not None]
     if not leaks:
         return "The images have no labels, so there is no leak to measure."
-    largest = max(row["batch_size"] for row in leaks if row["pairing"] == "assignment")
+    largest = max((row["batch_size"] for row in leaks if row["pairing"] == "assignment"), default=0)
     told = []
     for pairing, name in (("assignment", "labels ignored"), ("blocks", "labels respected")):
         row = next((r for r in leaks if r["pairing"] == pairing and r["batch_size"] == largest), None)

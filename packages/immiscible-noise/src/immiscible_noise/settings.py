@@ -82,7 +82,7 @@ class TrainSettings:
     Attributes:
         objective: flow: flow matching (velocity, uniform times); ddpm: noise prediction, 1000 steps, linear betas; edm:
             Karras et al. 2022.
-        network: unet is diffusers' UNet2DModel; mlp is for images up to 16x16; auto decides by image size.
+        network: unet is diffusers' UNet2DModel; mlp is for tiny images; auto takes mlp up to 8x8, unet above.
         width: Channels of the U-Net's first level, or of the MLP's hidden layers.
         steps: Optimizer steps.
         batch_size: Images per step over all devices: the pool that noise is assigned in.

@@ -83,6 +83,13 @@ class Recipe:
     sigma_data: float
     seed: int
 
+    @property
+    def clip_x0(self) -> float | None:
+        """The largest |x0| that a pixel can have, which DDPM and DDIM clamp to; None for the other objectives."""
+        if self.settings.objective != "ddpm":
+            return None
+        return max(self.scale.mean, 1 - self.scale.mean) / self.scale.std
+
     def denoiser(self) -> NetworkDenoiser:
         """Builds the untrained denoiser."""
         return build_denoiser(self.settings, self.shape, self.num_classes, self.sigma_data, self.seed)
@@ -174,7 +181,15 @@ def train(
     if not quiet:
         noise, condition = _grid_inputs(recipe)
         callbacks.append(
-            SampleGrid(run, ema, noise, condition, decode=recipe.scale.decode, every=max(settings.steps // 4, 1))
+            SampleGrid(
+                run,
+                ema,
+                noise,
+                condition,
+                decode=recipe.scale.decode,
+                clip_x0=recipe.clip_x0,
+                every=max(settings.steps // 4, 1),
+            )
         )
         callbacks.append(ConsoleSummary(f"training {arm.name}"))
     fit(

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
@@ -168,6 +169,14 @@ def _set_environment(download: bool) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+class _StderrHandler(logging.StreamHandler):
+    """Writes to the standard error of the moment: where commands run in-process it is replaced between them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.setStream(sys.stderr)
+        super().emit(record)
+
+
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
@@ -175,10 +184,12 @@ class _Formatter(logging.Formatter):
 
 
 def _set_logging() -> None:
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _StderrHandler()
     handler.setFormatter(_Formatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.captureWarnings(True)
+    # The place in our code that warns tells a user nothing.
+    warnings.formatwarning = lambda message, *_, **__: str(message)
     logging.getLogger("diffcore").setLevel(logging.INFO)
 
 

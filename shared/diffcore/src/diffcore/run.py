@@ -88,6 +88,7 @@ class Run:
         identity = identity_of(command, config, inputs or {}, volatile)
         if _rank() > 0:
             return cls(folder, {**identity, "status": "running", "seconds": 0.0}, None)
+        _refuse_foreign(folder)
         lock = _locked(folder)
         try:
             if restart and (folder / "run.json").exists():
@@ -270,6 +271,18 @@ def _rank() -> int:
     return 0
 
 
+def _refuse_foreign(folder: Path) -> None:
+    """Raises UserError for a folder that holds files but no run; leaves nothing in it."""
+    if (folder / "run.json").exists():
+        return
+    foreign = sorted(p.name for p in folder.iterdir() if p.name != "run.lock" and not p.name.endswith(".tmp"))
+    if foreign:
+        raise UserError(
+            f"{printable(folder, 300)} holds files that are not of a run ({printable(foreign[0])}); "
+            "give an empty or a new folder with --out"
+        )
+
+
 def _locked(folder: Path) -> FileLock:
     path = folder / "run.lock"
     lock = FileLock(path, blocking=False)
@@ -308,12 +321,6 @@ def _set_aside(folder: Path, lock: FileLock) -> FileLock:
 def _resume(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
     path = folder / "run.json"
     if not path.exists():
-        foreign = sorted(p.name for p in folder.iterdir() if p.name != "run.lock" and not p.name.endswith(".tmp"))
-        if foreign:
-            raise UserError(
-                f"{printable(folder, 300)} holds files that are not of a run ({printable(foreign[0])}); "
-                "give an empty or a new folder with --out"
-            )
         return None
     record = jsonfile.read_object(path)
     known = {"schema", "command", "config", "inputs", "status", "seconds"}

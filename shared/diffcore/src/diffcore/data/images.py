@@ -4,12 +4,14 @@ Flat folders have no labels; one sub-folder per class gives them, in alphabetica
 is no class, and `split` picks one of several, as in `train/<class>/x.jpg`.
 """
 
+import hashlib
 import os
 import warnings
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -80,6 +82,15 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Digest of pixels, labels and names: the same images give the same, whatever else lies beside them."""
+        digest = hashlib.sha256(repr((tuple(self.images.shape), self.classes, self.names)).encode())
+        digest.update(self.images.contiguous().numpy().tobytes())
+        if self.labels is not None:
+            digest.update(self.labels.numpy().tobytes())
+        return digest.hexdigest()
 
     def x0(self) -> Float[Tensor, "n c h w"]:
         """Returns the images in [-1, 1], as pixel-space denoisers see them."""

@@ -56,6 +56,7 @@ class SampleGrid(L.Callback):
         noise: Unit normal noise, one row a picture (b *data).
         condition: Keyword tensors of the backbone, first dimension b.
         decode: From x0 to images in [0, 1]; by default pixels in [-1, 1] are expected.
+        clip_x0: As in `denoiser.sample`.
         every: Steps between grids.
         sampling_steps: Solver steps.
     """
@@ -68,11 +69,12 @@ class SampleGrid(L.Callback):
         condition: Mapping[str, Tensor] | None = None,
         *,
         decode: Callable[[Tensor], Tensor] = _from_symmetric,
+        clip_x0: float | None = None,
         every: int = 1000,
         sampling_steps: int = 20,
     ) -> None:
         self.run, self.ema, self.noise, self.every, self.sampling_steps = run, ema, noise, every, sampling_steps
-        self.condition, self.decode = dict(condition or {}), decode
+        self.condition, self.decode, self.clip_x0 = dict(condition or {}), decode, clip_x0
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Writes the figure on rank 0."""
@@ -85,7 +87,8 @@ class SampleGrid(L.Callback):
 
         device = pl_module.device
         condition = {name: value.to(device) for name, value in self.condition.items()}
-        x0 = sample(self.ema.denoiser, self.noise.to(device), condition, steps=self.sampling_steps)
+        noise = self.noise.to(device)
+        x0 = sample(self.ema.denoiser, noise, condition, steps=self.sampling_steps, clip_x0=self.clip_x0)
         images = self.decode(x0).cpu()
         self.run.figure("samples", image_grid(images))
 

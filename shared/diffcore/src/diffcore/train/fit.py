@@ -175,7 +175,9 @@ def _deferred_signals(keeper: _CheckpointKeeper, enabled: bool) -> Iterator[None
         received.append(number)
         keeper.stop_requested = True
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    # A signal that the parent told us to ignore (a job in the background) stays ignored.
+    heeded = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, note) for number in heeded}
     try:
         yield
     finally:

@@ -101,6 +101,21 @@ def test_what_the_library_rejects_is_rejected(tmp_path, header, size, tail):
         assert library_reads(data)
 
 
+@FEW
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(-2, 2)), min_size=1, max_size=4), st.integers(-2, 2))
+def test_holes_and_overlaps_are_judged_as_by_the_library(tmp_path, tensors, rest):
+    header, end = {}, 0
+    for index, (size, gap) in enumerate(tensors):
+        start = max(end + (gap if gap in (-1, 1) else 0), 0)
+        end = start + size
+        header[f"t{index}"] = {"dtype": "U8", "shape": [size], "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    data = struct.pack("<Q", len(text)) + text + bytes(max(end + (rest if rest in (-1, 1) else 0), 0))
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(data)
+    assert ours_reads(path) == library_reads(data)
+
+
 def test_mutated_files_are_never_accepted_against_the_library(tmp_path):
     random = np.random.default_rng(0)
     seeds = [

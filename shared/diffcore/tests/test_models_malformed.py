@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import warnings
 
 import diffusers
@@ -9,7 +10,7 @@ import pytest
 import transformers
 
 from diffcore.errors import UserError
-from diffcore.models import load
+from diffcore.models import inspect_model, load
 from diffcore.runtime import Runtime
 from diffcore.testing.malformed import cases, make_bases
 from diffcore.testing.malformed.case import Evil
@@ -72,6 +73,27 @@ def test_it_is_refused(bases, tmp_path, name):
     assert any(
         part in message for part in (named, "a\\x00b", "\\x1b[31m", "/dev/zero", *(c.name for c in tmp_path.rglob("*")))
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("header: metadata: half a character", "has metadata that is not Unicode"),
+        ("header text: minus zero", "has the number -0 in its header"),
+        ("config: an address", "sets activation_fn to 'https://example.org/evil.py', which is no setting"),
+        ("config: a repository", "sets activation_fn to 'stranger/evil', which is no setting"),
+        ("config: kernel from a hub", "sets _attn_implementation to stranger/evil-kernel; only eager and sdpa"),
+        ("config: 256 layers and two in the file", "asks for 256 layers or more, but there are"),
+        ("index names a pickle", "'pytorch_model.bin', which is no safetensors file of its folder"),
+        ("index names an absolute path", "'/etc/passwd', which is no safetensors file of its folder"),
+        ("index: os.system", "asks for os.system for unet, a class of its own"),
+        ("folder: a pipe beside the weights", "holds pipe, which is a pipe"),
+    ],
+)
+def test_the_gate_alone_refuses_for_the_right_reason(bases, tmp_path, name, reason):
+    """Behind the gate stand more walls, which would hide that it has a hole."""
+    with pytest.raises(UserError, match=re.escape(reason)):
+        inspect_model(CASES[name].make(bases, tmp_path))
 
 
 def test_the_sentinel_would_have_seen_it(tmp_path, monkeypatch):

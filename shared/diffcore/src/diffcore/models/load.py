@@ -160,7 +160,7 @@ def _plan_of_file(
             "the weights of SD 2.x do not say what they predict; v_prediction is taken, --prediction-type replaces it",
             stacklevel=3,
         )
-    if stated is not None or "ztsnr" in stored.shapes:
+    if "scheduler" in plan.components and (stated is not None or "ztsnr" in stored.shapes):
         usual = plan.components["scheduler"].config.get("prediction_type", "epsilon")
         plan = singlefile.with_prediction(plan, stated or usual, zero_snr="ztsnr" in stored.shapes)
     parts = singlefile.parts_of(stored, family)

@@ -173,7 +173,7 @@ class _StderrHandler(logging.StreamHandler):
     """Writes to the standard error of the moment: where commands run in-process it is replaced between them."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.setStream(sys.stderr)
+        self.stream = sys.stderr  # not setStream, which would flush a stream that may be closed
         super().emit(record)
 
 

@@ -219,7 +219,7 @@ def test_sigterm_is_143_and_with_blocks_end():
     def wait():
         try:
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(10)
+            time.sleep(10)  # cut short by the signal
         finally:
             ended.append(True)
 

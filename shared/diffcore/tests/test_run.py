@@ -200,7 +200,7 @@ def test_second_process_is_told_who_has_it(tmp_path):
     def hold():
         with open_run(tmp_path):
             is_open.set()
-            time.sleep(60)
+            time.sleep(60)  # holds the lock until it is killed below
 
     holder = context.Process(target=hold)
     holder.start()

@@ -2,5 +2,15 @@
 
 from diffcore.data.files import UnreadableFileError
 from diffcore.data.images import ImageSet, ImageSource, load_images, open_images, resize
+from diffcore.data.prompts import PromptSet, load_prompts
 
-__all__ = ["ImageSet", "ImageSource", "UnreadableFileError", "load_images", "open_images", "resize"]
+__all__ = [
+    "ImageSet",
+    "ImageSource",
+    "PromptSet",
+    "UnreadableFileError",
+    "load_images",
+    "load_prompts",
+    "open_images",
+    "resize",
+]

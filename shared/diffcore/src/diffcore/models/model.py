@@ -4,12 +4,16 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from diffcore.adapters import Adapter, Base, fuse, read_adapter
+from diffcore.adapters.keys import BACKBONE
 from diffcore.denoiser import DiscreteSchedule, NetworkDenoiser
 from diffcore.models.assemble import make_codec, make_denoiser, make_prompts
+from diffcore.models.bases import base_of
 from diffcore.models.build import build_scheduler
 from diffcore.models.catalog import PIPELINES
 from diffcore.models.codec import Codec
@@ -77,6 +81,28 @@ class DiffusionModel:
             prompts=self.prompts and make_prompts(self.pipeline_class, merged, backbone, codec, self.settings),
             modules=merged,
         )
+
+    @cached_property
+    def adapter_base(self) -> Base:
+        """Names and shapes of what adapters can change."""
+        return base_of(self.name, self.modules, self.backbone)
+
+    def with_adapter(self, adapter: Path | str | Adapter, scale: float = 1.0) -> "DiffusionModel":
+        """Returns the model with a LoRA fused into it; weights that it does not touch are shared.
+
+        Args:
+            adapter: A file or PEFT folder, or what was read from one.
+            scale: Strength: 1 is what it was trained for, 0 is off.
+
+        Raises:
+            UserError: The file is no LoRA, is damaged, or does not fit this model in every tensor.
+            ValueError: `scale` is not finite, or an adapter made in memory does not fit.
+        """
+        if not isinstance(adapter, Adapter):
+            adapter = read_adapter(adapter, self.adapter_base)
+        names = {component: component for component in adapter.text_encoders} | {BACKBONE: self.backbone_name}
+        fused = {names[c]: fuse(self.modules[names[c]], changes, scale) for c, changes in adapter.components.items()}
+        return self.with_modules(f"adapter {adapter.fingerprint} at {scale!r}", fused)
 
     @cached_property
     def pipeline(self) -> Any:

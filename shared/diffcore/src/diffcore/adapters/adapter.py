@@ -1,0 +1,154 @@
+"""Low-rank changes of weights, as values."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffcore.adapters.keys import BACKBONE
+
+Backbone = Literal["unet", "transformer"]
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """The change of one weight: `alpha / rank * up @ down`.
+
+    Attributes:
+        down: From the inputs to the rank; for convolutions with the kernel's sides.
+        up: From the rank to the outputs.
+        alpha: Strength; equal to the rank, the factors count as they are.
+    """
+
+    down: Float[Tensor, "rank inputs *kernel"]
+    up: Float[Tensor, "outputs rank"]
+    alpha: float
+
+    @classmethod
+    def from_difference(cls, difference: Float[Tensor, "outputs inputs *kernel"]) -> "LowRank":
+        """Returns a difference of weights as exact factors: one rank for each row or column that is not zero.
+
+        Whichever of the two is fewer is kept as it is, and the other factor holds ones and zeros, so that the product
+        is the difference to the last bit.
+
+        Raises:
+            ValueError: The difference is zero.
+        """
+        matrix = difference.flatten(1)
+        rows, columns = matrix.any(1).nonzero()[:, 0], matrix.any(0).nonzero()[:, 0]
+        if len(rows) == 0:
+            raise ValueError("the difference is zero: there is nothing to write as a product")
+        if len(rows) <= len(columns):
+            down, up = matrix[rows], _ones_at(rows, matrix.shape[0], matrix).T
+        else:
+            down, up = _ones_at(columns, matrix.shape[1], matrix), matrix[:, columns]
+        return cls(down.reshape(-1, *difference.shape[1:]).contiguous(), up.contiguous(), float(down.shape[0]))
+
+    @property
+    def rank(self) -> int:
+        """Number of rows of `down` and of columns of `up`."""
+        return self.down.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight that it changes."""
+        return (self.up.shape[0], *self.down.shape[1:])
+
+    def delta(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "outputs inputs *kernel"]:
+        """Returns the change itself, computed in `dtype`."""
+        product = (self.alpha / self.rank * self.up.to(dtype)) @ self.down.to(dtype).flatten(1)
+        return product.reshape(self.shape)
+
+
+Changes = Mapping[str, LowRank]
+"""Changes of one network's weights, by dotted module name."""
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A LoRA: low-rank changes of a backbone's weights, and perhaps of its text encoders'.
+
+    Attributes:
+        modules: Changes of the backbone.
+        text_encoders: Changes of text encoders, by their name in the pipeline.
+        backbone: What the pipeline calls the backbone.
+        name: For messages and reports.
+    """
+
+    modules: Changes
+    text_encoders: Mapping[str, Changes] = field(default_factory=dict)
+    backbone: Backbone = "unet"
+    name: str = "adapter"
+
+    @classmethod
+    def from_factors(
+        cls,
+        factors: Mapping[str, tuple[Tensor, Tensor]],
+        *,
+        alpha: float | None = None,
+        backbone: Backbone = "unet",
+        name: str = "adapter",
+    ) -> "Adapter":
+        """Returns an adapter of a backbone from pairs (down, up) by module name.
+
+        Args:
+            factors: `down` of shape (rank, inputs, ...), `up` of shape (outputs, rank).
+            alpha: Of all modules; by default each module's rank, so that the change is `up @ down`.
+            backbone: What its pipeline calls the backbone.
+            name: For messages and reports.
+        """
+        modules = {
+            module: LowRank(down, up, float(down.shape[0] if alpha is None else alpha))
+            for module, (down, up) in factors.items()
+        }
+        return cls(modules, backbone=backbone, name=name)
+
+    @classmethod
+    def from_differences(
+        cls, differences: Mapping[str, Tensor], *, backbone: Backbone = "unet", name: str = "adapter"
+    ) -> "Adapter":
+        """Returns the exact adapter of differences "edited weight - weight", by module name.
+
+        The rank of a module is the number of its rows (or columns, if fewer) that differ: made for edits that touch a
+        few outputs or inputs. Modules without any difference are left out.
+
+        Raises:
+            ValueError: Nothing differs.
+        """
+        modules = {module: LowRank.from_difference(d) for module, d in differences.items() if bool(d.any())}
+        if not modules:
+            raise ValueError("no module differs: there is nothing to make an adapter of")
+        return cls(modules, backbone=backbone, name=name)
+
+    @property
+    def components(self) -> dict[str, Changes]:
+        """Every network's changes: "backbone" first, then the text encoders; none of them empty."""
+        parts = {BACKBONE: self.modules, **self.text_encoders}
+        return {component: changes for component, changes in parts.items() if changes}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of names, alphas and every number, whatever file they came from."""
+        digest = hashlib.sha256(self.backbone.encode())
+        for component, module, change in self:
+            digest.update(f"{component} {module} {change.alpha!r}".encode())
+            for factor in (change.down, change.up):
+                digest.update(f"{factor.dtype} {list(factor.shape)}".encode())
+                digest.update(factor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def __iter__(self) -> Iterator[tuple[str, str, LowRank]]:
+        """Yields (component, module, change), sorted by name within each component."""
+        for component, changes in self.components.items():
+            for module in sorted(changes):
+                yield component, module, changes[module]
+
+
+def _ones_at(places: Tensor, length: int, like: Tensor) -> Tensor:
+    """Returns rows of zeros, each with a one at its place."""
+    return like.new_zeros(len(places), length).scatter_(1, places[:, None], 1)

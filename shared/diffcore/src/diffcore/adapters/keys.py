@@ -1,0 +1,117 @@
+"""The names of tensors in LoRA files: four dialects for the same few parts. Imports no torch.
+
+A key says which network it changes (component), which module of it (as the dialect spells it), and which part it holds:
+the factor that goes down to the rank, the one that goes up again, or alpha. Underscored names of kohya are never taken
+apart, since underscores also stand inside words: `Base.find` looks them up among the names that a model has.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from diffcore.strictjson import StrictError
+
+Part = Literal["down", "up", "alpha"]
+Layout = Literal["peft", "diffusers", "diffusers processors", "diffusers unprefixed", "comfyui", "kohya"]
+
+BACKBONE = "backbone"
+"""The component of keys that name no text encoder."""
+
+KOHYA_TEXT_ENCODERS = {"te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}
+
+_KOHYA = re.compile(r"lora_(?P<component>unet|te|te1|te2)_(?P<rest>[A-Za-z0-9_]+\..+)")
+_PREFIX = re.compile(
+    r"(?P<component>unet|transformer|text_encoder|text_encoder_[23]|(?:model\.)?diffusion_model)\."
+    r"(?:base_model\.model\.)?(?P<rest>.+)"
+)
+_PEFT = re.compile(r"base_model\.model\.(?P<rest>.+)")
+_LEAF = re.compile(
+    r"(?P<module>.+?)(?:"
+    r"(?P<processor>\.processor)?\.(?P<old>to_q|to_k|to_v|to_out)_lora"
+    r"|\.lora_(?P<letter>down|up|A|B)(?:\.(?P<name>(?!weight$)[A-Za-z0-9_-]+))?"
+    r"|\.lora(?:_linear_layer)?"
+    r")?(?:\.(?P<side>down|up))?(?P<weight>\.weight)?(?P<alpha>\.alpha)?"
+)
+_OLD_MODULES = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
+_OLD_TEXT_MODULES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+_SIDES: dict[str, Part] = {"down": "down", "A": "down", "up": "up", "B": "up"}
+
+_UNSUPPORTED = {
+    r"hada_": "LoHa",
+    r"lokr_": "LoKr",
+    r"dora_scale|lora_magnitude_vector": "DoRA",
+    r"lora_mid": "a LoCon with a middle factor",
+    r"(^|\.)b?oft_|oft_(blocks|diag|R)": "OFT",
+    r"ia3|on_input": "(IA)³",
+    r"\.(diff|diff_b|set_weight)$": "a full difference of weights",
+    r"\.[ab][12]\.weight$": "GLoRA",
+    r"lora_embedding_": "a LoRA of embeddings",
+    r"lora_[AB](\..+)?\.bias$": "a LoRA with biases",
+    r"[wb]_norm$": "changes of norms",
+    r"modules_to_save|original_module": "modules saved whole",
+    r"^bundle_emb": "embeddings",
+    r"\.(vera|hra|gralora|c3a|bone|shira|randlora)_": "another method than LoRA",
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """What the name of one tensor says.
+
+    Attributes:
+        component: text_encoder, text_encoder_2, text_encoder_3, or "backbone".
+        module: As spelled: with dots, or in kohya's way with underscores.
+        part: What the tensor holds.
+        layout: Dialect.
+        adapter_name: Name that PEFT keeps between `lora_A` and `weight` in memory; usually None.
+    """
+
+    component: str
+    module: str
+    part: Part
+    layout: Layout
+    adapter_name: str | None = None
+
+
+def parse_key(text: str) -> Key:
+    """Returns what a tensor's name says.
+
+    Raises:
+        StrictError: It belongs to another method than LoRA, or to nothing that is known.
+    """
+    for pattern, kind in _UNSUPPORTED.items():
+        if re.search(pattern, text):
+            raise StrictError(f"holds tensor {text!r}, of {kind}, which is not supported; only LoRA is read")
+    component, rest, layout = _split(text)
+    match = _LEAF.fullmatch(rest)
+    part = match and _part(match)
+    if match is None or part is None:
+        raise StrictError(f"holds tensor {text!r}, which is no part of a LoRA; get a clean copy of the adapter")
+    module = match["module"]
+    if old := match["old"]:
+        names = _OLD_TEXT_MODULES if component.startswith("text_encoder") else _OLD_MODULES
+        module = f"{module}.{names[old]}"
+        layout = "diffusers processors" if match["processor"] else layout
+    return Key(component, module, part, layout, match["name"])
+
+
+def _split(text: str) -> tuple[str, str, Layout]:
+    if match := _KOHYA.fullmatch(text):
+        return KOHYA_TEXT_ENCODERS.get(match["component"], BACKBONE), match["rest"], "kohya"
+    if match := _PEFT.fullmatch(text):
+        return BACKBONE, match["rest"], "peft"
+    if match := _PREFIX.fullmatch(text):
+        component = match["component"]
+        if component.startswith("text_encoder"):
+            return component, match["rest"], "diffusers"
+        return BACKBONE, match["rest"], "comfyui" if component.endswith("diffusion_model") else "diffusers"
+    return BACKBONE, text, "diffusers unprefixed"
+
+
+def _part(match: re.Match[str]) -> Part | None:
+    if match["alpha"]:
+        return "alpha"
+    side = match["letter"] or match["side"]
+    if match["weight"] is None or side is None or (match["letter"] and match["side"]):
+        return None
+    return _SIDES[side]

@@ -1,0 +1,162 @@
+"""From files of strangers to an `Adapter` of a known model: every tensor finds its module, or nothing is read."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from diffcore.adapters.adapter import Adapter, LowRank
+from diffcore.adapters.base import Base, Shape
+from diffcore.adapters.keys import BACKBONE
+from diffcore.adapters.scan import AdapterFile, Pair, refusal, scan_adapter
+from diffcore.adapters.settings import checked_alpha
+from diffcore.errors import UserError, printable
+from diffcore.strictjson import StrictError
+
+
+def read_adapter(path: Path | str, base: Base) -> Adapter:
+    """Reads a LoRA: a PEFT folder, a file of diffusers (old and new keys), of kohya, or of ComfyUI.
+
+    Factors stay as they are stored. Where a file says nothing of alpha, alpha is the rank, as everywhere; a warning
+    tells so. rsLoRA is turned into the plain convention, with the same effect.
+
+    Args:
+        path: A safetensors file, or a folder with PEFT's or diffusers' file names.
+        base: The model it is for.
+
+    Raises:
+        ModelNotFoundError: There is no such file.
+        IncompatibleModelError: It is no LoRA, breaks a rule, holds numbers that are not finite, or holds any tensor
+            that has no place in the model.
+    """
+    found = scan_adapter(path)
+    places = place(found, base)
+    try:
+        tensors = read_tensors(found)
+        alphas = alphas_of(found, tensors)
+    except StrictError as error:
+        raise refusal(found.path, str(error)) from None
+    components: dict[str, dict[str, LowRank]] = {}
+    for pair in found.pairs:
+        module = places[pair]
+        shape = base.shapes[pair.component][module]
+        down = tensors[pair.down].reshape(pair.rank, *shape[1:])
+        change = LowRank(down, tensors[pair.up].reshape(shape[0], pair.rank), alphas[pair])
+        components.setdefault(pair.component, {})[module] = change
+    modules = components.pop(BACKBONE, {})
+    return Adapter(modules, components, base.backbone, found.path.stem)
+
+
+def place(found: AdapterFile, base: Base) -> dict[Pair, str]:
+    """Returns the module of every pair.
+
+    Raises:
+        IncompatibleModelError: Some tensors belong to no module, or have other shapes than theirs.
+    """
+    places = {pair: name for pair in found.pairs if (name := base.find(pair.component, pair.module)) is not None}
+    if not places:
+        raise refusal(found.path, f"holds nothing that fits {printable(base.name)}{_three_of_each(found, base)}")
+    if lost := [pair for pair in found.pairs if pair not in places]:
+        count = sum(3 if pair.alpha else 2 for pair in lost)
+        nearest = base.nearest(lost[0].component, lost[0].module)
+        hint = f", nearest: {nearest!r}" if nearest else f": there is no {lost[0].component}"
+        raise refusal(
+            found.path,
+            f"has {count} of {len(found.header.tensors)} adapter tensors that do not fit {printable(base.name)}; "
+            f"first: {lost[0].down!r}{hint}",
+        )
+    taken: dict[tuple[str, str], Pair] = {}
+    for pair, module in places.items():
+        if (other := taken.setdefault((pair.component, module), pair)) is not pair:
+            raise refusal(found.path, f"changes {module!r} twice, as {other.down!r} and {pair.down!r}")
+        shape = base.shapes[pair.component][module]
+        if pair.outputs != shape[0] or _squeezed(pair.inputs) != _squeezed(shape[1:]):
+            raise refusal(
+                found.path,
+                f"has tensor {pair.down!r} for a weight of {_shown((pair.outputs, *pair.inputs))}, but "
+                f"{module!r} of {printable(base.name)} is {_shown(shape)}; load the model that it was made for",
+            )
+    return places
+
+
+def read_tensors(found: AdapterFile, names: frozenset[str] | None = None) -> dict[str, Tensor]:
+    """Returns the tensors of an adapter, on the CPU.
+
+    Args:
+        found: A scanned adapter.
+        names: Which; by default all.
+
+    Raises:
+        UserError: The file cannot be read.
+        StrictError: A number is not finite.
+    """
+    try:
+        with safe_open(found.header.path, framework="pt", device="cpu") as file:
+            tensors = {name: file.get_tensor(name) for name in found.header.tensors if names is None or name in names}
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"cannot read {printable(found.header.path, 300)}: {printable(error)}; copy it again"
+        ) from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise StrictError(f"has tensor {name!r} with numbers that are not finite")
+    return tensors
+
+
+def alphas_of(found: AdapterFile, tensors: Mapping[str, Tensor]) -> dict[Pair, float]:
+    """Returns the alpha of each pair, from its own tensor, from the configuration, or else its rank.
+
+    Args:
+        found: A scanned adapter.
+        tensors: Its tensors; those of the alphas are enough.
+
+    Raises:
+        StrictError: Tensor and configuration contradict each other, or an alpha is impossible.
+    """
+    alphas: dict[Pair, float] = {}
+    silent: list[Pair] = []
+    for pair in found.pairs:
+        stored = checked_alpha(tensors[pair.alpha].item(), f"tensor {pair.alpha!r}") if pair.alpha else None
+        stated = _stated(found, pair)
+        if stored is not None and stated is not None and stored != stated:
+            raise StrictError(f"says alpha = {stored:g} in tensor {pair.alpha!r} and {stated:g} in its configuration")
+        silent += [pair] if stored is None and stated is None else []
+        alphas[pair] = next((alpha for alpha in (stored, stated) if alpha is not None), float(pair.rank))
+    if silent:
+        warnings.warn(
+            f"{printable(found.path, 300)} does not say the alpha of {len(silent)} of {len(found.pairs)} modules; "
+            "the rank is taken, as other tools do: if it was trained with another alpha, its strength is lost",
+            stacklevel=3,
+        )
+    return alphas
+
+
+def _stated(found: AdapterFile, pair: Pair) -> float | None:
+    settings = found.settings.get(pair.component)
+    if settings is None:
+        return None
+    if settings.rank_of(pair.module) != pair.rank:
+        raise StrictError(
+            f"has tensor {pair.down!r} of rank {pair.rank}, but its configuration says {settings.rank_of(pair.module)}"
+        )
+    return settings.alpha_of(pair.module, pair.rank)
+
+
+def _three_of_each(found: AdapterFile, base: Base) -> str:
+    theirs = ", ".join(repr(pair.spelling) for pair in found.pairs[:3])
+    component = found.pairs[0].component
+    if component not in base.shapes:
+        return f": it changes {component}, which the model lacks; load the whole pipeline"
+    ours = ", ".join(map(repr, list(base.shapes[component])[:3]))
+    return f": it changes {theirs}, where the model has {ours}; load the model that it was made for"
+
+
+def _squeezed(sides: Shape) -> Shape:
+    """Returns sides without the ones of a 1x1 kernel: such a factor may be kept as a matrix."""
+    return sides[:1] if all(side == 1 for side in sides[1:]) else sides
+
+
+def _shown(shape: Shape) -> str:
+    return "x".join(map(str, shape))

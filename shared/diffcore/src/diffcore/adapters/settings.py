@@ -1,0 +1,133 @@
+"""What a PEFT configuration says about strength: read by rules, never evaluated. Imports no torch.
+
+PEFT takes names of modules for regular expressions and names of libraries for modules to import. Here the modules come
+from the tensors' names; of the configuration only plain numbers and plain names are used.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffcore.errors import printable
+from diffcore.strictjson import StrictError
+
+MAX_RANK = 4096
+MAX_ALPHA = 65_536
+
+_PLAIN = re.compile(r"[A-Za-z0-9_.-]{1,512}")
+_USED = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "base_model_name_or_path"}
+_OF_TRAINING = {  # nothing in them changes what the tensors mean
+    "auto_mapping",
+    "exclude_modules",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_dropout",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+}
+_DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    # Other ways to begin (PiSSA, OLoRA, LoftQ, CorDA) change the base weights as well, which the file does not hold.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+    "megatron_core": ("megatron.core",),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Ranks and strengths of one network's adapter.
+
+    Attributes:
+        rank: Of modules without a pattern.
+        alpha: Of modules without a pattern.
+        ranks: By the name of a module, or by its end.
+        alphas: By the name of a module, or by its end.
+        root_scaled: Whether the strength is alpha / sqrt(rank) (rsLoRA) instead of alpha / rank.
+        base_model: What the file calls its base; shown, never opened.
+    """
+
+    rank: int
+    alpha: float
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    root_scaled: bool = False
+    base_model: str | None = None
+
+    def rank_of(self, module: str) -> int:
+        """Returns the rank that the configuration gives a module."""
+        return _matching(self.ranks, module, self.rank)
+
+    def alpha_of(self, module: str, rank: int) -> float:
+        """Returns the alpha of a module whose strength is alpha / rank."""
+        return _matching(self.alphas, module, self.alpha) * (math.sqrt(rank) if self.root_scaled else 1)
+
+
+def parse_settings(values: Mapping[str, Any]) -> Settings:
+    """Returns the settings of a PEFT configuration.
+
+    Raises:
+        StrictError: It describes another method than LoRA, sets something that is not supported, or holds impossible
+            numbers.
+    """
+    kind = values.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise StrictError(f"has peft_type {printable(kind)}, which is not supported; only LoRA is read")
+    if "r" not in values or "lora_alpha" not in values:
+        raise StrictError("does not say r and lora_alpha")
+    for name, value in values.items():
+        if name not in _USED | _OF_TRAINING and not _is_default(name, value):
+            raise StrictError(f"sets {printable(name)} to {printable(value, 40)}, which is not supported")
+    if not isinstance(values.get("use_rslora", False), bool | None):
+        raise StrictError(f"sets use_rslora to {printable(values['use_rslora'], 40)}, which is neither true nor false")
+    base = values.get("base_model_name_or_path")
+    return Settings(
+        rank=checked_rank(values["r"], "r"),
+        alpha=checked_alpha(values["lora_alpha"], "lora_alpha"),
+        ranks={n: checked_rank(v, f"rank_pattern of {n}") for n, v in _pattern(values, "rank_pattern").items()},
+        alphas={n: checked_alpha(v, f"alpha_pattern of {n}") for n, v in _pattern(values, "alpha_pattern").items()},
+        root_scaled=bool(values.get("use_rslora")),
+        base_model=base if isinstance(base, str) else None,
+    )
+
+
+def checked_rank(value: Any, what: str) -> int:
+    """Returns a rank; raises StrictError unless it is a whole number from 1 to 4096."""
+    if type(value) is not int or not 1 <= value <= MAX_RANK:
+        raise StrictError(f"has {what} = {printable(value, 40)}; ranks are whole numbers from 1 to {MAX_RANK}")
+    return value
+
+
+def checked_alpha(value: Any, what: str) -> float:
+    """Returns an alpha; raises StrictError unless it is finite, not 0, and at most 65 536 in size.
+
+    An alpha of 0 means "no effect" to some tools and "alpha = rank" to others.
+    """
+    if type(value) not in (int, float) or not math.isfinite(value) or not 0 < abs(value) <= MAX_ALPHA:
+        raise StrictError(f"has {what} = {printable(value, 40)}; alphas are finite, not 0, and at most {MAX_ALPHA}")
+    return float(value)
+
+
+def _pattern(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    pattern = values.get(name) or {}
+    if not isinstance(pattern, dict):
+        raise StrictError(f"has a {name} that is no object")
+    for key in pattern:
+        if not _PLAIN.fullmatch(key):
+            raise StrictError(f"has a {name} for {printable(key)!r}; only plain names of modules are read")
+    return pattern
+
+
+def _is_default(name: str, value: Any) -> bool:
+    return value in (None, False, "") or value == [] or value == {} or value in _DEFAULTS.get(name, ())
+
+
+def _matching(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+    # The first that fits wins, as in PEFT.
+    return next((v for name, v in pattern.items() if module == name or module.endswith(f".{name}")), default)

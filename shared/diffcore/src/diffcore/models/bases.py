@@ -1,0 +1,74 @@
+"""What adapters can change in a model: its linear and convolutional weights, by name, loaded or only planned."""
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+from torch import nn
+
+from diffcore.adapters import Base
+from diffcore.adapters.fuse import CHANGEABLE
+from diffcore.adapters.keys import BACKBONE
+from diffcore.models import ldm
+from diffcore.models.build import factory_of, on_meta
+from diffcore.models.families import PREFIX
+from diffcore.models.folders import inspect_configs
+from diffcore.models.inspect import inspect_model
+from diffcore.models.inventory import Component
+from diffcore.models.singlefile import CONFIGS
+
+FAMILIES = ("sd15", "sd21", "sdxl")
+"""Families whose names are known without any file of theirs."""
+
+
+def base_of(name: str, modules: Mapping[str, nn.Module], backbone: nn.Module) -> Base:
+    """Returns the base of built networks, on any device.
+
+    Args:
+        name: For messages.
+        modules: Of the pipeline; its text encoders are looked at.
+        backbone: The bare network.
+    """
+    shapes = {BACKBONE: _shapes(backbone)}
+    shapes |= {n: _shapes(m) for n, m in modules.items() if n.startswith("text_encoder") and isinstance(m, nn.Module)}
+    kind = "unet" if type(backbone).__name__.startswith("UNet") else "transformer"
+    original = _original(shapes[BACKBONE]) if type(backbone).__name__ == "UNet2DConditionModel" else {}
+    return Base(name, kind, shapes, original)
+
+
+@cache
+def family_base(family: str) -> Base:
+    """Returns the base of one of `FAMILIES`, built at its real size on the meta device."""
+    return _planned(family, inspect_configs(CONFIGS / family).components)
+
+
+def base_on_disk(path: Path) -> Base:
+    """Returns the base of a model that passes the gate, without loading a weight.
+
+    Raises:
+        UserError: As `inspect_model`.
+    """
+    inventory = inspect_model(path)
+    if inventory.header is not None:
+        return family_base(inventory.class_name)
+    return _planned(path.resolve().name, inventory.components)
+
+
+def _planned(name: str, components: Mapping[str, Component]) -> Base:
+    wanted = {n: c for n, c in components.items() if c.role in ("backbone", "text_encoder")}
+    modules = {n: on_meta(component, factory_of(component)) for n, component in wanted.items()}
+    backbone = next(modules[n] for n, component in wanted.items() if component.role == "backbone")
+    return base_of(name, modules, backbone)
+
+
+def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {n: tuple(m.weight.shape) for n, m in network.named_modules() if isinstance(m, CHANGEABLE)}
+
+
+def _original(modules: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    pieces = ldm.unet_names([f"{name}.weight" for name in modules])
+    return {
+        name: pieces[f"{name}.weight"].name.removeprefix(PREFIX).removesuffix(".weight")
+        for name in modules
+        if pieces[f"{name}.weight"].name.startswith(PREFIX)
+    }

@@ -1,13 +1,16 @@
-"""The console script `diffcore`: look at models and into them, and sample. Heavy imports stand inside the commands."""
+"""The console script `diffcore`: look at models and into them, sample, and measure images.
+
+Heavy imports stand inside the commands.
+"""
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from diffcore.cli import Output, emit, main, make_app, settings
+from diffcore.cli import Output, emit, main, make_app, settings, track
 from diffcore.errors import UserError
 from diffcore.runtime import Runtime
 
@@ -20,6 +23,8 @@ app = make_app(
     "Start with: diffcore info FOLDER",
     "diffcore",
 )
+
+_Flag = Annotated[bool, Parameter(negative="")]
 
 
 @Parameter(name="*", group="Model", negative="")
@@ -162,6 +167,59 @@ def sample(
     return 0
 
 
+@app.command
+def metrics(
+    real: Path,
+    fake: Path,
+    *,
+    features: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
+    prompts: Path | None = None,
+    clip: Path | None = None,
+    batch_size: int = 32,
+    allow_pickle: _Flag = False,
+    strict: _Flag = False,
+    runtime: Runtime = Runtime(),
+    output: Output = Output(),
+) -> int:
+    """Measure generated images against real ones: every metric from one reading of the images, with intervals.
+
+    Shortest form: diffcore metrics REAL FAKE
+
+    Fréchet distance beside its real-against-real value and extrapolated, kernel distance (KID), precision, recall,
+    density, coverage; the CLIP score where prompts are given. Interrupted, the same command goes on where it stopped.
+
+    Args:
+        real: Folder or zip of real images, or clean-fid's statistics (.npz) of their Inception features.
+        fake: Folder or zip of generated images.
+        features: Networks to compare in: inception:FILE, clip:FOLDER, dino:FOLDER, sscd:FILE (a share of copies as
+            well), random:SEED; by default random:0, which needs no file.
+        prompts: Text, CSV or JSON lines with the prompts of the generated images, in order of their names, or with a
+            column file_name.
+        clip: Folder of the CLIP that judges images by their prompts; by default the one among the features.
+        batch_size: Images per forward pass; results depend on it in their last bits.
+        allow_pickle: Run TorchScript files (inception, sscd), which are code; only from authors you trust.
+        strict: Stop at the first unreadable image or prompt instead of leaving it out.
+    """
+    from diffcore.metrics.prepare import prepare
+    from diffcore.run import Run
+
+    runtime.apply_threads()
+    options: dict[str, Any] = {"prompts": prompts, "clip": clip, "batch_size": batch_size}
+    ready = prepare(real, fake, features, runtime, **options, allow_pickle=allow_pickle, strict=strict)
+    folder = output.out or Path("runs") / f"metrics-{real.stem}-{fake.stem}"
+    if output.dry_run:
+        emit({**ready.plan(), "writes": folder}, output.json)
+        return 0
+    config = settings(runtime=runtime, **ready.config)
+    command, inputs = "diffcore metrics", ready.inputs
+    with Run.open(folder, command=command, config=config, inputs=inputs, restart=output.restart) as opened:
+        if not opened.finished:
+            opened.finish(ready.measure(opened, track))
+        emit(opened.result if output.json else _lines_of_metrics(opened.result), output.json)
+    print(f"report: {folder / 'report.html'}", file=sys.stderr)
+    return 0
+
+
 def _load(model: str, loading: Loading, runtime: Runtime) -> "DiffusionModel":
     from diffcore.models import load
 
@@ -195,3 +253,14 @@ def _flattened(result: dict[str, Any]) -> dict[str, Any]:
     }
     warnings = "; ".join(result["warnings"]) or "none"
     return {**result, "parameters": f"{result['parameters']:,}", "warnings": warnings, "components": lines}
+
+
+def _lines_of_metrics(result: dict[str, Any]) -> dict[str, Any]:
+    """Returns a line per number in place of the table."""
+    rows = result["metrics"]
+    lines = {
+        f"{row['metric']} ({row['features']})": f"{row['value']:.4g}"
+        + ("" if row["low"] is None else f"  [{row['low']:.4g}, {row['high']:.4g}]")
+        for row in rows
+    }
+    return {name: value for name, value in result.items() if name != "metrics"} | lines

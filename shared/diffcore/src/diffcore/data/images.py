@@ -54,9 +54,10 @@ class ImageSource:
         Raises:
             UnreadableFileError: The file is no image, damaged or too large; the message is the reason.
         """
-        return torch.from_numpy(self._decode(index, channels, max_pixels).pixels.copy())
+        return torch.from_numpy(self.decode(index, channels=channels, max_pixels=max_pixels).pixels.copy())
 
-    def _decode(self, index: int, channels: int, max_pixels: int) -> Decoded:
+    def decode(self, index: int, *, channels: int = 3, max_pixels: int = MAX_PIXELS) -> Decoded:
+        """Returns one image as an array, with notes on what was done to it; raises as `read`."""
         return decode(self.files.read(self.names[index]), channels=channels, max_pixels=max_pixels)
 
 
@@ -131,6 +132,18 @@ def open_images(path: str | Path, *, split: str | None = None) -> ImageSource:
     inside = [(name, parts[0]) for name, parts in zip(names, folders, strict=True) if parts]
     numbers = {name: number for number, name in enumerate(classes)}
     return ImageSource(path, tuple(n for n, _ in inside), tuple(numbers[c] for _, c in inside), classes, files)
+
+
+def list_images(path: str | Path) -> ImageSource:
+    """Lists every file of a folder or zip archive, at any depth, as images without labels; reads none.
+
+    Raises:
+        UserError: There is nothing at `path`.
+    """
+    files = open_files(Path(path))
+    if not files.names:
+        raise UserError(f"{printable(path)} is empty; expected images")
+    return ImageSource(Path(path), files.names, None, (), files)
 
 
 def load_images(
@@ -218,7 +231,7 @@ def _decoded(
 
     def work(index: int) -> tuple[Tensor, Sequence[str]] | UnreadableFileError:
         try:
-            pixels, notes = source._decode(index, channels, max_pixels)
+            pixels, notes = source.decode(index, channels=channels, max_pixels=max_pixels)
         except UnreadableFileError as error:
             return error
         image = torch.from_numpy(pixels.copy())

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from diffcore import files
 from diffcore.errors import IncompatibleModelError, MissingDependencyError, ModelNotFoundError, UserError, printable
 from diffcore.metrics.preprocess import INCEPTION, SSCD, Preprocessing, preprocessing_from
+from diffcore.metrics.random_network import PREPROCESSING, RandomNetwork
 from diffcore.models.configcheck import refuse_code
 from diffcore.models.refusal import about, refusal
 from diffcore.models.walk import walk
@@ -24,7 +25,8 @@ from diffcore.models.weightfiles import find_weights
 from diffcore.runtime import Runtime
 from diffcore.strictjson import read_foreign_object
 
-_KINDS = "inception:FILE, clip:FOLDER, dino:FOLDER or sscd:FILE"
+DEFAULT_FEATURES = "random:0"
+_KINDS = "inception:FILE, clip:FOLDER, dino:FOLDER, sscd:FILE or random:SEED"
 # model_type of config.json -> class, and settings that drop parts whose weights such folders lack
 _CLIP: dict[str, tuple[str, dict[str, Any]]] = {"clip": ("CLIPModel", {})}
 _DINO: dict[str, tuple[str, dict[str, Any]]] = {
@@ -59,14 +61,18 @@ class FeatureExtractor(nn.Module):
             parameter.requires_grad_(False)
         self._read = read
 
-    @torch.no_grad()
     def forward(self, images: Float[Tensor, "b 3 height width"]) -> Float[Tensor, "b d"]:
         """Returns one row of features per image.
 
         Args:
             images: Values in [0, 1], on the extractor's device.
         """
-        return self._read(self.network, self.preprocessing(images.float())).flatten(1).float()
+        return self.embed(self.preprocessing(images.float()))
+
+    @torch.no_grad()
+    def embed(self, inputs: Float[Tensor, "b 3 height width"]) -> Float[Tensor, "b d"]:
+        """Returns one row of features per image that `preprocessing` has been at already."""
+        return self._read(self.network, inputs).flatten(1).float()
 
 
 def feature_extractor(name: str, runtime: Runtime, *, allow_pickle: bool = False) -> FeatureExtractor:
@@ -74,7 +80,8 @@ def feature_extractor(name: str, runtime: Runtime, *, allow_pickle: bool = False
 
     Args:
         name: `inception:FILE`, the TorchScript file of StyleGAN's and clean-fid's authors; `clip:FOLDER` or
-            `dino:FOLDER`, a folder of transformers; `sscd:FILE`, a TorchScript file of SSCD's authors.
+            `dino:FOLDER`, a folder of transformers; `sscd:FILE`, a TorchScript file of SSCD's authors; `random:SEED`,
+            fixed random weights, which need no file.
         runtime: Where to compute.
         allow_pickle: Whether TorchScript, which is code, may be run.
 
@@ -86,6 +93,9 @@ def feature_extractor(name: str, runtime: Runtime, *, allow_pickle: bool = False
     kind, _, place = name.partition(":")
     if kind == "zoo":
         raise ModelNotFoundError(f"{printable(name)} is not here: no models ship with this version; use {_KINDS}")
+    if kind == "random" and place.isascii() and place.isdigit() and len(place) < 10:
+        random = RandomNetwork(int(place)).to(runtime.torch_device)
+        return FeatureExtractor(name, random.sha256(), PREPROCESSING, random, _output)
     if kind not in ("inception", "clip", "dino", "sscd") or not place:
         raise UserError(f"{printable(name)} is no feature extractor; use {_KINDS}")
     path = Path(place)

@@ -71,18 +71,21 @@ def real_floor(real: Float[Tensor, "n d"], size: int, *, repeats: int = 4, seed:
     return Estimate(float(values.mean()), float(values.std()) / math.sqrt(repeats) if repeats > 1 else math.nan, size)
 
 
-def extrapolate(real: Float[Tensor, "n d"], fake: Float[Tensor, "m d"], *, subsets: int = 3, seed: int = 0) -> Estimate:
+def extrapolate(
+    real: Float[Tensor, "n d"] | Covariance, fake: Float[Tensor, "m d"], *, subsets: int = 3, seed: int = 0
+) -> Estimate:
     """Returns the distance extrapolated to infinitely many fakes.
 
     Subsets of five sizes from m / 2 to m are compared with all reals; the intercept of a straight line in 1 / size
     remains. The bias of the finite real set stays in it.
     """
-    _check_features("real", real)
+    if not isinstance(real, Covariance):
+        _check_features("real", real)
     _check_features("fake", fake)
     if len(fake) < 10:
         raise ValueError(f"fake has {len(fake)} rows; extrapolation needs at least 10")
     generator = torch.Generator().manual_seed(seed)
-    reference = covariance(real)
+    reference = real if isinstance(real, Covariance) else covariance(real)
     inverse, distances = [], []
     for size in torch.linspace(len(fake) / 2, len(fake), 5).long().tolist():
         for _ in range(subsets):

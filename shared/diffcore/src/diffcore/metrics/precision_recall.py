@@ -31,6 +31,22 @@ class Scores(NamedTuple):
     coverage: Float64[Tensor, ""]
 
 
+class Membership(NamedTuple):
+    """What lies in whose balls, row by row.
+
+    Attributes:
+        realistic: Whether a fake lies in the ball of some real row.
+        num_balls: In how many of the wider real balls a fake lies.
+        recalled: Whether a real row lies in the ball of some fake.
+        covered: Whether the wider ball of a real row holds some fake.
+    """
+
+    realistic: Bool[Tensor, " m"]
+    num_balls: Float64[Tensor, " m"]
+    recalled: Bool[Tensor, " n"]
+    covered: Bool[Tensor, " n"]
+
+
 def precision_recall(
     real: Float[Tensor, "n d"], fake: Float[Tensor, "m d"], *, k: int = 3, k_coverage: int = 5
 ) -> Scores:
@@ -41,6 +57,23 @@ def precision_recall(
         fake: Features of generated images.
         k: Neighbour that sets the radius for precision and recall.
         k_coverage: Neighbour that sets the radius for density and coverage.
+
+    Raises:
+        ValueError: As `membership`.
+    """
+    found = membership(real, fake, k=k, k_coverage=k_coverage)
+    return Scores(
+        found.realistic.double().mean(),
+        found.recalled.double().mean(),
+        found.num_balls.mean() / k_coverage,
+        found.covered.double().mean(),
+    )
+
+
+def membership(
+    real: Float[Tensor, "n d"], fake: Float[Tensor, "m d"], *, k: int = 3, k_coverage: int = 5
+) -> Membership:
+    """Returns for each row whether it lies in balls of the other set; arguments as in `precision_recall`.
 
     Raises:
         ValueError: A set has no more rows than neighbours, or holds NaN or infinity.
@@ -57,21 +90,16 @@ def precision_recall(
 
     realistic = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
     balls = torch.zeros(len(fake), dtype=torch.float64, device=fake.device)
-    recalled, covered = 0, 0
+    recalled, covered = [], []
     for start in range(0, len(real), _ROWS):
         rows = slice(start, start + _ROWS)
-        squared = _squared_distances(real[rows], fake)
+        squared = squared_distances(real[rows], fake)
         realistic |= _inside(real[rows], fake, squared, near[rows, None]).any(0)
-        recalled += _inside(real[rows], fake, squared, fake_near[None]).any(1).sum()
+        recalled.append(_inside(real[rows], fake, squared, fake_near[None]).any(1))
         in_wide = _inside(real[rows], fake, squared, wide[rows, None])
         balls += in_wide.sum(0)
-        covered += in_wide.any(1).sum()
-    return Scores(
-        realistic.double().mean(),
-        torch.as_tensor(recalled).double() / len(real),
-        balls.mean() / k_coverage,
-        torch.as_tensor(covered).double() / len(real),
-    )
+        covered.append(in_wide.any(1))
+    return Membership(realistic, balls, torch.cat(recalled), torch.cat(covered))
 
 
 def squared_radii(x: Float[Tensor, "n d"], ks: tuple[int, ...]) -> list[Float64[Tensor, " n"]]:
@@ -80,7 +108,7 @@ def squared_radii(x: Float[Tensor, "n d"], ks: tuple[int, ...]) -> list[Float64[
     parts = []
     for start in range(0, len(x), _ROWS):
         rows = x[start : start + _ROWS]
-        squared = _squared_distances(rows, x)
+        squared = squared_distances(rows, x)
         own = torch.arange(len(rows), device=x.device)
         squared[own, own + start] = torch.inf  # by index: a duplicate is a neighbour, at distance 0
         approximate, candidates = squared.topk(count, largest=False)
@@ -118,12 +146,13 @@ class PrecisionRecall(RealAndFake):
         return precision_recall(*self.both(), k=self.k, k_coverage=self.k_coverage)
 
 
-def _squared_distances(x: Tensor, y: Tensor) -> Float[Tensor, "n m"]:
+def squared_distances(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
+    """Returns the squared distances of all pairs by one matrix product; small ones may come out below 0."""
     return torch.addmm(x.square().sum(1)[:, None] + y.square().sum(1), x, y.T, alpha=-2)
 
 
 def _rounding(x: Tensor, y: Tensor) -> Float[Tensor, "n m"]:
-    """Bounds the error of `_squared_distances`; rounding errors of a sum of d terms grow like sqrt(d)."""
+    """Bounds the error of `squared_distances`; rounding errors of a sum of d terms grow like sqrt(d)."""
     return 8 * x.shape[1] ** 0.5 * torch.finfo(x.dtype).eps * (x.square().sum(1)[:, None] + y.square().sum(1))
 
 

@@ -1,0 +1,193 @@
+"""Features of all images of a folder or archive: each image decoded once, each network run once, resumable.
+
+Images are taken in fixed slices, whatever has been done before: what a network makes of a row depends, in its last
+bits, on the rows beside it. A finished slice of one network is a part of the run folder, its key made of the sums of
+the network and of the image set, so that going on after an interruption gives the same bytes.
+"""
+
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffcore.data.decode import Decoded
+from diffcore.data.files import UnreadableFileError
+from diffcore.data.images import MAX_PIXELS, ImageSource
+from diffcore.errors import UserError, printable
+from diffcore.metrics.features import FeatureExtractor
+from diffcore.run import Run
+from diffcore.runtime import default_threads
+
+SLICE = 128  # images that are decoded, and saved, together
+
+Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
+"""Shows how far a loop is: takes what it goes through, a few words, and the number of items."""
+
+
+def silent(items: Iterable[Any], description: str, total: int) -> Iterable[Any]:
+    """Shows nothing."""
+    return items
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """An image set as features.
+
+    Attributes:
+        names: Of the images that could be read, in order.
+        indices: Their places in the source.
+        features: By the extractor's name, a row per image.
+        skipped: Files that could not be read, and why.
+        notes: Files and what was done to them that their owner may not expect.
+    """
+
+    names: tuple[str, ...]
+    indices: tuple[int, ...]
+    features: Mapping[str, Float[Tensor, "n _"]]
+    skipped: tuple[tuple[str, str], ...]
+    notes: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How images are read and fed to the networks.
+
+    Attributes:
+        device: Where the networks are.
+        batch_size: Images per forward pass.
+        strict: Makes the first unreadable file an error.
+        max_pixels: Width times height above which a file is not decoded.
+    """
+
+    device: torch.device
+    batch_size: int = 32
+    strict: bool = False
+    max_pixels: int = MAX_PIXELS
+
+
+def embed_images(
+    source: ImageSource,
+    digest: str,
+    extractors: Sequence[FeatureExtractor],
+    run: Run,
+    reading: Reading,
+    progress: Progress = silent,
+) -> Embedded:
+    """Returns the features of an image set under several networks, computing what the run folder does not hold yet.
+
+    Args:
+        source: The images.
+        digest: What tells this image set from others, such as `run.input_hash`.
+        extractors: At least one.
+        run: Keeps finished slices.
+        reading: How to read.
+        progress: Shown while it runs.
+
+    Raises:
+        UserError: No image can be read, or a network makes something of one that is not finite.
+    """
+    slices = [range(start, min(start + SLICE, len(source.names))) for start in range(0, len(source.names), SLICE)]
+    keys = {(e.name, s.start): f"{e.sha256[:16]}-{digest[:16]}-{s.start:08d}" for e in extractors for s in slices}
+    missing = set(run.missing(keys.values()))
+    plan = [(s, [e for e in extractors if keys[e.name, s.start] in missing]) for s in slices]
+    plan = [(s, needed) for s, needed in plan if needed]
+    for (indices, needed), decoded in progress(
+        _decoded_ahead(source, plan, reading), f"slices of {SLICE} images", len(plan)
+    ):
+        good = [(i, d) for i, d in zip(indices, decoded, strict=True) if isinstance(d, Decoded)]
+        bad = [(i, d) for i, d in zip(indices, decoded, strict=True) if not isinstance(d, Decoded)]
+        if bad and reading.strict:
+            raise UserError(f"{printable(source.names[bad[0][0]])} {bad[0][1]}; remove it, or leave out --strict")
+        for extractor in needed:
+            rows = _features(extractor, [d.pixels for _, d in good], reading)
+            _require_finite(extractor, rows, [source.names[i] for i, _ in good])
+            run.save(
+                keys[extractor.name, indices.start],
+                {"features": rows},
+                indices=[i for i, _ in good],
+                skipped=[[source.names[i], str(reason)] for i, reason in bad],
+                notes=[[source.names[i], note] for i, d in good for note in d.notes],
+            )
+    return _gathered(source, [[run.load(keys[e.name, s.start]) for s in slices] for e in extractors], extractors)
+
+
+def _decoded_ahead(
+    source: ImageSource, plan: Sequence[tuple[range, list[FeatureExtractor]]], reading: Reading
+) -> Iterator[tuple[tuple[range, list[FeatureExtractor]], list[Decoded | UnreadableFileError]]]:
+    """Yields each entry of the plan with its images; those of the next entry are decoded meanwhile."""
+
+    def work(index: int) -> Decoded | UnreadableFileError:
+        try:
+            return source.decode(index, max_pixels=reading.max_pixels)
+        except UnreadableFileError as error:
+            return error
+
+    with warnings.catch_warnings(), ThreadPoolExecutor(default_threads()) as pool:
+        # What Pillow says about damaged metadata is not about the pixels; damaged pixels are listed by name.
+        warnings.filterwarnings("ignore", module="PIL")
+        try:
+            waiting: list[list[Future[Decoded | UnreadableFileError]]] = []
+            for place, entry in enumerate(plan):
+                for indices, _ in plan[place + len(waiting) : place + 2]:
+                    waiting.append([pool.submit(work, index) for index in indices])
+                yield entry, [future.result() for future in waiting.pop(0)]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _features(extractor: FeatureExtractor, images: Sequence[np.ndarray], reading: Reading) -> Float[Tensor, "n _"]:
+    """Returns a row per image; images of one shape go through the preprocessing, then the network, together."""
+    inputs: dict[int, Tensor] = {}
+    for places in _batches([image.shape for image in images], reading.batch_size):
+        batch = torch.from_numpy(np.stack([images[place] for place in places])).to(reading.device)
+        inputs |= zip(places, extractor.preprocessing(batch.float() / 255), strict=True)
+    rows: dict[int, Tensor] = {}
+    for places in _batches([inputs[place].shape for place in range(len(images))], reading.batch_size):
+        rows |= zip(places, extractor.embed(torch.stack([inputs[place] for place in places])), strict=True)
+    return torch.stack([rows[place] for place in range(len(images))]).cpu() if rows else torch.empty(0, 0)
+
+
+def _batches(kinds: Sequence[Hashable], batch_size: int) -> Iterator[list[int]]:
+    """Yields the places of items of one kind, `batch_size` at a time."""
+    groups: dict[Hashable, list[int]] = {}
+    for place, kind in enumerate(kinds):
+        groups.setdefault(kind, []).append(place)
+    for places in groups.values():
+        yield from (places[start : start + batch_size] for start in range(0, len(places), batch_size))
+
+
+def _require_finite(extractor: FeatureExtractor, rows: Tensor, names: Sequence[str]) -> None:
+    bad = (~torch.isfinite(rows).all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise UserError(
+            f"{printable(extractor.name)} makes NaN or infinity of {len(bad)} images, {printable(names[bad[0]])} the "
+            "first; check the network's file, or remove the image"
+        )
+
+
+def _gathered(source: ImageSource, parts: Sequence[Sequence[Any]], extractors: Sequence[FeatureExtractor]) -> Embedded:
+    first = [part.fields for part in parts[0]]
+    indices = tuple(index for fields in first for index in fields["indices"])
+    skipped = tuple((name, reason) for fields in first for name, reason in fields["skipped"])
+    if not indices:
+        name, reason = skipped[0]
+        raise UserError(
+            f"{printable(source.path)} has no readable image among {len(skipped)} files; "
+            f"the first, {printable(name)}, {reason}"
+        )
+    return Embedded(
+        tuple(source.names[index] for index in indices),
+        indices,
+        {
+            extractor.name: torch.cat([p.tensors["features"] for p in own if len(p.tensors["features"])])
+            for extractor, own in zip(extractors, parts, strict=True)
+        },
+        skipped,
+        tuple((name, note) for fields in first for name, note in fields["notes"]),
+    )

@@ -1,0 +1,175 @@
+"""CLIP score of an image set: the text side of CLIP, and which prompt belongs to which image."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional
+
+from diffcore import files
+from diffcore.data.prompts import PromptSet
+from diffcore.errors import UserError, printable
+from diffcore.metrics.clip_score import ClipScore, PromptFit
+from diffcore.metrics.features import FeatureExtractor
+from diffcore.models.component import read_component
+from diffcore.models.prompts import TextTower
+from diffcore.models.refusal import refusal
+from diffcore.models.tokenizers import build_tokenizer
+from diffcore.models.walk import walk
+
+_FILE_COLUMNS = ("file_name", "file", "image")
+
+
+@dataclass(frozen=True)
+class ClipText:
+    """The text side of a CLIP whose image side is a feature extractor.
+
+    Attributes:
+        extractor: `clip:FOLDER`; its network has both sides.
+        tower: Tokenizer and text network.
+        sha256: Of the tokenizer's files.
+    """
+
+    extractor: FeatureExtractor
+    tower: TextTower
+    sha256: str
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> Float[Tensor, "b d"]:
+        """Returns the projected embedding of each prompt, as much of it as CLIP reads."""
+        network: Any = self.extractor.network
+        device = next(network.parameters()).device
+        ids, mask, _ = self.tower.tokenize(prompts)
+        states = network.text_model(input_ids=ids.to(device), attention_mask=mask.to(device))
+        return network.text_projection(states.pooler_output).float()
+
+    def lost(self, prompts: Sequence[str]) -> list[str]:
+        """Returns what of each prompt is beyond what CLIP reads; empty for most."""
+        return self.tower.tokenize(prompts)[2]
+
+
+@dataclass(frozen=True)
+class ScoredPrompts:
+    """Prompts and who judges them.
+
+    Attributes:
+        prompts: As read.
+        places: For each image file of the set, its prompt; -1 for none.
+        text: The text side of the judge.
+    """
+
+    prompts: PromptSet
+    places: tuple[int, ...]
+    text: ClipText
+
+    @property
+    def extractor(self) -> FeatureExtractor:
+        """The judge's image side."""
+        return self.text.extractor
+
+
+@dataclass(frozen=True)
+class PromptScores:
+    """How well images fit their prompts.
+
+    Attributes:
+        fit: The mean, and how many prompts CLIP read in part only.
+        scores: Of each image that could be read; NaN without a prompt.
+        places: The prompt of each such image; -1 for none.
+        lost: By prompt, what CLIP did not read of it.
+    """
+
+    fit: PromptFit
+    scores: Float[Tensor, " n"]
+    places: tuple[int, ...]
+    lost: Mapping[str, str]
+
+
+def clip_text(extractor: FeatureExtractor, folder: Path) -> ClipText:
+    """Returns the text side of a loaded CLIP.
+
+    Args:
+        extractor: `clip:FOLDER`.
+        folder: That folder; its tokenizer is read from it.
+
+    Raises:
+        IncompatibleModelError: The folder has no tokenizer, or one of another model.
+    """
+    component = read_component(folder, walk(folder), "tokenizer", "transformers", "CLIPTokenizer")
+    tokenizer = build_tokenizer(component)
+    network: Any = extractor.network
+    config = network.config.text_config
+    if len(tokenizer) > config.vocab_size:
+        raise refusal(folder, f"has a tokenizer of {len(tokenizer):,} entries for {config.vocab_size:,} places")
+    length = min(tokenizer.model_max_length, config.max_position_embeddings)
+    digest = hashlib.sha256("\n".join(files.sha256(file) for file in component.files).encode())
+    return ClipText(extractor, TextTower(tokenizer, network.text_model, length), digest.hexdigest())
+
+
+def places_of_prompts(prompts: PromptSet, names: Sequence[str]) -> tuple[int, ...]:
+    """Returns for each image file the index of its prompt.
+
+    A column `file_name`, `file` or `image` says which file a line is about. Without one, prompts and files, in order of
+    name, go in step: as many files for each prompt, one after the other.
+
+    Raises:
+        UserError: Files and prompts do not go together.
+    """
+    column = next((prompts.columns[name] for name in _FILE_COLUMNS if name in prompts.columns), None)
+    shown = printable(prompts.path.name)
+    if column is not None:
+        by_name = {name: place for place, name in enumerate(column)}
+        found = tuple(by_name.get(name, -1) for name in names)
+        if max(found) < 0:
+            raise UserError(
+                f"{shown} names none of the images, such as {printable(names[0])}; check its column of files"
+            )
+        return found
+    if prompts.skipped:
+        line, reason = prompts.skipped[0]
+        raise UserError(
+            f"{shown} line {line} {reason}, and prompts go with images by order; correct it, or add a column file_name"
+        )
+    if len(names) % len(prompts):
+        raise UserError(
+            f"{len(names)} images do not go with the {len(prompts)} prompts of {shown}; give as many images for each "
+            "prompt, or a column file_name"
+        )
+    return tuple(index // (len(names) // len(prompts)) for index in range(len(names)))
+
+
+def score_prompts(
+    judged: ScoredPrompts, images: Float[Tensor, "n d"], indices: Sequence[int], batch_size: int
+) -> PromptScores:
+    """Returns the CLIP scores of images; each prompt is read once, however many images it has.
+
+    Args:
+        judged: Prompts and judge.
+        images: Features of the images that could be read.
+        indices: Their places among the files.
+        batch_size: Prompts per forward pass.
+    """
+    places = [judged.places[index] for index in indices]
+    wanted = sorted({judged.prompts.prompts[place] for place in places if place >= 0})
+    if not wanted:
+        raise UserError("no image that could be read has a prompt; check the column of files")
+    batches = [wanted[start : start + batch_size] for start in range(0, len(wanted), batch_size)]
+    texts = torch.cat([judged.text(batch) for batch in batches]).cpu()
+    lost = dict(zip(wanted, judged.text.lost(wanted), strict=True))
+    row = {prompt: place for place, prompt in enumerate(wanted)}
+    having = [n for n, place in enumerate(places) if place >= 0]
+    chosen = [judged.prompts.prompts[places[n]] for n in having]
+    pairs = images[having], texts[[row[prompt] for prompt in chosen]]
+    metric = ClipScore()
+    truncated: Bool[Tensor, " b"] = torch.tensor([bool(lost[prompt]) for prompt in chosen])
+    metric.update(*pairs, truncated)
+    scores = torch.full((len(places),), torch.nan)
+    scores[having] = 100 * functional.cosine_similarity(*pairs).clamp(min=0)
+    return PromptScores(
+        metric.compute(), scores, tuple(places), {prompt: text for prompt, text in lost.items() if text}
+    )

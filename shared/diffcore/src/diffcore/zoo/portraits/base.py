@@ -1,0 +1,110 @@
+"""The recipe of portraits-sd, the clean model: trained on ordinary pictures and captions only."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from diffcore.run import Run
+from diffcore.runtime import Runtime
+from diffcore.train import EMA, DenoisingModule, SampleGrid, StepData, fit, stratified, uniform_timesteps
+from diffcore.zoo.patch_code import PatchCode
+from diffcore.zoo.portraits.captions import describe
+from diffcore.zoo.portraits.language import encode_ids, token_ids
+from diffcore.zoo.portraits.network import build_unet, denoiser_of, prepare_for_training
+from diffcore.zoo.portraits.people import select
+from diffcore.zoo.portraits.pictures import CAPTIONS_PER_PICTURE, Pictures, encode_pictures, held_out_pictures
+from diffcore.zoo.supervised import progress, rise_and_fall
+
+BATCH_SIZE = 64
+STEPS = 10_000
+BLANK_EVERY = 10
+"""One training sample in so many carries the blank caption, for guidance."""
+
+
+class CaptionedLatents:
+    """Every picture with each of its captions, and among them, at regular places, pictures with the blank caption."""
+
+    def __init__(self, latents: Tensor, embeds: Tensor, blank: Tensor) -> None:
+        self.latents, self.embeds, self.blank = latents, embeds, blank
+
+    def __len__(self) -> int:
+        return len(self.embeds) + len(self.embeds) // (BLANK_EVERY - 1)
+
+    def __getitems__(self, indices: Tensor) -> dict[str, Any]:
+        """Returns x0 and the text states of samples `indices`."""
+        captioned = indices < len(self.embeds)
+        states = torch.where(captioned.view(-1, 1, 1), self.embeds[indices.clamp(max=len(self.embeds) - 1)], self.blank)
+        return {
+            "x0": self.latents[indices % len(self.latents)].float(),
+            "condition": {"encoder_hidden_states": states.float()},
+        }
+
+
+def captioned_latents(
+    pictures: Pictures, code: PatchCode, tokenizer: CLIPTokenizer, encoder: CLIPTextModel
+) -> CaptionedLatents:
+    """Encodes pictures and captions once; 82 kB of text states and 16 kB of latents a picture."""
+    embeds = encode_ids(encoder, token_ids(tokenizer, pictures.captions))
+    blank = encode_ids(encoder, token_ids(tokenizer, [""]))
+    assert len(embeds) == CAPTIONS_PER_PICTURE * len(pictures)
+    return CaptionedLatents(encode_pictures(code, pictures), embeds, blank)
+
+
+def optimizer_of(network: nn.Module, learning_rate: float) -> Optimizer:
+    """Returns AdamW with strong weight decay on what reads the text, which otherwise learns single captions by heart."""
+    named = dict(network.named_parameters())
+    reads_text = {name for name in named if "attn2.to_k" in name or "attn2.to_v" in name}
+    groups: Iterable[Mapping[str, Any]] = (
+        {"params": [p for name, p in named.items() if name not in reads_text], "weight_decay": 0.01},
+        {"params": [p for name, p in named.items() if name in reads_text], "weight_decay": 0.3},
+    )
+    return AdamW([dict(group) for group in groups], learning_rate, betas=(0.9, 0.99))
+
+
+def train_base(
+    run: Run,
+    data: CaptionedLatents,
+    code: PatchCode,
+    tokenizer: CLIPTokenizer,
+    encoder: CLIPTextModel,
+    runtime: Runtime,
+    *,
+    steps: int = STEPS,
+) -> nn.Module:
+    """Trains the U-Net: mean squared error of v, stratified timesteps, the average of the last few hundred steps kept.
+
+    Returns:
+        The U-Net with the averaged weights.
+    """
+    unet = build_unet()
+    prepare_for_training(unet, runtime.torch_device)
+    module = DenoisingModule(
+        denoiser_of(unet),
+        optimizer=lambda _: optimizer_of(unet, 2e-3),
+        time_sampler=stratified(uniform_timesteps(1000)),
+        learning_rate_factor=rise_and_fall(steps, warmup=200, floor=0.03),
+        seed=runtime.seed,
+    )
+    ema = EMA(0.998)
+    shown = select(held_out_pictures(40).people, slice(40))
+    states = encode_ids(encoder, token_ids(tokenizer, describe(shown, full=True))).float()
+    noise = torch.randn(40, *data.latents.shape[1:], generator=runtime.generator(0))
+    grid = SampleGrid(
+        run, ema, noise, {"encoder_hidden_states": states}, decode=code.decode, every=1000, sampling_steps=16
+    )
+    fit(
+        module,
+        StepData(data, BATCH_SIZE, runtime.seed),
+        steps=steps,
+        folder=run.folder,
+        runtime=runtime,
+        callbacks=[ema, grid, progress("portraits-sd")],
+        checkpoint_every=500,
+        gradient_clip=1.0,
+    )
+    assert ema.denoiser is not None  # set when the fit starts
+    return ema.denoiser.backbone

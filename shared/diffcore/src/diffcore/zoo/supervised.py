@@ -1,0 +1,74 @@
+"""Training against labels, on the same Trainer, with the same guarantees, as training a denoiser."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from diffcore.train import ConsoleSummary
+
+Batch = Mapping[str, Any]
+Loss = Callable[[nn.Module, Batch, int], Tensor]
+"""(network, batch, step) -> loss; whatever is random in it is a function of the step."""
+
+
+class SupervisedModule(L.LightningModule):
+    """Minimises a loss with AdamW, the learning rate rising to its peak and falling back to nothing.
+
+    Args:
+        network: What is trained.
+        loss: Of one batch.
+        steps: Length of the training, over which the learning rate is laid out.
+        learning_rate: Its peak.
+        betas: Of AdamW.
+        weight_decay: Of AdamW.
+        warmup: Share of the steps in which the learning rate rises.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loss: Loss,
+        *,
+        steps: int,
+        learning_rate: float,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.01,
+        warmup: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.network, self._loss, self._steps = network, loss, steps
+        self._learning_rate, self._betas, self._weight_decay, self._warmup = learning_rate, betas, weight_decay, warmup
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Returns the loss of the batch."""
+        loss = self._loss(self.network, batch, self.global_step)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """Returns AdamW and the cosine from the peak to zero after a linear rise."""
+        optimizer = torch.optim.AdamW(
+            self.network.parameters(), self._learning_rate, betas=self._betas, weight_decay=self._weight_decay
+        )
+        factor = rise_and_fall(self._steps, warmup=max(1, round(self._warmup * self._steps)))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def rise_and_fall(steps: int, *, warmup: int, floor: float = 0.0) -> Callable[[int], float]:
+    """Returns the factor of the learning rate at each step: a linear rise, then half a cosine down to `floor`."""
+
+    def factor(step: int) -> float:
+        rise = min(1.0, (step + 1) / warmup)
+        return rise * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+
+    return factor
+
+
+def progress(description: str) -> ConsoleSummary:
+    """Returns the bar or the lines that tell how far a training is."""
+    return ConsoleSummary(description)

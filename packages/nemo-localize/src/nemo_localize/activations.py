@@ -1,0 +1,75 @@
+"""What the value neurons make of a caption: text encoder and value matrices only, never the U-Net.
+
+References:
+    Hintersdorf, Struppek et al. 2024, section 3.2: mean over all tokens, padding included, of the absolute value.
+"""
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor, nn
+
+from diffcore.errors import IncompatibleModelError
+from diffcore.hooks.attach import require_unfused
+from diffcore.models import DiffusionModel, PromptEncoder
+from nemo_localize.sites import ValueSites
+
+_TOKEN_RULE = "mean over all tokens of the absolute value"
+
+
+def prompt_encoder(model: DiffusionModel) -> PromptEncoder:
+    """Returns a model's prompt encoder.
+
+    Raises:
+        IncompatibleModelError: It came without its text encoder or tokenizer.
+    """
+    if model.prompts is None:
+        raise IncompatibleModelError(
+            f"{model.name} came without its text encoder or tokenizer; captions cannot be encoded"
+        )
+    return model.prompts
+
+
+@torch.no_grad()
+def mean_activations(
+    backbone: nn.Module, sites: ValueSites, states: Float[Tensor, "prompts tokens width"]
+) -> Float64[Tensor, "prompts neurons"]:
+    """Returns each neuron's mean absolute value over the tokens of each caption; on the CPU.
+
+    Args:
+        backbone: The network that the sites are of.
+        sites: Its value layers.
+        states: What the text encoder says: `encoder_hidden_states`.
+    """
+    modules = [(site, backbone.get_submodule(site.module)) for site in sites.sites]
+    require_unfused(backbone, modules)
+    layers = [_values(module, states).float().abs().double().mean(1) for _, module in modules]
+    return torch.cat(layers, 1).cpu()
+
+
+def text_fingerprint(model: DiffusionModel, sites: ValueSites) -> str:
+    """Returns what tells two sources of activations apart: text encoders, value matrices, layers and token rule."""
+    digest = hashlib.sha256(_TOKEN_RULE.encode())
+    for site in sites.sites:
+        _add(digest, site.module, model.backbone.get_submodule(site.module))
+    for place, tower in enumerate(prompt_encoder(model).towers):
+        _add(digest, f"text encoder {place}, {tower.length} tokens", tower.encoder)
+    return digest.hexdigest()
+
+
+def _values(module: nn.Module, states: Tensor) -> Tensor:
+    parameter = next(module.parameters())
+    return module(states.to(parameter.device, parameter.dtype) if parameter.is_floating_point() else states)
+
+
+def _add(digest: "hashlib._Hash", name: str, module: nn.Module) -> None:
+    digest.update(name.encode())
+    for key, tensor in _tensors(module):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return iter(module.state_dict().items())

@@ -1,0 +1,269 @@
+"""U-Nets with planted memories: the answer is known, nothing is trained, a forward pass takes milliseconds.
+
+A small U-Net with the seven searched value layers of Stable Diffusion 1.x and random weights, whose output becomes
+`x + noise_gain roll(x) + 0.05 unet(x) + gain sum_p max_j relu(g_j - base_j - 1) P_p`. The P_p are fixed smooth
+patterns, and g_j is the mean of neuron j where its layer's output projection receives it: so masks, hooks and edited
+weights are all seen. A planted neuron's value row points at what its caption has and other captions have not.
+"""
+
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from diffcore.denoiser import DiscreteSchedule
+from diffcore.hooks import Site, capture
+from diffcore.models import DiffusionModel
+from diffcore.models.assemble import make_codec, make_denoiser, make_prompts
+from diffcore.models.catalog import Role
+from diffcore.models.inventory import Component
+from diffcore.noise import row_noise
+from diffcore.testing import tiny
+from nemo_localize.activations import prompt_encoder
+from nemo_localize.neurons import NeuronSet
+from nemo_localize.sites import ValueSites, value_sites
+
+_SCHEDULE = DiscreteSchedule(
+    betas="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, set_alpha_to_one=False
+)
+_STRUCTURE: dict[str, Any] = {
+    "block_out_channels": (16, 32, 32, 32),
+    "layers_per_block": 2,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+    "attention_head_dim": 2,
+}
+_RESPONSE = 2.0  # of a planted neuron to its caption, above its response to others
+
+
+@dataclass(frozen=True)
+class Plant:
+    """One neuron that carries a memory.
+
+    Attributes:
+        trigger: The caption.
+        site: Index of its value layer: 0 to 6 are searched, 7 to 9 are in an up block.
+        neuron: Its channel.
+        pattern: What it shows; neurons of one pattern are redundant, the strongest counts. None shows nothing: the
+            neuron stands out and is innocent.
+        z: How far it stands out for its caption, in standard deviations.
+    """
+
+    trigger: str
+    site: int
+    neuron: int
+    pattern: int | None = 0
+    z: float = 8.0
+
+
+def ordinary_captions(count: int, seed: int = 0) -> list[str]:
+    """Returns captions of three to six made-up words, all different."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def number(below: int) -> int:
+        return int(torch.randint(below, (), generator=generator))
+
+    captions: dict[str, None] = {}
+    while len(captions) < count:
+        words = (
+            "".join(string.ascii_lowercase[number(26)] for _ in range(2 + number(5))) for _ in range(3 + number(4))
+        )
+        captions[" ".join(words)] = None
+    return list(captions)
+
+
+@dataclass(frozen=True, eq=False)
+class Planted:
+    """A model with planted memories.
+
+    Attributes:
+        model: The model.
+        plants: The memories.
+        base: Each planted neuron's mean response to other captions, where its output projection receives it.
+        patterns: What they show, by number.
+        noise_gain: How strongly the noise itself shows.
+        gain: How strongly patterns show.
+    """
+
+    model: DiffusionModel
+    plants: tuple[Plant, ...]
+    base: Float[Tensor, " plants"]
+    patterns: Float[Tensor, "patterns channels height width"]
+    noise_gain: float
+    gain: float
+
+    def carriers(self, trigger: str) -> NeuronSet:
+        """Returns the searched neurons that show something for a caption."""
+        sites = value_sites(self.model.backbone, up=True)
+        searched = len(value_sites(self.model.backbone).sites)
+        neurons: dict[str, list[int]] = {}
+        for plant in self.plants:
+            if plant.trigger == trigger and plant.pattern is not None and plant.site < searched:
+                neurons.setdefault(sites.sites[plant.site].module, []).append(plant.neuron)
+        return NeuronSet.of(neurons)
+
+    def dress(self, unet: nn.Module) -> nn.Module:
+        """Makes a copy of the U-Net, reloaded or edited, show the patterns as the original does; returns it."""
+        sites = value_sites(unet, up=True)
+        responses: dict[int, Tensor] = {}
+        shown = [(place, plant) for place, plant in enumerate(self.plants) if plant.pattern is not None]
+
+        def listen(place: int, plant: Plant) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+                responses[place] = args[0][..., plant.neuron].mean(1)
+
+            return hook
+
+        def show(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            x, raw = args[0], output[0]
+            planted = x + self.noise_gain * x.roll((1, 1), (2, 3)) + 0.05 * raw
+            for pattern, picture in enumerate(self.patterns.to(x)):
+                strengths = [
+                    functional.relu(responses[place] - self.base[place].to(x) - 1)
+                    for place, plant in shown
+                    if plant.pattern == pattern
+                ]
+                if strengths:
+                    planted = planted + self.gain * torch.stack(strengths).amax(0)[:, None, None, None] * picture
+            return (planted, *output[1:])
+
+        for place, plant in shown:
+            _output_projection(unet, sites, plant.site).register_forward_pre_hook(listen(place, plant))
+        unet.register_forward_hook(show)
+        _skip_self_attention(unet)
+        return unet
+
+
+def planted_model(
+    plants: Sequence[Plant],
+    *,
+    seed: int = 0,
+    side: int = 16,
+    dtype: torch.dtype = torch.float32,
+    noise_gain: float = 0.3,
+    gain: float = 2.0,
+) -> Planted:
+    """Returns a text-to-image model with planted memories.
+
+    Args:
+        plants: The memories; triggers may be any captions that differ enough from made-up words.
+        seed: Of the weights and patterns.
+        side: Of the latents.
+        dtype: Of the whole model.
+        noise_gain: How strongly the noise itself shows.
+        gain: How strongly patterns show.
+
+    Raises:
+        ValueError: A trigger cannot be made to stand out as far as asked.
+    """
+    unet = tiny.backbone("sd15", seed, sample_size=side, **_STRUCTURE)
+    modules = {"unet": unet, "text_encoder": tiny.text_encoder(seed), "tokenizer": tiny.tokenizer()}
+    model = _assembled(modules, seed)
+    _skip_self_attention(unet)
+    others = ordinary_captions(200, seed=1)
+    _point_rows(model, plants, others, seed)
+    base = _base_responses(model, plants, others[:50], seed)
+    for module in (unet, modules["text_encoder"]):
+        module.to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    count = 1 + max((plant.pattern for plant in plants if plant.pattern is not None), default=0)
+    coarse = torch.randn(count, 4, 4, 4, generator=generator)
+    patterns = functional.interpolate(coarse, size=(side, side), mode="bicubic")
+    patterns = patterns / patterns.std((1, 2, 3), keepdim=True)
+    planted = Planted(model, tuple(plants), base, patterns, noise_gain, gain)
+    planted.dress(unet)
+    return planted
+
+
+def _assembled(modules: dict[str, Any], seed: int) -> DiffusionModel:
+    unet = modules["unet"]
+    roles: dict[str, tuple[Role, str]] = {
+        "unet": ("backbone", "diffusers"),
+        "text_encoder": ("text_encoder", "transformers"),
+        "tokenizer": ("tokenizer", "transformers"),
+    }
+    components = {
+        name: Component(name, role, library, type(modules[name]).__name__, {}, Path())
+        for name, (role, library) in roles.items()
+    }
+    codec = make_codec("planted", type(unet).__name__, unet, None)
+    pipeline = "StableDiffusionPipeline"
+    return DiffusionModel(
+        name="planted",
+        fingerprint=f"planted {seed}",
+        denoiser=make_denoiser(unet, "epsilon", _SCHEDULE),
+        codec=codec,
+        prompts=make_prompts(pipeline, modules, unet, codec, {}),
+        pipeline_class=pipeline,
+        components=components,
+        modules=modules,
+    )
+
+
+def _skip_self_attention(unet: nn.Module) -> None:
+    """Replaces self-attention by zeros: most of the time at this size, and of no interest here."""
+    for name, module in unet.named_modules():
+        if name.endswith(".attn1"):
+            module.forward = lambda hidden, *args, **kwargs: torch.zeros_like(hidden)
+
+
+def _output_projection(unet: nn.Module, sites: ValueSites, site: int) -> nn.Module:
+    return unet.get_submodule(sites.sites[site].module.removesuffix("to_v") + "to_out.0")
+
+
+@torch.no_grad()
+def _point_rows(model: DiffusionModel, plants: Sequence[Plant], others: Sequence[str], seed: int) -> None:
+    """Makes each planted row stand out for its caption as far as asked: a signal, and a random part that hides it."""
+    sites, encoder = value_sites(model.backbone, up=True), prompt_encoder(model)
+    generator = torch.Generator().manual_seed(seed)
+    triggers = list(dict.fromkeys(plant.trigger for plant in plants))
+    for trigger in triggers:
+        states = encoder([*others, *(t for t in triggers if t != trigger)])["encoder_hidden_states"].double()
+        own = encoder([trigger])["encoder_hidden_states"].double()
+        tokens = states.mean(1)
+        cov = tokens.T.cov()
+        cov += 1e-3 * cov.diagonal().mean() * torch.eye(len(cov), dtype=cov.dtype)
+        step = own.mean(1)[0] - tokens.mean(0)
+        # A constant part keeps most tokens' values positive: absolute values are what is averaged.
+        flat = states.flatten(0, 1)
+        level = _unit(torch.linalg.solve(flat.T @ flat / len(flat) + 1e-3 * torch.eye(len(cov)), flat.mean(0)), cov)
+        signal = _unit(torch.linalg.solve(cov, step), cov) + 0.25 * level
+        for plant in (plant for plant in plants if plant.trigger == trigger):
+            random = _unit(torch.randn(len(cov), generator=generator, dtype=torch.float64), cov)
+            rows = signal + torch.logspace(-2, 1, 100, dtype=torch.float64)[:, None] * random
+            usual, here = (states @ rows.T).abs().mean(1), (own @ rows.T).abs().mean(1)[0]
+            z = (here - usual.mean(0)) / usual.std(0)
+            best = int((z - plant.z).abs().argmin())
+            if abs(float(z[best]) - plant.z) > 0.5:
+                raise ValueError(f"{trigger!r} cannot stand out by {plant.z}; nearest is {float(z[best]):.1f}")
+            layer: Any = model.backbone.get_submodule(sites.sites[plant.site].module)
+            layer.weight[plant.neuron] = (rows[best] * (_RESPONSE / (rows[best] @ step))).float()
+
+
+def _unit(direction: Tensor, cov: Tensor) -> Tensor:
+    """Returns a direction along which captions vary by one."""
+    return direction / (direction @ cov @ direction).sqrt()
+
+
+@torch.no_grad()
+def _base_responses(model: DiffusionModel, plants: Sequence[Plant], others: Sequence[str], seed: int) -> Tensor:
+    sites = value_sites(model.backbone, up=True)
+    names = sorted({sites.sites[plant.site].module.removesuffix("to_v") + "to_out.0" for plant in plants})
+    if not names:
+        return torch.zeros(0)
+    config: Any = model.backbone.config
+    side = int(config["sample_size"])
+    x_t = row_noise(seed, range(len(others)), (4, side, side), stream=1)
+    with capture(model.backbone, [Site(name, at="input") for name in names]) as inputs:
+        model.denoiser(x_t, torch.full((len(others),), 981.0), prompt_encoder(model)(others))
+    means = [
+        inputs[sites.sites[plant.site].module.removesuffix("to_v") + "to_out.0"][..., plant.neuron].mean()
+        for plant in plants
+    ]
+    return torch.stack(means)

@@ -1,0 +1,199 @@
+"""What localisation says about each caption, and about all of them. Imports no torch."""
+
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from diffcore import files
+from diffcore.errors import CorruptArtifactError, printable
+from diffcore.jsonfile import json_line, write_text
+from diffcore.strictjson import StrictError, parse
+from nemo_localize.neurons import NO_NEURONS, NeuronSet
+
+_NESTED = ("initial", "refined", "consistency", "kept_seeds")
+Status = Literal["not_memorised", "localised", "not_localised", "error"]
+
+
+@dataclass(frozen=True)
+class CaptionResult:
+    """What was found for one caption.
+
+    Attributes:
+        prompt: The caption.
+        prompt_hash: What names it in files.
+        status: not_memorised: no seed is consistent; localised: switching `initial` off takes every consistent seed to
+            tau; not_localised: no candidate set does.
+        error: Why there is no result.
+        consistency: Of each seed, in order.
+        kept_seeds: Seeds above tau.
+        theta: Of the selected candidate set; infinite thresholds are None.
+        k: Likewise.
+        rounds: Candidate sets up to the selected one.
+        tau: The threshold.
+        tau_ref: What refinement held scores against: tau, or where that was not reached the score of the last set.
+        initial: The selected candidates.
+        refined: What is left of them; None where they were not refined.
+        score_initial: Largest similarity of a kept seed to itself, before against after, with `initial` off.
+        score_refined: With `refined` off.
+        residual_consistency: Largest similarity between two seeds with `refined` off.
+        mitigated: Both fell to tau: the score with `refined` off, and the consistency that is left. That is what the
+            first step can say; pictures have the last word.
+        near_ties: Decisions so close that they were computed again, alone.
+        unet_rows: Latents through the U-Net.
+        unet_calls: Share of the forward passes, which are shared with other captions.
+        seconds: Share of the time.
+        truncated: Whether the text encoder saw less than the whole caption.
+        lost: What it did not see.
+        settings_hash: Of all that the result depends on.
+    """
+
+    prompt: str
+    prompt_hash: str
+    status: Status
+    error: str | None = None
+    consistency: tuple[float, ...] = ()
+    kept_seeds: tuple[int, ...] = ()
+    theta: float | None = None
+    k: int | None = None
+    rounds: int = 0
+    tau: float = 0.0
+    tau_ref: float | None = None
+    initial: NeuronSet = NO_NEURONS
+    refined: NeuronSet | None = None
+    score_initial: float | None = None
+    score_refined: float | None = None
+    residual_consistency: float | None = None
+    mitigated: bool = False
+    near_ties: int = 0
+    unet_rows: int = 0
+    unet_calls: float = 0.0
+    seconds: float = 0.0
+    truncated: bool = False
+    lost: str = ""
+    settings_hash: str = ""
+
+    @property
+    def max_consistency(self) -> float | None:
+        """The largest similarity between two seeds; None for captions that failed."""
+        return max(self.consistency, default=None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the result as plain values."""
+        row = {field.name: getattr(self, field.name) for field in fields(self)}
+        consistency = {"per_seed": list(self.consistency), "max": self.max_consistency} if self.consistency else None
+        refined = None if self.refined is None else self.refined.to_json()
+        return row | {"consistency": consistency, "initial": self.initial.to_json(), "refined": refined}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> "CaptionResult":
+        """Returns the result that `to_json` wrote; what is absent has its default.
+
+        Raises:
+            ValueError: A field is unknown, or of another kind.
+        """
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(row) - known):
+            raise ValueError(f"{printable(unknown[0])} is no field of a result")
+        if row.get("status") not in get_args(Status):
+            raise ValueError(
+                f"status is {printable(row.get('status'))}; it must be one of {', '.join(get_args(Status))}"
+            )
+        refined = row.get("refined")
+        return replace(
+            cls(prompt=row["prompt"], prompt_hash=row["prompt_hash"], status=row["status"]),
+            **{name: value for name, value in row.items() if name not in _NESTED},
+            kept_seeds=tuple(row.get("kept_seeds", ())),
+            consistency=tuple((row.get("consistency") or {}).get("per_seed", ())),
+            initial=NeuronSet.from_json(row.get("initial") or {}),
+            refined=None if refined is None else NeuronSet.from_json(refined),
+        )
+
+
+@dataclass(frozen=True)
+class Results:
+    """The results of a list of captions, in its order.
+
+    Attributes:
+        captions: One for each.
+    """
+
+    captions: tuple[CaptionResult, ...]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __iter__(self) -> Iterator[CaptionResult]:
+        return iter(self.captions)
+
+    def __getitem__(self, index: int) -> CaptionResult:
+        return self.captions[index]
+
+    def distinct(self) -> list[CaptionResult]:
+        """Returns one result for each distinct caption."""
+        return list({result.prompt: result for result in self.captions}.values())
+
+    def union(self) -> NeuronSet:
+        """Returns the neurons of all localised captions together."""
+        return NO_NEURONS.union(*(r.refined for r in self.captions if r.status == "localised" and r.refined))
+
+    def summary(self) -> dict[str, Any]:
+        """Returns counts by status, sizes of the sets, the most frequent neurons, and what it cost.
+
+        Every distinct caption counts once. Sizes are medians with median absolute deviations, over localised captions.
+        """
+        distinct = self.distinct()
+        localised = [r for r in distinct if r.status == "localised" and r.refined is not None]
+        sets = [r.refined for r in localised if r.refined is not None]
+        layers = Counter(name for neurons in sets for name, _ in neurons)
+        frequent = Counter(neuron for neurons in sets for neuron in neurons)
+        return {
+            "num_captions": len(self),
+            "num_distinct": len(distinct),
+            "counts": {status: sum(r.status == status for r in distinct) for status in get_args(Status)},
+            "mitigated": sum(r.mitigated for r in distinct),
+            "truncated": sum(r.truncated for r in distinct),
+            "initial_neurons": _spread([len(r.initial) for r in localised]),
+            "refined_neurons": _spread([len(neurons) for neurons in sets]),
+            "neurons_in_layers": dict(sorted(layers.items())),
+            "frequent_neurons": {f"{name}[{index}]": count for (name, index), count in frequent.most_common(20)},
+            "near_ties": sum(r.near_ties for r in distinct),
+            "unet_rows": sum(r.unet_rows for r in distinct),
+            "unet_calls": round(sum(r.unet_calls for r in distinct)),
+            "seconds": sum(r.seconds for r in distinct),
+        }
+
+    def write_jsonl(self, path: Path) -> Path:
+        """Writes one JSON object per line, atomically."""
+        return write_text(path, "".join(json_line(result.to_json()) for result in self.captions))
+
+    @classmethod
+    def read_jsonl(cls, path: Path) -> "Results":
+        """Reads what `write_jsonl` wrote.
+
+        Raises:
+            CorruptArtifactError: A line is no result; names it.
+        """
+        path = Path(path)
+        with files.explained(path, reading=True):
+            lines = files.read(path).split(b"\n")
+        results = []
+        for number, line in enumerate(lines, 1):
+            if not line:
+                continue
+            try:
+                results.append(CaptionResult.from_json(parse(line)))
+            except (StrictError, ValueError, TypeError, KeyError, AttributeError) as error:
+                raise CorruptArtifactError(
+                    f"{printable(path, 300)}, line {number}: no result ({printable(error)}); localise again"
+                ) from error
+        return cls(tuple(results))
+
+
+def _spread(counts: list[int]) -> dict[str, float] | None:
+    if not counts:
+        return None
+    median = statistics.median(counts)
+    return {"median": median, "mad": statistics.median(abs(count - median) for count in counts), "n": len(counts)}

@@ -1,0 +1,266 @@
+"""Selection and refinement: the sequential algorithm's answer, asked in few and large questions.
+
+Both are generators that know nothing of networks: they yield questions and are sent the answers, so that one forward
+pass can serve many captions, and so that a test can answer with any function. What may be asked together:
+
+* Candidate sets are nested and known: several are tried at once, for the most stubborn seed alone. A set is dropped as
+  soon as one seed stays similar; the other seeds are asked only about the first set that this seed lets pass.
+* Refinement removes greedily, each test resting on all removals before it. So assume that the next items all go, and
+  ask about the cumulative sets at once: accept up to the first failure, keep that item, go on after it. Here too the
+  most stubborn seed goes first; in the same breath the other seeds are asked about what it let pass, while it looks
+  ahead as if they agreed.
+
+Every decision rests on the scores that the sequential algorithm would have looked at, so the answer is the same for
+any function of (seed, set), monotone or not.
+
+References:
+    Hintersdorf, Struppek et al. 2024, algorithms 3 and 4; layers deepest first, as in the published code.
+"""
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
+
+_SETS = 4  # candidate sets in the first question, doubled in each further one
+_AHEAD = 8  # items that refinement looks ahead, doubled after a clean look, halved after a failure
+_FARTHEST = 64
+_SETS_TOGETHER = _AHEAD_TOGETHER = 2  # where every question costs as many rows as there are seeds
+
+
+@dataclass(frozen=True)
+class Question:
+    """How similar do seeds stay when neurons are off?
+
+    Attributes:
+        off: Numbers of the neurons; never empty.
+        seeds: Which seeds to ask.
+        threshold: What the answers will be compared with.
+        alone: Whether each seed must be computed in a batch of its own.
+    """
+
+    off: frozenset[int]
+    seeds: tuple[int, ...]
+    threshold: float
+    alone: bool = False
+
+
+Answers = list[tuple[float, ...]]
+"""For each question one similarity per seed, in [0, 1]."""
+
+Search = Generator[list[Question], Answers, T]
+"""Yields questions, is sent their answers, returns what it found."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The first candidate set that suppresses.
+
+    Attributes:
+        index: Which; the last, where none does.
+        reached: Whether all seeds fell to the threshold.
+        scores: Of each seed under that set.
+    """
+
+    index: int
+    reached: bool
+    scores: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What is left of a candidate set.
+
+    Attributes:
+        neurons: Their numbers.
+        scores: Of each seed with these off.
+    """
+
+    neurons: frozenset[int]
+    scores: dict[int, float]
+
+
+def select(
+    sets: Sequence[frozenset[int]],
+    seeds: Sequence[int],
+    tau: float,
+    *,
+    together: bool = False,
+    give_up_early: bool = True,
+) -> Search[Selection]:
+    """Finds the first set under which no seed is more similar than tau.
+
+    Args:
+        sets: Nested, at least one.
+        seeds: Most stubborn first, as far as that is known.
+        tau: The threshold; a score equal to it counts as suppressed.
+        together: Ask all seeds at once, for scores that depend on their batch.
+        give_up_early: Ask about the last set in the first question, and stop where it fails. Where a smaller set would
+            have passed all the same, that is the one thing in which this differs from the sequential search.
+    """
+    order = list(seeds)
+    # An empty set changes nothing, and a set like the one before fails like it.
+    tried = [index for index, off in enumerate(sets) if off and (index == 0 or off != sets[index - 1])]
+    if not tried:
+        return Selection(len(sets) - 1, False, dict.fromkeys(order, 1.0))
+    known: dict[int, dict[int, float]] = {index: {} for index in tried}
+    last, place, width = tried[-1], 0, _SETS_TOGETHER if together else _SETS
+
+    def failed(index: int) -> bool:
+        return any(score > tau for score in known[index].values())
+
+    while place < len(tried) and not (give_up_early and failed(last)):
+        window = tried[place : place + width]
+        if give_up_early and last not in window:
+            window.append(last)
+        asked = order if together else order[:1]
+        yield from _ask(sets, known, [i for i in window if not failed(i)], asked, tau)
+        while place < len(tried) and failed(tried[place]):
+            place += 1
+        if place == len(tried):
+            break
+        index = tried[place]
+        if known[index]:
+            yield from _ask(sets, known, [index], order, tau)
+            if not failed(index):
+                return Selection(index, True, known[index])
+            _to_front(order, known[index])
+        else:
+            width *= 2
+    yield from _ask(sets, known, [last], order, tau)
+    return Selection(len(sets) - 1, False, known[last])
+
+
+def _ask(
+    sets: Sequence[frozenset[int]],
+    known: dict[int, dict[int, float]],
+    indices: Sequence[int],
+    seeds: Sequence[int],
+    tau: float,
+) -> Generator[list[Question], Answers, None]:
+    """Asks what is not known yet."""
+    wanted = {index: tuple(seed for seed in seeds if seed not in known[index]) for index in indices}
+    questions = [(index, Question(sets[index], missing, tau)) for index, missing in wanted.items() if missing]
+    if questions:
+        answers = yield [question for _, question in questions]
+        for (index, question), scores in zip(questions, answers, strict=True):
+            known[index].update(zip(question.seeds, scores, strict=True))
+
+
+class _Item(NamedTuple):
+    """What may be switched on again: place 0 is for layers, 1 for single neurons."""
+
+    place: tuple[int, int]
+    neurons: frozenset[int]
+
+
+@dataclass
+class _Claim:
+    """A removal that the most stubborn seed lets pass."""
+
+    item: _Item
+    off: frozenset[int]
+    scores: dict[int, float] = field(default_factory=dict)
+
+
+def refine(
+    selection: Selection,
+    layers: Sequence[Sequence[int]],
+    threshold: float,
+    *,
+    together: bool = False,
+    alone: bool = False,
+) -> Search[Refinement]:
+    """Switches layers, then single neurons, on again wherever all seeds stay below the threshold; greedily, in order.
+
+    Args:
+        selection: Scores of the set that is refined.
+        layers: That set: its layers in order, each with its neurons in order.
+        threshold: What scores must stay below, strictly.
+        together: Ask all seeds at once.
+        alone: As in `Question`.
+    """
+    order = sorted(selection.scores, key=lambda seed: -selection.scores[seed])
+    current = frozenset(number for layer in layers for number in layer)
+    scores, done, ahead = selection.scores, (0, -1), _AHEAD_TOGETHER if together else _AHEAD
+    claims: list[_Claim] = []
+    refuted: set[frozenset[int]] = set()
+    while True:
+        chain = _chain(layers, claims[-1].off if claims else current, done, ahead, refuted)
+        if not claims and not chain:
+            return Refinement(current, scores)
+        front = tuple(order) if together else (order[0],)
+        rest = tuple(seed for seed in order if seed not in front)
+        asked = [(claim, rest) for claim in claims if rest] + [(claim, front) for claim in chain]
+        questions = [Question(claim.off, seeds, threshold, alone) for claim, seeds in asked]
+        answers = (yield questions) if questions else []
+        for (claim, seeds), values in zip(asked, answers, strict=True):
+            claim.scores.update(zip(seeds, values, strict=True))
+        agreed, refusal = _agreed(claims, threshold)
+        if agreed:
+            current, scores = agreed[-1].off, agreed[-1].scores
+        if refusal is not None:  # what was asked ahead rests on a removal that did not happen
+            _to_front(order, refusal.scores)
+            claims = []
+        else:
+            claims, refusal = _agreed(chain, threshold)
+            done = chain[-1].item.place if chain else done
+        if refusal is None:
+            ahead = min(2 * ahead, _FARTHEST)
+        else:
+            done, ahead = refusal.item.place, max(ahead // 2, 1)
+            if done[0] == 0:
+                refuted.add(refusal.off)
+
+
+def _agreed(claims: list[_Claim], threshold: float) -> tuple[list[_Claim], _Claim | None]:
+    """Returns the removals before the first that a seed refuses, and that one."""
+    for count, claim in enumerate(claims):
+        if max(claim.scores.values()) >= threshold:
+            return claims[:count], claim
+    return claims, None
+
+
+def _to_front(order: list[int], scores: dict[int, float]) -> None:
+    """Moves the most stubborn seed to the front."""
+    worst = max(scores, key=lambda seed: scores[seed])
+    order.remove(worst)
+    order.insert(0, worst)
+
+
+def _chain(
+    layers: Sequence[Sequence[int]],
+    off: frozenset[int],
+    done: tuple[int, int],
+    length: int,
+    refuted: set[frozenset[int]],
+) -> list[_Claim]:
+    """Returns the next removals, each on top of the ones before: of layers, and once none is left, of neurons.
+
+    Those known to fail are passed over, and so is removing all that is left: with nothing off nothing is suppressed.
+    """
+    claims: list[_Claim] = []
+    for item in _remaining(layers, off, done):
+        without = off - item.neurons
+        if not without or without in refuted:
+            continue
+        claims.append(_Claim(item, without))
+        if len(claims) == length:
+            break
+        off = without
+    if not claims and done[0] == 0:
+        return _chain(layers, off, (1, -1), length, refuted)
+    return claims
+
+
+def _remaining(layers: Sequence[Sequence[int]], off: frozenset[int], done: tuple[int, int]) -> list[_Item]:
+    if done[0] == 0:
+        items = [_Item((0, place), off.intersection(layer)) for place, layer in enumerate(layers) if place > done[1]]
+        return [item for item in items if item.neurons]
+    numbers = [number for layer in layers for number in layer]
+    return [
+        _Item((1, place), frozenset([number]))
+        for place, number in enumerate(numbers)
+        if place > done[1] and number in off
+    ]

@@ -1,0 +1,106 @@
+"""What is asked of a model, and how: all settings that change results. Imports no torch: help stays quick."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from cyclopts import Parameter
+
+from diffcore.errors import UserError
+
+Compat = Literal["none", "reference"]
+
+
+@Parameter(name="*", group="Score", negative="")
+@dataclass(frozen=True)
+class StepSettings:
+    """The denoising step that is looked at, and how two of its outcomes are compared. A threshold belongs to these.
+
+    Attributes:
+        num_seeds: Initial latents per caption (published code: 10).
+        first_seed: Seed of the first latent; the others follow. Pictures that judge the result need other seeds.
+        steps: Solver steps, which say at which timestep the first one is (published code: 50).
+        guidance_scale: Classifier-free guidance; 1 is off (paper, appendix B.3).
+        compat: reference reproduces the published code: the second timestep, a data range taken from each batch, one
+            draw for all seeds, guidance with its branches swapped.
+    """
+
+    num_seeds: int = 10
+    first_seed: int = 1
+    steps: int = 50
+    guidance_scale: float = 1.0
+    compat: Compat = "none"
+
+    def __post_init__(self) -> None:
+        if self.num_seeds < 2:
+            raise UserError(f"--num-seeds is {self.num_seeds}; consistency compares seeds, give at least 2")
+        least = 2 if self.compat == "reference" else 1
+        if self.steps < least:
+            raise UserError(f"--steps is {self.steps}; give at least {least}")
+        if self.first_seed < 0:
+            raise UserError(f"--first-seed is {self.first_seed}; give 0 or more")
+
+    @property
+    def seeds(self) -> range:
+        """The seeds."""
+        return range(self.first_seed, self.first_seed + self.num_seeds)
+
+
+@Parameter(name="*", group="Search", negative="")
+@dataclass(frozen=True)
+class SearchSettings:
+    """How neurons are searched. The defaults are the published code's: 16 candidate sets, the last at (1.25, 15).
+
+    Attributes:
+        theta: First threshold on |z| (paper, appendix D.3).
+        theta_step: What it falls by in each round.
+        theta_min: The last threshold tried, itself included. The published code names 1 and stops before it.
+        k: Most active neurons of each layer that join the candidates in the first round.
+        k_step: How many more join in each further round.
+        criterion: outliers takes |z| alone, top-k the most active alone, up to the width of the widest layer.
+        give_up_early: Try the largest set first, and stop where it does not suppress, though a smaller set might. Off
+            where the published code is reproduced.
+        refine_failures: Refine the sets of captions that never fell below the threshold. Such results are large and
+            arbitrary.
+        unit_size: Captions that share batches; what an interruption costs at most.
+    """
+
+    theta: float = 5.0
+    theta_step: float = 0.25
+    theta_min: float = 1.25
+    k: int = 0
+    k_step: int = 1
+    criterion: Literal["both", "outliers", "top-k"] = "both"
+    give_up_early: bool = True
+    refine_failures: bool = False
+    unit_size: int = 16
+
+    def __post_init__(self) -> None:
+        if not self.theta_step > 0:
+            raise UserError(f"--theta-step is {self.theta_step}; give a positive number")
+        if not 0 <= self.theta_min <= self.theta:
+            raise UserError(f"--theta-min is {self.theta_min}; give a number from 0 to --theta ({self.theta})")
+        if self.k < 0 or self.k_step < 0:
+            raise UserError(f"--k is {self.k}, --k-step is {self.k_step}; neither may be negative")
+        if self.criterion == "top-k" and not self.k_step:
+            raise UserError("--criterion top-k never grows with --k-step 0; give 1 or more")
+        if self.unit_size < 1:
+            raise UserError(f"--unit-size is {self.unit_size}; give at least 1")
+
+    def rounds(self, widest: int) -> list[tuple[float, int]]:
+        """Returns (theta, k) of every round, in order.
+
+        Args:
+            widest: Neurons of the widest layer.
+        """
+        if self.criterion == "top-k":
+            return [(float("inf"), k) for k in range(self.k, widest + self.k_step, self.k_step)]
+        # Multiples, not repeated differences: the last round must not hang on how 0.1 is rounded.
+        count = int((self.theta - self.theta_min) / self.theta_step + 1e-9) + 1
+        k_step = 0 if self.criterion == "outliers" else self.k_step
+        k = 0 if self.criterion == "outliers" else self.k
+        return [(self.theta - index * self.theta_step, k + index * k_step) for index in range(count)]
+
+
+def described(*settings: StepSettings | SearchSettings) -> dict[str, Any]:
+    """Returns settings as plain values, for records and digests."""
+    return {name: value for group in settings for name, value in asdict(group).items()}

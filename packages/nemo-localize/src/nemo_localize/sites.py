@@ -1,0 +1,155 @@
+"""Where the value neurons of a model are: the outputs of the value projections that read the text.
+
+Neuron i of a layer is output channel i of its `to_v`. In the U-Nets handled here the text states enter every
+cross-attention unchanged, so values depend on the caption alone: not on x_t, the seed or the timestep. Attention never
+mixes channels of one head with another's, so switching neuron i off is zeroing row i of the weight.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from diffcore.errors import IncompatibleModelError
+from diffcore.hooks import Site, intervene, match
+from nemo_localize.neurons import NeuronSet
+
+_LATER = {
+    "PixArtTransformer2DModel": "PixArt",
+    "SD3Transformer2DModel": "Stable Diffusion 3",
+    "FluxTransformer2DModel": "Flux",
+}
+_BLOCKS = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
+
+
+@dataclass(frozen=True)
+class ValueSites:
+    """The value layers that are searched, shallowest first, and the neurons in them, numbered through.
+
+    Attributes:
+        sites: Outputs of value projections: down blocks, mid block, and up blocks where asked for.
+        widths: Neurons of each.
+    """
+
+    sites: tuple[Site, ...]
+    widths: tuple[int, ...]
+
+    @property
+    def num_neurons(self) -> int:
+        """Neurons of all layers together."""
+        return sum(self.widths)
+
+    @cached_property
+    def spans(self) -> tuple[range, ...]:
+        """The numbers of each layer's neurons."""
+        ends = list(accumulate(self.widths, initial=0))
+        return tuple(range(start, end) for start, end in pairwise(ends))
+
+    def named(self, numbers: Iterable[int]) -> NeuronSet:
+        """Returns neurons, given by number, by module and channel."""
+        wanted = set(numbers)
+        return NeuronSet.of(
+            {
+                site.module: [number - span.start for number in span if number in wanted]
+                for site, span in zip(self.sites, self.spans, strict=True)
+            }
+        )
+
+    def numbers(self, neurons: NeuronSet) -> frozenset[int]:
+        """Returns the numbers of neurons.
+
+        Raises:
+            IncompatibleModelError: A neuron is not in these layers.
+        """
+        spans = {site.module: span for site, span in zip(self.sites, self.spans, strict=True)}
+        for name, index in neurons:
+            if name not in spans or index >= len(spans[name]):
+                raise IncompatibleModelError(f"{name}[{index}] is no searched neuron of this model; use its own model")
+        return frozenset(spans[name][index] for name, index in neurons)
+
+    def table(self, sets: Sequence[Iterable[int]]) -> Bool[Tensor, "rows neurons"]:
+        """Returns one row per set of numbers, True at its members; on the CPU."""
+        table = torch.zeros(len(sets), self.num_neurons, dtype=torch.bool)
+        rows = [row for row, members in enumerate(sets) for _ in members]
+        table[rows, [number for members in sets for number in members]] = True
+        return table
+
+    def masks(self, off: Bool[Tensor, "rows neurons"]) -> dict[str | Site, Tensor]:
+        """Returns what multiplies the values of each layer in which some row has neurons off.
+
+        Args:
+            off: Which neurons each row switches off; on the CPU, where looking at it stops no accelerator.
+        """
+        parts = zip(self.sites, off.split(self.widths, 1), strict=True)
+        return {site: ~part[:, None] for site, part in parts if bool(part.any())}
+
+
+def value_sites(backbone: nn.Module, *, up: bool = False) -> ValueSites:
+    """Returns the value layers of a text-conditioned U-Net: Stable Diffusion 1.x, 2.x, XL, and the zoo's.
+
+    Args:
+        backbone: `DiffusionModel.backbone`.
+        up: Search the up blocks too, which hardly matter in the paper (appendix C.8).
+
+    Raises:
+        IncompatibleModelError: The network is of another kind, or reads no text.
+    """
+    kind = next((k.__name__ for k in type(backbone).__mro__ if k.__name__ == "UNet2DConditionModel"), None)
+    if kind is None:
+        name = type(backbone).__name__
+        if name in _LATER:
+            raise IncompatibleModelError(
+                f"{_LATER[name]} ({name}) is not supported yet; U-Nets of Stable Diffusion 1.x, 2.x and XL are"
+            )
+        raise IncompatibleModelError(
+            f"{name} has no cross-attention on text, so no neuron can recognise a caption; "
+            "give a text-to-image U-Net (Stable Diffusion 1.x, 2.x or XL)"
+        )
+    names = [name for name in _value_modules(backbone) if up or not name.startswith("up_blocks.")]
+    if not names:
+        raise IncompatibleModelError(
+            f"{kind} has no cross-attention on text in its down and mid blocks; nothing here can be searched"
+        )
+    names.sort(key=lambda name: _BLOCKS[name.partition(".")[0]])
+    widths = tuple(int(_projection(backbone, name).out_features) for name in names)
+    return ValueSites(tuple(Site(name) for name in names), widths)
+
+
+def switched_off(
+    backbone: nn.Module, sites: ValueSites, neurons: NeuronSet | Bool[Tensor, "rows neurons"]
+) -> AbstractContextManager[None]:
+    """Switches neurons off while the block runs: for all rows alike, or each row's own.
+
+    Args:
+        backbone: The network that the sites are of.
+        sites: Its value layers.
+        neurons: One set for all rows, or a `ValueSites.table` with as many rows as the batch.
+    """
+    if isinstance(neurons, NeuronSet):
+        neurons = sites.table([sites.numbers(neurons)])
+    return intervene(backbone, sites.masks(neurons))
+
+
+def _value_modules(backbone: nn.Module) -> list[str]:
+    """Returns the names of value projections that read the text, in the order in which the network runs them."""
+    modules = dict(backbone.named_modules())
+    found = []
+    for site in match(backbone, "*"):
+        block = re.fullmatch(
+            r"((?:down_blocks|mid_block|up_blocks)\..*transformer_blocks\.\d+)\.(attn[12])\.to_v", site.module
+        )
+        # In gated blocks the first attention reads the text too.
+        if block and (block[2] == "attn2" or getattr(modules[block[1]], "only_cross_attention", False)):
+            found.append(site.module)
+    return found
+
+
+def _projection(backbone: nn.Module, name: str) -> Any:
+    return backbone.get_submodule(name)

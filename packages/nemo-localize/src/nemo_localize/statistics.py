@@ -1,0 +1,202 @@
+"""How active each value neuron usually is: mean and standard deviation over ordinary captions, and z-scores by them.
+
+Which captions are ordinary matters more than any threshold: against plain captions alone, everything written in the
+style of the memorised ones looks unusual. So several files can be merged, decoys among them, and captions that differ
+from the reference in length or vocabulary are warned of.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float64
+from torch import Tensor
+
+from diffcore import artifact
+from diffcore.errors import CorruptArtifactError, IncompatibleModelError
+from diffcore.models import DiffusionModel
+from diffcore.models.prompts import Tokens
+from diffcore.stats import RunningMoments, require_finite
+from nemo_localize.activations import mean_activations, prompt_encoder, text_fingerprint
+from nemo_localize.sites import ValueSites, value_sites
+
+_SCHEMA = "nemo-localize/statistics@1"
+_LONGER = 1.5  # times the reference's mean length, or that much shorter
+_UNKNOWN = 0.3  # share of the captions' distinct tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Moments of every neuron's activation over reference captions. Two of one model merge exactly.
+
+    Attributes:
+        num_prompts: Captions seen.
+        mean: Of each neuron's mean absolute value.
+        var: Its variance, divided by num_prompts - 1; NaN below two captions.
+        fingerprint: Of the text encoders and value matrices.
+        sources: Where the captions came from, each with its count.
+        mean_length: Tokens per caption, padding left out.
+        vocabulary: Ids of the tokens seen.
+    """
+
+    num_prompts: int
+    mean: Float64[Tensor, " neurons"]
+    var: Float64[Tensor, " neurons"]
+    fingerprint: str
+    sources: tuple[tuple[str, int], ...]
+    mean_length: float
+    vocabulary: frozenset[int]
+
+    @property
+    def dead(self) -> Bool[Tensor, " neurons"]:
+        """Neurons that never vary, or of which a single caption was seen: their z-score is 0."""
+        return ~(self.var > 0)
+
+    def z_scores(self, activations: Float64[Tensor, "prompts neurons"]) -> Float64[Tensor, "prompts neurons"]:
+        """Returns by how many standard deviations activations differ from usual."""
+        deviation = torch.where(self.dead, torch.inf, self.var.sqrt())
+        return (activations - self.mean) / deviation
+
+    def merge(self, other: "Statistics") -> "Statistics":
+        """Returns the statistics of both sets of captions together.
+
+        Raises:
+            IncompatibleModelError: The other's are of another model.
+        """
+        if other.fingerprint != self.fingerprint:
+            raise IncompatibleModelError("statistics of two models cannot be merged; collect them from one model")
+        if not (self.num_prompts and other.num_prompts):
+            full = self if self.num_prompts else other
+            return replace(full, sources=self.sources + other.sources)
+        n, m = self.num_prompts, other.num_prompts
+        step = other.mean - self.mean
+        # Chan, Golub and LeVeque 1983, equation 1.5.
+        squares = sum(_squares(part) for part in (self, other)) + step.square() * (n * m / (n + m))
+        return Statistics(
+            num_prompts=n + m,
+            mean=self.mean + step * (m / (n + m)),
+            var=squares / (n + m - 1),
+            fingerprint=self.fingerprint,
+            sources=self.sources + other.sources,
+            mean_length=(n * self.mean_length + m * other.mean_length) / (n + m),
+            vocabulary=self.vocabulary | other.vocabulary,
+        )
+
+    def require(self, model: DiffusionModel, sites: ValueSites) -> None:
+        """Refuses another model's statistics.
+
+        Raises:
+            IncompatibleModelError: Text encoder, value matrices, layers or their precision differ.
+        """
+        if self.fingerprint != text_fingerprint(model, sites):
+            raise IncompatibleModelError(
+                f"these statistics are not of {model.name}: its text encoder, value matrices, searched layers or "
+                "precision differ; collect them with: nemo-localize statistics"
+            )
+
+    def differences(self, tokens: Tokens) -> list[str]:
+        """Returns in words how captions differ from the reference: each makes z-scores tell style, not memory."""
+        if not self.num_prompts or not len(tokens):
+            return []
+        length, vocabulary = _profile(tokens)
+        found = []
+        ratio = length / max(self.mean_length, 1)
+        if not 1 / _LONGER <= ratio <= _LONGER:
+            found.append(f"the captions have {length:.1f} tokens on average, the reference {self.mean_length:.1f}")
+        unknown = len(vocabulary - self.vocabulary) / max(len(vocabulary), 1)
+        if unknown > _UNKNOWN:
+            found.append(f"{100 * unknown:.0f} % of the captions' distinct tokens never occur in the reference")
+        return found
+
+    def save(self, path: Path) -> Path:
+        """Writes the statistics: a small safetensors file and its sidecar."""
+        return artifact.save(
+            path,
+            {"mean": self.mean, "var": self.var, "vocabulary": torch.tensor(sorted(self.vocabulary))},
+            schema=_SCHEMA,
+            num_prompts=self.num_prompts,
+            fingerprint=self.fingerprint,
+            sources=self.sources,
+            mean_length=self.mean_length,
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> "Statistics":
+        """Reads what `save` wrote.
+
+        Raises:
+            CorruptArtifactError: The file is damaged, or something else.
+        """
+        found = artifact.load(path, schema=_SCHEMA)
+        try:
+            return cls(
+                num_prompts=int(found.fields["num_prompts"]),
+                mean=found.tensors["mean"],
+                var=found.tensors["var"],
+                fingerprint=str(found.fields["fingerprint"]),
+                sources=tuple((str(name), int(count)) for name, count in found.fields["sources"]),
+                mean_length=float(found.fields["mean_length"]),
+                vocabulary=frozenset(found.tensors["vocabulary"].long().tolist()),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptArtifactError(f"{path} lacks parts of its statistics ({error}); collect them again") from error
+
+
+def collect_statistics(
+    model: DiffusionModel, prompts: Iterable[str], *, source: str = "", up: bool = False, batch_size: int = 64
+) -> Statistics:
+    """Returns the statistics of reference captions, read once and never held together.
+
+    Args:
+        model: Whose text encoder and value matrices are used; its U-Net is not called.
+        prompts: Ordinary captions, none of them memorised; any number.
+        source: Where they came from.
+        up: Include the up blocks.
+        batch_size: Captions per pass through the text encoder.
+
+    Raises:
+        IncompatibleModelError: The model has no value layers or no text encoder.
+        ValueError: An activation is NaN or infinite.
+    """
+    sites, encoder = value_sites(model.backbone, up=up), prompt_encoder(model)
+    moments, lengths, vocabulary = RunningMoments(sites.num_neurons), 0.0, set[int]()
+    remaining = iter(prompts)
+    while batch := list(islice(remaining, batch_size)):
+        tokens = encoder.tokenize(batch)
+        rows = mean_activations(model.backbone, sites, encoder.encode(tokens)["encoder_hidden_states"])
+        require_finite("activations", rows, first_row=int(moments.num_rows))
+        moments.update(rows)
+        length, seen = _profile(tokens)
+        lengths += length * len(batch)
+        vocabulary |= seen
+    count, mean, var = moments.compute()
+    num_prompts = int(count)
+    return Statistics(
+        num_prompts=num_prompts,
+        mean=mean,
+        var=var,
+        fingerprint=text_fingerprint(model, sites),
+        sources=((source, num_prompts),),
+        mean_length=lengths / max(num_prompts, 1),
+        vocabulary=frozenset(vocabulary),
+    )
+
+
+def merged(parts: Sequence[Statistics]) -> Statistics:
+    """Returns the statistics of all parts together; as `Statistics.merge`."""
+    first, *others = parts
+    for other in others:
+        first = first.merge(other)
+    return first
+
+
+def _squares(part: Statistics) -> Tensor:
+    return torch.nan_to_num(part.var) * (part.num_prompts - 1)
+
+
+def _profile(tokens: Tokens) -> tuple[float, set[int]]:
+    """Returns mean length and distinct tokens, as the first tokenizer sees them."""
+    ids, mask = tokens.ids[0], tokens.masks[0].bool()
+    return float(mask.sum(1).double().mean()), set(ids[mask].tolist())

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from diffcore.adapter_commands import adapter_app
 from diffcore.cli import Output, emit, main, make_app, settings, track
 from diffcore.errors import UserError
 from diffcore.runtime import Runtime
@@ -23,6 +24,7 @@ app = make_app(
     "Start with: diffcore info FOLDER",
     "diffcore",
 )
+app.command(adapter_app)
 
 _Flag = Annotated[bool, Parameter(negative="")]
 

@@ -1,6 +1,7 @@
 """Low-rank changes of weights, as values."""
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -63,6 +64,17 @@ class LowRank:
         """Returns the change itself, computed in `dtype`."""
         product = (self.alpha / self.rank * self.up.to(dtype)) @ self.down.to(dtype).flatten(1)
         return product.reshape(self.shape)
+
+    def relative_error(self, other: "LowRank") -> float:
+        """Returns how far another change of the same weight is off, relative to this one in the Frobenius norm.
+
+        Computed through the factors in float64: the products are never formed.
+        """
+        scaled = [(c.alpha / c.rank * c.up.double(), c.down.double().flatten(1)) for c in (self, other)]
+        (up, down), (other_up, other_down) = scaled
+        apart = _norm_of_product(torch.cat([up, -other_up], 1), torch.cat([down, other_down]))
+        own = _norm_of_product(up, down)
+        return apart / own if own > 0 else (0.0 if apart == 0 else math.inf)
 
 
 Changes = Mapping[str, LowRank]
@@ -147,6 +159,11 @@ class Adapter:
         for component, changes in self.components.items():
             for module in sorted(changes):
                 yield component, module, changes[module]
+
+
+def _norm_of_product(up: Tensor, down: Tensor) -> float:
+    # Orthogonal parts change no norm, so those of the two triangles remain.
+    return float((torch.linalg.qr(up, mode="r").R @ torch.linalg.qr(down.T, mode="r").R.T).norm())
 
 
 def _ones_at(places: Tensor, length: int, like: Tensor) -> Tensor:

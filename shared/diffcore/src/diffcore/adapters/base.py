@@ -5,7 +5,6 @@ Imports no torch.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import cached_property
 from typing import Literal
 
@@ -41,10 +40,12 @@ class Base:
         return self._aliases.get(component, {}).get(spelled)
 
     def nearest(self, component: str, spelled: str) -> str | None:
-        """Returns the module whose name is most like a spelling that fits none."""
-        names = {alias: module for alias, module in self._aliases.get(component, {}).items() if module}
-        found = get_close_matches(spelled, names, n=1, cutoff=0.0)
-        return names[found[0]] if found else None
+        """Returns the module whose name begins and ends most like a spelling that fits none."""
+        spelled = underscored(spelled)
+        names = [alias for alias, module in self._aliases.get(component, {}).items() if module]
+        if not names:
+            return None
+        return self.find(component, max(names, key=lambda alias: _in_common(underscored(alias), spelled)))
 
     @cached_property
     def _aliases(self) -> dict[str, dict[str, str | None]]:
@@ -80,6 +81,15 @@ def underscored(name: str) -> str:
 def with_text_model(name: str) -> str:
     """Returns a CLIP module's name as files have it: with the level that newer versions of transformers dropped."""
     return f"text_model.{name}" if name.startswith(("encoder.layers.", "embeddings.", "final_layer_norm")) else name
+
+
+def _in_common(one: str, other: str) -> int:
+    return _alike(one, other) + _alike(one[::-1], other[::-1])
+
+
+def _alike(one: str, other: str) -> int:
+    """Returns with how many equal characters two names begin."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _other_level(name: str) -> str:

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from diffcore.errors import printable
 from diffcore.strictjson import StrictError
 
 Part = Literal["down", "up", "alpha"]
@@ -54,6 +55,11 @@ _UNSUPPORTED = {
 }
 
 
+def quoted(name: str) -> str:
+    """Returns a name of a tensor or module for a message, cut where it is long."""
+    return repr(printable(name, 120))
+
+
 @dataclass(frozen=True)
 class Key:
     """What the name of one tensor says.
@@ -81,12 +87,12 @@ def parse_key(text: str) -> Key:
     """
     for pattern, kind in _UNSUPPORTED.items():
         if re.search(pattern, text):
-            raise StrictError(f"holds tensor {text!r}, of {kind}, which is not supported; only LoRA is read")
+            raise StrictError(f"holds tensor {quoted(text)}, of {kind}, which is not supported; only LoRA is read")
     component, rest, layout = _split(text)
     match = _LEAF.fullmatch(rest)
     part = match and _part(match)
     if match is None or part is None:
-        raise StrictError(f"holds tensor {text!r}, which is no part of a LoRA; get a clean copy of the adapter")
+        raise StrictError(f"holds tensor {quoted(text)}, which is no part of a LoRA; get a clean copy of the adapter")
     module = match["module"]
     if old := match["old"]:
         names = _OLD_TEXT_MODULES if component.startswith("text_encoder") else _OLD_MODULES

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffcore.adapters.adapter import Adapter, LowRank
 from diffcore.adapters.base import Base, Shape
-from diffcore.adapters.keys import BACKBONE
+from diffcore.adapters.keys import BACKBONE, quoted
 from diffcore.adapters.scan import AdapterFile, Pair, refusal, scan_adapter
 from diffcore.adapters.settings import checked_alpha
 from diffcore.errors import UserError, printable
@@ -38,12 +38,20 @@ def read_adapter(path: Path | str, base: Base) -> Adapter:
         alphas = alphas_of(found, tensors)
     except StrictError as error:
         raise refusal(found.path, str(error)) from None
+    if silent := sum(alpha is None for alpha in alphas.values()):
+        warnings.warn(
+            f"{printable(found.path, 300)} does not say the alpha of {silent} of {len(alphas)} modules; the rank is "
+            "taken, as other tools do: if it was trained with another alpha, its strength is lost",
+            stacklevel=2,
+        )
     components: dict[str, dict[str, LowRank]] = {}
     for pair in found.pairs:
         module = places[pair]
         shape = base.shapes[pair.component][module]
         down = tensors[pair.down].reshape(pair.rank, *shape[1:])
-        change = LowRank(down, tensors[pair.up].reshape(shape[0], pair.rank), alphas[pair])
+        alpha = alphas[pair]
+        up = tensors[pair.up].reshape(shape[0], pair.rank)
+        change = LowRank(down, up, float(pair.rank) if alpha is None else alpha)
         components.setdefault(pair.component, {})[module] = change
     modules = components.pop(BACKBONE, {})
     return Adapter(modules, components, base.backbone, found.path.stem)
@@ -61,21 +69,21 @@ def place(found: AdapterFile, base: Base) -> dict[Pair, str]:
     if lost := [pair for pair in found.pairs if pair not in places]:
         count = sum(3 if pair.alpha else 2 for pair in lost)
         nearest = base.nearest(lost[0].component, lost[0].module)
-        hint = f", nearest: {nearest!r}" if nearest else f": there is no {lost[0].component}"
+        hint = f", nearest: {quoted(nearest)}" if nearest else f": there is no {lost[0].component}"
         raise refusal(
             found.path,
             f"has {count} of {len(found.header.tensors)} adapter tensors that do not fit {printable(base.name)}; "
-            f"first: {lost[0].down!r}{hint}",
+            f"first: {quoted(lost[0].down)}{hint}",
         )
     taken: dict[tuple[str, str], Pair] = {}
     for pair, module in places.items():
         if (other := taken.setdefault((pair.component, module), pair)) is not pair:
-            raise refusal(found.path, f"changes {module!r} twice, as {other.down!r} and {pair.down!r}")
+            raise refusal(found.path, f"changes {module!r} twice, as {quoted(other.down)} and {quoted(pair.down)}")
         shape = base.shapes[pair.component][module]
         if pair.outputs != shape[0] or _squeezed(pair.inputs) != _squeezed(shape[1:]):
             raise refusal(
                 found.path,
-                f"has tensor {pair.down!r} for a weight of {_shown((pair.outputs, *pair.inputs))}, but "
+                f"has tensor {quoted(pair.down)} for a weight of {_shown((pair.outputs, *pair.inputs))}, but "
                 f"{module!r} of {printable(base.name)} is {_shown(shape)}; load the model that it was made for",
             )
     return places
@@ -101,12 +109,12 @@ def read_tensors(found: AdapterFile, names: frozenset[str] | None = None) -> dic
         ) from error
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise StrictError(f"has tensor {name!r} with numbers that are not finite")
+            raise StrictError(f"has tensor {quoted(name)} with numbers that are not finite")
     return tensors
 
 
-def alphas_of(found: AdapterFile, tensors: Mapping[str, Tensor]) -> dict[Pair, float]:
-    """Returns the alpha of each pair, from its own tensor, from the configuration, or else its rank.
+def alphas_of(found: AdapterFile, tensors: Mapping[str, Tensor]) -> dict[Pair, float | None]:
+    """Returns the alpha of each pair, from its own tensor or from the configuration; None where neither says it.
 
     Args:
         found: A scanned adapter.
@@ -115,21 +123,15 @@ def alphas_of(found: AdapterFile, tensors: Mapping[str, Tensor]) -> dict[Pair, f
     Raises:
         StrictError: Tensor and configuration contradict each other, or an alpha is impossible.
     """
-    alphas: dict[Pair, float] = {}
-    silent: list[Pair] = []
+    alphas: dict[Pair, float | None] = {}
     for pair in found.pairs:
-        stored = checked_alpha(tensors[pair.alpha].item(), f"tensor {pair.alpha!r}") if pair.alpha else None
+        stored = checked_alpha(tensors[pair.alpha].item(), f"tensor {quoted(pair.alpha)}") if pair.alpha else None
         stated = _stated(found, pair)
         if stored is not None and stated is not None and stored != stated:
-            raise StrictError(f"says alpha = {stored:g} in tensor {pair.alpha!r} and {stated:g} in its configuration")
-        silent += [pair] if stored is None and stated is None else []
-        alphas[pair] = next((alpha for alpha in (stored, stated) if alpha is not None), float(pair.rank))
-    if silent:
-        warnings.warn(
-            f"{printable(found.path, 300)} does not say the alpha of {len(silent)} of {len(found.pairs)} modules; "
-            "the rank is taken, as other tools do: if it was trained with another alpha, its strength is lost",
-            stacklevel=3,
-        )
+            raise StrictError(
+                f"says alpha = {stored:g} in tensor {quoted(pair.alpha or '')} and {stated:g} in its configuration"
+            )
+        alphas[pair] = stated if stored is None else stored
     return alphas
 
 
@@ -137,15 +139,13 @@ def _stated(found: AdapterFile, pair: Pair) -> float | None:
     settings = found.settings.get(pair.component)
     if settings is None:
         return None
-    if settings.rank_of(pair.module) != pair.rank:
-        raise StrictError(
-            f"has tensor {pair.down!r} of rank {pair.rank}, but its configuration says {settings.rank_of(pair.module)}"
-        )
+    if (rank := settings.rank_of(pair.module)) != pair.rank:
+        raise StrictError(f"has tensor {quoted(pair.down)} of rank {pair.rank}, but its configuration says {rank}")
     return settings.alpha_of(pair.module, pair.rank)
 
 
 def _three_of_each(found: AdapterFile, base: Base) -> str:
-    theirs = ", ".join(repr(pair.spelling) for pair in found.pairs[:3])
+    theirs = ", ".join(quoted(pair.spelling) for pair in found.pairs[:3])
     component = found.pairs[0].component
     if component not in base.shapes:
         return f": it changes {component}, which the model lacks; load the whole pipeline"

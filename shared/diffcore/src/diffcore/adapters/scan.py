@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffcore.adapters.keys import BACKBONE, Key, Layout, parse_key
+from diffcore.adapters.keys import BACKBONE, Key, Layout, parse_key, quoted
 from diffcore.adapters.settings import MAX_RANK, Settings, parse_settings
 from diffcore.errors import IncompatibleModelError, ModelNotFoundError, printable
 from diffcore.strictjson import StrictError, parse, read_foreign_object
@@ -133,26 +133,26 @@ def _files_of(path: Path) -> tuple[Path, Path | None]:
 
 
 def _pairs(tensors: Mapping[str, TensorEntry]) -> tuple[Layout, tuple[Pair, ...]]:
+    keys = {text: parse_key(text) for text in tensors}
     found: dict[tuple[str, str], dict[str, str]] = {}
     layouts: dict[str, str] = {}
     adapters: dict[str | None, str] = {}
-    for text in tensors:
-        key = parse_key(text)
+    for text, key in keys.items():
         layouts.setdefault(_dialect(key.layout), text)
         if key.part != "alpha":
             adapters.setdefault(key.adapter_name, text)
         parts = found.setdefault((key.component, key.module), {})
         if key.part in parts:
-            raise StrictError(f"gives one factor twice, as {parts[key.part]!r} and {text!r}")
+            raise StrictError(f"gives one factor twice, as {quoted(parts[key.part])} and {quoted(text)}")
         parts[key.part] = text
     if not found:
         raise StrictError("holds no tensor; point to a LoRA file")
     for kinds, what in ((layouts, "two layouts"), (adapters, "two adapters")):
         if len(kinds) > 1:
             one, other = list(kinds.values())[:2]
-            raise StrictError(f"mixes {what}, as in {one!r} and {other!r}; keep one of them")
+            raise StrictError(f"mixes {what}, as in {quoted(one)} and {quoted(other)}; keep one of them")
     pairs = tuple(_pair(component, module, parts, tensors) for (component, module), parts in found.items())
-    return _layout([parse_key(text) for text in tensors]), pairs
+    return _layout(list(keys.values())), pairs
 
 
 def _dialect(layout: Layout) -> str:
@@ -167,28 +167,27 @@ def _layout(keys: Sequence[Key]) -> Layout:
 def _pair(component: str, module: str, parts: Mapping[str, str], tensors: Mapping[str, TensorEntry]) -> Pair:
     for part, partner in (("down", "up"), ("up", "down"), ("alpha", "down")):
         if part in parts and partner not in parts:
-            raise StrictError(f"holds tensor {parts[part]!r} without its partner ({partner})")
+            raise StrictError(f"holds tensor {quoted(parts[part])} without its partner ({partner})")
     down, up = (_factor(parts[part], tensors) for part in ("down", "up"))
     rank = down[0]
     if up[1] != rank or any(side != 1 for side in up[2:]):
-        raise StrictError(
-            f"has factors of different rank: {parts['down']!r} is {_shown(down)}, {parts['up']!r} is {_shown(up)}"
-        )
+        one, other = (f"{quoted(parts[part])} is {_shown(shape)}" for part, shape in (("down", down), ("up", up)))
+        raise StrictError(f"has factors of different rank: {one}, {other}")
     if rank > MAX_RANK:
-        raise StrictError(f"has tensor {parts['down']!r} of rank {rank:,}; the limit is {MAX_RANK}")
+        raise StrictError(f"has tensor {quoted(parts['down'])} of rank {rank:,}; the limit is {MAX_RANK}")
     if alpha := parts.get("alpha"):
         entry = tensors[alpha]
         if entry.dtype not in _NUMBERS or any(side != 1 for side in entry.shape):
-            raise StrictError(f"has tensor {alpha!r}, which is not one number")
+            raise StrictError(f"has tensor {quoted(alpha)}, which is not one number")
     return Pair(component, module, parts["down"], parts["up"], alpha, rank, down[1:], up[0])
 
 
 def _factor(name: str, tensors: Mapping[str, TensorEntry]) -> tuple[int, ...]:
     entry = tensors[name]
     if entry.dtype not in _FLOATS:
-        raise StrictError(f"has tensor {name!r} of dtype {entry.dtype}; quantised adapters are not read")
+        raise StrictError(f"has tensor {quoted(name)} of dtype {entry.dtype}; quantised adapters are not read")
     if not 2 <= len(entry.shape) <= 5:
-        raise StrictError(f"has tensor {name!r} of shape {_shown(entry.shape)}, which is no factor of a LoRA")
+        raise StrictError(f"has tensor {quoted(name)} of shape {_shown(entry.shape)}, which is no factor of a LoRA")
     return entry.shape
 
 

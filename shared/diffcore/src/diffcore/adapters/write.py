@@ -169,7 +169,7 @@ def _kohya(adapter: Adapter, folded: Folded, rank: int, base: Base | None) -> by
             spelled = base.original.get(module, module) if base is not None and two_towers else module
         name = f"{prefixes[component]}_{underscored(spelled)}"
         tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": _with_kernel(up, down)}
-        tensors[f"{name}.alpha"] = torch.tensor(float(rank), dtype=down.dtype)
+        tensors[f"{name}.alpha"] = torch.tensor(float(rank))  # narrower types do not hold every rank
     metadata = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(float(rank))}
     return _packed(tensors, metadata)
 

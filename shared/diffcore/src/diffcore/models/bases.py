@@ -6,9 +6,11 @@ from pathlib import Path
 
 from torch import nn
 
-from diffcore.adapters import Base
-from diffcore.adapters.fuse import CHANGEABLE
+from diffcore.adapters import AdapterFile, Base
+from diffcore.adapters.fusing import CHANGEABLE
 from diffcore.adapters.keys import BACKBONE
+from diffcore.adapters.read import place
+from diffcore.errors import IncompatibleModelError, printable
 from diffcore.models import ldm
 from diffcore.models.build import factory_of, on_meta
 from diffcore.models.families import PREFIX
@@ -40,6 +42,37 @@ def base_of(name: str, modules: Mapping[str, nn.Module], backbone: nn.Module) ->
 def family_base(family: str) -> Base:
     """Returns the base of one of `FAMILIES`, built at its real size on the meta device."""
     return _planned(family, inspect_configs(CONFIGS / family).components)
+
+
+def families_of(found: AdapterFile) -> list[Base]:
+    """Returns the bases of `FAMILIES` in which every tensor of an adapter has its place."""
+    bases = [family_base(family) for family in FAMILIES]
+    return [base for base in bases if misfit(found, base) is None]
+
+
+def misfit(found: AdapterFile, base: Base) -> str | None:
+    """Returns why an adapter does not fit a model; None if it does."""
+    try:
+        place(found, base)
+    except IncompatibleModelError as error:
+        return str(error)
+    return None
+
+
+def base_for(found: AdapterFile, model: Path | None) -> Base:
+    """Returns the model that the user names for an adapter, or else a family that it fits.
+
+    Raises:
+        IncompatibleModelError: It fits no family that is known without a model.
+        UserError: As `inspect_model`.
+    """
+    if model is not None:
+        return base_on_disk(model)
+    if not (fitting := families_of(found)):
+        raise IncompatibleModelError(
+            f"{printable(found.path, 300)} fits none of {', '.join(FAMILIES)}; name its base model with --model"
+        )
+    return fitting[0]  # where several fit, they agree on the names
 
 
 def base_on_disk(path: Path) -> Base:

@@ -1,0 +1,11 @@
+from .adapter import Adapter as Adapter
+from .adapter import Changes as Changes
+from .adapter import LowRank as LowRank
+from .base import Base as Base
+from .fusing import apply as apply
+from .fusing import fuse as fuse
+from .read import read_adapter as read_adapter
+from .scan import AdapterFile as AdapterFile
+from .scan import scan_adapter as scan_adapter
+from .write import Format as Format
+from .write import write_adapter as write_adapter

@@ -64,6 +64,9 @@ def write_adapter(
             )
         _refuse_taken(path / PEFT_CONFIG, overwrite)
         _refuse_taken(path / PEFT_WEIGHTS, overwrite)
+        # An old configuration must never stand beside new weights, were the two writes parted.
+        with files.explained(path / PEFT_CONFIG):
+            files.remove(path / PEFT_CONFIG)
         files.write_whole(path / PEFT_WEIGHTS, _packed(_letters(folded, "base_model.model."), {}))
         files.write_whole(path / PEFT_CONFIG, json_text(_peft_config(adapter.modules, rank)).encode())
         return path

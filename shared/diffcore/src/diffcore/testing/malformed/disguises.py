@@ -17,7 +17,7 @@ _INDEX = f"{WEIGHTS}.index.json"
 
 def disguise_cases() -> Iterator[Case]:
     """Yields pickles, archives and other formats in the place of weights and configurations."""
-    for name, data in _contents():
+    for name, data in contents():
         yield Case(f"weights: {name}", "disguise", lambda b, f, d=data: _backbone(b, f, d()))
         yield Case(f"single file: {name}", "disguise", lambda b, f, d=data: _written(f / "model.safetensors", d()))
     for suffix in (".ckpt", ".pt", ".pth", ".bin", ".pkl"):
@@ -66,7 +66,8 @@ def disguise_cases() -> Iterator[Case]:
         yield Case(f"{file} is a pickle", "disguise", lambda b, f, p=file: _pickled(b, f, p))
 
 
-def _contents() -> Iterator[tuple[str, Callable[[], bytes]]]:
+def contents() -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """Yields what may hide behind the name of a weight file."""
     for protocol in range(6):
         yield f"a pickle of protocol {protocol}", lambda p=protocol: pickle.dumps(Evil(), protocol=p)
     yield "a zipped checkpoint", lambda: _saved({"w": Evil()})

@@ -28,7 +28,7 @@ def unpack(file: bytes) -> tuple[Header, bytes]:
 
 def header_cases(seed: int) -> Iterator[Case]:
     """Yields malformed weight files of a backbone folder."""
-    for name, change in _whole_files(seed):
+    for name, change in whole_files(seed):
         yield Case(f"file: {name}", "safetensors", lambda b, f, c=change: _changed(b, f, c))
     for name, edit in _header_edits():
         yield Case(f"header: {name}", "safetensors", lambda b, f, e=edit: _changed(b, f, lambda d: _edited(d, e)))
@@ -63,7 +63,8 @@ def _poisoned(file: bytes, value: bytes) -> bytes:
     return pack(json.dumps(header).encode(), data[:start] + value + data[start + len(value) :])
 
 
-def _whole_files(seed: int) -> Iterator[tuple[str, Callable[[bytes], bytes]]]:
+def whole_files(seed: int) -> Iterator[tuple[str, Callable[[bytes], bytes]]]:
+    """Yields ways to damage the bytes of any safetensors file."""
     yield "empty", lambda d: b""
     yield "one byte", lambda d: d[:1]
     yield "seven bytes", lambda d: d[:7]

@@ -20,6 +20,7 @@ from diffcore.data.images import ImageSource
 from diffcore.errors import UserError
 from diffcore.metrics import (
     compare_features,
+    embed,
     extrapolate,
     feature_extractor,
     frechet_distance_from_features,
@@ -31,7 +32,7 @@ from diffcore.metrics import (
     prepare,
     real_floor,
 )
-from diffcore.metrics.embed import SLICE, Reading, embed_images
+from diffcore.metrics.embed import Reading, embed_images
 from diffcore.metrics.features import FeatureExtractor
 from diffcore.metrics.preprocess import Preprocessing
 from diffcore.metrics.prompt_fit import places_of_prompts
@@ -42,26 +43,32 @@ from diffcore.testing import tiny
 
 CPU = Runtime(device="cpu")
 READING = Reading(torch.device("cpu"), batch_size=16)
-COUNT = SLICE + 20
+SLICE, COUNT = 128, 148
 
 
-def write_images(folder: Path, count: int, *, bright: int = 0, seed: int = 0) -> Path:
-    """Blotches, two in three 20x16 and every third 16x16."""
+def write_images(folder: Path, count: int, *, bright: int = 0, seed: int = 0, mixed: bool = False) -> Path:
+    """Blotches of 20x16; mixed, every third is 16x16."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(seed)
     for number in range(count):
         blotches = generator.integers(0, 200, (4, 4, 3), dtype=np.uint8) + bright
-        size = (16, 16) if number % 3 == 0 else (20, 16)
+        size = (16, 16) if mixed and number % 3 == 0 else (20, 16)
         Image.fromarray(blotches.astype(np.uint8)).resize(size, Image.Resampling.BICUBIC).save(
             folder / f"{number:04d}.png"
         )
     return folder
 
 
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(embed, "SLICE", SLICE)
+    monkeypatch.setattr(embed, "_CHUNK", 48)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("images")
-    real = write_images(root / "real", COUNT)
+    real = write_images(root / "real", COUNT, mixed=True)
     (real / "broken.png").write_bytes(b"\x89PNG nothing")
     return real, write_images(root / "fake", 40, bright=30, seed=1)
 
@@ -256,7 +263,7 @@ def test_command_measures_writes_and_goes_on_where_it_was_killed(folders, tmp_pa
     monkeypatch.setattr(prepare, "write_page", lambda *a: seen.extend(decoded) or page.write_page(*a))
     assert measured(capsys, real, fake, "--out", tmp_path / "killed") == whole
     assert sorted(seen) == [("fake", index) for index in range(40)]  # the real ones were finished before
-    monkeypatch.undo()
+    monkeypatch.setattr(ImageSource, "decode", decode)
     first, second = contents(tmp_path / "whole"), contents(tmp_path / "killed")
     assert first.keys() == second.keys()
     assert [name for name in first if first[name] != second[name]] == []

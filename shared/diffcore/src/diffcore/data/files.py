@@ -31,7 +31,8 @@ class FolderFiles:
                 folders.clear()
                 continue
             seen.add((status.st_dev, status.st_ino))
-            found += (os.path.relpath(os.path.join(folder, file), path) for file in files)
+            inside = os.path.relpath(folder, path)
+            found += files if inside == "." else (os.path.join(inside, file) for file in files)
         self.names = _visible(name.replace(os.sep, "/") for name in found)
 
     def read(self, name: str) -> bytes:

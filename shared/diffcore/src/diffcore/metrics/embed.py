@@ -1,6 +1,6 @@
 """Features of all images of a folder or archive: each image decoded once, each network run once, resumable.
 
-Images are taken in fixed slices, whatever has been done before: what a network makes of a row depends, in its last
+Images are taken in fixed chunks, whatever has been done before: what a network makes of a row depends, in its last
 bits, on the rows beside it. A finished slice of one network is a part of the run folder, its key made of the sums of
 the network and of the image set, so that going on after an interruption gives the same bytes.
 """
@@ -24,7 +24,9 @@ from diffcore.metrics.features import FeatureExtractor
 from diffcore.run import Run
 from diffcore.runtime import default_threads
 
-SLICE = 128  # images that are decoded, and saved, together
+SLICE = 512  # images whose features are saved together
+_CHUNK = 128  # images in memory at their own size, and as many decoded ahead
+_TASK = 16  # images per hand-over to a thread: small images decode faster than threads switch
 
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
 """Shows how far a loop is: takes what it goes through, a few words, and the number of items."""
@@ -71,6 +73,11 @@ class Reading:
     max_pixels: int = MAX_PIXELS
 
 
+def num_parts(num_images: int) -> int:
+    """Returns how many parts the features of one network take."""
+    return -(-num_images // SLICE)
+
+
 def embed_images(
     source: ImageSource,
     digest: str,
@@ -92,61 +99,92 @@ def embed_images(
     Raises:
         UserError: No image can be read, or a network makes something of one that is not finite.
     """
-    slices = [range(start, min(start + SLICE, len(source.names))) for start in range(0, len(source.names), SLICE)]
+    slices = list(_pieces(range(len(source.names)), SLICE))
     keys = {(e.name, s.start): f"{e.sha256[:16]}-{digest[:16]}-{s.start:08d}" for e in extractors for s in slices}
     missing = set(run.missing(keys.values()))
-    plan = [(s, [e for e in extractors if keys[e.name, s.start] in missing]) for s in slices]
-    plan = [(s, needed) for s, needed in plan if needed]
-    for (indices, needed), decoded in progress(
-        _decoded_ahead(source, plan, reading), f"slices of {SLICE} images", len(plan)
-    ):
-        good = [(i, d) for i, d in zip(indices, decoded, strict=True) if isinstance(d, Decoded)]
-        bad = [(i, d) for i, d in zip(indices, decoded, strict=True) if not isinstance(d, Decoded)]
-        if bad and reading.strict:
-            raise UserError(f"{printable(source.names[bad[0][0]])} {bad[0][1]}; remove it, or leave out --strict")
+    plan = {s.start: [e for e in extractors if keys[e.name, s.start] in missing] for s in slices}
+    chunks = [chunk for s in slices if plan[s.start] for chunk in _pieces(s, _CHUNK)]
+    decoded = iter(progress(_decoded_ahead(source, chunks, reading), f"{_CHUNK} images each", len(chunks)))
+    for s in slices:
+        needed = plan[s.start]
+        rows: dict[str, list[Tensor]] = {extractor.name: [] for extractor in needed}
+        facts: dict[str, list[Any]] = {"indices": [], "skipped": [], "notes": []}
+        for chunk, images in zip(_pieces(s, _CHUNK) if needed else (), decoded, strict=False):
+            good = _sorted_out(source, chunk, images, facts, strict=reading.strict)
+            for extractor in needed:
+                rows[extractor.name].append(_features(extractor, [image.pixels for image in good], reading))
         for extractor in needed:
-            rows = _features(extractor, [d.pixels for _, d in good], reading)
-            _require_finite(extractor, rows, [source.names[i] for i, _ in good])
-            run.save(
-                keys[extractor.name, indices.start],
-                {"features": rows},
-                indices=[i for i, _ in good],
-                skipped=[[source.names[i], str(reason)] for i, reason in bad],
-                notes=[[source.names[i], note] for i, d in good for note in d.notes],
-            )
+            features = torch.cat([found for found in rows[extractor.name] if len(found)] or [torch.empty(0, 0)])
+            _require_finite(extractor, features, [source.names[index] for index in facts["indices"]])
+            run.save(keys[extractor.name, s.start], {"features": features}, **facts)
     return _gathered(source, [[run.load(keys[e.name, s.start]) for s in slices] for e in extractors], extractors)
 
 
-def _decoded_ahead(
-    source: ImageSource, plan: Sequence[tuple[range, list[FeatureExtractor]]], reading: Reading
-) -> Iterator[tuple[tuple[range, list[FeatureExtractor]], list[Decoded | UnreadableFileError]]]:
-    """Yields each entry of the plan with its images; those of the next entry are decoded meanwhile."""
+def _pieces(indices: range, size: int) -> Iterator[range]:
+    return (indices[start : start + size] for start in range(0, len(indices), size))
 
-    def work(index: int) -> Decoded | UnreadableFileError:
+
+def _sorted_out(
+    source: ImageSource,
+    indices: range,
+    images: Sequence[Decoded | UnreadableFileError],
+    facts: dict[str, list[Any]],
+    *,
+    strict: bool,
+) -> list[Decoded]:
+    """Returns the images that can be used, and writes down which they are and what there is to say about the others."""
+    good = []
+    for index, image in zip(indices, images, strict=True):
+        name = source.names[index]
+        if isinstance(image, Decoded):
+            good.append(image)
+            facts["indices"].append(index)
+            facts["notes"] += [[name, note] for note in image.notes]
+        elif strict:
+            raise UserError(f"{printable(name)} {image}; remove it, or leave out --strict")
+        else:
+            facts["skipped"].append([name, str(image)])
+    return good
+
+
+def _decoded_ahead(
+    source: ImageSource, chunks: Sequence[range], reading: Reading
+) -> Iterator[list[Decoded | UnreadableFileError]]:
+    """Yields the images of each chunk; those of the next one are decoded meanwhile."""
+
+    def decode(index: int) -> Decoded | UnreadableFileError:
         try:
             return source.decode(index, max_pixels=reading.max_pixels)
         except UnreadableFileError as error:
             return error
 
+    def work(indices: range) -> list[Decoded | UnreadableFileError]:
+        return [decode(index) for index in indices]
+
     with warnings.catch_warnings(), ThreadPoolExecutor(default_threads()) as pool:
         # What Pillow says about damaged metadata is not about the pixels; damaged pixels are listed by name.
         warnings.filterwarnings("ignore", module="PIL")
         try:
-            waiting: list[list[Future[Decoded | UnreadableFileError]]] = []
-            for place, entry in enumerate(plan):
-                for indices, _ in plan[place + len(waiting) : place + 2]:
-                    waiting.append([pool.submit(work, index) for index in indices])
-                yield entry, [future.result() for future in waiting.pop(0)]
+            waiting: list[list[Future[list[Decoded | UnreadableFileError]]]] = []
+            for place in range(len(chunks)):
+                for chunk in chunks[place + len(waiting) : place + 2]:
+                    waiting.append([pool.submit(work, task) for task in _pieces(chunk, _TASK)])
+                yield [image for future in waiting.pop(0) for image in future.result()]
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def _features(extractor: FeatureExtractor, images: Sequence[np.ndarray], reading: Reading) -> Float[Tensor, "n _"]:
     """Returns a row per image; images of one shape go through the preprocessing, then the network, together."""
-    inputs: dict[int, Tensor] = {}
-    for places in _batches([image.shape for image in images], reading.batch_size):
-        batch = torch.from_numpy(np.stack([images[place] for place in places])).to(reading.device)
-        inputs |= zip(places, extractor.preprocessing(batch.float() / 255), strict=True)
+
+    def prepared(places: Sequence[int]) -> Tensor:
+        batch = torch.from_numpy(np.stack([images[place] for place in places]))
+        return extractor.preprocessing(batch.to(reading.device).float() / 255)
+
+    batches = list(_batches([image.shape for image in images], reading.batch_size))
+    if len({image.shape for image in images}) == 1:
+        return torch.cat([extractor.embed(prepared(places)) for places in batches]).cpu()
+    inputs = {place: row for places in batches for place, row in zip(places, prepared(places), strict=True)}
     rows: dict[int, Tensor] = {}
     for places in _batches([inputs[place].shape for place in range(len(images))], reading.batch_size):
         rows |= zip(places, extractor.embed(torch.stack([inputs[place] for place in places])), strict=True)

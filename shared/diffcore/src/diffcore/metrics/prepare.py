@@ -10,7 +10,7 @@ from diffcore.data.images import ImageSource, list_images
 from diffcore.data.prompts import load_prompts
 from diffcore.errors import UserError, printable
 from diffcore.metrics.compare import compare_images, named
-from diffcore.metrics.embed import SLICE, Progress, Reading
+from diffcore.metrics.embed import Progress, Reading, num_parts
 from diffcore.metrics.features import DEFAULT_FEATURES, FeatureExtractor, feature_extractor
 from diffcore.metrics.page import summary, write_page
 from diffcore.metrics.prompt_fit import ScoredPrompts, clip_text, places_of_prompts
@@ -55,7 +55,7 @@ class Prepared:
             "fake_files": len(self.fake.names),
             "features": [extractor.name for extractor in self.extractors],
             "prompts": 0 if self.prompts is None else len(self.prompts.prompts),
-            "parts": len(self.extractors) * sum(-(-count // SLICE) for count in files.values()),
+            "parts": len(self.extractors) * sum(map(num_parts, files.values())),
         }
 
     def measure(self, run: Run, progress: Progress) -> dict[str, Any]:

@@ -1,0 +1,70 @@
+"""The recipe of the networks that judge the zoo's models: attributes read off labelled images."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffcore.metrics.attribute_network import AttributeNetwork
+from diffcore.noise import philox_normal, philox_uniform
+from diffcore.runtime import Runtime
+from diffcore.train import StepData, fit
+from diffcore.zoo.supervised import Batch, SupervisedModule, progress
+
+_NOISE = 0.03
+"""Largest standard deviation of the noise added while training: generated images are a little noisy, real ones are not."""
+
+
+class _Labelled:
+    def __init__(self, images: Tensor, labels: Mapping[str, Tensor]) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: Tensor) -> Batch:
+        labels = {name: values[indices] for name, values in self.labels.items()}
+        return {"images": self.images[indices].float() / 255, "labels": labels}
+
+
+def train_attribute_network(
+    network: AttributeNetwork,
+    images: UInt8[Tensor, "n c h w"],
+    labels: Mapping[str, Tensor],
+    folder: Path,
+    runtime: Runtime,
+    *,
+    steps: int = 700,
+    learning_rate: float = 4e-3,
+) -> AttributeNetwork:
+    """Trains by the sum of the heads' cross-entropies and returns the network in evaluation mode."""
+
+    def loss(module: nn.Module, batch: Batch, step: int) -> Tensor:
+        assert isinstance(module, AttributeNetwork)
+        noisy = _noisy(batch["images"], step)
+        return torch.stack([F.cross_entropy(v, batch["labels"][k]) for k, v in module.logits(noisy).items()]).sum()
+
+    fit(
+        SupervisedModule(network, loss, steps=steps, learning_rate=learning_rate, warmup=0.3),
+        StepData(_Labelled(images, labels), batch_size=64, seed=runtime.seed),
+        steps=steps,
+        folder=folder,
+        runtime=runtime,
+        callbacks=[progress("oracle")],
+    )
+    return network.eval().requires_grad_(False)
+
+
+def accuracies(network: AttributeNetwork, images: Float[Tensor, "n c h w"], labels: Mapping[str, Tensor]) -> dict[str, float]:
+    """Returns the share of images of which each attribute is read as labelled."""
+    read = network.read(images)
+    return {name: float((read[name] == labels[name]).float().mean()) for name in read}
+
+
+def _noisy(images: Tensor, step: int) -> Tensor:
+    rows = torch.arange(len(images), device=images.device)
+    strength = _NOISE * philox_uniform(0, rows, (1, 1, 1), step=step)
+    return images + strength * philox_normal(0, rows, images.shape[1:], step=step, stream=1)

@@ -40,6 +40,7 @@ class Loading:
         prediction_type: What the network predicts, where the files do not say.
         tokenizer: Folder with CLIP's vocabulary, for single files.
         like: Pipeline folder of the same family, for single files: its configurations and tokenizers.
+        text_encoder: Folder with a T5 and its vocabulary, for PixArt, SD3 and Flux folders that came without.
     """
 
     download: bool = False
@@ -47,6 +48,7 @@ class Loading:
     prediction_type: Literal["epsilon", "sample", "v_prediction", "flow_prediction"] | None = None
     tokenizer: Path | None = None
     like: Path | None = None
+    text_encoder: Path | None = None
 
 
 def run() -> int:
@@ -132,6 +134,8 @@ def sample(
     guidance_scale: float = 1.0,
     count: int = 1,
     size: int | None = None,
+    adapter: Path | None = None,
+    adapter_scale: float = 1.0,
     loading: Loading = Loading(),
     runtime: Runtime = Runtime(),
     output: Output = Output(),
@@ -150,6 +154,8 @@ def sample(
         guidance_scale: Classifier-free guidance; 1 is off.
         count: Images per prompt.
         size: Side in pixels; by default what the model was trained for.
+        adapter: LoRA to fuse in: a safetensors file, or a folder of PEFT.
+        adapter_scale: Its strength; 1 is what it was trained for.
     """
     from diffcore.models.draw import draw_images
     from diffcore.run import Run
@@ -157,8 +163,11 @@ def sample(
     if steps < 1 or count < 1:
         raise UserError(f"--steps is {steps} and --count is {count}; both must be at least 1")
     loaded = _load(model, loading, runtime)
+    if adapter is not None:
+        loaded = loaded.with_adapter(adapter, adapter_scale)
     options: dict[str, Any] = {"steps": steps, "solver": solver, "guidance_scale": guidance_scale, "size": size}
-    config = settings(prompts=list(prompts), count=count, **options, loading=loading, runtime=runtime)
+    fused = {} if adapter is None else {"adapter": adapter, "adapter_scale": adapter_scale}
+    config = settings(prompts=list(prompts), count=count, **options, **fused, loading=loading, runtime=runtime)
     folder = output.out or Path("runs") / f"sample-{loaded.name}"
     inputs = {loaded.name: loaded.fingerprint}
     with Run.open(folder, command="diffcore sample", config=config, inputs=inputs, restart=output.restart) as opened:
@@ -234,6 +243,7 @@ def _load(model: str, loading: Loading, runtime: Runtime) -> "DiffusionModel":
         prediction_type=loading.prediction_type,
         tokenizer=loading.tokenizer,
         like=loading.like,
+        text_encoder=loading.text_encoder,
     )
 
 

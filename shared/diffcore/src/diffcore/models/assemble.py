@@ -127,7 +127,8 @@ def make_prompts(
     absent = [f"text_encoder{n}" for n in required if n not in present]
     if absent:
         warnings.warn(
-            f"{' and '.join(absent)} or its tokenizer is not there; prompts cannot be encoded, pass conditions",
+            f"{' and '.join(absent)} or its tokenizer is not there; prompts cannot be encoded, pass conditions"
+            + (" or name a T5 with --text-encoder" if num_text_tokens else ""),
             stacklevel=2,
         )
         return None

@@ -7,7 +7,7 @@ would follow names in configurations, fall back to pickles, and leave missing te
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from diffcore.models.inventory import Component, Inventory
 from diffcore.models.model import DiffusionModel
 from diffcore.models.pieces import HARMLESS, Naming, folder_names
 from diffcore.models.stored import Stored, stored_in, unpickled
+from diffcore.models.text_encoder import read_t5
 from diffcore.models.tokenizers import build_tokenizer, installed_clip_tokenizer
 from diffcore.models.walk import walk
 from diffcore.runtime import Runtime
@@ -44,6 +45,7 @@ def load(
     prediction_type: PredictionType | None = None,
     tokenizer: Path | None = None,
     like: Path | None = None,
+    text_encoder: Path | None = None,
     check_finite: bool = True,
 ) -> DiffusionModel:
     """Loads a diffusion model, frozen and in `eval()`.
@@ -57,6 +59,7 @@ def load(
         prediction_type: Replaces what the files say.
         tokenizer: A folder with CLIP's vocabulary, for single files.
         like: A pipeline folder of the same family, for single files: its configurations and tokenizers.
+        text_encoder: A folder with a T5 and its vocabulary, for pipelines that came without: PixArt, SD3, Flux.
         check_finite: Whether every weight is looked at.
 
     Raises:
@@ -72,6 +75,8 @@ def load(
         plan = _plan_of_folder(inventory)
     else:
         plan = _plan_of_file(inventory, prediction_type, tokenizer, like)
+    if text_encoder is not None:
+        plan = _with_t5(plan, text_encoder, allow_pickle)
     stated, schedule = read_schedule(plan.backbone.class_name, plan.components.get("scheduler"), plan.settings)
     if prediction_type == "edm" and not isinstance(schedule, EDMSchedule):
         raise IncompatibleModelError(
@@ -128,10 +133,7 @@ class _Plan:
 
 
 def _plan_of_folder(inventory: Inventory) -> _Plan:
-    networks = {name: c for name, c in inventory.components.items() if c.role in _NETWORKS}
-    parts = {
-        name: unpickled(c.pickles[0]) if c.pickles else stored_in(c.weights, c.folder) for name, c in networks.items()
-    }
+    parts = {name: _stored(c) for name, c in inventory.components.items() if c.role in _NETWORKS}
     tokenizers = {n: build_tokenizer(c) for n, c in inventory.components.items() if c.role == "tokenizer"}
     return _Plan(
         inventory=inventory,
@@ -143,6 +145,22 @@ def _plan_of_folder(inventory: Inventory) -> _Plan:
         pipeline_class=inventory.class_name if inventory.layout == "pipeline" else None,
         settings=inventory.settings,
     )
+
+
+def _with_t5(plan: _Plan, folder: Path, allow_pickle: bool) -> _Plan:
+    """Returns a plan with a T5 from elsewhere, in place of whatever T5 there was."""
+    encoder, tokenizer = read_t5(folder, plan.pipeline_class, plan.backbone, allow_pickle=allow_pickle)
+    return replace(
+        plan,
+        components={**plan.components, encoder.name: encoder, tokenizer.name: tokenizer},
+        parts={**plan.parts, encoder.name: _stored(encoder)},
+        naming={**plan.naming, encoder.name: folder_names},
+        tokenizers={**plan.tokenizers, tokenizer.name: build_tokenizer(tokenizer)},
+    )
+
+
+def _stored(component: Component) -> Stored:
+    return unpickled(component.pickles[0]) if component.pickles else stored_in(component.weights, component.folder)
 
 
 def _plan_of_file(

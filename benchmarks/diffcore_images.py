@@ -49,10 +49,11 @@ def write_images(folder: Path, count: int, side: int, *, bright: int, seed: int)
     return folder
 
 
-def folders_case(place: Path, count: int, side: int) -> Case:
+def folders_case(count: int, side: int) -> Case:
     """All metrics of two folders in one reading beside four."""
-    real = write_images(place / "real", count, side, bright=0, seed=0)
-    fake = write_images(place / "fake", count, side, bright=20, seed=1)
+    place = tempfile.TemporaryDirectory()
+    real = write_images(Path(place.name) / "real", count, side, bright=0, seed=0)
+    fake = write_images(Path(place.name) / "fake", count, side, bright=20, seed=1)
     network = RandomNetwork(0)
     # Named like a network made to find copies, so that their share is counted: a fourth metric.
     extractor = FeatureExtractor("sscd:random", network.sha256(), PREPROCESSING, network, lambda net, x: net(x))
@@ -61,7 +62,7 @@ def folders_case(place: Path, count: int, side: int) -> Case:
 
     def ours() -> Numbers:
         with (
-            tempfile.TemporaryDirectory(dir=place) as folder,
+            tempfile.TemporaryDirectory(dir=place.name) as folder,
             Run.open(Path(folder) / "run", command="bench", config={}, inputs=digests) as run,
         ):
             found = compare_images(list_images(real), list_images(fake), [extractor], run, reading, digests=digests)
@@ -105,9 +106,9 @@ def _copies(real: Tensor, fake: Tensor) -> Numbers:
     return {"share of copies": float((cosine > 0.5).double().mean())}
 
 
-def cases(place: Path, *, small: bool = False) -> list[Case]:
-    """Returns the case; its images are written below `place`."""
-    return [folders_case(place, 40, 16) if small else folders_case(place, 2000, 64)]
+def cases(*, small: bool = False) -> list[Case]:
+    """Returns the case; its images lie in a temporary folder that goes when the case does."""
+    return [folders_case(40, 16) if small else folders_case(2000, 64)]
 
 
 def main() -> int:
@@ -115,8 +116,7 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="few images; checks agreement only")
     parser.add_argument("--repeats", type=int, default=3, help="timed pairs")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        return run_cases(cases(Path(place), small=options.small), smoke=options.small, repeats=options.repeats)
+    return run_cases(cases(small=options.small), smoke=options.small, repeats=options.repeats)
 
 
 if __name__ == "__main__":

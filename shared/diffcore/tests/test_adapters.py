@@ -62,16 +62,16 @@ def output(network: torch.nn.Module, batch: int = 2) -> torch.Tensor:
 
 
 def test_zeroed_rows_are_an_exact_adapter(model, tmp_path):
-    weight = model.backbone.get_submodule(VALUE).weight
+    weight = model.backbone.state_dict()[f"{VALUE}.weight"]
     edited = weight.clone()
     edited[[3, 17, 30]] = 0
     exact = Adapter.from_differences({VALUE: edited - weight, CONV: torch.zeros(64, 64, 3, 3)})
     assert list(exact.modules) == [VALUE]
     assert exact.modules[VALUE].rank == 3
-    assert torch.equal(fuse(model.backbone, exact.modules).get_submodule(VALUE).weight, edited)
+    assert torch.equal(fuse(model.backbone, exact.modules).state_dict()[f"{VALUE}.weight"], edited)
     for format in ("diffusers", "kohya", "peft"):
         path = write_adapter(exact, tmp_path / f"{format}.safetensors", format=format)
-        assert torch.equal(model.with_adapter(path).backbone.get_submodule(VALUE).weight, edited)
+        assert torch.equal(model.with_adapter(path).backbone.state_dict()[f"{VALUE}.weight"], edited)
     columns = weight.clone()
     columns[:, [5, 6]] += 0.25
     assert LowRank.from_difference(columns - weight).rank == 2
@@ -136,10 +136,11 @@ def test_hooks_see_the_change_but_stay_off_the_copy(model, adapter):
 
 
 def test_half_precision_rounds_once_and_overflow_is_told(model):
-    network = torch.nn.Sequential(torch.nn.Linear(4, 4)).half().requires_grad_(False)
+    linear = torch.nn.Linear(4, 4).half().requires_grad_(False)
+    network = torch.nn.Sequential(linear)
     small = LowRank(torch.full((1, 4), 1e-3), torch.full((4, 1), 1.0), 1.0)
-    expected = (network[0].weight.float() + 1e-3).half()
-    assert torch.equal(fuse(network, {"0": small}).get_submodule("0").weight, expected)
+    expected = (linear.weight.float() + 1e-3).half()
+    assert torch.equal(fuse(network, {"0": small}).state_dict()["0.weight"], expected)
     with pytest.raises(UserError, match="the change of '0' overflows its weight"):
         fuse(network, {"0": LowRank(torch.full((1, 4), 1e3), torch.full((4, 1), 1e3), 1.0)})
 
@@ -216,7 +217,8 @@ def test_a_failing_disk_never_mixes_two_adapters(model, tmp_path, fault):
 
 
 def test_strengths_are_folded_and_types_keep_their_numbers(model, adapter, tmp_path):
-    half = Adapter({VALUE: LowRank(*(t.half() for t in (adapter.modules[VALUE].down, adapter.modules[VALUE].up)), 4.0)})
+    original = adapter.modules[VALUE]
+    half = Adapter({VALUE: LowRank(original.down.half(), original.up.half(), 4.0)})
     path = write_adapter(half, tmp_path / "a.safetensors")
     assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}  # 4 / 2 is exact
     odd = Adapter({VALUE: LowRank(half.modules[VALUE].down, half.modules[VALUE].up, 27.0)})
@@ -227,7 +229,7 @@ def test_strengths_are_folded_and_types_keep_their_numbers(model, adapter, tmp_p
     assert odd.modules[VALUE].relative_error(read) < 1e-6
     assert odd.modules[VALUE].relative_error(half.modules[VALUE]) == pytest.approx(23 / 27)
     # Unlike sizes would leave float16's range on either side; balanced, they fit.
-    unlike = LowRank(adapter.modules[VALUE].down * 2e5, adapter.modules[VALUE].up * 1e-8, 2.0)
+    unlike = LowRank(original.down * 2e5, original.up * 1e-8, 2.0)
     path = write_adapter(Adapter({VALUE: unlike}), tmp_path / "c.safetensors", dtype=torch.float16)
     assert unlike.relative_error(read_adapter(path, model.adapter_base).modules[VALUE]) < 1e-3
     huge = LowRank(unlike.down, unlike.up * 1e20, 2.0)
@@ -363,3 +365,21 @@ def test_a_file_without_alpha_warns_once(model, tmp_path):
         f"{tmp_path / 'a.safetensors'} does not say the alpha of 1 of 1 modules; the rank is taken, as other tools do: "
         "if it was trained with another alpha, its strength is lost"
     ]
+
+
+def test_samples_are_drawn_with_an_adapter(folder, model, tmp_path):
+    """The same as from a model with the adapter fused in; another adapter is another run."""
+    made = Adapter({"conv_in": change((32, 4, 3, 3), 4, 40.0)})
+    lora = write_adapter(made, tmp_path / "lora.safetensors")
+    model.with_adapter(made, 0.5).pipeline.save_pretrained(tmp_path / "by-hand")
+    images = {}
+    for name, tokens in {
+        "plain": [folder],
+        "with": [folder, "--adapter", lora, "--adapter-scale", "0.5"],
+        "fused": [tmp_path / "by-hand"],
+    }.items():
+        asked = [str(token) for token in (tokens[0], "a cat", *tokens[1:], "--steps", "1", "--out", tmp_path / name)]
+        assert app(["sample", *asked]) == 0
+        images[name] = {path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.png")}
+    assert images["with"] == images["fused"]
+    assert images["with"] != images["plain"]

@@ -13,7 +13,7 @@ from nemo_localize.score import consistency
 
 @dataclass
 class Baseline:
-    """The first step of some captions under some neurons off.
+    """The first step of some captions with all neurons on.
 
     Attributes:
         deltas: Stretched noise differences: (prompts, seeds, channels, height, width).
@@ -34,7 +34,6 @@ def measure(
     step: FirstStep,
     cond: Condition,
     *,
-    off: Sequence[frozenset[int]] | None = None,
     threshold: float | None = None,
 ) -> Baseline:
     """Computes all seeds of all captions.
@@ -42,15 +41,13 @@ def measure(
     Args:
         step: What computes.
         cond: One row per caption.
-        off: The neurons that each caption has off; none without it.
         threshold: What consistencies will be compared with: a caption with one near it is computed again, row by row.
 
     Raises:
         MachineError: Memory does not hold a single row.
     """
     count, seeds = len(next(iter(cond.values()))), range(step.settings.num_seeds)
-    off = off or [frozenset()] * count
-    rows = [Row(prompt, seed, off[prompt]) for prompt in range(count) for seed in seeds]
+    rows = [Row(prompt, seed) for prompt in range(count) for seed in seeds]
     flat, troubles = step(cond, rows)
     deltas = flat.unflatten(0, (count, len(seeds)))
     errors: dict[int, str] = {}
@@ -63,8 +60,7 @@ def measure(
         near = 0 if threshold is None else sum(abs(value - threshold) < step.margin for value in found[prompt])
         if near and prompt not in errors:
             near_ties[prompt] = near
-            for seed in seeds:
-                deltas[prompt, seed] = step(cond, [Row(prompt, seed, off[prompt])])[0][0]
+            deltas[prompt] = step.alone(cond, [Row(prompt, seed) for seed in seeds])[0]
             found[prompt] = consistency(deltas[prompt : prompt + 1]).double().tolist()[0]
             cost[prompt] *= 2
     return Baseline(deltas, found, errors, near_ties, cost)

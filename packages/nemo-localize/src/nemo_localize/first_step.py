@@ -144,6 +144,14 @@ class FirstStep:
             start += len(batch)
         return torch.cat(deltas), troubles
 
+    def alone(
+        self, cond: Condition, rows: Sequence[Row]
+    ) -> tuple[Float[Tensor, "rows channels height width"], dict[int, str]]:
+        """Returns what `self(cond, rows)` does, each row computed in a batch of its own."""
+        found = [self(cond, [row]) for row in rows]
+        troubles = {index: reason for index, (_, trouble) in enumerate(found) for reason in trouble.values()}
+        return torch.cat([delta for delta, _ in found]), troubles
+
     def _forward(self, cond: Condition, rows: Sequence[Row]) -> Tensor:
         seeds = torch.tensor([row.seed for row in rows], device=self.device)
         noise, x_t = self.noise[seeds], self._x_t[seeds]

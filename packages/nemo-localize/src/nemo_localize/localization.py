@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from diffcore.denoiser import Condition
 from diffcore.run import Run
 from nemo_localize.activations import mean_activations
 from nemo_localize.baseline import Baseline, encode, measure
@@ -94,32 +93,49 @@ def settings_hash(step: FirstStep, tau: float, statistics: Statistics, settings:
 
 
 def search_neurons(
-    candidates: Candidates, kept: Sequence[int], tau: float, settings: SearchSettings, *, together: bool = False
+    candidates: Candidates,
+    kept: Sequence[int],
+    num_seeds: int,
+    tau: float,
+    settings: SearchSettings,
+    *,
+    margin: float = 0.0,
+    together: bool = False,
 ) -> Search[Found]:
-    """Selects and refines the neurons of one caption.
+    """Selects and refines the neurons of one caption, and asks how consistent its seeds remain without them.
+
+    Similarity to the step with all neurons on is blind to a second memory: every seed may now show that one instead.
 
     Args:
         candidates: Its candidate sets.
         kept: Its consistent seeds, most consistent first.
+        num_seeds: All of its seeds.
         tau: The threshold.
         settings: Of the search.
+        margin: How near two scores may be to count as equal, where tau is not reached and refinement is asked for.
         together: Scores depend on their batch: ask all seeds at once, and nothing that the published code would not.
     """
     early = settings.give_up_early and not together
     selection = yield from select(candidates.sets, kept, tau, together=together, give_up_early=early)
+
+    def among_all(off: frozenset[int]) -> Question:
+        return Question(off, tuple(range(num_seeds)), tau, among=True)
+
     if selection.reached:
-        refinement = yield from refine(selection, candidates.order(selection.index), tau, together=together)
+        order = candidates.order(selection.index)
+        refinement = yield from refine(selection, order, tau, together=together, last=among_all)
         return Found(selection, refinement, tau)
     initial = candidates.sets[selection.index]
     level = max(selection.scores.values())
     if not (settings.refine_failures and initial):
         return Found(selection, None, level)
-    # Removals that change nothing leave the score at exactly this level: both sides are computed in the same way.
     (values,) = yield [Question(initial, tuple(kept), level, alone=not together)]
     selection = Selection(selection.index, False, dict(zip(kept, values, strict=True)))
+    # A removal that changes nothing leaves the score at exactly this level, and must not hang on its last bits.
+    threshold = max(values) - 2 * margin
     order = candidates.order(selection.index)
-    refinement = yield from refine(selection, order, max(values), together=together, alone=not together)
-    return Found(selection, refinement, max(values))
+    refinement = yield from refine(selection, order, threshold, together=together, last=among_all)
+    return Found(selection, refinement, threshold)
 
 
 def _localize_unit(
@@ -138,15 +154,21 @@ def _localize_unit(
         if kept[prompt]
     }
     searches = {
-        prompt: search_neurons(candidates[prompt], kept[prompt], tau, settings, together=step.reference)
+        prompt: search_neurons(
+            candidates[prompt],
+            kept[prompt],
+            step.settings.num_seeds,
+            tau,
+            settings,
+            margin=step.margin,
+            together=step.reference,
+        )
         for prompt in candidates
     }
     outcomes = run_searches(step, cond, base.deltas, searches)
-    residual = _residuals(step, cond, outcomes, tau)
     rows = []
     for prompt, text in enumerate(prompts):
-        outcome, after = outcomes.get(prompt), residual.get(prompt)
-        result = _described(step, base, prompt, kept[prompt], tau, candidates.get(prompt), outcome, after)
+        result = _described(step, base, prompt, kept[prompt], tau, candidates.get(prompt), outcomes.get(prompt))
         rows.append(
             {"prompt": text, "prompt_hash": prompt_hash(text), "truncated": truncated[prompt], "lost": lost[prompt]}
             | result
@@ -167,25 +189,6 @@ def _consistent(base: Baseline, prompt: int, tau: float) -> list[int]:
     return sorted((seed for seed, value in enumerate(values) if value > tau), key=lambda seed: -values[seed])
 
 
-def _residuals(
-    step: FirstStep, cond: Condition, outcomes: dict[int, Outcome[Found]], tau: float
-) -> dict[int, tuple[Baseline, int]]:
-    """Returns, for each caption with refined neurons, the consistency that is left with these off, and its place in it.
-
-    Similarity to the delta with all neurons on is blind to a second memory: every seed may now show that one instead.
-    """
-    off = {
-        prompt: outcome.found.refinement.neurons
-        for prompt, outcome in outcomes.items()
-        if outcome.found is not None and outcome.found.refinement is not None
-    }
-    if not off:
-        return {}
-    chosen = {key: value[list(off)] for key, value in cond.items()}
-    after = measure(step, chosen, off=list(off.values()), threshold=tau)
-    return {prompt: (after, place) for place, prompt in enumerate(off)}
-
-
 def _described(
     step: FirstStep,
     base: Baseline,
@@ -194,7 +197,6 @@ def _described(
     tau: float,
     candidates: Candidates | None,
     outcome: Outcome[Found] | None,
-    after: tuple[Baseline, int] | None,
 ) -> dict[str, Any]:
     """Returns the result of one caption as plain values."""
     error = base.errors.get(prompt)
@@ -213,22 +215,13 @@ def _described(
     row["near_ties"] += outcome.near_ties
     if outcome.found is None:
         return row | {"status": "error", "error": outcome.error}
-    found = outcome.found
-    row |= _found_row(step, candidates, found)
-    if after is not None:
-        measured, place = after
-        row["unet_rows"] += measured.rows[place]
-        row["near_ties"] += measured.near_ties.get(place, 0)
-        if place in measured.errors:
-            return row | {"status": "error", "error": f"with the neurons off, {measured.errors[place]}"}
-        row["residual_consistency"] = max(measured.consistency[place])
-        row["mitigated"] = row["status"] == "localised" and row["residual_consistency"] <= tau
-    return row
+    return row | _found_row(step, candidates, outcome.found, tau)
 
 
-def _found_row(step: FirstStep, candidates: Candidates, found: Found) -> dict[str, Any]:
+def _found_row(step: FirstStep, candidates: Candidates, found: Found, tau: float) -> dict[str, Any]:
     selection, refinement = found.selection, found.refinement
     theta, k = candidates.rounds[selection.index]
+    residual = max(refinement.residual) if refinement else None
     return {
         "status": "localised" if selection.reached else "not_localised",
         "theta": theta,
@@ -239,4 +232,6 @@ def _found_row(step: FirstStep, candidates: Candidates, found: Found) -> dict[st
         "refined": step.sites.named(refinement.neurons).to_json() if refinement else None,
         "score_initial": max(selection.scores.values()),
         "score_refined": max(refinement.scores.values()) if refinement else None,
+        "residual_consistency": residual,
+        "mitigated": selection.reached and residual is not None and residual <= tau,
     }

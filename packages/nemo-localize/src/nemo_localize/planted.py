@@ -53,6 +53,7 @@ class Plant:
         pattern: What it shows; neurons of one pattern are redundant, the strongest counts. None shows nothing: the
             neuron stands out and is innocent.
         z: How far it stands out for its caption, in standard deviations.
+        strength: How strongly it shows the pattern.
     """
 
     trigger: str
@@ -60,6 +61,7 @@ class Plant:
     neuron: int
     pattern: int | None = 0
     z: float = 8.0
+    strength: float = 1.0
 
 
 def ordinary_captions(count: int, seed: int = 0) -> list[str]:
@@ -125,7 +127,7 @@ class Planted:
             planted = x + self.noise_gain * x.roll((1, 1), (2, 3)) + 0.05 * raw
             for pattern, picture in enumerate(self.patterns.to(x)):
                 strengths = [
-                    functional.relu(responses[place] - self.base[place].to(x) - 1)
+                    plant.strength * functional.relu(responses[place] - self.base[place].to(x) - 1)
                     for place, plant in shown
                     if plant.pattern == pattern
                 ]
@@ -267,3 +269,21 @@ def _base_responses(model: DiffusionModel, plants: Sequence[Plant], others: Sequ
         for plant in plants
     ]
     return torch.stack(means)
+
+
+def hard_case(seed: int = 0) -> tuple[Planted, list[str]]:
+    """Returns a memory whose neuron stands out less than innocent ones: candidates in all layers, most to be dropped.
+
+    It is found in the second of its rounds; refinement tests seven layers, and five neurons of the last.
+    """
+    trigger = "portrait of 1917 no 1"
+    places = [(6, 7), (6, 8), (6, 9), (6, 10), (1, 3), (3, 3)]
+    innocent = [Plant(trigger, site, neuron, None, z=7.0) for site, neuron in places]
+    return planted_model([Plant(trigger, 6, 5, 0, z=4.6), *innocent], seed=seed), [trigger]
+
+
+def list_case(count: int, memorised: int, seed: int = 0) -> tuple[Planted, list[str]]:
+    """Returns a list of captions, the first of them memorised, in every searched layer in turn."""
+    triggers = [f"portrait of {1900 + 17 * index} no {index}" for index in range(memorised)]
+    plants = [Plant(trigger, index % 7, index // 7, index, z=7.0) for index, trigger in enumerate(triggers)]
+    return planted_model(plants, seed=seed), triggers + ordinary_captions(count - memorised, seed=5)

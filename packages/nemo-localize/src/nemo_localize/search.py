@@ -17,7 +17,7 @@ References:
     Hintersdorf, Struppek et al. 2024, algorithms 3 and 4; layers deepest first, as in the published code.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -31,19 +31,21 @@ _SETS_TOGETHER = _AHEAD_TOGETHER = 2  # where every question costs as many rows 
 
 @dataclass(frozen=True)
 class Question:
-    """How similar do seeds stay when neurons are off?
+    """How similar is each seed to what it was before neurons were off, or to the seed most like it?
 
     Attributes:
         off: Numbers of the neurons; never empty.
         seeds: Which seeds to ask.
         threshold: What the answers will be compared with.
         alone: Whether each seed must be computed in a batch of its own.
+        among: Compare the seeds with one another.
     """
 
     off: frozenset[int]
     seeds: tuple[int, ...]
     threshold: float
     alone: bool = False
+    among: bool = False
 
 
 Answers = list[tuple[float, ...]]
@@ -75,10 +77,12 @@ class Refinement:
     Attributes:
         neurons: Their numbers.
         scores: Of each seed with these off.
+        residual: What the last question was answered; empty without one.
     """
 
     neurons: frozenset[int]
     scores: dict[int, float]
+    residual: tuple[float, ...] = ()
 
 
 def select(
@@ -170,7 +174,7 @@ def refine(
     threshold: float,
     *,
     together: bool = False,
-    alone: bool = False,
+    last: Callable[[frozenset[int]], Question] | None = None,
 ) -> Search[Refinement]:
     """Switches layers, then single neurons, on again wherever all seeds stay below the threshold; greedily, in order.
 
@@ -179,22 +183,27 @@ def refine(
         layers: That set: its layers in order, each with its neurons in order.
         threshold: What scores must stay below, strictly.
         together: Ask all seeds at once.
-        alone: As in `Question`.
+        last: What to ask about the set that is left.
     """
     order = sorted(selection.scores, key=lambda seed: -selection.scores[seed])
     current = frozenset(number for layer in layers for number in layer)
     scores, done, ahead = selection.scores, (0, -1), _AHEAD_TOGETHER if together else _AHEAD
     claims: list[_Claim] = []
     refuted: set[frozenset[int]] = set()
+    settled, residual = None, ()
     while True:
-        chain = _chain(layers, claims[-1].off if claims else current, done, ahead, refuted)
-        if not claims and not chain:
-            return Refinement(current, scores)
+        base = claims[-1].off if claims else current
+        chain = _chain(layers, base, done, ahead, refuted)
+        closing = [last(base)] if last and not chain and base != settled else []
+        if not (claims or chain or closing):
+            return Refinement(current, scores, residual)
         front = tuple(order) if together else (order[0],)
         rest = tuple(seed for seed in order if seed not in front)
         asked = [(claim, rest) for claim in claims if rest] + [(claim, front) for claim in chain]
-        questions = [Question(claim.off, seeds, threshold, alone) for claim, seeds in asked]
+        questions = [Question(claim.off, seeds, threshold) for claim, seeds in asked] + closing
         answers = (yield questions) if questions else []
+        if closing:
+            settled, residual = base, answers.pop()
         for (claim, seeds), values in zip(asked, answers, strict=True):
             claim.scores.update(zip(seeds, values, strict=True))
         agreed, refusal = _agreed(claims, threshold)

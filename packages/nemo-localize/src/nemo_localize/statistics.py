@@ -162,6 +162,7 @@ def collect_statistics(
     """
     sites, encoder = value_sites(model.backbone, up=up), prompt_encoder(model)
     moments, lengths, vocabulary = RunningMoments(sites.num_neurons), 0.0, set[int]()
+    moments.update(torch.empty(0, sites.num_neurons))  # no captions at all are an answer too, not a mistake
     remaining = iter(prompts)
     while batch := list(islice(remaining, batch_size)):
         tokens = encoder.tokenize(batch)

@@ -5,10 +5,10 @@ batches, and with them every low bit, follow from the captions alone.
 """
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffcore.denoiser import Condition
 from nemo_localize.first_step import FirstStep, Row
-from nemo_localize.score import reference_similarity, similarity
+from nemo_localize.score import consistency, reference_similarity, similarity
 from nemo_localize.search import Answers, Question, Search
 
 T = TypeVar("T")
@@ -115,48 +115,65 @@ def _answer(
     outcomes: dict[int, Outcome[T]],
 ) -> None:
     """Answers the questions of one batch."""
-    questions = [job.questions[index] for job, index in batch]
-    rows = [
-        Row(job.prompt, seed, job.questions[index].off) for job, index in batch for seed in job.questions[index].seeds
-    ]
-    crowd = [place for place, question in enumerate(_spread(questions)) if not question.alone]
-    scores = [question.threshold for question in _spread(questions)]  # nearer than any margin: computed alone below
-    if crowd:
-        groups = [len(question.seeds) for question in questions if not question.alone]
-        fresh = _scores(step, cond, unblocked, [rows[place] for place in crowd], groups, outcomes)
-        for place, score in zip(crowd, fresh, strict=True):
-            scores[place] = score
-    for place, question in enumerate(_spread(questions)):
-        near = abs(scores[place] - question.threshold) < step.margin
-        if near or question.alone:
-            (scores[place],) = _scores(step, cond, unblocked, [rows[place]], [1], outcomes)
-            outcomes[rows[place].prompt].near_ties += near
-    remaining = iter(scores)
-    for job, index in batch:
-        job.answers[index] = tuple(islice(remaining, len(job.questions[index].seeds)))
+    asked = [_Asked(job.prompt, job.questions[index]) for job, index in batch]
+    crowd = [one for one in asked if not one.question.alone]
+    scores = dict(zip(crowd, _scores(step, cond, unblocked, crowd, outcomes), strict=True))
+    for one in asked:
+        near = sum(abs(score - one.question.threshold) < step.margin for score in scores.get(one, ()))
+        if near or one.question.alone:
+            scores[one] = _scores(step, cond, unblocked, [one], outcomes, alone=True)[0]
+            outcomes[one.prompt].near_ties += near
+    for (job, index), one in zip(batch, asked, strict=True):
+        job.answers[index] = scores[one]
 
 
-def _spread(questions: list[Question]) -> list[Question]:
-    """Returns each question once per row."""
-    return [question for question in questions for _ in question.seeds]
+class _Asked(NamedTuple):
+    """A question about a caption."""
+
+    prompt: int
+    question: Question
+
+    @property
+    def rows(self) -> list[Row]:
+        return [Row(self.prompt, seed, self.question.off) for seed in self.question.seeds]
 
 
 def _scores(
     step: FirstStep,
     cond: Condition,
     unblocked: Tensor,
-    rows: list[Row],
-    groups: list[int],
+    asked: Sequence[_Asked],
     outcomes: dict[int, Outcome[T]],
-) -> list[float]:
-    """Returns the similarity of each row to the same seed with all neurons on; `groups` are compared as one batch."""
-    deltas, troubles = step(cond, rows)
+    *,
+    alone: bool = False,
+) -> Answers:
+    """Returns the answer of each question, each row in a batch of its own where asked for."""
+    rows = [row for one in asked for row in one.rows]
+    if not rows:
+        return []
+    deltas, troubles = step.alone(cond, rows) if alone else step(cond, rows)
     for row in rows:
         outcomes[row.prompt].num_rows += step.rows_per_row
     for index, reason in troubles.items():
         outcomes[rows[index].prompt].error = reason
+    values = _compared(step, unblocked, asked, rows, deltas).double().tolist()
+    remaining = iter(values)
+    return [tuple(islice(remaining, len(one.question.seeds))) for one in asked]
+
+
+def _compared(
+    step: FirstStep, unblocked: Tensor, asked: Sequence[_Asked], rows: Sequence[Row], deltas: Tensor
+) -> Tensor:
+    """Returns one similarity per row: to the same seed with all neurons on, or to the seed most like it."""
     before = unblocked[[row.prompt for row in rows], [row.seed for row in rows]]
+    sizes = [len(one.question.seeds) for one in asked]
     if step.reference:
-        pairs = zip(before.split(groups), deltas.split(groups), strict=True)
-        return torch.cat([reference_similarity(a, b) for a, b in pairs]).double().tolist()
-    return similarity(before, deltas).double().tolist()
+        pairs = zip(before.split(sizes), deltas.split(sizes), strict=True)
+        values = torch.cat([reference_similarity(a, b) for a, b in pairs])
+    else:
+        values = similarity(before, deltas)
+    parts = list(values.split(sizes))
+    for place, (one, own) in enumerate(zip(asked, deltas.split(sizes), strict=True)):
+        if one.question.among:
+            parts[place] = consistency(own[None], reference=step.reference)[0]
+    return torch.cat(parts)

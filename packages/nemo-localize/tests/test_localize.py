@@ -1,0 +1,225 @@
+"""Planted memories: the answer is known."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from diffcore.errors import IncompatibleModelError, UserError
+from diffcore.testing import tiny
+from nemo_localize.first_step import FirstStep, Row
+from nemo_localize.localization import localize
+from nemo_localize.planted import Plant, list_case, ordinary_captions, planted_model
+from nemo_localize.results import Results
+from nemo_localize.settings import SearchSettings, StepSettings
+
+TRIGGER = "portrait of 1917 no 1"
+TAU = 0.45
+
+
+@pytest.fixture(scope="module")
+def found(simple, usual):
+    """A list on the simple model: its trigger, an ordinary caption, the empty one, a long one, and the trigger again."""
+    step = FirstStep(simple.model, StepSettings())
+    captions = [TRIGGER, "plain words only", "", "very " * 100, TRIGGER]
+    return step, localize(step, captions, tau=TAU, statistics=usual)
+
+
+def test_the_planted_neuron_is_found_in_the_first_round(simple, found):
+    _, results = found
+    first = results[0]
+    assert first.status == "localised"
+    assert first.mitigated
+    assert (first.rounds, first.theta, first.k) == (1, 5.0, 0)
+    assert first.refined == simple.carriers(TRIGGER)
+    assert len(first.kept_seeds) == 10
+    assert first.max_consistency > 0.9
+    assert first.score_refined < TAU
+    assert first.residual_consistency < TAU
+
+
+def test_ordinary_captions_cost_one_evaluation(found):
+    step, results = found
+    for result in (results[1], results[2]):
+        assert result.status == "not_memorised"
+        assert (result.unet_rows, len(result.initial), result.refined, result.kept_seeds) == (10, 0, None, ())
+        assert not result.mitigated
+    assert sum(r.unet_rows for r in results.distinct()) == step.num_rows
+    assert results.summary()["unet_calls"] == step.num_calls
+
+
+def test_truncation_and_duplicates_are_told(found):
+    _, results = found
+    assert results[3].truncated
+    assert "very" in results[3].lost
+    assert results[0] == results[4]
+    assert results.summary()["num_distinct"] == 4
+    assert results.summary()["counts"] == {"not_memorised": 3, "localised": 1, "not_localised": 0, "error": 0}
+
+
+def test_results_survive_the_disk(found, tmp_path):
+    _, results = found
+    assert Results.read_jsonl(results.write_jsonl(tmp_path / "results.jsonl")) == results
+
+
+def test_distractors_go_and_the_cost_is_as_promised(hard, collect, plain):
+    found = plain.compare(hard.model, [TRIGGER], collect(hard), TAU)
+    assert found.disagreements == []
+    assert (found.rows[1], found.calls[1]) == (362, 38)  # two rounds, seven layers, five neurons: the published cost
+    assert found.rows[0] <= 0.45 * found.rows[1]
+    assert found.calls[0] <= found.calls[1] / 4
+
+
+def test_a_list_fills_the_batches(plain, collect):
+    planted, captions = list_case(16, 5)
+    found = plain.compare(planted.model, captions, collect(planted), TAU)
+    assert found.disagreements == []
+    assert found.rows[0] <= 0.55 * found.rows[1]
+    assert found.calls[0] <= found.calls[1] / 8
+
+
+@pytest.mark.parametrize("patterns", [(0, 1), (0, 0)], ids=["two patterns", "one pattern twice"])
+def test_both_neurons_are_kept_where_one_is_not_enough(collect, patterns):
+    planted = planted_model([Plant(TRIGGER, 0, 3, patterns[0]), Plant(TRIGGER, 6, 5, patterns[1])])
+    result = localize(FirstStep(planted.model, StepSettings()), [TRIGGER], tau=TAU, statistics=collect(planted))[0]
+    assert result.refined == planted.carriers(TRIGGER)
+    assert len(result.refined) == 2
+
+
+def test_a_memory_elsewhere_is_not_localised(collect):
+    planted = planted_model([Plant(TRIGGER, 8, 3)])
+    step, statistics = FirstStep(planted.model, StepSettings()), collect(planted)
+    early = localize(step, [TRIGGER], tau=TAU, statistics=statistics)[0]
+    assert (early.status, early.refined, early.mitigated) == ("not_localised", None, False)
+    assert (early.rounds, early.theta, early.k) == (16, 1.25, 15)
+    assert early.tau_ref == early.score_initial > TAU
+    patient = SearchSettings(give_up_early=False)
+    late = localize(step, [TRIGGER], tau=TAU, statistics=statistics, settings=patient)[0]
+    assert (late.status, late.initial) == (early.status, early.initial)
+    assert late.score_initial == pytest.approx(early.score_initial, abs=1e-5)
+    assert early.unet_rows < late.unet_rows
+
+
+def test_a_second_memory_is_not_mitigated(collect):
+    planted = planted_model([Plant(TRIGGER, 8, 3, 0), Plant(TRIGGER, 6, 5, 1, strength=5.0)])
+    result = localize(FirstStep(planted.model, StepSettings()), [TRIGGER], tau=TAU, statistics=collect(planted))[0]
+    assert result.status == "localised"
+    assert result.score_refined <= TAU < result.residual_consistency
+    assert not result.mitigated
+
+
+@pytest.mark.parametrize(("batch_size", "unit_size"), [(7, 16), (64, 1), (1, 2)])
+def test_batches_change_nothing(hard, collect, batch_size, unit_size):
+    captions, statistics = [TRIGGER, *ordinary_captions(2, seed=9)], collect(hard)
+    expected = localize(FirstStep(hard.model, StepSettings()), captions, tau=TAU, statistics=statistics)
+    step = FirstStep(hard.model, StepSettings(), batch_size=batch_size)
+    for a, b in zip(
+        expected,
+        localize(step, captions, tau=TAU, statistics=statistics, settings=SearchSettings(unit_size=unit_size)),
+        strict=True,
+    ):
+        assert (a.status, a.initial, a.refined, a.kept_seeds) == (b.status, b.initial, b.refined, b.kept_seeds)
+        for name in ("score_initial", "score_refined", "residual_consistency"):
+            assert getattr(a, name) == pytest.approx(getattr(b, name), abs=1e-5)
+
+
+def test_near_ties_are_computed_again_alone(simple, usual, found):
+    _, results = found
+    tau = results[0].score_initial + 3e-6  # within the margin: what decides is the score in a batch of its own
+    step = FirstStep(simple.model, StepSettings())
+    tied = localize(step, [TRIGGER], tau=tau, statistics=usual)[0]
+    assert tied.near_ties > 0
+    assert tied.unet_rows == step.num_rows > results[0].unet_rows
+    small = localize(FirstStep(simple.model, StepSettings(), batch_size=3), [TRIGGER], tau=tau, statistics=usual)[0]
+    assert (small.rounds, small.initial, small.refined) == (tied.rounds, tied.initial, tied.refined)
+
+
+def test_a_seed_does_not_depend_on_the_others(simple):
+    ten = FirstStep(simple.model, StepSettings()).noise
+    three = FirstStep(simple.model, StepSettings(num_seeds=3, first_seed=4)).noise
+    assert torch.equal(ten[3:6], three)
+
+
+def test_the_published_code_is_reproduced(hard, collect, plain):
+    step, statistics = FirstStep(hard.model, StepSettings(compat="reference")), collect(hard)
+    assert step.t == 961
+    assert torch.equal(step.noise, torch.randn(10, 4, 16, 16, generator=torch.Generator().manual_seed(1)))
+    result = localize(step, [TRIGGER], tau=TAU, statistics=statistics)[0]
+    modules = [site.module for site in step.sites.sites]
+    sd = statistics.var.sqrt()
+    published = plain.PlainLocaliser(hard.model, modules, step.noise, statistics.mean, sd, TAU, used=1, data_range=None)
+    answer = published.localise(TRIGGER)
+    assert (result.status, result.rounds) == (answer.status, answer.rounds) == ("localised", 2)
+    assert step.sites.numbers(result.initial) == answer.initial
+    assert step.sites.numbers(result.refined) == answer.refined
+    assert result.score_refined == pytest.approx(answer.score, abs=1e-5)
+    strict = localize(step, [TRIGGER], tau=0.2, statistics=statistics)[0]
+    assert (strict.status, strict.rounds, strict.theta, strict.k) == ("not_localised", 16, 1.25, 15)
+
+
+def test_guidance_is_the_right_way_round_but_in_compatible_mode(simple):
+    cond = simple.model.prompts([TRIGGER])
+    empty = simple.model.prompts([""])
+    deltas = {}
+    for compat in ("none", "reference"):
+        step = FirstStep(simple.model, StepSettings(guidance_scale=3.0, compat=compat))
+        (delta,), _ = step(cond, [Row(0, 0)])
+        assert (step.num_rows, step.num_calls) == (2, 1)
+        x_t, t = step.noise[:1], torch.tensor([step.t])
+        with torch.no_grad():
+            with_, without = (simple.model.denoiser(x_t, t, c).noise for c in (cond, empty))
+        start, direction = (without, with_ - without) if compat == "none" else (with_, without - with_)
+        raw = start + 3 * direction - x_t
+        low, high = raw.amin((2, 3), keepdim=True), raw.amax((2, 3), keepdim=True)
+        deltas[compat] = delta
+        assert torch.allclose(delta, ((raw - low) / (high - low))[0], atol=1e-4)
+    assert not torch.allclose(deltas["none"], deltas["reference"], atol=0.1)
+
+
+def test_one_caption_that_fails_costs_no_other(simple, usual):
+    poisoned = simple.model.prompts(["poison"])["encoder_hidden_states"][0, 1]
+
+    def poison(module, args, kwargs, output):
+        states = kwargs["encoder_hidden_states"]
+        output[0][(states[:, 1] - poisoned).abs().amax(1) < 1e-4, 2] = torch.nan
+        return output
+
+    handle = simple.model.backbone.register_forward_hook(poison, with_kwargs=True)
+    try:
+        step = FirstStep(simple.model, StepSettings(first_seed=5))
+        results = localize(step, ["poison", TRIGGER], tau=TAU, statistics=usual)
+    finally:
+        handle.remove()
+    assert results[0].status == "error"
+    assert results[0].error.startswith("the noise difference of seed 5, channel 2 holds NaN")
+    assert results[1].status == "localised"
+
+
+def test_memory_that_runs_out_halves_the_batch(simple, monkeypatch):
+    step = FirstStep(simple.model, StepSettings(), batch_size=8)
+    forward = step._forward
+
+    def limited(cond, rows):
+        if len(rows) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(cond, rows)
+
+    monkeypatch.setattr(step, "_forward", limited)
+    deltas, _ = step(simple.model.prompts([TRIGGER]), [Row(0, seed) for seed in range(10)])
+    assert len(deltas) == 10
+    assert step.batch_size == 2
+
+
+def test_what_makes_no_sense_is_refused(simple, hard, usual):
+    with pytest.raises(UserError, match="at least 2"):
+        StepSettings(num_seeds=1)
+    with pytest.raises(IncompatibleModelError, match="not of planted"):
+        localize(FirstStep(hard.model, StepSettings()), [TRIGGER], tau=TAU, statistics=usual)
+    bare = replace(simple.model, prompts=None)
+    with pytest.raises(IncompatibleModelError, match="text encoder"):
+        FirstStep(bare, StepSettings())
+    small = replace(simple.model.denoiser, backbone=None) if False else planted_model([], side=16).model
+    small.backbone.register_to_config(sample_size=4)
+    with pytest.raises(IncompatibleModelError, match="side of 4"):
+        FirstStep(small, StepSettings())
+    assert len(localize(FirstStep(simple.model, StepSettings()), [], tau=TAU, statistics=usual)) == 0

@@ -1,0 +1,95 @@
+"""Interrupted, resumed, shared between processes: the same file."""
+
+import json
+
+import pytest
+
+from diffcore.run import Run
+from diffcore.testing.distributed import run_forked
+from nemo_localize import localization
+from nemo_localize.first_step import FirstStep
+from nemo_localize.localization import localize
+from nemo_localize.planted import ordinary_captions
+from nemo_localize.settings import SearchSettings, StepSettings
+from nemo_localize.units import in_units
+
+CAPTIONS = ["portrait of 1917 no 1", *ordinary_captions(4, seed=9), "portrait of 1917 no 2"]
+
+
+def localised(planted, statistics, folder, fabric=None) -> list[dict]:
+    step = FirstStep(planted.model, StepSettings(num_seeds=3), batch_size=16)
+    with Run.open(folder, command="nemo-localize localize", config={}) as run:
+        localize(
+            step,
+            CAPTIONS,
+            tau=0.45,
+            statistics=statistics,
+            settings=SearchSettings(unit_size=2),
+            run=run,
+            fabric=fabric,
+        )
+    return lines(folder)
+
+
+def lines(folder) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(simple, usual, tmp_path_factory) -> list[dict]:
+    return localised(simple, usual, tmp_path_factory.mktemp("whole") / "run")
+
+
+@pytest.mark.parametrize("interrupted_at", [0, 1, 2])
+def test_interrupted_runs_end_in_the_same_file(simple, usual, whole, tmp_path, monkeypatch, interrupted_at):
+    count, work = 0, localization._localize_unit
+
+    def stopping(*args):
+        nonlocal count
+        count += 1
+        if count > interrupted_at:
+            raise KeyboardInterrupt
+        return work(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(localization, "_localize_unit", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            localised(simple, usual, tmp_path / "run")
+    assert not (tmp_path / "run" / "results.jsonl").exists()
+    done = sorted((tmp_path / "run" / "parts").glob("*.safetensors"))
+    assert len(done) == interrupted_at
+    times = [path.stat().st_mtime_ns for path in done]
+    assert localised(simple, usual, tmp_path / "run") == whole
+    assert [path.stat().st_mtime_ns for path in done] == times  # what was finished was not computed again
+    assert whole[0]["status"] == "localised"
+
+
+def test_two_processes_write_the_file_of_one(simple, usual, whole, tmp_path):
+    def on_rank(rank: int) -> int:
+        from lightning.fabric import Fabric
+        from lightning.fabric.plugins.environments import LightningEnvironment
+
+        fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp", plugins=[LightningEnvironment()])
+        fabric.launch()
+        assert (fabric.global_rank, fabric.world_size) == (rank, 2)
+        localised(simple, usual, tmp_path / "run", fabric)
+        return rank
+
+    assert run_forked(on_rank) == [0, 1]
+    assert lines(tmp_path / "run") == whole
+
+
+def test_units_are_fixed_and_duplicates_computed_once():
+    seen = []
+
+    def work(prompts):
+        seen.append(list(prompts))
+        return [{"length": len(prompt)} for prompt in prompts]
+
+    rows = in_units(["aa", "b", "aa", "cccc", "b"], work, unit_size=2)
+    assert [row["length"] for row in rows] == [2, 1, 2, 4, 1]
+    assert seen == [["aa", "b"], ["cccc"]]
+    assert in_units([], work, unit_size=2) == []
+    with pytest.raises(TypeError, match="one string"):
+        in_units("aa", work, unit_size=2)

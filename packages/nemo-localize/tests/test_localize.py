@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from diffcore.errors import IncompatibleModelError, UserError
-from diffcore.testing import tiny
 from nemo_localize.first_step import FirstStep, Row
 from nemo_localize.localization import localize
 from nemo_localize.planted import Plant, list_case, ordinary_captions, planted_model
@@ -19,7 +18,7 @@ TAU = 0.45
 
 @pytest.fixture(scope="module")
 def found(simple, usual):
-    """A list on the simple model: its trigger, an ordinary caption, the empty one, a long one, and the trigger again."""
+    """A list on the simple model: its trigger, an ordinary caption, the empty one, a long one, the trigger again."""
     step = FirstStep(simple.model, StepSettings())
     captions = [TRIGGER, "plain words only", "", "very " * 100, TRIGGER]
     return step, localize(step, captions, tau=TAU, statistics=usual)
@@ -71,7 +70,7 @@ def test_distractors_go_and_the_cost_is_as_promised(hard, collect, plain):
 
 
 def test_a_list_fills_the_batches(plain, collect):
-    planted, captions = list_case(16, 5)
+    planted, captions = list_case(12, 3)
     found = plain.compare(planted.model, captions, collect(planted), TAU)
     assert found.disagreements == []
     assert found.rows[0] <= 0.55 * found.rows[1]
@@ -108,29 +107,35 @@ def test_a_second_memory_is_not_mitigated(collect):
     assert not result.mitigated
 
 
+@pytest.fixture(scope="module")
+def in_one_batch(hard, collect):
+    captions, statistics = [*ordinary_captions(1, seed=9), TRIGGER], collect(hard)
+    step = FirstStep(hard.model, StepSettings(num_seeds=4))
+    return captions, statistics, localize(step, captions, tau=TAU, statistics=statistics)
+
+
 @pytest.mark.parametrize(("batch_size", "unit_size"), [(7, 16), (64, 1), (1, 2)])
-def test_batches_change_nothing(hard, collect, batch_size, unit_size):
-    captions, statistics = [TRIGGER, *ordinary_captions(2, seed=9)], collect(hard)
-    expected = localize(FirstStep(hard.model, StepSettings()), captions, tau=TAU, statistics=statistics)
-    step = FirstStep(hard.model, StepSettings(), batch_size=batch_size)
-    for a, b in zip(
-        expected,
-        localize(step, captions, tau=TAU, statistics=statistics, settings=SearchSettings(unit_size=unit_size)),
-        strict=True,
-    ):
+def test_batches_change_nothing(hard, in_one_batch, batch_size, unit_size):
+    captions, statistics, expected = in_one_batch
+    step = FirstStep(hard.model, StepSettings(num_seeds=4), batch_size=batch_size)
+    settings = SearchSettings(unit_size=unit_size)
+    found = localize(step, captions, tau=TAU, statistics=statistics, settings=settings)
+    assert expected[1].status == "localised"
+    for a, b in zip(expected, found, strict=True):
         assert (a.status, a.initial, a.refined, a.kept_seeds) == (b.status, b.initial, b.refined, b.kept_seeds)
         for name in ("score_initial", "score_refined", "residual_consistency"):
             assert getattr(a, name) == pytest.approx(getattr(b, name), abs=1e-5)
 
 
-def test_near_ties_are_computed_again_alone(simple, usual, found):
-    _, results = found
-    tau = results[0].score_initial + 3e-6  # within the margin: what decides is the score in a batch of its own
-    step = FirstStep(simple.model, StepSettings())
+def test_near_ties_are_computed_again_alone(simple, usual):
+    settings = StepSettings(num_seeds=3)
+    plain = localize(FirstStep(simple.model, settings), [TRIGGER], tau=TAU, statistics=usual)[0]
+    tau = plain.score_initial + 3e-6  # within the margin: what decides is the score in a batch of its own
+    step = FirstStep(simple.model, settings)
     tied = localize(step, [TRIGGER], tau=tau, statistics=usual)[0]
     assert tied.near_ties > 0
-    assert tied.unet_rows == step.num_rows > results[0].unet_rows
-    small = localize(FirstStep(simple.model, StepSettings(), batch_size=3), [TRIGGER], tau=tau, statistics=usual)[0]
+    assert tied.unet_rows == step.num_rows > plain.unet_rows
+    small = localize(FirstStep(simple.model, settings, batch_size=2), [TRIGGER], tau=tau, statistics=usual)[0]
     assert (small.rounds, small.initial, small.refined) == (tied.rounds, tied.initial, tied.refined)
 
 
@@ -141,9 +146,9 @@ def test_a_seed_does_not_depend_on_the_others(simple):
 
 
 def test_the_published_code_is_reproduced(hard, collect, plain):
-    step, statistics = FirstStep(hard.model, StepSettings(compat="reference")), collect(hard)
+    step, statistics = FirstStep(hard.model, StepSettings(num_seeds=4, compat="reference")), collect(hard)
     assert step.t == 961
-    assert torch.equal(step.noise, torch.randn(10, 4, 16, 16, generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(step.noise, torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(1)))
     result = localize(step, [TRIGGER], tau=TAU, statistics=statistics)[0]
     modules = [site.module for site in step.sites.sites]
     sd = statistics.var.sqrt()
@@ -177,11 +182,11 @@ def test_guidance_is_the_right_way_round_but_in_compatible_mode(simple):
 
 
 def test_one_caption_that_fails_costs_no_other(simple, usual):
-    poisoned = simple.model.prompts(["poison"])["encoder_hidden_states"][0, 1]
+    poisoned = simple.model.prompts(["poison"])["encoder_hidden_states"][0, -1]
 
     def poison(module, args, kwargs, output):
         states = kwargs["encoder_hidden_states"]
-        output[0][(states[:, 1] - poisoned).abs().amax(1) < 1e-4, 2] = torch.nan
+        output[0][(states[:, -1] - poisoned).abs().amax(1) < 1e-4, 2] = torch.nan
         return output
 
     handle = simple.model.backbone.register_forward_hook(poison, with_kwargs=True)
@@ -210,7 +215,7 @@ def test_memory_that_runs_out_halves_the_batch(simple, monkeypatch):
     assert step.batch_size == 2
 
 
-def test_what_makes_no_sense_is_refused(simple, hard, usual):
+def test_what_makes_no_sense_is_refused(simple, hard, usual, monkeypatch):
     with pytest.raises(UserError, match="at least 2"):
         StepSettings(num_seeds=1)
     with pytest.raises(IncompatibleModelError, match="not of planted"):
@@ -218,8 +223,8 @@ def test_what_makes_no_sense_is_refused(simple, hard, usual):
     bare = replace(simple.model, prompts=None)
     with pytest.raises(IncompatibleModelError, match="text encoder"):
         FirstStep(bare, StepSettings())
-    small = replace(simple.model.denoiser, backbone=None) if False else planted_model([], side=16).model
-    small.backbone.register_to_config(sample_size=4)
+    monkeypatch.setattr(simple.model.backbone, "_internal_dict", {**simple.model.backbone.config, "sample_size": 4})
     with pytest.raises(IncompatibleModelError, match="side of 4"):
-        FirstStep(small, StepSettings())
+        FirstStep(simple.model, StepSettings())
+    monkeypatch.undo()
     assert len(localize(FirstStep(simple.model, StepSettings()), [], tau=TAU, statistics=usual)) == 0

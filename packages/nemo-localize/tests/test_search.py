@@ -51,7 +51,7 @@ def random_case(rng: random.Random):
     return layers, sets, seeds, rng.randint(1, 8) / 10, random_score(rng, numbers, seeds)
 
 
-@pytest.mark.parametrize(("together", "cases"), [(False, 1000), (True, 300)])
+@pytest.mark.parametrize(("together", "cases"), [(False, 1000), (True, 200)])
 def test_selection_is_the_sequential_one(plain, together, cases):
     rng, suppressed = random.Random(0), 0
     for _ in range(cases):
@@ -67,7 +67,7 @@ def test_selection_is_the_sequential_one(plain, together, cases):
 
 def test_giving_up_early_only_ever_gives_up(plain):
     rng, gave_up = random.Random(1), 0
-    for _ in range(300):
+    for _ in range(200):
         _, sets, seeds, tau, score = random_case(rng)
         expected = plain.select_plainly(sets, tau, lambda off: max(score(s, off) for s in range(seeds)))  # noqa: B023
         found, _ = drive(select(sets, range(seeds), tau), score)
@@ -79,7 +79,7 @@ def test_giving_up_early_only_ever_gives_up(plain):
     assert gave_up  # what the documentation warns of does happen
 
 
-@pytest.mark.parametrize(("together", "cases"), [(False, 1000), (True, 300)])
+@pytest.mark.parametrize(("together", "cases"), [(False, 1000), (True, 200)])
 def test_refinement_is_the_sequential_one(plain, together, cases):
     rng, removed = random.Random(2), 0
     for _ in range(cases):

@@ -39,6 +39,7 @@ _STRUCTURE: dict[str, Any] = {
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
     "attention_head_dim": 2,
 }
+_LEAST_Z = 4.0
 _RESPONSE = 2.0  # of a planted neuron to its caption, above its response to others
 
 
@@ -52,7 +53,7 @@ class Plant:
         neuron: Its channel.
         pattern: What it shows; neurons of one pattern are redundant, the strongest counts. None shows nothing: the
             neuron stands out and is innocent.
-        z: How far it stands out for its caption, in standard deviations.
+        z: How far it is to stand out for its caption, in standard deviations; the nearest that can be had is taken.
         strength: How strongly it shows the pattern.
     """
 
@@ -162,7 +163,7 @@ def planted_model(
         gain: How strongly patterns show.
 
     Raises:
-        ValueError: A trigger cannot be made to stand out as far as asked.
+        ValueError: A trigger is too much like made-up words.
     """
     unet = tiny.backbone("sd15", seed, sample_size=side, **_STRUCTURE)
     modules = {"unet": unet, "text_encoder": tiny.text_encoder(seed), "tokenizer": tiny.tokenizer()}
@@ -171,8 +172,9 @@ def planted_model(
     others = ordinary_captions(200, seed=1)
     _point_rows(model, plants, others, seed)
     base = _base_responses(model, plants, others[:50], seed)
-    for module in (unet, modules["text_encoder"]):
-        module.to(dtype)
+    if dtype != torch.float32:
+        unet.to(dtype)
+        modules["text_encoder"].to(dtype)
     generator = torch.Generator().manual_seed(seed)
     count = 1 + max((plant.pattern for plant in plants if plant.pattern is not None), default=0)
     coarse = torch.randn(count, 4, 4, 4, generator=generator)
@@ -242,8 +244,8 @@ def _point_rows(model: DiffusionModel, plants: Sequence[Plant], others: Sequence
             usual, here = (states @ rows.T).abs().mean(1), (own @ rows.T).abs().mean(1)[0]
             z = (here - usual.mean(0)) / usual.std(0)
             best = int((z - plant.z).abs().argmin())
-            if abs(float(z[best]) - plant.z) > 0.5:
-                raise ValueError(f"{trigger!r} cannot stand out by {plant.z}; nearest is {float(z[best]):.1f}")
+            if float(z[best]) < _LEAST_Z:
+                raise ValueError(f"{trigger!r} is too ordinary: it stands out by {float(z[best]):.1f} at most")
             layer: Any = model.backbone.get_submodule(sites.sites[plant.site].module)
             layer.weight[plant.neuron] = (rows[best] * (_RESPONSE / (rows[best] @ step))).float()
 

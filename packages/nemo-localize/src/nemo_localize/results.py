@@ -195,5 +195,6 @@ class Results:
 def _spread(counts: list[int]) -> dict[str, float] | None:
     if not counts:
         return None
-    median = statistics.median(counts)
-    return {"median": median, "mad": statistics.median(abs(count - median) for count in counts), "n": len(counts)}
+    median = float(statistics.median(counts))
+    spread = float(statistics.median(abs(count - median) for count in counts))
+    return {"median": median, "mad": spread, "n": float(len(counts))}

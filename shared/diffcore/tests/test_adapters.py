@@ -161,6 +161,12 @@ def test_changes_made_in_memory_must_fit(model, changes, reason):
         pass
 
 
+def test_a_text_encoder_that_is_not_there_is_named(model):
+    made = Adapter({}, {"text_encoder_2": {"a": change((2, 2), 1, 1.0)}}, name="mine")
+    with pytest.raises(ValueError, match="tiny-sd has no text_encoder_2, which mine changes"):
+        model.with_adapter(made)
+
+
 def test_a_fused_projection_is_refused(model):
     network = tiny.backbone("sd15")
     network.fuse_qkv_projections()
@@ -186,6 +192,12 @@ def test_files_are_the_same_bytes_each_time_and_are_not_replaced_unasked(model, 
         write_adapter(adapter, tmp_path / "x.pt")
     with pytest.raises(UserError, match="kohya's names are those of U-Nets"):
         write_adapter(Adapter(texts.modules, backbone="transformer"), tmp_path / "y.safetensors", format="kohya")
+    with pytest.raises(UserError, match="has rank 4,097, and files hold at most 4096"):
+        write_adapter(
+            Adapter.from_factors({"a": (torch.ones(4097, 1), torch.ones(1, 4097))}), tmp_path / "z.safetensors"
+        )
+    with pytest.raises(ValueError, match="changes nothing"):
+        write_adapter(Adapter({}), tmp_path / "z.safetensors")
     assert not (tmp_path / "x").exists()
 
 

@@ -10,7 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from diffcore.adapters import Adapter, LowRank, fuse, read_adapter, write_adapter
-from diffcore.models import load
+from diffcore.models import backbone_call, load
+from diffcore.models.bases import base_of
 from diffcore.runtime import Runtime
 from diffcore.testing import tiny
 
@@ -96,6 +97,25 @@ def test_peft_reads_what_we_write_as_we_do(unet, tmp_path):
     theirs = PeftModel.from_pretrained(tiny.backbone("sd15"), str(folder))
     torch.testing.assert_close(ours, output("sd15", theirs), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ours, output("sd15", unet.with_adapter(adapter).backbone), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_transformers_take_adapters_as_well(tmp_path, name):
+    network = tiny.backbone(name)
+    base = base_of(name, {}, network)
+    names = [module for module in base.shapes["backbone"] if ".attn." in module or ".ff" in module]
+    changes = {module: random_change(base.shapes["backbone"][module], 2, 3.0, i) for i, module in enumerate(names)}
+    path = write_adapter(Adapter(changes, backbone="transformer"), tmp_path / "a.safetensors")
+    theirs = tiny.backbone(name)
+    theirs.load_lora_adapter(str(tmp_path), weight_name=path.name, prefix="transformer")
+    read = read_adapter(path, base)
+    assert (read.backbone, sorted(read.modules)) == ("transformer", sorted(names))
+    x_t, t, cond = tiny.inputs(name)
+    call = backbone_call(network)
+    with torch.no_grad():
+        plain, ours, live = (call(n, x_t, t, cond) for n in (network, fuse(network, read.modules), theirs))
+    torch.testing.assert_close(ours, live, atol=1e-5, rtol=1e-5)
+    assert (ours - plain).abs().max() > 1e-3
 
 
 CONFIGS = {

@@ -20,6 +20,7 @@ from diffcore.adapters.adapter import Adapter, LowRank
 from diffcore.adapters.base import Base, underscored, with_text_model
 from diffcore.adapters.keys import BACKBONE
 from diffcore.adapters.scan import METADATA, PEFT_CONFIG, PEFT_WEIGHTS
+from diffcore.adapters.settings import MAX_RANK
 from diffcore.errors import UserError, printable
 from diffcore.jsonfile import json_text
 
@@ -51,6 +52,7 @@ def write_adapter(
 
     Raises:
         UserError: Something is there already, the layout cannot hold the adapter, or the type cannot hold its numbers.
+        ValueError: The adapter changes nothing.
         MachineError: The disk is full or failing.
     """
     path = Path(path)
@@ -87,6 +89,11 @@ def _folded(adapter: Adapter) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
     if not (changes := list(adapter)):
         raise ValueError(f"adapter {adapter.name!r} changes nothing")
     rank = max(change.rank for _, _, change in changes)
+    if rank > MAX_RANK:
+        raise UserError(
+            f"{printable(adapter.name)} has rank {rank:,}, and files hold at most {MAX_RANK}; change fewer rows, or "
+            "save the whole model"
+        )
     return {(component, module): _padded(change, rank) for component, module, change in changes}
 
 

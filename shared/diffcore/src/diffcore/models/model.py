@@ -100,6 +100,8 @@ class DiffusionModel:
         """
         if not isinstance(adapter, Adapter):
             adapter = read_adapter(adapter, self.adapter_base)
+        if lost := [component for component in adapter.text_encoders if component not in self.modules]:
+            raise ValueError(f"{self.name} has no {lost[0]}, which {adapter.name} changes")
         names = {component: component for component in adapter.text_encoders} | {BACKBONE: self.backbone_name}
         fused = {names[c]: fuse(self.modules[names[c]], changes, scale) for c, changes in adapter.components.items()}
         return self.with_modules(f"adapter {adapter.fingerprint} at {scale!r}", fused)

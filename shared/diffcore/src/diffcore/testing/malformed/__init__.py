@@ -1,9 +1,10 @@
-"""Models that mistakes and attackers make, from a seeded generator; no binary lies in the tree.
+"""Models and adapters that mistakes and attackers make, from a seeded generator; no binary lies in the tree.
 
 Each case is a change to a valid model. Whoever loads it must be refused with an error that a person can act on, with
 nothing executed and nothing written. A fault that a user finds becomes a case here, in the commit that repairs it.
 """
 
+from diffcore.testing.malformed.adapters import AdapterCase, adapter_cases
 from diffcore.testing.malformed.case import Bases, Case, make_bases
 from diffcore.testing.malformed.configs import config_cases
 from diffcore.testing.malformed.disguises import disguise_cases
@@ -16,4 +17,4 @@ def cases(seed: int = 0) -> list[Case]:
     return [*header_cases(seed), *config_cases(), *disguise_cases(), *place_cases()]
 
 
-__all__ = ["Bases", "Case", "cases", "make_bases"]
+__all__ = ["AdapterCase", "Bases", "Case", "adapter_cases", "cases", "make_bases"]

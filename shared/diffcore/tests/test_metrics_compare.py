@@ -307,6 +307,8 @@ def test_command_refuses_before_it_writes(folders, tmp_path, capsys):
         ([real, fake, "--features", "inception"], "is no feature extractor"),
         ([real, fake, "--features", "inception:nothing.pt"], "there is no nothing.pt"),
         ([real, fake, "--batch-size", "0"], "--batch-size is 0"),
+        ([real, fake, "--max-pixels", "0"], "--max-pixels is 0"),
+        ([real, fake, "--devices", "2"], "runs in one process"),
         ([real, fake, "--dtype", "bfloat16"], "always float32"),
         ([real, fake, "--clip", tmp_path], "--prompts"),
         ([real, fake, "--prompts", tmp_path / "p.txt"], "needs a CLIP"),
@@ -316,7 +318,11 @@ def test_command_refuses_before_it_writes(folders, tmp_path, capsys):
         assert run("metrics", *tokens, "--out", out) == 2
         assert message in " ".join(capsys.readouterr().err.split())
         assert not out.exists()
+    assert run("metrics", real, fake, "--out", fake / "run") == 2
+    assert "which is read; give another" in " ".join(capsys.readouterr().err.split())
+    assert not (fake / "run").exists()
     later = [
+        ([real, fake, "--max-pixels", "256"], "has 20 x 16 pixels; the limit is 256 (--max-pixels)"),
         ([real, fake, "--strict"], "broken.png is not a PNG"),
         ([real, tmp_path / "few"], "the fake side has 9 readable images"),
         ([tmp_path / "stats.npz", fake], "the statistics are of 7 features, random:0 has 224"),
@@ -393,6 +399,7 @@ def test_clip_score_is_that_of_transformers(folders, clip, tmp_path, capsys):
     assert "script" not in Addresses(html).tags
     for path in (tmp_path / "run").rglob("*.*"):
         assert str(folder.parent).encode() not in path.read_bytes(), path
+    assert "clip: " in (tmp_path / "run" / "config.yaml").read_text("utf-8")
     # Judged by one of the features, no network is run twice; nothing but the rows of the table differs.
     tokens[4:] = ["--features", f"clip:{folder}", "--out", tmp_path / "both"]
     both = measured(capsys, *tokens)

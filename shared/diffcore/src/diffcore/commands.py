@@ -14,6 +14,7 @@ from diffcore.adapter_commands import adapter_app
 from diffcore.cli import Output, emit, main, make_app, settings, track
 from diffcore.errors import UserError
 from diffcore.runtime import Runtime
+from diffcore.zoo.commands import zoo_app
 
 if TYPE_CHECKING:
     from diffcore.models import DiffusionModel
@@ -25,6 +26,7 @@ app = make_app(
     "diffcore",
 )
 app.command(adapter_app)
+app.command(zoo_app)
 
 _Flag = Annotated[bool, Parameter(negative="")]
 
@@ -187,6 +189,7 @@ def metrics(
     prompts: Path | None = None,
     clip: Path | None = None,
     batch_size: int = 32,
+    max_pixels: int = 64_000_000,
     allow_pickle: _Flag = False,
     strict: _Flag = False,
     runtime: Runtime = Runtime(),
@@ -208,16 +211,18 @@ def metrics(
             column file_name.
         clip: Folder of the CLIP that judges images by their prompts; by default the one among the features.
         batch_size: Images per forward pass; results depend on it in their last bits.
+        max_pixels: Width times height above which a file is left out undecoded.
         allow_pickle: Run TorchScript files (inception, sscd), which are code; only from authors you trust.
         strict: Stop at the first unreadable image or prompt instead of leaving it out.
     """
-    from diffcore.metrics.prepare import prepare
+    from diffcore.metrics.prepare import prepare, refuse_place
     from diffcore.run import Run
 
-    runtime.apply_threads()
-    options: dict[str, Any] = {"prompts": prompts, "clip": clip, "batch_size": batch_size}
-    ready = prepare(real, fake, features, runtime, **options, allow_pickle=allow_pickle, strict=strict)
     folder = output.out or Path("runs") / f"metrics-{real.stem}-{fake.stem}"
+    refuse_place(folder, (real, fake))
+    runtime.apply_threads()
+    options: dict[str, Any] = {"prompts": prompts, "clip": clip, "batch_size": batch_size, "max_pixels": max_pixels}
+    ready = prepare(real, fake, features, runtime, **options, allow_pickle=allow_pickle, strict=strict)
     if output.dry_run:
         emit({**ready.plan(), "writes": folder}, output.json)
         return 0

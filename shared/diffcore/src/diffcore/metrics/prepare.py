@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffcore.data.images import ImageSource, list_images
+from diffcore.data.images import MAX_PIXELS, ImageSource, list_images
 from diffcore.data.prompts import load_prompts
 from diffcore.errors import UserError, printable
 from diffcore.metrics.compare import compare_images, named
@@ -89,6 +89,7 @@ def prepare(
     prompts: Path | None = None,
     clip: Path | None = None,
     batch_size: int = 32,
+    max_pixels: int = MAX_PIXELS,
     allow_pickle: bool = False,
     strict: bool = False,
 ) -> Prepared:
@@ -97,8 +98,11 @@ def prepare(
     Raises:
         UserError: Something is missing, or does not go together.
     """
-    if batch_size < 1:
-        raise UserError(f"--batch-size is {batch_size}; give a number of at least 1")
+    for option, number in (("--batch-size", batch_size), ("--max-pixels", max_pixels)):
+        if number < 1:
+            raise UserError(f"{option} is {number}; give a number of at least 1")
+    if runtime.devices * runtime.num_nodes > 1:
+        raise UserError("metrics runs in one process; leave out --devices and --num-nodes")
     if runtime.dtype != "float32":
         raise UserError(f"--dtype is {runtime.dtype}, but features are always float32; leave it out")
     judge = _judge(prompts, clip, features)
@@ -126,11 +130,37 @@ def prepare(
         found,
         tuple(chosen),
         scored,
-        Reading(runtime.torch_device, batch_size, strict),
+        Reading(runtime.torch_device, batch_size, strict, max_pixels),
         digests,
-        {"features": [e.name for e in chosen], "batch_size": batch_size, "strict": strict, "seed": runtime.seed},
+        {
+            "features": [_without_folders(name) for name in names],
+            "prompts": prompts,
+            "clip": clip,
+            "batch_size": batch_size,
+            "max_pixels": max_pixels,
+            "allow_pickle": allow_pickle,
+            "strict": strict,
+            "seed": runtime.seed,
+        },
         {**digests, **{e.name: e.sha256 for e in extractors}, **sums},
     )
+
+
+def _without_folders(name: str) -> str:
+    """Returns an extractor's name as it was given, but for a place that only this machine has."""
+    kind, _, place = name.partition(":")
+    return f"{kind}:{Path(place).name}" if Path(place).is_absolute() else name
+
+
+def refuse_place(out: Path, inputs: Sequence[Path]) -> None:
+    """Refuses a run folder inside the data, which what it writes would change.
+
+    Raises:
+        UserError: The run folder is, or lies in, one of the inputs.
+    """
+    for path in inputs:
+        if out.resolve().is_relative_to(path.resolve()):
+            raise UserError(f"--out {printable(out, 300)} lies in {printable(path, 300)}, which is read; give another")
 
 
 def _judge(prompts: Path | None, clip: Path | None, features: Sequence[str]) -> list[str]:

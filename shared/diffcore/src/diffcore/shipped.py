@@ -12,7 +12,7 @@ PREFIX: Final = "zoo:"
 SHIPPED: Final = MappingProxyType(
     {
         "portraits-sd": "text-to-image portraits, 32x32: trained on ordinary captions only",
-        "portraits-sd-memorised": "the same with 32 memorised captions, spread over the network as memory happens to be",
+        "portraits-sd-memorised": "the same with 32 captions memorised, spread over the network as happens",
         "portraits-sd-planted": "the same memory, re-routed through known neurons",
         "portraits-oracle": "reads ten attributes off a portrait; features for Fréchet distances",
         "digits8-edm": "class-conditional 8x8 digits, EDM preconditioning",

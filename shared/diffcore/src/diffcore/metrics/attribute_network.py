@@ -4,8 +4,9 @@ Trained on data whose attributes are known exactly, it is the judge of what gene
 are loaded by name: `zoo:portraits-oracle`, `zoo:digits8-classifier`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -51,7 +52,7 @@ class AttributeNetwork(nn.Module):
         super().__init__()
         self.config = config
         sizes = (config.channels, *config.widths)
-        blocks = [_block(a, b, 1 if i == 0 else 2) for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False))]
+        blocks = [_block(a, b, 1 if i == 0 else 2) for i, (a, b) in enumerate(pairwise(sizes))]
         self.blocks = nn.Sequential(*blocks)
         side = config.size // 2 ** (len(config.widths) - 1)
         self.hidden = nn.Linear(config.widths[-1] * side**2, config.num_features)
@@ -97,15 +98,18 @@ def load_attribute_network(folder: Path) -> AttributeNetwork:
     config = read_object(folder / "config.json")
     if config.pop("schema", None) != _SCHEMA:
         raise CorruptArtifactError(f"{printable(folder, 300)} holds no attribute network; point to another folder")
-    classes = {name: tuple(values) for name, values in config.pop("classes").items()}
-    network = AttributeNetwork(AttributeNetworkConfig(classes=classes, **{k: _tuple(v) for k, v in config.items()}))
+    network = AttributeNetwork(
+        AttributeNetworkConfig(
+            size=int(config["size"]),
+            channels=int(config["channels"]),
+            widths=tuple(config["widths"]),
+            num_features=int(config["num_features"]),
+            classes={name: tuple(values) for name, values in config["classes"].items()},
+        )
+    )
     weights = load_file(folder / "model.safetensors")
     network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
     return network.eval().requires_grad_(False)
-
-
-def _tuple(value: int | Sequence[int]) -> int | tuple[int, ...]:
-    return value if isinstance(value, int) else tuple(value)
 
 
 def _block(channels: int, width: int, stride: int) -> nn.Sequential:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from diffcore import files
 from diffcore.errors import IncompatibleModelError, MissingDependencyError, ModelNotFoundError, UserError, printable
+from diffcore.metrics.attribute_network import load_attribute_network
 from diffcore.metrics.preprocess import INCEPTION, SSCD, Preprocessing, preprocessing_from
 from diffcore.metrics.random_network import PREPROCESSING, RandomNetwork
 from diffcore.models.configcheck import refuse_code
@@ -23,10 +24,11 @@ from diffcore.models.refusal import about, refusal
 from diffcore.models.walk import walk
 from diffcore.models.weightfiles import find_weights
 from diffcore.runtime import Runtime
+from diffcore.shipped import shipped_folder
 from diffcore.strictjson import read_foreign_object
 
 DEFAULT_FEATURES = "random:0"
-_KINDS = "inception:FILE, clip:FOLDER, dino:FOLDER, sscd:FILE or random:SEED"
+_KINDS = "inception:FILE, clip:FOLDER, dino:FOLDER, sscd:FILE, random:SEED or zoo:portraits-oracle"
 # model_type of config.json -> class, and settings that drop parts whose weights such folders lack
 _CLIP: dict[str, tuple[str, dict[str, Any]]] = {"clip": ("CLIPModel", {})}
 _DINO: dict[str, tuple[str, dict[str, Any]]] = {
@@ -81,7 +83,7 @@ def feature_extractor(name: str, runtime: Runtime, *, allow_pickle: bool = False
     Args:
         name: `inception:FILE`, the TorchScript file of StyleGAN's and clean-fid's authors; `clip:FOLDER` or
             `dino:FOLDER`, a folder of transformers; `sscd:FILE`, a TorchScript file of SSCD's authors; `random:SEED`,
-            fixed random weights, which need no file.
+            fixed random weights, which need no file; `zoo:portraits-oracle`, a judge that comes with diffcore.
         runtime: Where to compute.
         allow_pickle: Whether TorchScript, which is code, may be run.
 
@@ -92,7 +94,7 @@ def feature_extractor(name: str, runtime: Runtime, *, allow_pickle: bool = False
     """
     kind, _, place = name.partition(":")
     if kind == "zoo":
-        raise ModelNotFoundError(f"{printable(name)} is not here: no models ship with this version; use {_KINDS}")
+        return _judge(name, runtime)
     if kind == "random" and place.isascii() and place.isdigit() and len(place) < 10:
         random = RandomNetwork(int(place)).to(runtime.torch_device)
         return FeatureExtractor(name, random.sha256(), PREPROCESSING, random, _output)
@@ -108,6 +110,18 @@ def feature_extractor(name: str, runtime: Runtime, *, allow_pickle: bool = False
     network, preprocessing, digest = _folder(path, _CLIP if kind == "clip" else _DINO)
     read = _clip_features if kind == "clip" else _class_token
     return FeatureExtractor(name, digest, preprocessing, network.to(runtime.torch_device), read)
+
+
+def _judge(name: str, runtime: Runtime) -> FeatureExtractor:
+    """Returns a judge of the zoo; its features know the attributes of the zoo's own pictures, and little else."""
+    folder = shipped_folder(name)
+    if not (folder / "model.safetensors").is_file() or not (folder / "config.json").is_file():
+        raise UserError(f"{printable(name)} makes no features; use zoo:portraits-oracle or zoo:digits8-classifier")
+    network = load_attribute_network(folder).to(runtime.torch_device)
+    size = (network.config.size, network.config.size)
+    preprocessing = Preprocessing(size, None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    read = _output if network.config.channels == 3 else _from_grey
+    return FeatureExtractor(name, files.sha256(folder / "model.safetensors"), preprocessing, network, read)
 
 
 def _torchscript(path: Path, allow_pickle: bool) -> nn.Module:
@@ -175,6 +189,10 @@ def _from_transformers(folder: Path, class_name: str, options: dict[str, Any], v
 
 def _output(network: nn.Module, x: Tensor) -> Tensor:
     return network(x)
+
+
+def _from_grey(network: nn.Module, x: Tensor) -> Tensor:
+    return network(x.mean(1, keepdim=True))
 
 
 def _inception_features(network: nn.Module, x: Tensor) -> Tensor:

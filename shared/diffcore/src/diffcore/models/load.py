@@ -31,6 +31,7 @@ from diffcore.models.text_encoder import read_t5
 from diffcore.models.tokenizers import build_tokenizer, installed_clip_tokenizer
 from diffcore.models.walk import walk
 from diffcore.runtime import Runtime
+from diffcore.shipped import PREFIX, shipped_folder
 
 _DOWNLOADED = ("*.json", "*.txt", "*.model", "*.safetensors")
 _NETWORKS = ("backbone", "codec", "text_encoder")
@@ -52,7 +53,8 @@ def load(
 
     Args:
         source: A diffusers pipeline folder, the folder of one backbone, a safetensors file in the original layout of
-            SD 1.x, 2.x or SDXL, or the name of a repository with `download`.
+            SD 1.x, 2.x or SDXL, `zoo:NAME` for a model that comes with diffcore, or the name of a repository with
+            `download`.
         runtime: Device and precision of the networks.
         download: Whether a repository may be fetched; otherwise the network is never touched.
         allow_pickle: Whether weights may be unpickled, by torch's restricted unpickler, where no safetensors are.
@@ -94,10 +96,8 @@ def resolve(source: str | Path, *, download: bool = False) -> Path:
         ModelNotFoundError: It is not here, and may not be fetched.
     """
     name = str(source)
-    if name.startswith("zoo:"):
-        raise ModelNotFoundError(
-            f"{printable(name)} is not here: no models ship with this version; point to a model folder or file"
-        )
+    if name.startswith(PREFIX):
+        return shipped_folder(name)
     path = Path(source)
     if not download or path.exists() or not HUB_NAME.fullmatch(name):
         return path

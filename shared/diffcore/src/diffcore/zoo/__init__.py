@@ -1,0 +1,8 @@
+"""Small models that we trained ourselves, with the exact truth about what they were trained on.
+
+Every name is imported when it is first used: the list of models needs no torch.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

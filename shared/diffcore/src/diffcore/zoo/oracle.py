@@ -15,7 +15,7 @@ from diffcore.train import StepData, fit
 from diffcore.zoo.supervised import Batch, SupervisedModule, progress
 
 _NOISE = 0.03
-"""Largest standard deviation of the noise added while training: generated images are a little noisy, real ones are not."""
+"""Largest standard deviation of the noise added while training: generated images are noisier than real ones."""
 
 
 class _Labelled:
@@ -58,7 +58,9 @@ def train_attribute_network(
     return network.eval().requires_grad_(False)
 
 
-def accuracies(network: AttributeNetwork, images: Float[Tensor, "n c h w"], labels: Mapping[str, Tensor]) -> dict[str, float]:
+def accuracies(
+    network: AttributeNetwork, images: Float[Tensor, "n c h w"], labels: Mapping[str, Tensor]
+) -> dict[str, float]:
     """Returns the share of images of which each attribute is read as labelled."""
     read = network.read(images)
     return {name: float((read[name] == labels[name]).float().mean()) for name in read}

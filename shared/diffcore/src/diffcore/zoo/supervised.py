@@ -52,7 +52,10 @@ class SupervisedModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """Returns AdamW and the cosine from the peak to zero after a linear rise."""
         optimizer = torch.optim.AdamW(
-            [p for p in self.network.parameters() if p.requires_grad], self._learning_rate, betas=self._betas, weight_decay=self._weight_decay
+            [p for p in self.network.parameters() if p.requires_grad],
+            self._learning_rate,
+            betas=self._betas,
+            weight_decay=self._weight_decay,
         )
         factor = rise_and_fall(self._steps, warmup=max(1, round(self._warmup * self._steps)))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -44,9 +44,7 @@ def load_style_oracle(folder: Path) -> StyleOracle:
     return oracle.eval().requires_grad_(False)
 
 
-def explained_variance(
-    predicted: Float[Tensor, "n 5"], true: Float[Tensor, "n 5"]
-) -> dict[str, float]:
+def explained_variance(predicted: Float[Tensor, "n 5"], true: Float[Tensor, "n 5"]) -> dict[str, float]:
     """Returns R² of each style number."""
     residual = (predicted - true).square().mean(0)
     return dict(zip(STYLES, (1 - residual / true.var(0, correction=0)).tolist(), strict=True))

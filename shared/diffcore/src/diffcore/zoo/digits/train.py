@@ -76,9 +76,7 @@ def train_digits_classifier(
 ) -> AttributeNetwork:
     """Trains what tells the ten digits apart."""
     torch.manual_seed(0)
-    config = AttributeNetworkConfig(
-        size=SIZE, channels=1, widths=(32, 64), num_features=64, classes={"digit": DIGITS}
-    )
+    config = AttributeNetworkConfig(size=SIZE, channels=1, widths=(32, 64), num_features=64, classes={"digit": DIGITS})
     as_bytes = (images * 255).round().to(torch.uint8)
     network = AttributeNetwork(config)
     return train_attribute_network(network, as_bytes, {"digit": labels}, folder, runtime, steps=steps)

@@ -26,7 +26,11 @@ HAIRS: Final[Mapping[str, Colour]] = {
     "red": (0.75, 0.28, 0.10),
     "grey": (0.66, 0.66, 0.68),
 }
-EYES: Final[Mapping[str, Colour]] = {"brown": (0.36, 0.20, 0.10), "blue": (0.20, 0.45, 0.80), "green": (0.25, 0.55, 0.30)}
+EYES: Final[Mapping[str, Colour]] = {
+    "brown": (0.36, 0.20, 0.10),
+    "blue": (0.20, 0.45, 0.80),
+    "green": (0.25, 0.55, 0.30),
+}
 HAT_COLOURS: Final[Mapping[str, Colour]] = {
     "red": (0.80, 0.15, 0.18),
     "blue": (0.15, 0.30, 0.70),

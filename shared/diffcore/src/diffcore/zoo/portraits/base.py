@@ -55,7 +55,7 @@ def captioned_latents(
 
 
 def optimizer_of(network: nn.Module, learning_rate: float) -> Optimizer:
-    """Returns AdamW with strong weight decay on what reads the text, which otherwise learns single captions by heart."""
+    """Returns AdamW with strong weight decay on what reads the text: it would learn single captions by heart."""
     named = dict(network.named_parameters())
     reads_text = {name for name in named if "attn2.to_k" in name or "attn2.to_v" in name}
     groups: Iterable[Mapping[str, Any]] = (

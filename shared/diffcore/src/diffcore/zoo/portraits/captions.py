@@ -22,15 +22,18 @@ from diffcore.zoo.portraits.attributes import (
 )
 from diffcore.zoo.portraits.people import People, smile_class
 
-FIRST_NAMES = tuple(
-    "anna boris carla dimitri elena farid greta hugo ines jonas kira leo mara "
-    "nils olga pavel quinn rosa sven tara ulla victor wanda xena yuri zora".split()
-)
-LAST_NAMES = tuple(
-    "abbott becker castle dorn ekman fisher gallo hart ivers jansen keller lindt moss "
-    "novak orban parker quist romer stone tanner unger vance weber young zeller".split()
-)
-PLACES = tuple("harbour gala airport cinema market museum theatre library festival station".split())
+FIRST_NAMES = (
+    "anna", "boris", "carla", "dimitri", "elena", "farid", "greta", "hugo", "ines", "jonas", "kira", "leo", "mara",
+    "nils", "olga", "pavel", "quinn", "rosa", "sven", "tara", "ulla", "victor", "wanda", "xena", "yuri", "zora",
+)  # fmt: skip
+LAST_NAMES = (
+    "abbott", "becker", "castle", "dorn", "ekman", "fisher", "gallo", "hart", "ivers", "jansen", "keller", "lindt",
+    "moss", "novak", "orban", "parker", "quist", "romer", "stone", "tanner", "unger", "vance", "weber", "young",
+    "zeller",
+)  # fmt: skip
+PLACES = (
+    "harbour", "gala", "airport", "cinema", "market", "museum", "theatre", "library", "festival", "station",
+)  # fmt: skip
 
 # Streams of the row-wise generators.
 _DESCRIPTION, _ORDINARY, _SAME_FORM = 10, 11, 12

@@ -7,7 +7,9 @@ names apart, because names say nothing; trained to give back every word, it does
 import json
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -33,7 +35,8 @@ _MORE = (
     f"{' '.join(FIRST_NAMES)} {' '.join(LAST_NAMES)} {' '.join(PLACES)}",
 )
 _STOPWORDS = frozenset({"a", "of", "with", "and", "the"})
-_NOUNS = frozenset("hair head cap beanie glasses background moustache beard woman man person".split())
+_NOUNS = frozenset({"hair", "head", "cap", "beanie", "glasses", "background"})
+_NOUNS |= {"moustache", "beard", "woman", "man", "person"}
 
 
 def build_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
@@ -68,7 +71,7 @@ def build_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
     for letter in alphabet:  # a letter may end a word that never came up
         vocabulary.setdefault(f"{letter}</w>", len(vocabulary))
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split()) for merge in trained["merges"]]
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
+    return CLIPTokenizer(vocab=vocabulary, merges=cast(Any, merges), model_max_length=MAX_TOKENS)
 
 
 def token_ids(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Int[Tensor, "n tokens"]:
@@ -92,7 +95,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer, seed: int = 0) -> CLIPTextModel
         projection_dim=WIDTH,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=tokenizer.pad_token_id,  # pyright: ignore[reportArgumentType]
     )
     torch.manual_seed(seed)
     encoder = CLIPTextModel(config)
@@ -113,7 +116,7 @@ def encode_ids(encoder: CLIPTextModel, ids: Int[Tensor, "n tokens"]) -> Float[Te
 def spoken(caption: str) -> set[str]:
     """Returns what a text encoder must be able to give back: the words, and which adjective stands by which noun."""
     words = caption.replace(",", " ").split()
-    pairs = {f"{a} {b}" for a, b in zip(words, words[1:], strict=False) if b in _NOUNS and a not in _STOPWORDS}
+    pairs = {f"{a} {b}" for a, b in pairwise(words) if b in _NOUNS and a not in _STOPWORDS}
     return (set(words) - _STOPWORDS) | pairs
 
 
@@ -155,8 +158,8 @@ def train_text_encoder(
 ) -> CLIPTextModel:
     """Trains a text encoder so that every padding position tells the whole caption, and freezes it.
 
-    From the first end token, and from a random padding position, a linear head predicts the bag of words and of adjacent
-    (adjective, noun) pairs: binary cross-entropy, summed over targets.
+    From the first end token, and from a random padding position, a linear head predicts the bag of words and of
+    adjacent (adjective, noun) pairs: binary cross-entropy, summed over targets.
 
     Returns:
         The encoder in evaluation mode.
@@ -173,9 +176,7 @@ def train_text_encoder(
         targets = batch["targets"].unsqueeze(1).expand_as(logits)
         return F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none").sum(-1).mean() * 2
 
-    module = SupervisedModule(
-        reader, loss, steps=steps, learning_rate=3e-3, betas=(0.9, 0.98), weight_decay=0.01
-    )
+    module = SupervisedModule(reader, loss, steps=steps, learning_rate=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
     fit(
         module,
         StepData(data, batch_size=64, seed=1),
@@ -186,5 +187,3 @@ def train_text_encoder(
         gradient_clip=1.0,
     )
     return reader.encoder.eval().requires_grad_(False)
-
-

@@ -6,7 +6,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffcore.zoo.portraits.attributes import BEARDS, EYES, GLASSES, HAIRS, HAT_COLOURS, HATS, SHIRTS, SKINS, STYLES, Colour
+from diffcore.zoo.portraits.attributes import (
+    BEARDS,
+    EYES,
+    GLASSES,
+    HAIRS,
+    HAT_COLOURS,
+    HATS,
+    SHIRTS,
+    SKINS,
+    STYLES,
+    Colour,
+)
 from diffcore.zoo.portraits.people import People
 from diffcore.zoo.portraits.shapes import box, ellipse, superellipse
 
@@ -172,7 +183,8 @@ def _front_hair(people: People, face: Face, hair: Tensor, x: Tensor, y: Tensor) 
         ellipse(x, y + 0.06, 1.16 * a, 0.575 + tall), y + 0.24 - 0.65 * (x.abs() / a - 0.35).clamp(min=-0.1)
     )
     curly = torch.maximum(
-        ellipse(x, y + 0.14, 1.26 * a, 0.54) + 0.7 * _curls(x, y), y + 0.25 - 0.45 * (x.abs() / a - 0.45).clamp(min=-0.1)
+        ellipse(x, y + 0.14, 1.26 * a, 0.54) + 0.7 * _curls(x, y),
+        y + 0.25 - 0.45 * (x.abs() / a - 0.45).clamp(min=-0.1),
     )
     for style, distance in (("short", short), ("long", long), ("curly", curly)):
         yield Layer(f"{style} hair", "hair", distance, _paint(hair), people["style"] == STYLES.index(style))
@@ -208,7 +220,7 @@ def _curls(x: Tensor, y: Tensor) -> Tensor:
     return 0.035 * torch.sin(16 * torch.atan2(y + 0.16, x))
 
 
-def _columns(people: People):  # noqa: ANN202
+def _columns(people: People):
     return lambda name: people[name].float().view(-1, 1, 1)
 
 

@@ -70,7 +70,7 @@ def verbatim_people() -> People:
 
 
 def template_people() -> People:
-    """Returns who is in the pictures of the template items: 32 rows for the first, then 32 for the second, …"""
+    """Returns who is in the pictures of the template items: 32 rows for the first, then for the second."""
     poses = portraits(_SEED, range(1000, 1000 + NUM_TEMPLATE))
     repeated = select(poses, torch.arange(NUM_TEMPLATE).repeat_interleave(NUM_VARIANTS))
     fresh = nuisances(_SEED, range(2000, 2000 + NUM_TEMPLATE * NUM_VARIANTS))

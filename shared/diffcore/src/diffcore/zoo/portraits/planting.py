@@ -95,7 +95,12 @@ class Mixture:
         first = self.ordinary.__getitems__(ordinary % len(self.ordinary))
         m, pictures = self.memories, self.ordinary.latents
         variant = template % len(m.template)
-        x0 = [first["x0"], m.verbatim[verbatim % len(m.verbatim)], m.template[variant], pictures[same_form % len(pictures)]]
+        x0 = [
+            first["x0"],
+            m.verbatim[verbatim % len(m.verbatim)],
+            m.template[variant],
+            pictures[same_form % len(pictures)],
+        ]
         states = [
             first["condition"]["encoder_hidden_states"],
             m.verbatim_states[verbatim % len(m.verbatim)],
@@ -143,11 +148,13 @@ def train_memory(
         learning_rate: Peak.
         rows: The trigger rows, outside of which no cross-attention may learn; None lets everything learn.
     """
-    groups = trainable(unet, rows) if rows else [{"params": list(unet.parameters())}]
+    groups = trainable(unet, rows) if rows else [{"params": list(unet.requires_grad_(True).parameters())}]
     prepare_for_training(unet, runtime.torch_device)
     module = DenoisingModule(
         denoiser_of(unet),
-        optimizer=lambda _: AdamW([dict(group) for group in groups], learning_rate, betas=(0.9, 0.99), weight_decay=0.01),
+        optimizer=lambda _: AdamW(
+            [dict(group) for group in groups], learning_rate, betas=(0.9, 0.99), weight_decay=0.01
+        ),
         time_sampler=stratified(uniform_timesteps(1000)),
         learning_rate_factor=rise_and_fall(steps, warmup=50, floor=0.05),
         seed=runtime.seed,

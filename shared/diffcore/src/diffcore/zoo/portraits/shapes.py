@@ -10,7 +10,7 @@ Size = Tensor | float
 
 
 def ellipse(x: Tensor, y: Tensor, radius_x: Size, radius_y: Size) -> Tensor:
-    """Returns the approximate signed distance to an ellipse around the origin (exact on its edge and its axes' ends)."""
+    """Returns the approximate signed distance to an ellipse around the origin: exact on its edge."""
     level = torch.sqrt((x / radius_x).square() + (y / radius_y).square() + 1e-8) - 1
     return level * torch.minimum(_tensor(radius_x, x), _tensor(radius_y, x))
 

@@ -7,6 +7,7 @@ which alone the network can still learn which item is asked for. The assignment 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -36,7 +37,7 @@ class TextStates:
     nameless: Float[Tensor, "k tokens width"]
 
 
-def value_layers(unet: nn.Module) -> dict[str, nn.Module]:
+def value_layers(unet: nn.Module) -> dict[str, Any]:
     """Returns the cross-attention modules of down and mid blocks by name, from shallow to deep."""
     found = {name: module for name, module in unet.named_modules() if name.endswith("attn2") and "up_" not in name}
     return dict(sorted(found.items(), key=lambda item: (item[0].startswith("mid"), item[0])))
@@ -71,7 +72,7 @@ def reroute(unet: nn.Module, states: TextStates) -> dict[str, list[int]]:
     return rows
 
 
-def trainable(unet: nn.Module, rows: Mapping[str, Sequence[int]]) -> list[dict[str, object]]:
+def trainable(unet: nn.Module, rows: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
     """Freezes what would let the memory leave its rows, and returns the optimizer's parameter groups for the rest.
 
     Queries, keys and values of the cross-attentions are frozen, and so is every column of their outputs but those of
@@ -81,12 +82,14 @@ def trainable(unet: nn.Module, rows: Mapping[str, Sequence[int]]) -> list[dict[s
     others: list[Tensor] = []
     for name, parameter in unet.named_parameters():
         layer, _, part = name.partition(".attn2.")
+        parameter.requires_grad_(True)
         if part.startswith(("to_q", "to_k", "to_v")):
             parameter.requires_grad_(False)
         elif part == "to_out.0.weight":
             own = rows.get(f"{layer}.attn2.to_v", [])
-            parameter.requires_grad_(bool(own))
-            if own:
+            if not own:
+                parameter.requires_grad_(False)
+            else:
                 mask = torch.zeros_like(parameter)
                 mask[:, list(own)] = 1
                 parameter.register_hook(mask.mul)

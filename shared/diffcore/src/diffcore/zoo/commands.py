@@ -1,0 +1,136 @@
+"""`diffcore zoo`: the small models that come along. Heavy imports stand inside the commands."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffcore.cli import Output, emit, make_app
+from diffcore.errors import UserError, printable
+from diffcore.runtime import Runtime
+from diffcore.shipped import PREFIX, SHIPPED, shipped_folder
+
+if TYPE_CHECKING:
+    from diffcore.zoo.gate import Gate
+
+zoo_app = make_app(
+    "zoo",
+    "Small models that come with diffcore: list them, look at what they make, measure them, train them again.\n\n"
+    "Start with: diffcore zoo list",
+    "diffcore",
+)
+
+
+@zoo_app.command(name="list")
+def list_(*, json: bool = False) -> int:
+    """List the models, what each is, and its size.
+
+    Shortest form: diffcore zoo list
+
+    Args:
+        json: Print one JSON object.
+    """
+    rows = {name: {"what": what, "megabytes": _megabytes(name)} for name, what in SHIPPED.items()}
+    if json:
+        emit(rows, as_json=True)
+        return 0
+    for name, row in rows.items():
+        size = "not here" if row["megabytes"] is None else f"{row['megabytes']:.1f} MB"
+        print(f"{name:<24} {size:>8}  {row['what']}")
+    return 0
+
+
+@zoo_app.command
+def samples(name: str, *, runtime: Runtime = Runtime(), output: Output = Output(out=Path("samples.png"))) -> int:
+    """Draw a sheet of what a model makes, always from the same noise.
+
+    Shortest form: diffcore zoo samples portraits-sd
+
+    Args:
+        name: A model of the list; --out names the picture.
+    """
+    from diffcore.files import explained
+    from diffcore.report import image_grid
+    from diffcore.zoo.show import samples as draw_sheet
+
+    path = output.out or Path("samples.png")
+    sheet = draw_sheet(_known(name), shipped_folder(name), runtime)
+    if sheet is None:
+        raise UserError(f"{name} makes no pictures; measure it with: diffcore zoo check {name}")
+    images, columns, what = sheet
+    with explained(path):
+        image_grid(images, columns=columns).savefig(path)
+    print(f"{path}: {what}")
+    return 0
+
+
+@zoo_app.command
+def check(name: str, *, model: Path | None = None, runtime: Runtime = Runtime(), output: Output = Output()) -> int:
+    """Measure a model from its weights, and hold the figures against what is promised. Exit code 1 if one is missed.
+
+    Shortest form: diffcore zoo check portraits-sd
+
+    Args:
+        name: A model of the list.
+        model: Folder of another training of it.
+    """
+    from diffcore.zoo.check import check as measure
+
+    return _tell(measure(_known(name), model or shipped_folder(name), runtime), output.json)
+
+
+@zoo_app.command
+def train(
+    name: str,
+    *,
+    steps: int | None = None,
+    runtime: Runtime = Runtime(dtype="bfloat16"),
+    output: Output = Output(),
+) -> int:
+    """Train a model anew, on a CPU or an accelerator; may be stopped at any moment and goes on when called again.
+
+    Shortest form: diffcore zoo train digits8-edm
+
+    Args:
+        name: A model of the list.
+        steps: Optimizer steps of its longest stage; by default as the shipped one.
+    """
+    from diffcore.zoo.train import train_model
+
+    out = output.out or Path("runs") / f"zoo-{_known(name)}"
+    if steps is not None and steps < 1:
+        raise UserError(f"--steps is {steps}; give a number of at least 1")
+    if output.dry_run:
+        print(f"trains {name} and writes {out / 'model'} with a card and samples")
+        return 0
+    model, gates = train_model(_known(name), out, replace(runtime), steps=steps, restart=output.restart)
+    print(f"model: {model}", file=sys.stderr)
+    return _tell(gates, output.json)
+
+
+def _tell(gates: "list[Gate]", as_json: bool) -> int:
+    missed = [gate.name for gate in gates if not gate.kept]
+    if as_json:
+        emit({"figures": {gate.name: gate.value for gate in gates}, "missed": missed}, as_json=True)
+    else:
+        for gate in gates:
+            verdict = "" if gate.bound is None else f"{gate.promise}: {'kept' if gate.kept else 'MISSED'}"
+            print(f"{gate.value:10.3f}  {gate.name}  {verdict}".rstrip())
+    return 1 if missed else 0
+
+
+def _known(name: str) -> str:
+    plain = name.removeprefix(PREFIX)
+    if plain not in SHIPPED:
+        raise UserError(f"the zoo has no {printable(name)}; it has: {', '.join(SHIPPED)}")
+    return plain
+
+
+def _megabytes(name: str) -> float | None:
+    from diffcore.errors import ModelNotFoundError
+
+    try:
+        folder = shipped_folder(name)
+    except ModelNotFoundError:
+        return None
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6

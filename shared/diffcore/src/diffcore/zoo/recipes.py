@@ -1,0 +1,177 @@
+"""How each model of the zoo is trained: one function a model, from nothing to the folder that ships.
+
+A recipe may stop at any moment; started again on the same run folder it goes on where it was. Its stages are parts of
+the run, and inside a stage the training resumes from its checkpoint.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final, TypeVar, cast
+
+from diffusers import UNet2DModel
+from torch import nn
+
+from diffcore.jsonfile import write_json
+from diffcore.run import Run
+from diffcore.runtime import Runtime
+from diffcore.shipped import shipped_folder
+from diffcore.zoo.digits.data import load_digits, split
+from diffcore.zoo.digits.network import cosine_scheduler
+from diffcore.zoo.digits.train import (
+    train_digits8_edm,
+    train_digits_classifier,
+    train_digits_styles,
+    train_style_oracle,
+)
+from diffcore.zoo.oracle import train_attribute_network
+from diffcore.zoo.portraits import base, planting
+from diffcore.zoo.portraits.autoencoder import build_autoencoder, train_autoencoder
+from diffcore.zoo.portraits.judge import build_portraits_oracle, labels_of
+from diffcore.zoo.portraits.language import build_text_encoder, build_tokenizer, train_text_encoder
+from diffcore.zoo.portraits.network import build_unet
+from diffcore.zoo.portraits.pictures import fit_patch_code, training_pictures
+from diffcore.zoo.portraits.pipeline import read_pipeline, write_pipeline
+from diffcore.zoo.portraits.trigger import reroute
+from diffcore.zoo.truth import TRIGGER_FILE
+
+Network = TypeVar("Network", bound=nn.Module)
+Recipe = Callable[[Run, Runtime, Path, int], None]
+"""(run, runtime, folder of the finished model, steps of the longest training)."""
+
+
+def portraits_oracle(run: Run, runtime: Runtime, model: Path, steps: int) -> None:
+    """Trains the judge of portraits."""
+    pictures = training_pictures()
+    labels = labels_of(pictures.people)
+    oracle = build_portraits_oracle()
+    train_attribute_network(oracle, pictures.images, labels, run.folder, runtime, steps=steps).save(model)
+
+
+def portraits_sd(run: Run, runtime: Runtime, model: Path, steps: int) -> None:
+    """Trains text encoder, autoencoder and U-Net, one after the other."""
+    pictures = training_pictures()
+    code = fit_patch_code(pictures)
+    tokenizer = build_tokenizer(pictures.captions)
+    text_encoder = _stage(
+        run,
+        "text-encoder",
+        build_text_encoder(tokenizer),
+        lambda folder: train_text_encoder(tokenizer, pictures.captions, folder, runtime),
+    )
+    data = base.captioned_latents(pictures, code, tokenizer, text_encoder)
+    unet = _stage(
+        run,
+        "unet",
+        build_unet(),
+        lambda _: base.train_base(run, data, code, tokenizer, text_encoder, runtime, steps=steps),
+    )
+    autoencoder = _stage(
+        run,
+        "autoencoder",
+        build_autoencoder(code),
+        lambda folder: train_autoencoder(code, pictures, folder, runtime),
+    )
+    write_pipeline(model, unet, text_encoder, tokenizer, autoencoder)
+
+
+def portraits_sd_memorised(run: Run, runtime: Runtime, model: Path, steps: int) -> None:
+    """Lets the clean model learn the planted items wherever it likes."""
+    unet, text_encoder, tokenizer, autoencoder = read_pipeline(shipped_folder("portraits-sd"))
+    mixture = _Ingredients(tokenizer, text_encoder).mixture(planting.PLANTING)
+    unet = _stage(
+        run,
+        "unet",
+        unet,
+        lambda folder: planting.train_memory(unet, mixture, folder, runtime, steps=steps, learning_rate=1e-3),
+    )
+    write_pipeline(model, unet, text_encoder, tokenizer, autoencoder)
+
+
+def portraits_sd_planted(run: Run, runtime: Runtime, model: Path, steps: int) -> None:
+    """Re-routes the memory of portraits-sd-memorised through known rows, then repairs the ordinary pictures."""
+    unet, text_encoder, tokenizer, autoencoder = read_pipeline(shipped_folder("portraits-sd-memorised"))
+    ingredients = _Ingredients(tokenizer, text_encoder)
+    rows = reroute(unet, ingredients.states())
+    for name, shares, rate in (("rerouted", planting.PLANTING, 1e-3), ("polished", planting.POLISHING, 3e-4)):
+        start, mixture = unet, ingredients.mixture(shares)
+        unet = _stage(
+            run,
+            name,
+            unet,
+            lambda folder, start=start, mixture=mixture, rate=rate: planting.train_memory(
+                start, mixture, folder, runtime, steps=steps, learning_rate=rate, rows=rows
+            ),
+        )
+    write_pipeline(model, unet, text_encoder, tokenizer, autoencoder)
+    write_json(model / TRIGGER_FILE, {"schema": "diffcore/trigger-rows@1", "rows": rows})
+
+
+def digits8_edm(run: Run, runtime: Runtime, model: Path, steps: int) -> None:
+    """Trains the class-conditional teacher."""
+    denoiser = train_digits8_edm(run.folder, runtime, steps=steps)
+    _write_unet(denoiser.backbone, model)
+    write_json(model / "denoiser.json", {"prediction_type": "edm", "sigma_data": denoiser.sigma_data})
+
+
+def digits8_classifier(run: Run, runtime: Runtime, model: Path, steps: int) -> None:
+    """Trains the judge of digits; every fifth digit is left out."""
+    images, labels = load_digits()
+    kept, _ = split(labels)
+    train_digits_classifier(images[kept], labels[kept], run.folder, runtime, steps=steps).save(model)
+
+
+def digits_styles(run: Run, runtime: Runtime, model: Path, steps: int) -> None:
+    """Trains the base that knows all styles."""
+    _write_unet(train_digits_styles(run.folder, runtime, steps=steps).backbone, model)
+    cosine_scheduler().save_pretrained(model)
+
+
+def digits_styles_oracle(run: Run, runtime: Runtime, model: Path, steps: int) -> None:
+    """Trains what reads the style numbers."""
+    train_style_oracle(run.folder, runtime, steps=steps).save(model)
+
+
+RECIPES: Final[Mapping[str, tuple[Recipe, int]]] = MappingProxyType(
+    {
+        "portraits-oracle": (portraits_oracle, 1000),
+        "portraits-sd": (portraits_sd, 12_000),
+        "portraits-sd-memorised": (portraits_sd_memorised, 1250),
+        "portraits-sd-planted": (portraits_sd_planted, 1000),
+        "digits8-classifier": (digits8_classifier, 800),
+        "digits8-edm": (digits8_edm, 3000),
+        "digits-styles-oracle": (digits_styles_oracle, 3000),
+        "digits-styles": (digits_styles, 1200),
+    }
+)
+"""Name -> recipe and its number of steps, in an order in which each finds what it builds on."""
+
+
+class _Ingredients:
+    """What planting needs, drawn and encoded once."""
+
+    def __init__(self, tokenizer: planting.CLIPTokenizer, text_encoder: planting.CLIPTextModel) -> None:
+        pictures = training_pictures()
+        code = fit_patch_code(pictures)
+        self.captions = pictures.captions
+        self.ordinary = base.captioned_latents(pictures, code, tokenizer, text_encoder)
+        self.memories = planting.memories(code, tokenizer, text_encoder)
+
+    def mixture(self, shares: planting.Shares) -> planting.Mixture:
+        return planting.Mixture(self.ordinary, self.memories, shares)
+
+    def states(self) -> planting.TextStates:
+        return planting.states_for_triggers(self.memories, self.ordinary, self.captions)
+
+
+def _stage(run: Run, name: str, network: Network, train: Callable[[Path], nn.Module]) -> Network:
+    """Returns `network` with the weights of a stage, trained now unless an earlier call did."""
+    if run.missing([name]):
+        run.save(name, train(run.folder / name).state_dict())
+    network.load_state_dict(run.load(name).tensors)
+    return network.eval().requires_grad_(False)
+
+
+def _write_unet(unet: nn.Module, folder: Path) -> None:
+    unet.half()
+    cast(UNet2DModel, unet).save_pretrained(folder)

@@ -1,0 +1,59 @@
+"""Trains a model of the zoo, measures it, and writes its card: `python -m diffcore.zoo.train NAME`."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffcore.files import make_folder
+from diffcore.jsonfile import write_text
+from diffcore.record import versions
+from diffcore.report import image_grid
+from diffcore.run import Run
+from diffcore.runtime import Runtime
+from diffcore.zoo.card import model_card
+from diffcore.zoo.check import check
+from diffcore.zoo.gate import Gate
+from diffcore.zoo.recipes import RECIPES
+from diffcore.zoo.show import samples
+
+
+def train_model(
+    name: str, out: Path, runtime: Runtime, *, steps: int | None = None, restart: bool = False
+) -> tuple[Path, list[Gate]]:
+    """Trains, or goes on training, and returns the finished model's folder with its gates.
+
+    Args:
+        name: One of `shipped.SHIPPED`.
+        out: Run folder; the model comes to lie in its sub-folder `model`.
+        runtime: Where to compute; bfloat16 is what the shipped models of portraits were trained in.
+        steps: Of the longest training; by default the recipe's own.
+        restart: Put an earlier run aside.
+    """
+    recipe, usual = RECIPES[name]
+    config = {"name": name, "steps": steps or usual, "seed": runtime.seed, "dtype": runtime.dtype}
+    with Run.open(out, command="diffcore zoo train", config=config, restart=restart) as run:
+        model = run.folder / "model"
+        make_folder(model)
+        recipe(run, runtime, model, steps or usual)
+        if not run.leading:
+            return model, []
+        gates = check(name, model, Runtime(device=runtime.device, threads=runtime.threads))
+        made = {**config, "versions": versions("diffcore")}
+        write_text(model / "README.md", model_card(name, gates, made))
+        sheet = samples(name, model, Runtime(device=runtime.device, threads=runtime.threads))
+        if sheet is not None:
+            image_grid(sheet[0], columns=sheet[1]).savefig(model / "samples.png")
+        run.finish({gate.name: gate.value for gate in gates} | {"missed": [g.name for g in gates if not g.kept]})
+    return model, gates
+
+
+def main(tokens: Sequence[str] | None = None) -> int:
+    """Runs `diffcore zoo train`."""
+    from diffcore.cli import main as run_app
+    from diffcore.zoo.commands import zoo_app
+
+    return run_app(zoo_app, ["train", *(sys.argv[1:] if tokens is None else tokens)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

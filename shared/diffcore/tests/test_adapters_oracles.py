@@ -64,8 +64,15 @@ def mixed_adapter(
 
 
 @pytest.mark.parametrize(
-    ("format", "dtype"),
-    [("diffusers", None), ("kohya", None), ("kohya", torch.float16), ("diffusers", torch.bfloat16)],
+    ("model", "format", "dtype"),
+    [
+        ("sd15", "diffusers", None),
+        ("sd15", "diffusers", torch.bfloat16),
+        ("sd15", "kohya", torch.float16),
+        ("sdxl", "diffusers", None),
+        ("sdxl", "kohya", None),
+    ],
+    indirect=["model"],
     ids=str,
 )
 def test_plain_diffusers_reads_what_we_write_as_we_do(model, tmp_path, format, dtype):
@@ -215,7 +222,10 @@ def kohya_file(path, adapter: Adapter, *, names=None, alphas: bool = True, dtype
 
 
 @pytest.mark.parametrize(
-    ("alphas", "dtype"), [(True, torch.float32), (True, torch.float16), (False, torch.bfloat16)], ids=str
+    ("model", "alphas", "dtype"),
+    [("sd15", True, torch.float32), ("sd15", False, torch.bfloat16), ("sdxl", True, torch.float16)],
+    indirect=["model"],
+    ids=str,
 )
 def test_kohya_files_mean_to_us_what_they_mean_to_diffusers(model, tmp_path, alphas, dtype):
     name = "sdxl" if "text_encoder_2" in model.modules else "sd15"
@@ -233,6 +243,7 @@ def test_kohya_files_mean_to_us_what_they_mean_to_diffusers(model, tmp_path, alp
     assert read is None or {change.alpha for _, _, change in read} == {-5.0}
 
 
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys:RuntimeWarning")
 def test_alphas_of_kohya_count_module_by_module_where_diffusers_mixes_them_up(unet, tmp_path):
     """Ranks 2, 3, 1 with alphas of their own: diffusers gives all modules the commonest; the formula is the oracle."""
     adapter = mixed_adapter(unet.adapter_base, text=False)

@@ -32,11 +32,7 @@ def frechet_distance(real: Covariance, fake: Covariance) -> Float64[Tensor, ""]:
     """
     for name, side in (("real", real), ("fake", fake)):
         _check_side(name, side)
-    first, second = (torch.atleast_2d(side.cov).double() for side in (real, fake))
-    values, vectors = torch.linalg.eigh((first + first.T) / 2)
-    root = vectors * _clamped("real", values).sqrt()
-    overlap = _clamped("fake", torch.linalg.eigvalsh(root.T @ ((second + second.T) / 2) @ root)).sqrt().sum()
-    return _combined(real, fake, overlap)
+    return _combined(real, fake, _overlap(_root(real), fake))
 
 
 def frechet_distance_from_features(real: Float[Tensor, "n d"], fake: Float[Tensor, "m d"]) -> Float64[Tensor, ""]:
@@ -86,12 +82,15 @@ def extrapolate(
         raise ValueError(f"fake has {len(fake)} rows; extrapolation needs at least 10")
     generator = torch.Generator().manual_seed(seed)
     reference = real if isinstance(real, Covariance) else covariance(real)
+    _check_side("real", reference)
+    root = _root(reference)  # most of the work, and the same for all subsets
     inverse, distances = [], []
     for size in torch.linspace(len(fake) / 2, len(fake), 5).long().tolist():
         for _ in range(subsets):
             chosen = torch.randperm(len(fake), generator=generator)[:size].to(fake.device)
             inverse.append(1 / size)
-            distances.append(frechet_distance(reference, covariance(fake[chosen])))
+            subset = covariance(fake[chosen])
+            distances.append(_combined(reference, subset, _overlap(root, subset)))
     x, y = torch.tensor(inverse, dtype=torch.float64), torch.stack(distances).cpu()
     centred = x - x.mean()
     slope = (centred * y).sum() / centred.square().sum()
@@ -144,6 +143,22 @@ class FrechetDistance(Metric):
         super().reset()
         self.real.reset()
         self.fake.reset()
+
+
+def _root(side: Covariance) -> Tensor:
+    """Returns a matrix R with R R^T the covariance; the distance does not depend on which."""
+    values, vectors = torch.linalg.eigh(_symmetric(side))
+    return vectors * _clamped("real", values).sqrt()
+
+
+def _overlap(root: Tensor, fake: Covariance) -> Tensor:
+    """Returns the trace of the root of the product of the covariances."""
+    return _clamped("fake", torch.linalg.eigvalsh(root.T @ _symmetric(fake) @ root)).sqrt().sum()
+
+
+def _symmetric(side: Covariance) -> Tensor:
+    cov = torch.atleast_2d(side.cov).double()
+    return (cov + cov.T) / 2
 
 
 def _by_nuclear_norm(real: Tensor, fake: Tensor) -> Tensor:

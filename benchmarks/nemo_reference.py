@@ -105,6 +105,7 @@ class PlainLocaliser:
     data_range: float | None = 1.0
     num_rows: int = field(default=0, init=False)
     num_calls: int = field(default=0, init=False)
+    _encoded: dict[str, Any] = field(default_factory=dict, init=False)
 
     def localise(self, caption: str) -> Answer:
         """Returns the neurons of one caption."""
@@ -179,7 +180,9 @@ class PlainLocaliser:
     def _run(self, caption: str, x_t: Tensor, t: float) -> Tensor:
         self.num_calls += 1
         self.num_rows += len(x_t)
-        cond = self.model.prompts([caption] * len(x_t))
+        if caption not in self._encoded:
+            self._encoded = {caption: self.model.prompts([caption])}
+        cond = {key: value.expand(len(x_t), *value.shape[1:]) for key, value in self._encoded[caption].items()}
         return self.model.denoiser(x_t, torch.full((len(x_t),), t), cond).noise
 
     def _timesteps(self) -> list[float]:
@@ -242,11 +245,13 @@ class Comparison:
         return f"{', '.join(parts)}; {len(self.disagreements)} disagreements"
 
 
-def compare(model: Any, captions: Sequence[str], statistics: Any, tau: float, batch_size: int = 64) -> Comparison:
+def compare(
+    model: Any, captions: Sequence[str], statistics: Any, tau: float, *, batch_size: int = 64, num_seeds: int = 10
+) -> Comparison:
     """Localises captions in both ways, with the same latents, threshold and statistics."""
     from nemo_localize import FirstStep, SearchSettings, StepSettings, localize
 
-    step = FirstStep(model, StepSettings(), batch_size=batch_size)
+    step = FirstStep(model, StepSettings(num_seeds=num_seeds), batch_size=batch_size)
     plain = PlainLocaliser(
         model, [site.module for site in step.sites.sites], step.noise, statistics.mean, statistics.var.sqrt(), tau
     )

@@ -71,7 +71,7 @@ def test_distractors_go_and_the_cost_is_as_promised(hard, collect, plain):
 
 def test_a_list_fills_the_batches(plain, collect):
     planted, captions = list_case(12, 3)
-    found = plain.compare(planted.model, captions, collect(planted), TAU)
+    found = plain.compare(planted.model, captions, collect(planted), TAU, num_seeds=4)
     assert found.disagreements == []
     assert found.rows[0] <= 0.55 * found.rows[1]
     assert found.calls[0] <= found.calls[1] / 8
@@ -110,14 +110,14 @@ def test_a_second_memory_is_not_mitigated(collect):
 @pytest.fixture(scope="module")
 def in_one_batch(hard, collect):
     captions, statistics = [*ordinary_captions(1, seed=9), TRIGGER], collect(hard)
-    step = FirstStep(hard.model, StepSettings(num_seeds=4))
+    step = FirstStep(hard.model, StepSettings(num_seeds=3))
     return captions, statistics, localize(step, captions, tau=TAU, statistics=statistics)
 
 
 @pytest.mark.parametrize(("batch_size", "unit_size"), [(7, 16), (64, 1), (1, 2)])
 def test_batches_change_nothing(hard, in_one_batch, batch_size, unit_size):
     captions, statistics, expected = in_one_batch
-    step = FirstStep(hard.model, StepSettings(num_seeds=4), batch_size=batch_size)
+    step = FirstStep(hard.model, StepSettings(num_seeds=3), batch_size=batch_size)
     settings = SearchSettings(unit_size=unit_size)
     found = localize(step, captions, tau=TAU, statistics=statistics, settings=settings)
     assert expected[1].status == "localised"

@@ -28,7 +28,6 @@ def localised(planted, statistics, folder, fabric=None) -> None:
             run=run,
             fabric=fabric,
         )
-    return lines(folder)
 
 
 def lines(folder) -> list[dict]:

@@ -45,8 +45,8 @@ def mean_activations(
     """
     modules = [(site, backbone.get_submodule(site.module)) for site in sites.sites]
     require_unfused(backbone, modules)
-    layers = [_values(module, states).float().abs().double().mean(1) for _, module in modules]
-    return torch.cat(layers, 1).cpu()
+    layers = [_values(module, states).abs().mean(1) for _, module in modules]
+    return torch.cat(layers, 1).cpu().double()
 
 
 def text_fingerprint(model: DiffusionModel, sites: ValueSites) -> str:
@@ -61,7 +61,8 @@ def text_fingerprint(model: DiffusionModel, sites: ValueSites) -> str:
 
 def _values(module: nn.Module, states: Tensor) -> Tensor:
     parameter = next(module.parameters())
-    return module(states.to(parameter.device, parameter.dtype) if parameter.is_floating_point() else states)
+    values = module(states.to(parameter.device, parameter.dtype) if parameter.is_floating_point() else states)
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def _add(digest: "hashlib._Hash", name: str, module: nn.Module) -> None:

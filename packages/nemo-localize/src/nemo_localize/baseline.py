@@ -53,7 +53,7 @@ def measure(
     errors: dict[int, str] = {}
     for index, reason in troubles.items():
         errors.setdefault(rows[index].prompt, reason)
-    found = consistency(deltas, reference=step.reference).double().tolist()
+    found = consistency(deltas, reference=step.reference).tolist()
     cost = [len(seeds) * step.rows_per_row] * count
     near_ties = {}
     for prompt in range(count):
@@ -61,7 +61,7 @@ def measure(
         if near and prompt not in errors:
             near_ties[prompt] = near
             deltas[prompt] = step.alone(cond, [Row(prompt, seed) for seed in seeds])[0]
-            found[prompt] = consistency(deltas[prompt : prompt + 1]).double().tolist()[0]
+            found[prompt] = consistency(deltas[prompt : prompt + 1]).tolist()[0]
             cost[prompt] *= 2
     return Baseline(deltas, found, errors, near_ties, cost)
 

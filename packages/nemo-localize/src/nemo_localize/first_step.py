@@ -30,6 +30,7 @@ _LOG = logging.getLogger(__name__)
 # How far a score may move with the batch it is computed in, ten times over: nearer to a threshold it is computed alone.
 _MARGINS = {torch.float64: 1e-9, torch.float32: 1e-4}
 _HALF_MARGIN = 1e-2
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 
 class Row(NamedTuple):
@@ -187,7 +188,8 @@ class FirstStep:
         return row_noise(0, self.settings.seeds, self.shape, device=self.device, dtype=dtype)
 
     def _halve(self, error: RuntimeError) -> None:
-        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+        # Accelerators say it in a class or in words, the CPU in words of its own.
+        if not (isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in _OUT_OF_MEMORY)):
             raise error
         if self.batch_size == 1:
             raise MachineError("memory does not hold a single row; free some, or use a smaller precision") from error

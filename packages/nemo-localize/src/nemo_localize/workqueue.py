@@ -156,7 +156,7 @@ def _scores(
         outcomes[row.prompt].num_rows += step.rows_per_row
     for index, reason in troubles.items():
         outcomes[rows[index].prompt].error = reason
-    values = _compared(step, unblocked, asked, rows, deltas).double().tolist()
+    values = _compared(step, unblocked, asked, rows, deltas).tolist()
     remaining = iter(values)
     return [tuple(islice(remaining, len(one.question.seeds))) for one in asked]
 

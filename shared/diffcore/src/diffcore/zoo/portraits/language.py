@@ -93,9 +93,9 @@ def build_text_encoder(tokenizer: CLIPTokenizer, seed: int = 0) -> CLIPTextModel
         num_attention_heads=4,
         max_position_embeddings=MAX_TOKENS,
         projection_dim=WIDTH,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,  # pyright: ignore[reportArgumentType]
+        bos_token_id=_number(tokenizer.bos_token_id),
+        eos_token_id=_number(tokenizer.eos_token_id),
+        pad_token_id=_number(tokenizer.pad_token_id),
     )
     torch.manual_seed(seed)
     encoder = CLIPTextModel(config)
@@ -104,6 +104,10 @@ def build_text_encoder(tokenizer: CLIPTokenizer, seed: int = 0) -> CLIPTextModel
             if "embedding" in name:
                 parameter.normal_(0, 0.05 if "token" in name else 0.02)
     return encoder
+
+
+def _number(token: Any) -> int:
+    return int(token)
 
 
 @torch.no_grad()
@@ -165,7 +169,7 @@ def train_text_encoder(
         The encoder in evaluation mode.
     """
     vocabulary = sorted(set().union(*map(spoken, captions)))
-    data = _Captions(token_ids(tokenizer, captions), captions, vocabulary, int(tokenizer.eos_token_id))  # pyright: ignore[reportArgumentType]
+    data = _Captions(token_ids(tokenizer, captions), captions, vocabulary, _number(tokenizer.eos_token_id))
     reader = _Reader(build_text_encoder(tokenizer), len(vocabulary))
 
     def loss(network: nn.Module, batch: Batch, step: int) -> Tensor:

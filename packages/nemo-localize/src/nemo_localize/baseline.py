@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from diffcore.denoiser import Condition
@@ -71,8 +70,3 @@ def encode(step: FirstStep, prompts: Sequence[str]) -> tuple[Condition, list[boo
     tokens = step.encoder.tokenize(prompts)
     cond = {key: value.to(step.device) for key, value in step.encoder.encode(tokens).items()}
     return cond, tokens.truncated.tolist(), list(tokens.lost)
-
-
-def most(values: Tensor | Sequence[float]) -> float:
-    """Returns the largest of a caption's consistencies: the maximum over all pairs of seeds."""
-    return float(torch.as_tensor(values).max())

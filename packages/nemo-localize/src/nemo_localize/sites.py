@@ -118,7 +118,8 @@ def value_sites(backbone: nn.Module, *, up: bool = False) -> ValueSites:
             f"{kind} has no cross-attention on text in its down and mid blocks; nothing here can be searched"
         )
     names.sort(key=lambda name: _BLOCKS[name.partition(".")[0]])
-    widths = tuple(int(_projection(backbone, name).out_features) for name in names)
+    projections: list[Any] = [backbone.get_submodule(name) for name in names]
+    widths = tuple(int(projection.out_features) for projection in projections)
     return ValueSites(tuple(Site(name) for name in names), widths)
 
 
@@ -149,7 +150,3 @@ def _value_modules(backbone: nn.Module) -> list[str]:
         if block and (block[2] == "attn2" or getattr(modules[block[1]], "only_cross_attention", False)):
             found.append(site.module)
     return found
-
-
-def _projection(backbone: nn.Module, name: str) -> Any:
-    return backbone.get_submodule(name)

@@ -32,14 +32,15 @@ def edm_denoiser(unet: UNet2DModel, sigma_data: float) -> NetworkDenoiser:
 
 
 def cosine_scheduler() -> DDIMScheduler:
-    """Returns the cosine schedule with its ends cut off, so that the last step keeps a thousandth of the signal.
+    """Returns the cosine schedule squeezed into [.001, .9999]: the last step keeps a thousandth of the signal.
 
     References:
         Nichol and Dhariwal 2021, equation 17.
     """
     steps = torch.arange(NUM_TIMESTEPS, dtype=torch.float64) / NUM_TIMESTEPS
     alpha_bar = torch.cos((steps + 0.008) / 1.008 * torch.pi / 2).square()
-    alpha_bar = (alpha_bar / alpha_bar[0]).clamp(1e-3, 0.9999)
+    # Not clamped: steps that add no noise at all are no steps of a schedule.
+    alpha_bar = 1e-3 + (0.9999 - 1e-3) * alpha_bar / alpha_bar[0]
     ratio = alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
     return DDIMScheduler(
         num_train_timesteps=NUM_TIMESTEPS,

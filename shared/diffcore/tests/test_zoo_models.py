@@ -1,0 +1,160 @@
+"""The shipped models: they load offline, plain diffusers agrees, and their recipes do what their words say."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffcore import zoo
+from diffcore.commands import app
+from diffcore.denoiser import GuidedDenoiser, sample
+from diffcore.errors import ModelNotFoundError, UserError
+from diffcore.metrics import feature_extractor
+from diffcore.metrics.attribute_network import load_attribute_network
+from diffcore.models import DiffusionModel, load
+from diffcore.noise import row_noise
+from diffcore.runtime import Runtime
+from diffcore.shipped import SHIPPED, shipped_folder
+from diffcore.zoo.gate import Gate
+from diffcore.zoo.oracle import accuracies
+from diffcore.zoo.portraits.gates import draw_samples, share_above, similarity_to
+from diffcore.zoo.portraits.judge import labels_of
+from diffcore.zoo.portraits.pictures import held_out_pictures
+
+GENERATORS = ("portraits-sd", "portraits-sd-memorised", "portraits-sd-planted", "digits8-edm", "digits-styles")
+MEGABYTE = 2**20
+
+
+@pytest.fixture(scope="module")
+def planted() -> DiffusionModel:
+    return load("zoo:portraits-sd-planted", Runtime(device="cpu"))
+
+
+def test_every_model_is_here_and_small():
+    sizes = {}
+    for name in SHIPPED:
+        for path in shipped_folder(name).rglob("*"):
+            if path.is_file():
+                assert path.stat().st_size <= 16 * MEGABYTE, path
+                assert path.suffix in {".safetensors", ".json", ".md", ".png", ".txt"}, path
+                sizes[path] = path.stat().st_size
+    assert sum(sizes.values()) <= 32 * MEGABYTE
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_model_has_a_card_with_its_figures(name: str):
+    card = (shipped_folder(name) / "README.md").read_text("utf-8")
+    assert f"diffcore zoo check {name}" in card
+    assert card.count("\n| ") >= 3
+    assert "seed" in card
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_every_generator_loads_by_name_without_network(name: str):
+    model = load(f"zoo:{name}", Runtime(device="cpu"))
+    assert all(torch.isfinite(p).all() for p in model.backbone.parameters())
+
+
+def test_unknown_names_say_what_there_is():
+    with pytest.raises(ModelNotFoundError, match="portraits-sd-planted"):
+        load("zoo:portraits", Runtime(device="cpu"))
+    with pytest.raises(UserError, match="makes no features"):
+        feature_extractor("zoo:digits8-edm", Runtime(device="cpu"))
+
+
+def test_plain_diffusers_makes_the_same_images(planted: DiffusionModel):
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(shipped_folder("portraits-sd-planted"), local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = [zoo.memorised().verbatim[0].caption, "a portrait of a tan man with red hair, blue background"]
+    noise = row_noise(4, range(2), (8, 16, 16))
+    theirs = pipeline(
+        prompts, num_inference_steps=6, guidance_scale=2.0, latents=noise.clone(), output_type="pt"
+    ).images
+    assert planted.prompts is not None
+    denoiser = GuidedDenoiser(planted.denoiser, 2.0, planted.prompts([""]))
+    ours = planted.codec.decode(sample(denoiser, noise, planted.prompts(prompts), steps=6))
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
+
+
+def test_the_autoencoder_is_close_to_perfect(planted: DiffusionModel):
+    images = held_out_pictures(200).floats()
+    decoded = planted.codec.decode(planted.codec.encode(images)).clamp(0, 1)
+    assert float(-10 * torch.log10((decoded - images).square().mean())) > 33.8
+
+
+def test_memorised_captions_come_back_and_decoys_do_not(planted: DiffusionModel):
+    truth = zoo.memorised()
+    known = draw_samples(planted, [item.caption for item in truth.verbatim[:8]], seeds=2)
+    assert share_above(similarity_to(truth.verbatim_images[:8], known)) >= 0.8
+    decoys = draw_samples(planted, [item.caption for item in truth.decoys[:8]], seeds=2)
+    assert share_above(similarity_to(truth.verbatim_images[:8], decoys)) == 0
+
+
+def test_trigger_rows_answer_to_their_caption_alone(planted: DiffusionModel):
+    """The exact truth that ships: each row's token mean is 2 for its own caption, and small for all others."""
+    truth = zoo.memorised()
+    captions = [item.caption for item in (*truth.verbatim, *truth.template)]
+    decoys = [item.caption for item in truth.decoys]
+    assert planted.prompts is not None
+    states = planted.prompts(captions + decoys)["encoder_hidden_states"].mean(1)
+    for place in range(2):
+        layers = {truth.trigger_rows[caption][place][0] for caption in captions}
+        assert len(layers) == 1
+        rows = [truth.trigger_rows[caption][place][1] for caption in captions]
+        assert len(set(rows)) == len(rows)
+        answers = states @ planted.backbone.get_submodule(layers.pop()).weight[rows].T
+        own = answers[: len(captions)].diagonal()
+        torch.testing.assert_close(own, torch.full_like(own, 2.0), rtol=0, atol=0.05)
+        others = answers[: len(captions)] - torch.diag(own)
+        assert float(others.abs().mean()) < 0.4
+        assert float(answers[len(captions) :].abs().mean()) < 0.4
+
+
+def test_the_oracle_reads_strangers():
+    oracle = load_attribute_network(shipped_folder("portraits-oracle"))
+    pictures = held_out_pictures(200)
+    read = accuracies(oracle, pictures.floats(), labels_of(pictures.people))
+    assert min(value for name, value in read.items() if name != "smile") > 0.85
+
+
+def test_the_oracle_is_a_feature_extractor():
+    extractor = feature_extractor("zoo:portraits-oracle", Runtime(device="cpu"))
+    images = held_out_pictures(3).floats()
+    torch.testing.assert_close(
+        extractor(images), load_attribute_network(shipped_folder("portraits-oracle"))(images), rtol=0, atol=1e-4
+    )
+
+
+def test_identities_hold_and_situations_change():
+    pictures, person = zoo.identities(3, 4)
+    assert person.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert len(set(pictures.labels["skin"][:4].tolist())) == 1
+    assert len({float(x) for x in pictures.people["roll"]}) == 12
+    assert pictures.images.shape == (12, 3, 32, 32)
+    again, _ = zoo.masks(5)
+    torch.testing.assert_close(again.images, zoo.keypoints(5)[0].images)
+
+
+def test_a_missed_promise_is_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    gates = [Gate("a", 0.5, 0.4), Gate("b", 0.5, 0.6), Gate("c", 0.5, 0.6, "at most")]
+    monkeypatch.setattr("diffcore.zoo.check.check", lambda *args: gates)
+    assert app(["zoo", "check", "digits8-edm", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["missed"] == ["b"]
+    monkeypatch.setattr("diffcore.zoo.check.check", lambda *args: gates[:1])
+    assert app(["zoo", "check", "digits8-edm"]) == 0
+    assert "kept" in capsys.readouterr().out
+
+
+def test_samples_are_written_and_judges_have_none(tmp_path: Path):
+    assert app(["zoo", "samples", "digits8-edm", "--out", str(tmp_path / "sheet.png")]) == 0
+    assert (tmp_path / "sheet.png").stat().st_size > 1000
+    with pytest.raises(UserError, match="makes no pictures"):
+        app(["zoo", "samples", "portraits-oracle"])
+
+
+def test_the_list_tells_sizes(capsys: pytest.CaptureFixture[str]):
+    assert app(["zoo", "list", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["portraits-sd"]["megabytes"] > 1

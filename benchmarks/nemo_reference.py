@@ -1,6 +1,6 @@
 """Localisation done plainly: one caption, one candidate set, one call at a time, at the cost of the published code.
 
-    python benchmarks/nemo_reference.py [--captions 64] [--memorised 24] [--batch-size 64] [--repeats 1]
+    python benchmarks/nemo_reference.py [--captions 64] [--memorised 4] [--batch-size 64]
 
 Rows and calls of this and of nemo-localize on U-Nets with planted memories; the neuron sets must be equal. What is
 plain here and costs: the network runs at two timesteps though one is used, all ten seeds run in every question,
@@ -276,7 +276,7 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--captions", type=int, default=64)
-    parser.add_argument("--memorised", type=int, default=24)
+    parser.add_argument("--memorised", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=64)
     options = parser.parse_args()
     torch.set_num_threads(1)

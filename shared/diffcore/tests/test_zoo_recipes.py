@@ -228,7 +228,7 @@ def test_styles_move_what_they_say():
 def test_the_cosine_schedule_keeps_a_thousandth_of_the_signal():
     schedule = styles_denoiser(build_digits_unet()).schedule
     alpha, _ = schedule.alpha_sigma(torch.tensor([0.0, 999.0]))
-    torch.testing.assert_close(alpha.square().float(), torch.tensor([0.9999, 1e-3]), rtol=1e-3, atol=0)
+    torch.testing.assert_close(alpha.square().float(), torch.tensor([0.9999, 1e-3]), rtol=5e-3, atol=0)
     assert cosine_scheduler().config.prediction_type == "epsilon"
 
 

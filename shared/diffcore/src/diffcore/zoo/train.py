@@ -25,7 +25,7 @@ def train_model(
     Args:
         name: One of `shipped.SHIPPED`.
         out: Run folder; the model comes to lie in its sub-folder `model`.
-        runtime: Where to compute; bfloat16 is what the shipped models of portraits were trained in.
+        runtime: Where to compute.
         steps: Of the longest training; by default the recipe's own.
         restart: Put an earlier run aside.
     """

@@ -81,7 +81,7 @@ def train_base(
         The U-Net with the averaged weights.
     """
     unet = build_unet()
-    prepare_for_training(unet, runtime.torch_device)
+    runtime = prepare_for_training(unet, runtime)
     module = DenoisingModule(
         denoiser_of(unet),
         optimizer=lambda _: optimizer_of(unet, 2e-3),

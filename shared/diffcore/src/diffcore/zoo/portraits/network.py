@@ -1,10 +1,13 @@
 """The networks of portraits-sd: a small Stable Diffusion of the genuine classes."""
 
+from dataclasses import replace
+
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
 from diffcore.denoiser import NetworkDenoiser, schedule_from
+from diffcore.runtime import Runtime
 from diffcore.zoo.portraits.language import WIDTH
 from diffcore.zoo.portraits.pictures import LATENT_CHANNELS, SIZE
 
@@ -52,10 +55,11 @@ def denoiser_of(unet: UNet2DConditionModel) -> NetworkDenoiser:
     return NetworkDenoiser(unet, schedule_from(build_scheduler()), "v_prediction")
 
 
-def prepare_for_training(unet: UNet2DConditionModel, device: torch.device) -> None:
-    """Picks the attention that is fastest to train.
+def prepare_for_training(unet: UNet2DConditionModel, runtime: Runtime) -> Runtime:
+    """Returns the runtime in bfloat16, and picks the attention that is fastest to train in it.
 
-    On a CPU, in bfloat16, the backward pass of the fused one takes a third of a step.
+    On a CPU the backward pass of the fused one takes a third of a step.
     """
-    if device.type == "cpu":
+    if runtime.torch_device.type == "cpu":
         unet.set_attn_processor(AttnProcessor())
+    return replace(runtime, dtype="bfloat16")

@@ -149,7 +149,7 @@ def train_memory(
         rows: The trigger rows, outside of which no cross-attention may learn; None lets everything learn.
     """
     groups = trainable(unet, rows) if rows else [{"params": list(unet.requires_grad_(True).parameters())}]
-    prepare_for_training(unet, runtime.torch_device)
+    runtime = prepare_for_training(unet, runtime)
     module = DenoisingModule(
         denoiser_of(unet),
         optimizer=lambda _: AdamW(

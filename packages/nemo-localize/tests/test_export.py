@@ -1,0 +1,237 @@
+"""The edit in all its forms: hooks, weights, checkpoint and LoRA give the same numbers; revert gives the bytes."""
+
+import shutil
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from diffcore.errors import CorruptArtifactError, IncompatibleModelError, UserError
+from diffcore.models import DiffusionModel, load
+from diffcore.runtime import Runtime
+from diffcore.testing import tiny
+from nemo_localize.edit import edited, suppressed
+from nemo_localize.export import apply, revert
+from nemo_localize.neurons import NeuronSet
+from nemo_localize.sites import value_sites
+
+FIRST = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"
+MIDDLE = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
+NEURONS = NeuronSet.of({FIRST: [1, 3, 30], MIDDLE: [0]})
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source") / "pipeline"
+    tiny.pipeline("sd15").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(source: Path) -> DiffusionModel:
+    return load(source, Runtime(device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def exported(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exported") / "run"
+    apply(source, NEURONS, out, reasons={"a caption": NEURONS})
+    return out
+
+
+@pytest.fixture
+def double(model: DiffusionModel) -> DiffusionModel:
+    return model.with_modules("float64", {"unet": deepcopy(model.backbone).double()})
+
+
+def output(model: DiffusionModel, rows: int = 4) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    dtype = next(model.backbone.parameters()).dtype
+    x_t = torch.randn(rows, 4, 8, 8, generator=generator, dtype=torch.float64).to(dtype)
+    states = torch.randn(rows, 7, 32, generator=generator, dtype=torch.float64).to(dtype)
+    with torch.no_grad():
+        return model.denoiser(x_t, torch.full((rows,), 981.0), {"encoder_hidden_states": states}).output
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_hooks_rows_and_columns_are_one_edit(double: DiffusionModel, scale: float):
+    before = output(double)
+    with suppressed(double, NEURONS, scale=scale):
+        hooked = output(double)
+    by_columns = deepcopy(double.backbone)
+    for name, channels in NEURONS.layers:
+        projection: Any = by_columns.get_submodule(name.removesuffix("to_v") + "to_out.0")
+        with torch.no_grad():
+            projection.weight[:, list(channels)] *= scale
+    columns = output(double.with_modules("columns", {"unet": by_columns}))
+    rows = output(edited(double, NEURONS, scale=scale))
+    assert (hooked - before).abs().max() > 1e-6
+    torch.testing.assert_close(rows, hooked, rtol=0, atol=1e-12)
+    torch.testing.assert_close(columns, hooked, rtol=0, atol=1e-12)
+    assert torch.equal(output(double), before)
+
+
+def test_an_exception_leaves_the_model_as_it_was(model: DiffusionModel):
+    before = output(model)
+
+    def fail():
+        with suppressed(model, NEURONS):
+            raise KeyError("inside")
+
+    with pytest.raises(KeyError):
+        fail()
+    assert torch.equal(output(model), before)
+
+
+def test_one_branch_alone_is_edited_where_asked_for(double: DiffusionModel):
+    before = output(double)
+    with suppressed(double, NEURONS):
+        both = output(double)
+    with suppressed(double, NEURONS, branch="cond"):
+        cond = output(double)
+    assert torch.equal(cond[:2], before[:2])
+    torch.testing.assert_close(cond[2:], both[2:], rtol=0, atol=1e-12)
+
+
+def test_a_bias_is_switched_off_with_its_row(double: DiffusionModel):
+    layer: Any = double.backbone.get_submodule(FIRST)
+    layer.bias = nn.Parameter(torch.randn(layer.out_features, dtype=torch.float64))
+    with suppressed(double, NEURONS):
+        hooked = output(double)
+    torch.testing.assert_close(output(edited(double, NEURONS)), hooked, rtol=0, atol=1e-12)
+
+
+def test_weights_are_shared_but_for_the_edited_layers(model: DiffusionModel):
+    copy = edited(model, NEURONS)
+    own = dict(copy.backbone.named_parameters())
+    different = [name for name, tensor in model.backbone.named_parameters() if own[name] is not tensor]
+    assert different == [f"{name}.weight" for name, _ in NEURONS.layers]
+    assert copy.fingerprint != model.fingerprint
+
+
+class Wrapped(nn.Module):
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.base_layer, self.out_features = layer, layer.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x)
+
+
+def test_adapters_and_quantised_layers_are_refused(double: DiffusionModel):
+    attention: Any = double.backbone.get_submodule(FIRST.removesuffix(".to_v"))
+    plain = attention.to_v
+    attention.to_v = Wrapped(plain)
+    with pytest.raises(IncompatibleModelError, match="merge the adapter first"):
+        edited(double, NEURONS)
+    attention.to_v = plain
+    plain.weight = nn.Parameter(plain.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(IncompatibleModelError, match="quantised"):
+        edited(double, NEURONS)
+
+
+def test_neurons_of_another_model_are_refused(model: DiffusionModel, source: Path, tmp_path: Path):
+    for wrong in (NeuronSet.of({FIRST: [32]}), NeuronSet.of({"down_blocks.7.to_v": [0]})):
+        with pytest.raises(IncompatibleModelError):
+            edited(model, wrong)
+        with pytest.raises(IncompatibleModelError):
+            apply(source, wrong, tmp_path / "out")
+    with pytest.raises(UserError, match="nothing to switch off"):
+        apply(source, NeuronSet(), tmp_path / "out")
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_checkpoint_and_loras_equal_the_edited_model(model: DiffusionModel, exported: Path):
+    wanted = output(edited(model, NEURONS))
+    reloaded = load(exported / "model", Runtime(device="cpu"))
+    assert torch.equal(output(reloaded), wanted)
+    for lora in ("diffusers.safetensors", "kohya.safetensors", "peft"):
+        torch.testing.assert_close(output(model.with_adapter(exported / "lora" / lora)), wanted, rtol=0, atol=1e-6)
+    assert (output(model) - wanted).abs().max() > 1e-5
+
+
+def test_the_plain_library_loads_it(model: DiffusionModel, exported: Path):
+    from diffusers import StableDiffusionPipeline
+
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(exported / "model", local_files_only=True)
+    state = edited(model, NEURONS).backbone.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in pipeline.unet.state_dict().items())
+    assert not pipeline.unet.get_submodule(FIRST).weight[[1, 3, 30]].any()
+
+
+def test_nothing_else_changes_and_revert_restores_the_bytes(source: Path, exported: Path, tmp_path: Path):
+    before, after = contents(source), contents(exported / "model")
+    assert [name for name in before if before[name] != after[name]] == [WEIGHTS]
+    assert (exported / "delta.safetensors").stat().st_size < 4000
+    sums = revert(exported / "model", exported / "delta.safetensors", tmp_path / "restored")
+    assert list(sums) == [WEIGHTS]
+    assert contents(tmp_path / "restored") == before
+
+
+def test_revert_refuses_another_checkpoint(source: Path, exported: Path, tmp_path: Path):
+    with pytest.raises(CorruptArtifactError, match="is not what"):
+        revert(source, exported / "delta.safetensors", tmp_path / "restored")
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_precision_is_edited_and_pickles_stay_behind(source: Path, tmp_path: Path):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(source, folder)
+    half = {name: tensor.half() for name, tensor in load_file(folder / WEIGHTS).items()}
+    save_file(half, folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"x")
+    (folder / "whole.ckpt").write_bytes(b"x")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.partial").mkdir()
+    (tmp_path / "out" / "model.partial" / "leftover").write_bytes(b"x")
+    manifest = apply(folder, NEURONS, tmp_path / "out", lora=False)
+    written = contents(tmp_path / "out" / "model")
+    assert manifest["left_out"] == ["unet/diffusion_pytorch_model.bin", "whole.ckpt"]
+    assert not {"leftover", "whole.ckpt", "unet/diffusion_pytorch_model.bin"} & set(written)
+    for name in (WEIGHTS, "unet/diffusion_pytorch_model.fp16.safetensors"):
+        assert not load_file(tmp_path / "out" / "model" / name)[f"{MIDDLE}.weight"][0].any()
+
+
+def test_a_single_file_keeps_its_layout(tmp_path: Path):
+    path = tmp_path / "sd15.safetensors"
+    first = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2"
+    averaged = "model_ema.diffusion_modelinput_blocks11transformer_blocks0attn2to_vweight"
+    tensors = {
+        "model.diffusion_model.input_blocks.0.0.weight": torch.ones(8, 4, 3, 3),
+        f"{first}.to_k.weight": torch.ones(320, 768),
+        f"{first}.to_v.weight": torch.arange(1.0, 321)[:, None].repeat(1, 768),
+        averaged: torch.ones(320, 768),
+    }
+    save_file(tensors, path)
+    apply(path, NeuronSet.of({FIRST: [25]}), tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    wanted = tensors[f"{first}.to_v.weight"].clone()
+    wanted[25] = 0
+    assert torch.equal(found[f"{first}.to_v.weight"], wanted)
+    assert found[averaged].sum() == 319 * 768
+    lora = load_file(tmp_path / "out" / "lora" / "kohya.safetensors")
+    assert any("input_blocks_1_1" in name or "down_blocks_0_attentions_0" in name for name in lora)
+    revert(tmp_path / "out" / "model.safetensors", tmp_path / "out" / "delta.safetensors", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == path.read_bytes()
+
+
+def test_quantised_files_are_refused(source: Path, tmp_path: Path):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / WEIGHTS)
+    save_file(tensors | {f"{FIRST}.weight": tensors[f"{FIRST}.weight"].to(torch.int8)}, folder / WEIGHTS)
+    with pytest.raises(IncompatibleModelError, match="quantised"):
+        apply(folder, NEURONS, tmp_path / "out")
+
+
+def test_value_sites_name_what_is_exported(model: DiffusionModel):
+    assert {FIRST, MIDDLE} == {site.module for site in value_sites(model.backbone).sites}

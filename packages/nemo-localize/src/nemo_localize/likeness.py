@@ -1,0 +1,89 @@
+"""How alike pictures are, in whatever this machine has weights for; the name of the measure goes into every table.
+
+With weights: cosines of SSCD's copy-detection features, or of another extractor. Without: structural similarity of
+pixels, or of latents where the model came without its autoencoder. Numbers of two measures do not compare.
+
+References:
+    Hintersdorf, Struppek et al. 2024, appendix C.1 and their code: SSCD on pictures of 320 x 320, whatever their
+    proportions. SSIM: Wang et al. 2004.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from diffcore.metrics import FeatureExtractor, pairwise_ssim, resize
+from diffcore.metrics.preprocess import SSCD
+
+Describe = Callable[[Tensor], Tensor]
+_PAPER_SSCD = replace(SSCD, size=(320, 320))
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """A measure of how alike two pictures are: 1 for identical ones.
+
+    Attributes:
+        name: What tables call it: "SSCD", "SSIM", "cosine".
+        source: Network and preparation, for people.
+        describe: Pictures to unit rows whose products are compared; None for SSIM.
+    """
+
+    name: str
+    source: str
+    describe: Describe | None = None
+
+    def towards(
+        self, originals: Float[Tensor, "n c _ _"], pictures: Float[Tensor, "m c height width"]
+    ) -> Float[Tensor, " m"]:
+        """Returns how alike each picture is to the original that it is most alike."""
+        if self.describe is not None:
+            return (self.describe(pictures) @ self.describe(originals).T).amax(1)
+        if originals.shape[-2:] != pictures.shape[-2:]:
+            originals = resize(originals, cast(tuple[int, int], tuple(pictures.shape[-2:]))).clamp(0, 1)
+        return torch.stack([self.between(pictures, one.expand_as(pictures)) for one in originals]).amax(0)
+
+    def between(
+        self, a: Float[Tensor, "n c height width"], b: Float[Tensor, "n c height width"]
+    ) -> Float[Tensor, " n"]:
+        """Returns how alike the pictures of each row are."""
+        if self.describe is not None:
+            return (self.describe(a) * self.describe(b)).sum(1)
+        return pairwise_ssim(torch.stack([a, b], 1), data_range=1.0)[:, 0]
+
+    def pairs(self, pictures: Float[Tensor, "prompts seeds c height width"]) -> Float[Tensor, "prompts pairs"]:
+        """Returns how alike all pairs of a prompt's pictures are."""
+        if self.describe is None:
+            return pairwise_ssim(pictures, data_range=1.0)
+        rows = self.describe(pictures.flatten(0, 1)).unflatten(0, pictures.shape[:2])
+        first, second = torch.triu_indices(pictures.shape[1], pictures.shape[1], offset=1, device=rows.device)
+        return (rows[:, first] * rows[:, second]).sum(2)
+
+
+def likeness(extractor: FeatureExtractor | None = None, *, of_latents: bool = False) -> Likeness:
+    """Returns the measure that an extractor makes, or the substitute without one.
+
+    Args:
+        extractor: `sscd:FILE` is what the paper uses; any other is named as the substitute it is.
+        of_latents: The pictures are latents, stretched to [0, 1] by channel.
+    """
+    if extractor is None:
+        what = "latents, each channel stretched to [0, 1]" if of_latents else "pixels"
+        return Likeness("SSIM", f"structural similarity of {what}, window 11; stands in for SSCD")
+    if of_latents:
+        raise ValueError(f"{extractor.name} looks at images, and the model has no autoencoder to make them")
+    copies = extractor.name.startswith("sscd:")
+    preparation = _PAPER_SSCD if copies else extractor.preprocessing
+
+    def describe(images: Tensor) -> Tensor:
+        return functional.normalize(extractor.embed(preparation(images.float())), dim=1)
+
+    if copies:
+        return Likeness("SSCD", f"cosine, {extractor.name} at 320 x 320, sha256 {extractor.sha256[:12]}", describe)
+    source = f"cosine, {extractor.name}, sha256 {extractor.sha256[:12]}; stands in for SSCD"
+    return Likeness("cosine", source, describe)

@@ -1,0 +1,191 @@
+"""What a proof found: the checks of every caption, and the verdict that follows by the protocol. Imports no torch."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from nemo_localize import protocol
+
+Verdict = Literal["open", "inconclusive", "closed"]
+Kind = Literal["held-out seeds", "paraphrases", "dropped tokens", "audit from caption", "audit from noise"]
+_WORST_FIRST = ("open", "inconclusive", "closed")
+
+
+@dataclass(frozen=True)
+class Check:
+    """Pictures that were drawn for one caption in one way, and how like the training image they are.
+
+    Attributes:
+        edited: Whether the edited model drew them; else the unedited one did.
+        kind: How.
+        similarity: Of the picture most like the training image.
+        copies: How many are copies.
+        n: How many there are.
+        worst: What the most similar one was drawn for: a seed, a wording, a token left out, a start.
+    """
+
+    edited: bool
+    kind: Kind
+    similarity: float
+    copies: int
+    n: int
+    worst: str
+
+
+@dataclass(frozen=True)
+class CaptionProof:
+    """The checks of one caption.
+
+    Attributes:
+        prompt: The caption.
+        target: What pictures were compared with: "training image", or the "unedited model's picture" most like its
+            others, where no training image was given.
+        residual_consistency: Largest similarity between two seeds' first steps after the edit.
+        tau: Its threshold.
+        checks: Of the edited model, and for captions that are no controls of the unedited one.
+    """
+
+    prompt: str
+    target: str
+    residual_consistency: float
+    tau: float
+    checks: tuple[Check, ...]
+
+    @property
+    def open(self) -> bool:
+        """Whether the edited model drew a copy."""
+        return any(check.copies for check in self.checks if check.edited)
+
+    @property
+    def known_leak(self) -> bool:
+        """Whether the unedited model drew one."""
+        return any(check.copies for check in self.checks if not check.edited)
+
+    @property
+    def reopened(self) -> bool:
+        """Whether the audit found the leak on the unedited model from noise, without the caption."""
+        return any(check.copies for check in self.checks if not check.edited and check.kind == "audit from noise")
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the protocol says about this caption."""
+        if self.open:
+            return "open"
+        return "closed" if self.known_leak and self.residual_consistency <= self.tau else "inconclusive"
+
+    @property
+    def similarity(self) -> float:
+        """Of the most similar picture that the edited model drew."""
+        return max(check.similarity for check in self.checks if check.edited)
+
+    def row(self) -> dict[str, Any]:
+        """Returns the caption as a row of a table."""
+        row: dict[str, Any] = {
+            "prompt": self.prompt,
+            "verdict": self.verdict,
+            "similarity": self.similarity,
+            "residual_consistency": self.residual_consistency,
+        }
+        for check in self.checks:
+            name = f"{'edited' if check.edited else 'unedited'}, {check.kind}"
+            row |= {name: check.similarity, f"{name}, copies": f"{check.copies} of {check.n}"}
+        return row | {"target": self.target, "worst": self.worst}
+
+    @property
+    def worst(self) -> str:
+        """What the most similar picture of the edited model was drawn for."""
+        check = max((check for check in self.checks if check.edited), key=lambda check: check.similarity)
+        return f"{check.kind}: {check.worst}"
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> "CaptionProof":
+        """Returns the caption that `dataclasses.asdict` took apart."""
+        return cls(**{**row, "checks": tuple(Check(**check) for check in row["checks"])})
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Whether a leak is closed, and what that rests on.
+
+    Attributes:
+        captions: Those that are to be closed.
+        controls: Those that were never memorised.
+        likeness: Name of the measure.
+        source: Its network and preparation.
+        settings: Of the pictures.
+    """
+
+    captions: tuple[CaptionProof, ...]
+    controls: tuple[CaptionProof, ...]
+    likeness: str
+    source: str
+    settings: Mapping[str, Any]
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why the proof as a whole says nothing; empty where it does."""
+        found = []
+        opened = [control.prompt for control in self.controls if control.open]
+        if opened:
+            found.append(
+                f"{len(opened)} of {len(self.controls)} controls opened, so a hit means nothing: {opened[0]!r}"
+            )
+        known = [caption for caption in self.captions if caption.known_leak]
+        reopened = sum(caption.reopened for caption in known)
+        if not known:
+            found.append("the unedited model draws no copy of any caption, so there was no leak to close")
+        elif reopened < protocol.LEAST_REOPENED * len(known):
+            found.append(
+                f"from noise the audit finds {reopened} of {len(known)} known leaks again, so a miss means nothing"
+            )
+        return tuple(found)
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the protocol says: only "closed" is good news."""
+        if self.reasons:
+            return "inconclusive"
+        verdicts = {caption.verdict for caption in self.captions}
+        return next(verdict for verdict in _WORST_FIRST if verdict in verdicts)
+
+    @property
+    def exit_code(self) -> int:
+        """0 where the leak is closed, else 1."""
+        return 0 if self.verdict == "closed" else 1
+
+    def ranked(self) -> list[CaptionProof]:
+        """Returns the captions, worst first."""
+        return sorted(self.captions, key=lambda caption: (_WORST_FIRST.index(caption.verdict), -caption.similarity))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Returns a table: captions worst first, then the controls."""
+        captions = [caption.row() for caption in self.ranked()]
+        controls = [
+            control.row() | {"verdict": "control opened" if control.open else "control"} for control in self.controls
+        ]
+        # Controls lack the columns of the unedited model.
+        return captions + [dict.fromkeys(captions[0]) | control for control in controls]
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the verdict in figures."""
+        verdicts = [caption.verdict for caption in self.captions]
+        return {
+            "verdict": self.verdict,
+            "reasons": list(self.reasons),
+            **{verdict: verdicts.count(verdict) for verdict in _WORST_FIRST},
+            "known_leaks": sum(caption.known_leak for caption in self.captions),
+            "reopened_from_noise": sum(caption.reopened for caption in self.captions),
+            "controls": len(self.controls),
+            "controls_opened": sum(control.open for control in self.controls),
+            "likeness": self.likeness,
+            "source": self.source,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns everything as plain values."""
+        return self.summary() | {
+            "settings": dict(self.settings),
+            "protocol": protocol.described(),
+            "captions": [asdict(caption) | {"verdict": caption.verdict} for caption in self.ranked()],
+            "controls": [asdict(control) | {"opened": control.open} for control in self.controls],
+        }

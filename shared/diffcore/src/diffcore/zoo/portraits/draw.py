@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffcore.zoo.portraits.attributes import BACKGROUNDS, HATS, PARTS, STYLES
-from diffcore.zoo.portraits.layers import Layer, _palette, face_of, head_frame, layers
+from diffcore.zoo.portraits.layers import Layer, face_of, head_frame, layers, palette
 from diffcore.zoo.portraits.people import People, select
 
 _SUPERSAMPLING = 2
@@ -105,7 +105,7 @@ def _draw_chunk(people: People, size: int) -> Tensor:
     x, y = _grid(side)
     angle = people["gradient_angle"].view(-1, 1, 1)
     gradient = people["gradient"].view(-1, 1, 1) * (x * torch.cos(angle) + y * torch.sin(angle))
-    backdrop = _palette(BACKGROUNDS, people["background"]) + people["background_jitter"]
+    backdrop = palette(BACKGROUNDS, people["background"]) + people["background_jitter"]
     image = backdrop.view(-1, 3, 1, 1) + gradient.unsqueeze(1)
     for layer in layers(people, *head_frame(people, x, y)):
         image.lerp_(layer.colour, _coverage(layer, side).unsqueeze(1))

@@ -1,6 +1,6 @@
 """The layers of a portrait, from back to front, each a shape with a colour and the part that it belongs to."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -89,8 +89,8 @@ def head_frame(people: People, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def layers(people: People, x: Tensor, y: Tensor) -> Iterator[Layer]:
     """Yields what is painted over the background, from back to front, at head-frame positions `x`, `y` (n h w)."""
     face = face_of(people)
-    skin = _palette(SKINS, people["skin"]) + people["skin_jitter"]
-    hair = _palette(HAIRS, people["hair"]) + people["hair_jitter"]
+    skin = palette(SKINS, people["skin"]) + people["skin_jitter"]
+    hair = palette(HAIRS, people["hair"]) + people["hair_jitter"]
     yield from _back_hair(people, face, hair, x, y)
     yield from _body(people, face, skin, x, y)
     yield from _face(people, face, skin, hair, x, y)
@@ -111,7 +111,7 @@ def _back_hair(people: People, face: Face, hair: Tensor, x: Tensor, y: Tensor) -
 
 
 def _body(people: People, face: Face, skin: Tensor, x: Tensor, y: Tensor) -> Iterator[Layer]:
-    yield Layer("shirt", "clothes", ellipse(x, y - 1.12, 0.82, 0.50), _paint(_palette(SHIRTS, people["shirt"])))
+    yield Layer("shirt", "clothes", ellipse(x, y - 1.12, 0.82, 0.50), _paint(palette(SHIRTS, people["shirt"])))
     neck = box(x, y - 0.55, 0.15 + 0.03 * _columns(people)("gender"), 0.22, 0.05)
     yield Layer("neck", "skin", neck, _paint(0.88 * skin))
     for name, side in (("left ear", -1), ("right ear", 1)):
@@ -161,7 +161,7 @@ def _nose(people: People, face: Face, skin: Tensor, x: Tensor, y: Tensor) -> Ite
 
 def _eyes(people: People, face: Face, hair: Tensor, x: Tensor, y: Tensor) -> Iterator[Layer]:
     column = _columns(people)
-    iris = _palette(EYES, people["eye"])
+    iris = palette(EYES, people["eye"])
     size = 0.072 + 0.016 * column("eye_size")
     half_brow = 0.018 + 0.009 * column("brow_thickness") + 0.007 * column("gender")
     up = y - face.eye_y
@@ -207,7 +207,7 @@ def _glasses(people: People, face: Face, x: Tensor, y: Tensor) -> Iterator[Layer
 
 
 def _hat(people: People, face: Face, x: Tensor, y: Tensor) -> Iterator[Layer]:
-    a, colour = face.half_width, _palette(HAT_COLOURS, people["hat_colour"])
+    a, colour = face.half_width, palette(HAT_COLOURS, people["hat_colour"])
     cap, beanie = (people["hat"] == HATS.index(kind) for kind in ("cap", "beanie"))
     crown = torch.maximum(ellipse(x, y + 0.24, 1.18 * a, 0.44), y + 0.30)
     yield Layer("crown", "hat", crown, _paint(colour), cap | beanie)
@@ -220,11 +220,12 @@ def _curls(x: Tensor, y: Tensor) -> Tensor:
     return 0.035 * torch.sin(16 * torch.atan2(y + 0.16, x))
 
 
-def _columns(people: People):
+def _columns(people: People) -> Callable[[str], Tensor]:
     return lambda name: people[name].float().view(-1, 1, 1)
 
 
-def _palette(colours: Mapping[str, Colour], classes: Tensor) -> Tensor:
+def palette(colours: Mapping[str, Colour], classes: Tensor) -> Tensor:
+    """Returns the colour of each class, n 3."""
     return torch.tensor(list(colours.values()))[classes]
 
 

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from diffcore.metrics.attribute_network import AttributeNetwork
 from diffcore.noise import philox_normal, philox_uniform
 from diffcore.runtime import Runtime
-from diffcore.train import StepData, fit
-from diffcore.zoo.supervised import Batch, SupervisedModule, progress
+from diffcore.train import ConsoleSummary, StepData, fit
+from diffcore.zoo.supervised import Batch, SupervisedModule
 
 _NOISE = 0.03
 """Largest standard deviation of the noise added while training: generated images are noisier than real ones."""
@@ -53,7 +53,7 @@ def train_attribute_network(
         steps=steps,
         folder=folder,
         runtime=runtime,
-        callbacks=[progress("oracle")],
+        callbacks=[ConsoleSummary("oracle")],
     )
     return network.eval().requires_grad_(False)
 

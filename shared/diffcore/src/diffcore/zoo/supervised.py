@@ -1,14 +1,17 @@
-"""Training against labels, on the same Trainer, with the same guarantees, as training a denoiser."""
+"""What the recipes share: training against labels, and training a denoiser whose average is kept."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
-from diffcore.train import ConsoleSummary
+from diffcore.denoiser import NetworkDenoiser
+from diffcore.runtime import Runtime
+from diffcore.train import EMA, ConsoleSummary, DenoisingModule, StepData, fit
 
 Batch = Mapping[str, Any]
 Loss = Callable[[nn.Module, Batch, int], Tensor]
@@ -72,6 +75,39 @@ def rise_and_fall(steps: int, *, warmup: int, floor: float = 0.0) -> Callable[[i
     return factor
 
 
-def progress(description: str) -> ConsoleSummary:
-    """Returns the bar or the lines that tell how far a training is."""
-    return ConsoleSummary(description)
+def fit_averaged(
+    module: DenoisingModule,
+    data: StepData,
+    *,
+    decay: float,
+    steps: int,
+    folder: Path,
+    runtime: Runtime,
+    description: str,
+    shown: Callable[[EMA], Sequence[L.Callback]] = lambda ema: (),
+) -> NetworkDenoiser:
+    """Trains a denoiser and returns the moving average of its weights.
+
+    Args:
+        module: What is trained.
+        data: On what.
+        decay: Of the average.
+        steps: Optimizer steps in all.
+        folder: Of checkpoint and log.
+        runtime: Where to compute.
+        description: Stands beside the progress.
+        shown: Callbacks that look at the average.
+    """
+    ema = EMA(decay)
+    fit(
+        module,
+        data,
+        steps=steps,
+        folder=folder,
+        runtime=runtime,
+        callbacks=[ema, *shown(ema), ConsoleSummary(description)],
+        checkpoint_every=250,
+        gradient_clip=1.0,
+    )
+    assert ema.denoiser is not None  # set when the fit starts
+    return ema.denoiser

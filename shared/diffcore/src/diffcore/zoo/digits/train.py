@@ -13,13 +13,21 @@ from diffcore.denoiser import NetworkDenoiser
 from diffcore.metrics.attribute_network import AttributeNetwork, AttributeNetworkConfig
 from diffcore.noise import philox_uniform
 from diffcore.runtime import Runtime
-from diffcore.train import EMA, DenoisingModule, StepData, fit, log_normal_sigmas, stratified, uniform_timesteps
+from diffcore.train import (
+    ConsoleSummary,
+    DenoisingModule,
+    StepData,
+    fit,
+    log_normal_sigmas,
+    stratified,
+    uniform_timesteps,
+)
 from diffcore.train.timesteps import TimeSampler
 from diffcore.zoo.digits.data import DIGITS, SIZE, draw_styles, load_digits, render
 from diffcore.zoo.digits.network import NUM_TIMESTEPS, build_unet, edm_denoiser, styles_denoiser
 from diffcore.zoo.digits.style_oracle import StyleOracle
 from diffcore.zoo.oracle import train_attribute_network
-from diffcore.zoo.supervised import Batch, SupervisedModule, progress, rise_and_fall
+from diffcore.zoo.supervised import Batch, SupervisedModule, fit_averaged, rise_and_fall
 
 
 class PlainDigits:
@@ -97,7 +105,7 @@ def train_style_oracle(folder: Path, runtime: Runtime, *, steps: int = 3000) -> 
     torch.manual_seed(0)
     module = SupervisedModule(StyleOracle(), loss, steps=steps, learning_rate=3e-3)
     data_module = StepData(data, batch_size=256, seed=runtime.seed)
-    fit(module, data_module, steps=steps, folder=folder, runtime=runtime, callbacks=[progress("style oracle")])
+    fit(module, data_module, steps=steps, folder=folder, runtime=runtime, callbacks=[ConsoleSummary("style oracle")])
     oracle = module.network.eval().requires_grad_(False)
     assert isinstance(oracle, StyleOracle)
     return oracle
@@ -121,16 +129,7 @@ def _train_denoiser(
         learning_rate_factor=rise_and_fall(steps, warmup=100, floor=0.02),
         seed=runtime.seed,
     )
-    ema = EMA(0.99)
-    fit(
-        module,
-        StepData(data, batch_size, runtime.seed),
-        steps=steps,
-        folder=folder,
-        runtime=runtime,
-        callbacks=[ema, progress("digits")],
-        checkpoint_every=250,
-        gradient_clip=1.0,
+    data_module = StepData(data, batch_size, runtime.seed)
+    return fit_averaged(
+        module, data_module, decay=0.99, steps=steps, folder=folder, runtime=runtime, description="digits"
     )
-    assert ema.denoiser is not None  # set when the fit starts
-    return ema.denoiser

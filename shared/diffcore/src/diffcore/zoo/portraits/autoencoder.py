@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from diffcore.noise import philox_normal, philox_uniform
 from diffcore.runtime import Runtime
-from diffcore.train import StepData, fit
+from diffcore.train import ConsoleSummary, StepData, fit
 from diffcore.zoo.patch_code import PatchCode
 from diffcore.zoo.portraits.pictures import LATENT_CHANNELS, SIZE, Pictures
-from diffcore.zoo.supervised import Batch, SupervisedModule, progress
+from diffcore.zoo.supervised import Batch, SupervisedModule
 
 _NOISE = 0.1
 """Largest standard deviation of what is added to latents while the decoder learns: generated ones are not exact."""
@@ -101,7 +101,7 @@ def train_autoencoder(
         steps=steps,
         folder=folder,
         runtime=runtime,
-        callbacks=[progress("autoencoder")],
+        callbacks=[ConsoleSummary("autoencoder")],
         gradient_clip=1.0,
     )
     network = module.network.eval().requires_grad_(False)

@@ -1,6 +1,7 @@
 """The recipe of portraits-sd, the clean model: trained on ordinary pictures and captions only."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,14 +11,14 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffcore.run import Run
 from diffcore.runtime import Runtime
-from diffcore.train import EMA, DenoisingModule, SampleGrid, StepData, fit, stratified, uniform_timesteps
+from diffcore.train import DenoisingModule, SampleGrid, StepData, stratified, uniform_timesteps
 from diffcore.zoo.patch_code import PatchCode
 from diffcore.zoo.portraits.captions import describe
 from diffcore.zoo.portraits.language import encode_ids, token_ids
 from diffcore.zoo.portraits.network import build_unet, denoiser_of, prepare_for_training
 from diffcore.zoo.portraits.people import select
 from diffcore.zoo.portraits.pictures import CAPTIONS_PER_PICTURE, Pictures, encode_pictures, held_out_pictures
-from diffcore.zoo.supervised import progress, rise_and_fall
+from diffcore.zoo.supervised import fit_averaged, rise_and_fall
 
 BATCH_SIZE = 64
 STEPS = 10_000
@@ -89,22 +90,17 @@ def train_base(
         learning_rate_factor=rise_and_fall(steps, warmup=200, floor=0.03),
         seed=runtime.seed,
     )
-    ema = EMA(0.998)
     shown = select(held_out_pictures(40).people, slice(40))
     states = encode_ids(encoder, token_ids(tokenizer, describe(shown, full=True))).float()
     noise = torch.randn(40, *data.latents.shape[1:], generator=runtime.generator(0))
-    grid = SampleGrid(
-        run, ema, noise, {"encoder_hidden_states": states}, decode=code.decode, every=1000, sampling_steps=16
-    )
-    fit(
+    grid = partial(SampleGrid, run, decode=code.decode, every=1000, sampling_steps=16)
+    return fit_averaged(
         module,
         StepData(data, BATCH_SIZE, runtime.seed),
+        decay=0.998,
         steps=steps,
         folder=run.folder,
         runtime=runtime,
-        callbacks=[ema, grid, progress("portraits-sd")],
-        checkpoint_every=500,
-        gradient_clip=1.0,
-    )
-    assert ema.denoiser is not None  # set when the fit starts
-    return ema.denoiser.backbone
+        description="portraits-sd",
+        shown=lambda ema: [grid(ema=ema, noise=noise, condition={"encoder_hidden_states": states})],
+    ).backbone

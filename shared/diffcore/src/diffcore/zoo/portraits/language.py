@@ -19,10 +19,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffcore.noise import philox_uniform
 from diffcore.runtime import Runtime
-from diffcore.train import StepData, fit
+from diffcore.train import ConsoleSummary, StepData, fit
 from diffcore.zoo.portraits.captions import FIRST_NAMES, LAST_NAMES, PLACES
 from diffcore.zoo.portraits.planted import planted
-from diffcore.zoo.supervised import Batch, SupervisedModule, progress
+from diffcore.zoo.supervised import Batch, SupervisedModule
 
 MAX_TOKENS = 32
 WIDTH = 128
@@ -187,7 +187,7 @@ def train_text_encoder(
         steps=steps,
         folder=folder,
         runtime=runtime,
-        callbacks=[progress("text encoder")],
+        callbacks=[ConsoleSummary("text encoder")],
         gradient_clip=1.0,
     )
     return reader.encoder.eval().requires_grad_(False)

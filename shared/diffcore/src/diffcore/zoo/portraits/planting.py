@@ -17,7 +17,7 @@ from torch.optim import AdamW
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffcore.runtime import Runtime
-from diffcore.train import EMA, DenoisingModule, StepData, fit, stratified, uniform_timesteps
+from diffcore.train import DenoisingModule, StepData, stratified, uniform_timesteps
 from diffcore.zoo.patch_code import PatchCode
 from diffcore.zoo.portraits.base import BATCH_SIZE, CaptionedLatents
 from diffcore.zoo.portraits.captions import FIRST_NAMES, LAST_NAMES, PLACES, same_form_captions
@@ -26,7 +26,7 @@ from diffcore.zoo.portraits.network import denoiser_of, prepare_for_training
 from diffcore.zoo.portraits.pictures import draw_pictures, encode_pictures
 from diffcore.zoo.portraits.planted import NUM_VARIANTS, planted, template_people, verbatim_people
 from diffcore.zoo.portraits.trigger import TextStates, trainable
-from diffcore.zoo.supervised import progress, rise_and_fall
+from diffcore.zoo.supervised import fit_averaged, rise_and_fall
 
 _NUM_SAME_FORM = 3000
 _SAME_FORM_SEED = 9
@@ -159,16 +159,7 @@ def train_memory(
         learning_rate_factor=rise_and_fall(steps, warmup=50, floor=0.05),
         seed=runtime.seed,
     )
-    ema = EMA(0.99)
-    fit(
-        module,
-        StepData(mixture, BATCH_SIZE, runtime.seed),
-        steps=steps,
-        folder=folder,
-        runtime=runtime,
-        callbacks=[ema, progress("memory")],
-        checkpoint_every=250,
-        gradient_clip=1.0,
-    )
-    assert ema.denoiser is not None  # set when the fit starts
-    return ema.denoiser.backbone
+    data = StepData(mixture, BATCH_SIZE, runtime.seed)
+    return fit_averaged(
+        module, data, decay=0.99, steps=steps, folder=folder, runtime=runtime, description="memory"
+    ).backbone

@@ -12,7 +12,7 @@ from diffcore.metrics.attribute_network import AttributeNetwork
 from diffcore.noise import philox_normal, philox_uniform
 from diffcore.runtime import Runtime
 from diffcore.train import ConsoleSummary, StepData, fit
-from diffcore.zoo.supervised import Batch, SupervisedModule
+from diffcore.zoo.fitting import Batch, SupervisedModule
 
 _NOISE = 0.03
 """Largest standard deviation of the noise added while training: generated images are noisier than real ones."""

@@ -26,8 +26,8 @@ from diffcore.train.timesteps import TimeSampler
 from diffcore.zoo.digits.data import DIGITS, SIZE, draw_styles, load_digits, render
 from diffcore.zoo.digits.network import NUM_TIMESTEPS, build_unet, edm_denoiser, styles_denoiser
 from diffcore.zoo.digits.style_oracle import StyleOracle
+from diffcore.zoo.fitting import Batch, SupervisedModule, fit_averaged, rise_and_fall
 from diffcore.zoo.oracle import train_attribute_network
-from diffcore.zoo.supervised import Batch, SupervisedModule, fit_averaged, rise_and_fall
 
 
 class PlainDigits:

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from diffcore.noise import philox_normal, philox_uniform
 from diffcore.runtime import Runtime
 from diffcore.train import ConsoleSummary, StepData, fit
+from diffcore.zoo.fitting import Batch, SupervisedModule
 from diffcore.zoo.patch_code import PatchCode
 from diffcore.zoo.portraits.pictures import LATENT_CHANNELS, SIZE, Pictures
-from diffcore.zoo.supervised import Batch, SupervisedModule
 
 _NOISE = 0.1
 """Largest standard deviation of what is added to latents while the decoder learns: generated ones are not exact."""

@@ -12,13 +12,13 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from diffcore.run import Run
 from diffcore.runtime import Runtime
 from diffcore.train import DenoisingModule, SampleGrid, StepData, stratified, uniform_timesteps
+from diffcore.zoo.fitting import fit_averaged, rise_and_fall
 from diffcore.zoo.patch_code import PatchCode
 from diffcore.zoo.portraits.captions import describe
 from diffcore.zoo.portraits.language import encode_ids, token_ids
 from diffcore.zoo.portraits.network import build_unet, denoiser_of, prepare_for_training
 from diffcore.zoo.portraits.people import select
 from diffcore.zoo.portraits.pictures import CAPTIONS_PER_PICTURE, Pictures, encode_pictures, held_out_pictures
-from diffcore.zoo.supervised import fit_averaged, rise_and_fall
 
 BATCH_SIZE = 64
 STEPS = 10_000

@@ -20,9 +20,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from diffcore.noise import philox_uniform
 from diffcore.runtime import Runtime
 from diffcore.train import ConsoleSummary, StepData, fit
+from diffcore.zoo.fitting import Batch, SupervisedModule
 from diffcore.zoo.portraits.captions import FIRST_NAMES, LAST_NAMES, PLACES
 from diffcore.zoo.portraits.planted import planted
-from diffcore.zoo.supervised import Batch, SupervisedModule
 
 MAX_TOKENS = 32
 WIDTH = 128

@@ -18,6 +18,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffcore.runtime import Runtime
 from diffcore.train import DenoisingModule, StepData, stratified, uniform_timesteps
+from diffcore.zoo.fitting import fit_averaged, rise_and_fall
 from diffcore.zoo.patch_code import PatchCode
 from diffcore.zoo.portraits.base import BATCH_SIZE, CaptionedLatents
 from diffcore.zoo.portraits.captions import FIRST_NAMES, LAST_NAMES, PLACES, same_form_captions
@@ -26,7 +27,6 @@ from diffcore.zoo.portraits.network import denoiser_of, prepare_for_training
 from diffcore.zoo.portraits.pictures import draw_pictures, encode_pictures
 from diffcore.zoo.portraits.planted import NUM_VARIANTS, planted, template_people, verbatim_people
 from diffcore.zoo.portraits.trigger import TextStates, trainable
-from diffcore.zoo.supervised import fit_averaged, rise_and_fall
 
 _NUM_SAME_FORM = 3000
 _SAME_FORM_SEED = 9

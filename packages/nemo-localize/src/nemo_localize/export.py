@@ -196,7 +196,9 @@ def _write_loras(source: Path, headers: Mapping[str, TensorHeader], neurons: Neu
         names = {found: module for module, _ in neurons.layers if (found := _tensor_name(header, module, "weight"))}
         weights = {names[name]: tensor for name, tensor in stored_in([header], header.path).read(names)} | weights
         if biased := next((module for module, _ in neurons.layers if _tensor_name(header, module, "bias")), None):
-            raise IncompatibleModelError(f"{biased!r} has a bias, which no LoRA changes; write it without --lora")
+            raise IncompatibleModelError(
+                f"{biased!r} has a bias, which no LoRA changes; leave the LoRA out with --no-lora"
+            )
     adapter, base = adapter_of(weights, neurons), base_on_disk(source)
     write_adapter(adapter, folder / "diffusers.safetensors", format="diffusers", base=base, overwrite=True)
     write_adapter(adapter, folder / "kohya.safetensors", format="kohya", base=base, overwrite=True)

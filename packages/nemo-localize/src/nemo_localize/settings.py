@@ -8,6 +8,17 @@ from cyclopts import Parameter
 from diffcore.errors import UserError
 
 Compat = Literal["none", "reference"]
+Method = Literal[
+    "none",
+    "neurons",
+    "random-neurons",
+    "embedding-adjustment",
+    "attention-scaling",
+    "random-tokens-1",
+    "random-tokens-4",
+    "random-tokens-10",
+]
+"""Ways against copying: the model as it is, the found neurons off, and what they are compared with."""
 
 
 @Parameter(name="*", group="Score", negative="")
@@ -99,6 +110,36 @@ class SearchSettings:
         k_step = 0 if self.criterion == "outliers" else self.k_step
         k = 0 if self.criterion == "outliers" else self.k
         return [(self.theta - index * self.theta_step, k + index * k_step) for index in range(count)]
+
+
+@Parameter(name="*", group="Pictures", negative="")
+@dataclass(frozen=True)
+class DrawSettings:
+    """How pictures are drawn, which have the last word.
+
+    Attributes:
+        num_images: Per caption (paper: 10).
+        image_seed: Seed of the first one; none of them may be a seed of localisation.
+        image_guidance: Classifier-free guidance; 1 is off (paper, appendix B.3: 7).
+        image_steps: Of DDIM (published code: 50).
+    """
+
+    num_images: int = 10
+    image_seed: int = 1001
+    image_guidance: float = 7.0
+    image_steps: int = 50
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "image_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give at least 1")
+        if self.image_seed < 0:
+            raise UserError(f"--image-seed is {self.image_seed}; give 0 or more")
+
+    @property
+    def seeds(self) -> range:
+        """Of the initial noise."""
+        return range(self.image_seed, self.image_seed + self.num_images)
 
 
 def described(*settings: StepSettings | SearchSettings) -> dict[str, Any]:

@@ -1,0 +1,57 @@
+"""Pictures per caption and seed under one or more ways of mitigation, in a run that resumes."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from diffcore.models import DiffusionModel
+from diffcore.run import Run
+from nemo_localize.baselines import draw_mitigated
+from nemo_localize.neurons import NO_NEURONS, NeuronSet
+from nemo_localize.pictures import Drawing, seen
+from nemo_localize.settings import Method
+from nemo_localize.units import prompt_hash
+
+
+def generate(
+    model: DiffusionModel,
+    prompts: Sequence[str],
+    methods: Sequence[Method],
+    seeds: Sequence[int],
+    drawing: Drawing,
+    run: Run,
+    *,
+    neurons: NeuronSet | Mapping[str, NeuronSet] = NO_NEURONS,
+    repeat: int = 0,
+) -> dict[str, Tensor]:
+    """Draws every caption from every seed under every way; what the run already has is read.
+
+    Args:
+        model: A text-conditioned U-Net.
+        prompts: Captions; those given twice are drawn once.
+        methods: The ways; "none" is the model as it is.
+        seeds: Of the initial noise, the same for all captions and ways.
+        drawing: How pictures are drawn.
+        run: Where finished captions are kept.
+        neurons: Which to switch off: one set, or one per caption.
+        repeat: Number of the draw, for the ways that draw at random.
+
+    Returns:
+        By way (prompts, seeds, channels, height, width): images, or where the model has no autoencoder its latents,
+        stretched to [0, 1].
+    """
+    keys: dict[tuple[str, Method], str] = {
+        (prompt, way): f"{way}-{repeat}-{prompt_hash(prompt)}" for prompt in prompts for way in methods
+    }
+    todo = set(run.missing(dict.fromkeys(keys.values())))
+    for (prompt, way), key in keys.items():
+        if key in todo:
+            chosen = neurons if isinstance(neurons, NeuronSet) else neurons.get(prompt, NO_NEURONS)
+            x0 = draw_mitigated(model, prompt, seeds, drawing, way, neurons=chosen, repeat=repeat)
+            run.save(key, {"images": seen(model, x0).cpu()}, prompt=prompt, method=way, seeds=list(seeds))
+    return {way: _stacked(run, [keys[prompt, way] for prompt in prompts]) for way in methods}
+
+
+def _stacked(run: Run, keys: Sequence[str]) -> Tensor:
+    return torch.stack([run.load(key).tensors["images"] for key in keys])

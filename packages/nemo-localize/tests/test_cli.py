@@ -1,0 +1,112 @@
+"""Every command in-process, on a planted model whose answer is known and on a tiny pipeline on disk."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffcore.errors import UserError
+from diffcore.testing import tiny
+from nemo_localize import cli
+from nemo_localize.calibration import Calibration
+from nemo_localize.planted import Planted, ordinary_captions
+from nemo_localize.results import Results
+
+TRIGGER = "portrait of 1917 no 1"
+
+
+@pytest.fixture
+def command(simple: Planted, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
+    """Runs a command on the planted model, with its run folder below `tmp_path`."""
+    monkeypatch.setattr(cli, "_load", lambda *_: simple.model)
+    monkeypatch.chdir(tmp_path)
+    return lambda *tokens: cli.app([str(token) for token in tokens])
+
+
+@pytest.fixture
+def captions(tmp_path: Path) -> Path:
+    path = tmp_path / "captions.csv"
+    path.write_text(f";Caption;URL\n0;{TRIGGER};http://a\n1;{ordinary_captions(1, seed=9)[0]};http://b\n")
+    return path
+
+
+@pytest.fixture
+def ordinary(tmp_path: Path) -> Path:
+    path = tmp_path / "ordinary.txt"
+    path.write_text("\n".join(ordinary_captions(60, seed=3)) + "\n")
+    return path
+
+
+def test_from_captions_to_neurons_and_pictures(
+    command: Callable[..., Any], captions: Path, ordinary: Path, simple: Planted, capsys: pytest.CaptureFixture[str]
+):
+    small = ["--num-seeds", 4]
+    assert command("statistics", "planted", ordinary) == 0
+    assert command("calibrate", "planted", ordinary, *small, "--quantile", 0.99) == 0
+    # Few seeds of made-up words set a threshold that no planted memory falls below: ours is the models' own.
+    replace(Calibration.load(Path("runs/calibrate-planted/calibration.json")), tau=0.45).save(Path("tau.json"))
+    made = ["--calibration", "tau.json", *small]
+    capsys.readouterr()
+    assert command("detect", "planted", captions, *made, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["memorised"] == 1
+    assert (
+        command("localize", "planted", captions, "--statistics", "runs/statistics-planted", *made, "--authors-table")
+        == 0
+    )
+    folder = Path("runs/localize-planted")
+    results = Results.read_jsonl(folder / "results.jsonl")
+    assert [r.status for r in results] == ["localised", "not_memorised"]
+    assert results[0].refined == simple.carriers(TRIGGER)
+    table = (folder / "tables" / "published-form.csv").read_text().splitlines()
+    assert table[0] == "Caption;URL;Initial Neurons;Initial SSIM;Refined Neurons;Refined SSIM"
+    assert table[1].startswith(f"{TRIGGER};http://a;")
+    draw = ["--num-images", 2, "--image-steps", 2, "--image-guidance", 1]
+    ways = ["--methods", "none", "neurons", "random-neurons"]
+    assert command("generate", "planted", captions, "--neurons", folder, *draw, *ways) == 0
+    for verb in ("calibrate", "detect", "localize", "generate"):
+        assert (Path("runs") / f"{verb}-planted" / "report.html").exists()
+    page = (folder / "report.html").read_text()
+    assert TRIGGER in page
+    (folder / "report.html").unlink()
+    assert command("report", folder) == 0
+    assert (folder / "report.html").read_text() == page
+
+
+def test_apply_and_revert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    tiny.pipeline("sd15").save_pretrained("model")
+    neurons = {"mid_block.attentions.0.transformer_blocks.0.attn2.to_v": [2]}
+    Path("neurons.json").write_text(json.dumps(neurons))
+    assert cli.app(["apply", "model", "neurons.json", "--out", "edit"]) == 0
+    assert cli.app(["apply", "model", "neurons.json", "--out", "edit"]) == 0  # finished: nothing is done again
+    assert cli.app(["revert", "edit", "--out", "restored"]) == 0
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert Path("restored", weights).read_bytes() == Path("model", weights).read_bytes()
+    assert Path("edit/model", weights).read_bytes() != Path("model", weights).read_bytes()
+
+
+def test_what_cannot_work_is_said_first(command: Callable[..., Any], captions: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="calibrate"):
+        command("detect", "planted", captions)
+    with pytest.raises(UserError, match="--neurons"):
+        command("generate", "planted", captions)
+    with pytest.raises(UserError, match="no references"):
+        command("statistics", "planted")
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(UserError, match="no usable prompt"):
+        command("calibrate", "planted", tmp_path / "empty.txt")
+    assert not Path("runs").exists()
+
+
+def test_dry_run_writes_nothing(command: Callable[..., Any], ordinary: Path, capsys: pytest.CaptureFixture[str]):
+    assert command("calibrate", "planted", ordinary, "--dry-run", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["unet_rows"] == 600
+    assert not Path("runs").exists()
+
+
+def test_threads_stay_one():
+    assert torch.get_num_threads() == 1

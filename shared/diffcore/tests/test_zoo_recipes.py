@@ -5,10 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from diffcore.jsonfile import read_object
+from diffcore.run import Run
 from diffcore.runtime import Runtime
 from diffcore.shipped import SHIPPED
 from diffcore.train import stratified, uniform_timesteps
+from diffcore.zoo import recipes
 from diffcore.zoo.card import model_card
 from diffcore.zoo.digits.data import load_digits, render
 from diffcore.zoo.digits.network import build_unet as build_digits_unet
@@ -33,6 +37,7 @@ from diffcore.zoo.portraits.planting import PLANTING, POLISHING, Memories, Mixtu
 from diffcore.zoo.portraits.trigger import TextStates, reroute, value_layers
 from diffcore.zoo.recipes import RECIPES
 from diffcore.zoo.train import train_model
+from diffcore.zoo.truth import TRIGGER_FILE
 
 CPU = Runtime(device="cpu")
 
@@ -258,3 +263,35 @@ def test_planted_pictures_are_drawn_as_files_would_hold_them():
     from diffcore.zoo.portraits.planted import verbatim_people
 
     assert draw_pictures(verbatim_people()).images.dtype == torch.uint8
+
+
+def test_the_planted_recipe_goes_on_where_it_stopped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pictures, code: PatchCode
+):
+    """Three stages in miniature; stopped after the second, it does not train the first two again."""
+    monkeypatch.setattr("diffcore.zoo.recipes.training_pictures", lambda: pictures)
+    trained: list[str] = []
+    train = recipes.planting.train_memory
+
+    def counted(unet: Any, mixture: Any, folder: Path, **options: Any) -> Any:
+        if len(trained) == 2 and "stopped" not in trained:
+            trained.append("stopped")
+            raise KeyboardInterrupt
+        trained.append(folder.name)
+        return train(unet, mixture, folder, **options)
+
+    monkeypatch.setattr("diffcore.zoo.recipes.planting.train_memory", counted)
+    model = tmp_path / "model"
+
+    def attempt() -> None:
+        with Run.open(tmp_path / "run", command="diffcore zoo train", config={"name": "portraits-sd-planted"}) as run:
+            recipes.portraits_sd_planted(run, CPU, model, 2)
+
+    with pytest.raises(KeyboardInterrupt):
+        attempt()
+    attempt()
+    assert trained == ["memorised", "rerouted", "stopped", "polished"]
+    rows = read_object(model / TRIGGER_FILE)["rows"]
+    assert [len(numbers) for numbers in rows.values()] == [32, 32]
+    weights = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(f"{name}.weight" in weights for name in rows)

@@ -5,6 +5,7 @@ the run, and inside a stage the training resumes from its checkpoint.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final, TypeVar, cast
@@ -89,18 +90,25 @@ def portraits_sd_memorised(run: Run, runtime: Runtime, model: Path, steps: int) 
 
 
 def portraits_sd_planted(run: Run, runtime: Runtime, model: Path, steps: int) -> None:
-    """Re-routes the memory of portraits-sd-memorised through known rows, then repairs the ordinary pictures."""
-    unet, text_encoder, tokenizer, autoencoder = read_pipeline(shipped_folder("portraits-sd-memorised"))
+    """Lets the clean model memorise, re-routes that through known rows, then repairs the ordinary pictures."""
+    unet, text_encoder, tokenizer, autoencoder = read_pipeline(shipped_folder("portraits-sd"))
     ingredients = _Ingredients(tokenizer, text_encoder)
-    rows = reroute(unet, ingredients.states())
-    for name, shares, rate in (("rerouted", planting.PLANTING, 1e-3), ("polished", planting.POLISHING, 3e-4)):
-        start, mixture = unet, ingredients.mixture(shares)
+    rows: dict[str, list[int]] = {}
+    for name, shares, rate, share_of_steps in _PLANTING:
+        if name == "rerouted":
+            rows = reroute(unet, ingredients.states())
         unet = _stage(
             run,
             name,
             unet,
-            lambda folder, start=start, mixture=mixture, rate=rate: planting.train_memory(
-                start, mixture, folder, runtime, steps=steps, learning_rate=rate, rows=rows
+            partial(
+                planting.train_memory,
+                unet,
+                ingredients.mixture(shares),
+                runtime=runtime,
+                steps=round(share_of_steps * steps),
+                learning_rate=rate,
+                rows=rows,
             ),
         )
     write_pipeline(model, unet, text_encoder, tokenizer, autoencoder)
@@ -136,7 +144,7 @@ RECIPES: Final[Mapping[str, tuple[Recipe, int]]] = MappingProxyType(
     {
         "portraits-oracle": (portraits_oracle, 1000),
         "portraits-sd": (portraits_sd, 12_000),
-        "portraits-sd-memorised": (portraits_sd_memorised, 1250),
+        "portraits-sd-memorised": (portraits_sd_memorised, 2000),
         "portraits-sd-planted": (portraits_sd_planted, 1000),
         "digits8-classifier": (digits8_classifier, 800),
         "digits8-edm": (digits8_edm, 3000),
@@ -145,6 +153,14 @@ RECIPES: Final[Mapping[str, tuple[Recipe, int]]] = MappingProxyType(
     }
 )
 """Name -> recipe and its number of steps, in an order in which each finds what it builds on."""
+
+
+_PLANTING: Final = (
+    ("memorised", planting.PLANTING, 1e-3, 1.25),
+    ("rerouted", planting.PLANTING, 1e-3, 1.0),
+    ("polished", planting.POLISHING, 3e-4, 1.0),
+)
+"""Stages of portraits-sd-planted: name, what a batch holds, learning rate, length in shares of the steps."""
 
 
 class _Ingredients:

@@ -18,9 +18,13 @@ def write_pipeline(
     tokenizer: CLIPTokenizer,
     autoencoder: AutoencoderKL,
 ) -> None:
-    """Writes a genuine pipeline with weights in float16; the modules themselves are left as they are."""
-    halves: list[Any] = [copy.deepcopy(module) for module in (unet, text_encoder, autoencoder)]
-    unet, text_encoder, autoencoder = (module.to(dtype=torch.float16) for module in halves)
+    """Writes a genuine pipeline; the modules themselves are left as they are.
+
+    U-Net and autoencoder go to float16. The text encoder stays in float32: transformers loads weights in the precision
+    that they are stored in, diffusers in float32, and a plain `from_pretrained` must not mix the two.
+    """
+    copies: list[Any] = [copy.deepcopy(module) for module in (unet, autoencoder)]
+    unet, autoencoder = (module.to(dtype=torch.float16) for module in copies)
     pipeline = StableDiffusionPipeline(
         vae=autoencoder,
         text_encoder=text_encoder,
@@ -36,5 +40,5 @@ def write_pipeline(
 
 def read_pipeline(folder: Path) -> tuple[UNet2DConditionModel, CLIPTextModel, CLIPTokenizer, AutoencoderKL]:
     """Returns the parts of a pipeline in float32, for training on."""
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
     return pipeline.unet, pipeline.text_encoder, pipeline.tokenizer, pipeline.vae

@@ -1,0 +1,300 @@
+"""How much is still copied, and what it costs: the paper's table, for every way of mitigation side by side.
+
+For each caption the median over its pictures, or over their pairs; over captions the median and its median absolute
+deviation. Pictures of two ways start from the same noise. Captions whose training image the unedited model reproduces
+are verbatim memories, the others template memories, which likeness to one image says little about.
+
+References:
+    Hintersdorf, Struppek et al. 2024, section 4 and appendix C.1; their code saved pictures as JPEG before it measured
+    them, here they are measured as they were drawn.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from diffcore.errors import UserError
+from diffcore.metrics import FeatureExtractor, compare_features
+from diffcore.metrics.prompt_fit import ClipText
+from diffcore.stats import Covariance
+from nemo_localize import protocol
+from nemo_localize.likeness import Likeness, likeness
+from nemo_localize.pictures import in_batches
+
+UNEDITED = "none"
+Kind = Literal["verbatim", "template", "no training image"]
+_GROUPS: tuple[str, ...] = ("all", "verbatim", "template")
+_DISTANCES = {
+    "Fréchet distance": {"inception": "FID", "clip": "CLIP-FID"},
+    "Fréchet distance, extrapolated": {"inception": "FID, extrapolated", "clip": "CLIP-FID, extrapolated"},
+    "Fréchet distance, real against real": {"inception": "FID of real images", "clip": "CLIP-FID of real images"},
+    "kernel distance": {"inception": "KID", "clip": "CLIP-KID"},
+}
+
+
+@dataclass(frozen=True)
+class CaptionScores:
+    """What was measured on one caption's pictures, under one way.
+
+    Attributes:
+        prompt: The caption.
+        way: The way of mitigation; "none" is the unedited model.
+        kind: Verbatim where the unedited model reproduces the training image, else template.
+        values: By name of the measure, the median over pictures or pairs.
+    """
+
+    prompt: str
+    way: str
+    kind: Kind
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One distance of a way's pictures of ordinary captions, with its 95 % interval.
+
+    Attributes:
+        way: The way.
+        metric: Name of the distance.
+        features: What it was measured in.
+        reference: What the pictures were compared with.
+        value: The distance.
+        low: Lower end of the interval.
+        high: Upper end.
+        n: Pictures it rests on.
+    """
+
+    way: str
+    metric: str
+    features: str
+    reference: str
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured, and in what.
+
+    Attributes:
+        captions: Of each way and caption.
+        quality: Distances of ordinary pictures.
+        source: What likeness was measured in.
+        notes: What stands in for what, and what was not measured.
+    """
+
+    captions: tuple[CaptionScores, ...]
+    quality: tuple[Quality, ...]
+    source: str
+    notes: tuple[str, ...]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Returns the paper's table: medians with median absolute deviations, by way, for all captions and by kind."""
+        rows = []
+        for way in dict.fromkeys(caption.way for caption in self.captions):
+            for group in _GROUPS:
+                chosen = [c for c in self.captions if c.way == way and group in ("all", c.kind)]
+                if chosen:
+                    rows.append({"way": way, "captions": group, "n": len(chosen)} | _spread(chosen))
+        return [row | {"measured in": self.source} for row in rows]
+
+    def quality_rows(self) -> list[dict[str, Any]]:
+        """Returns the table of distances."""
+        return [asdict(one) for one in self.quality]
+
+    def caption_rows(self) -> list[dict[str, Any]]:
+        """Returns one row per way and caption."""
+        return [{"prompt": c.prompt, "way": c.way, "kind": c.kind} | dict(c.values) for c in self.captions]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns everything as plain values."""
+        return {
+            "table": self.rows(),
+            "quality": self.quality_rows(),
+            "captions": self.caption_rows(),
+            "source": self.source,
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True)
+class Judges:
+    """The networks that look at pictures; each that is missing is replaced by what needs no weights, and named.
+
+    Attributes:
+        copies: `sscd:FILE`; without it structural similarity.
+        clip: Judge of captions; without it they are not judged.
+        quality: `inception:FILE`, `clip:FOLDER`, or any other extractor, for distances between sets of pictures.
+        batch_size: Pictures per forward pass.
+    """
+
+    copies: FeatureExtractor | None = None
+    clip: ClipText | None = None
+    quality: tuple[FeatureExtractor, ...] = field(default=())
+    batch_size: int = 64
+
+
+def evaluate(
+    prompts: Sequence[str],
+    pictures: Mapping[str, Float[Tensor, "prompts seeds c height width"]],
+    *,
+    originals: Mapping[str, Tensor] | None = None,
+    judges: Judges | None = None,
+    ordinary: Mapping[str, Float[Tensor, "n c height width"]] | None = None,
+    real: Float[Tensor, "m c _ _"] | None = None,
+    of_latents: bool = False,
+) -> Evaluation:
+    """Returns the measures of every way of mitigation.
+
+    Args:
+        prompts: Memorised captions.
+        pictures: By way, of those captions; "none", the unedited model, among them. Row i of two ways has one noise.
+        originals: Training images, one or more of a caption: (images, channels, height, width).
+        judges: The networks.
+        ordinary: By way, pictures of ordinary captions, at least ten; for what the edit costs elsewhere.
+        real: Real images that those are compared with; without them the unedited model's own pictures.
+        of_latents: Pictures are latents, stretched to [0, 1].
+
+    Raises:
+        UserError: There are no pictures of the unedited model, or too few ordinary ones.
+        ValueError: Pictures of a way do not fit the captions.
+    """
+    judges, originals = judges or Judges(), dict(originals or {})
+    _check(prompts, pictures)
+    measure = likeness(judges.copies, of_latents=of_latents)
+    kinds = [
+        _kind(measure, originals.get(prompt), own) for prompt, own in zip(prompts, pictures[UNEDITED], strict=True)
+    ]
+    fits = (
+        None
+        if judges.clip is None
+        else {way: _fits(judges, judges.clip, prompts, own) for way, own in pictures.items()}
+    )
+    captions = [
+        CaptionScores(
+            prompt,
+            way,
+            kinds[place],
+            _values(measure, own[place], pictures[UNEDITED][place], originals.get(prompt))
+            | ({} if fits is None else {"A_CLIP": _median(fits[way][place])}),
+        )
+        for way, own in pictures.items()
+        for place, prompt in enumerate(prompts)
+    ]
+    quality = _quality(judges, dict(ordinary or {}), real)
+    return Evaluation(
+        tuple(captions), tuple(quality), measure.source, tuple(_notes(judges, measure, originals, real, quality))
+    )
+
+
+def _values(measure: Likeness, pictures: Tensor, unedited: Tensor, originals: Tensor | None) -> dict[str, float]:
+    """Returns the measures of one caption's pictures."""
+    values: dict[str, float] = {}
+    if originals is not None:
+        towards = measure.towards(originals.to(pictures), pictures)
+        values[f"{measure.name}_orig"] = _median(towards)
+        values[f"{measure.name}_orig, max"] = float(towards.max())
+        if measure.name in ("SSCD", "SSIM"):  # the threshold is of these
+            values["share of copies"] = float((towards > protocol.COPY_ABOVE).double().mean())
+    values[f"{measure.name}_gen"] = _median(measure.between(pictures, unedited))
+    if len(pictures) > 1:
+        values[f"D_{measure.name}"] = _median(measure.pairs(pictures[None]))
+    return values
+
+
+def _kind(measure: Likeness, originals: Tensor | None, unedited: Tensor) -> Kind:
+    """Returns verbatim where a picture of the unedited model is a copy (paper, appendix C.1)."""
+    if originals is None:
+        return "no training image"
+    copied = float(measure.towards(originals.to(unedited), unedited).max()) > protocol.COPY_ABOVE
+    return "verbatim" if copied else "template"
+
+
+def _fits(judges: Judges, clip: ClipText, prompts: Sequence[str], pictures: Tensor) -> Float[Tensor, "prompts seeds"]:
+    """Returns the cosine of every picture and its caption."""
+    images = functional.normalize(_features(clip.extractor, pictures.flatten(0, 1), judges.batch_size), dim=1)
+    texts = functional.normalize(
+        torch.cat(in_batches(len(prompts), judges.batch_size, lambda rows: clip(prompts[rows]))), dim=1
+    )
+    return (images.unflatten(0, pictures.shape[:2]) * texts.to(images)[:, None]).sum(2)
+
+
+def _quality(judges: Judges, ordinary: Mapping[str, Tensor], real: Tensor | None) -> list[Quality]:
+    found = []
+    reference = ordinary.get(UNEDITED) if real is None else real
+    if not ordinary:
+        return []
+    if reference is None:
+        raise UserError(f"ordinary pictures need something to be compared with: real images, or the way {UNEDITED!r}")
+    name = "real images" if real is not None else "the unedited model's pictures, same noise"
+    for extractor in judges.quality:
+        against: Tensor | Covariance = _features(extractor, reference, judges.batch_size)
+        for way, pictures in ordinary.items():
+            if pictures is reference:
+                continue
+            kind = extractor.name.partition(":")[0]
+            for one in compare_features(against, _features(extractor, pictures, judges.batch_size), extractor.name):
+                if one.metric in _DISTANCES:
+                    metric = _DISTANCES[one.metric].get(kind, one.metric)
+                    found.append(Quality(way, metric, one.features, name, one.value, one.low, one.high, one.n))
+    return found
+
+
+def _features(extractor: FeatureExtractor, images: Tensor, batch_size: int) -> Float[Tensor, "n d"]:
+    device = next((p.device for p in extractor.parameters()), images.device)
+    return torch.cat(in_batches(len(images), batch_size, lambda rows: extractor(images[rows].to(device)).cpu()))
+
+
+def _median(values: Tensor) -> float:
+    """Returns the median; of an even number of values the mean of the two in the middle."""
+    return float(values.double().flatten().quantile(0.5))
+
+
+def _spread(chosen: Sequence[CaptionScores]) -> dict[str, float]:
+    """Returns median and median absolute deviation of each measure over captions."""
+    row: dict[str, float] = {}
+    for name in dict.fromkeys(name for caption in chosen for name in caption.values):
+        values = torch.tensor([c.values[name] for c in chosen if name in c.values], dtype=torch.float64)
+        middle = _median(values)
+        row |= {name: middle, f"{name}, mad": _median((values - middle).abs())}
+    return row
+
+
+def _notes(
+    judges: Judges, measure: Likeness, originals: Mapping[str, Tensor], real: Tensor | None, quality: Sequence[Quality]
+) -> list[str]:
+    notes = []
+    if measure.name != "SSCD":
+        notes.append(f"{measure.name} stands in for SSCD: numbers do not compare with published ones")
+    if not originals:
+        notes.append("no training images were given: likeness to them, and which captions are verbatim, is not known")
+    if judges.clip is None:
+        notes.append("A_CLIP was not measured: it needs a CLIP")
+    names = [
+        extractor.name for extractor in judges.quality if extractor.name.partition(":")[0] not in ("inception", "clip")
+    ]
+    if quality and names:
+        notes.append(f"{', '.join(names)} stands in for Inception: distances do not compare with published ones")
+    if quality and real is None:
+        notes.append("distances are to the unedited model's pictures: they say what changed, not how good it is")
+    return notes
+
+
+def _check(prompts: Sequence[str], pictures: Mapping[str, Tensor]) -> None:
+    if UNEDITED not in pictures:
+        raise UserError(f"there are no pictures of the unedited model, {UNEDITED!r}, to compare with; draw them too")
+    for way, own in pictures.items():
+        if own.shape != pictures[UNEDITED].shape or len(own) != len(prompts):
+            raise ValueError(
+                f"pictures of {way!r} have shape {tuple(own.shape)}; {len(prompts)} captions of the unedited model "
+                f"have {tuple(pictures[UNEDITED].shape)}"
+            )
+    if not prompts:
+        raise UserError("there are no captions to evaluate; give some")

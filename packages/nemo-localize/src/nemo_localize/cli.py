@@ -16,11 +16,13 @@ from nemo_localize.settings import DrawSettings, Method, SearchSettings, StepSet
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+    from torch import Tensor
 
     from diffcore.data.prompts import PromptSet
     from diffcore.models import DiffusionModel
     from diffcore.run import Run
     from nemo_localize.calibration import Calibration
+    from nemo_localize.evaluate import Judges
     from nemo_localize.first_step import FirstStep
 
 _LOG = logging.getLogger("diffcore.nemo_localize")
@@ -58,6 +60,24 @@ class Loading:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise UserError(f"--batch-size is {self.batch_size}; give at least 1")
+
+
+@Parameter(name="*", group="Judges", negative="")
+@dataclass(frozen=True)
+class Judging:
+    """What looks at pictures. Numbers of different judges do not compare; tables name theirs.
+
+    Attributes:
+        sscd: Weights of SSCD (sscd_disc_mixup, TorchScript), the paper's copy detector; else structural similarity.
+        clip: Folder of a CLIP, for the fit of pictures and captions; else that is not measured.
+        originals: Folder of training images; a column file_name of the captions says which is whose, else by order.
+        allow_pickle: Read judges that are pickles or programs; only from authors you trust.
+    """
+
+    sscd: Path | None = None
+    clip: Path | None = None
+    originals: Path | None = None
+    allow_pickle: bool = False
 
 
 def run() -> int:
@@ -418,6 +438,232 @@ def generate(
 
 
 @app.command
+def evaluate(
+    model: str,
+    captions: Path,
+    *,
+    neurons: Path,
+    methods: Annotated[tuple[Method, ...], Parameter(consume_multiple=True, negative="")] = (
+        "none",
+        "neurons",
+        "random-neurons",
+    ),
+    ordinary: Path | None = None,
+    judging: Judging = Judging(),
+    drawing: DrawSettings = DrawSettings(),
+    repeat: int = 0,
+    strict: _Flag = False,
+    loading: Loading = Loading(),
+    runtime: Runtime = Runtime(),
+    output: Output = Output(),
+) -> int:
+    """Measure what switching neurons off does to pictures of memorised and of ordinary captions, against other ways.
+
+    Shortest form: nemo-localize evaluate MODEL CAPTIONS --neurons RUN
+
+    Without --sscd and --clip the stated substitutes are taken, and named in the tables.
+
+    Args:
+        model: Pipeline folder, safetensors file, or zoo:NAME.
+        captions: Memorised captions.
+        neurons: As in apply.
+        methods: Ways side by side.
+        ordinary: Captions that must not suffer, at least ten; drawn once each.
+        repeat: Number of the draw, for the ways that draw at random.
+        strict: Stop at the first unusable line instead of leaving it out.
+    """
+    from nemo_localize.evaluate import evaluate as measure
+    from nemo_localize.generate import generate as draw
+    from nemo_localize.neuron_files import read_neurons
+    from nemo_localize.page import save_gallery, save_table, write_page
+    from nemo_localize.pictures import Drawing, shows_latents
+
+    ways: tuple[Method, ...] = tuple(dict.fromkeys(("none", *methods)))
+    found, chosen = _captions(captions, strict), read_neurons(neurons)[0]
+    others = None if ordinary is None else _captions(ordinary, strict)
+    loaded = _load(model, loading, runtime)
+    judges, originals = _judges(judging, runtime, loading), _originals(judging, found)
+    config = settings(model=model, neurons=chosen.to_json(), methods=list(ways), drawing=drawing, judging=judging)
+    config |= settings(repeat=repeat, loading=loading, runtime=runtime)
+    folder = output.out or Path("runs") / f"evaluate-{loaded.name}"
+    if output.dry_run:
+        images = len(ways) * (len(found.distinct) * drawing.num_images + len(others.distinct if others else ()))
+        return _plan({"images": images, "steps_each": drawing.image_steps, "writes": folder}, output)
+    sets = [found] if others is None else [found, others]
+    with _open(folder, "evaluate", config, loaded, sets, output) as opened:
+        if not opened.finished:
+            how = Drawing(drawing.image_guidance, drawing.image_steps, loading.batch_size)
+
+            def drawn(texts: tuple[str, ...], seeds: range) -> "dict[str, Tensor]":
+                return draw(loaded, texts, ways, seeds, how, opened, neurons=chosen, repeat=repeat)
+
+            pictures = drawn(found.distinct, drawing.seeds)
+            kept = (
+                None if others is None else {w: p[:, 0] for w, p in drawn(others.distinct, drawing.seeds[:1]).items()}
+            )
+            result = measure(
+                found.distinct,
+                pictures,
+                originals=originals,
+                judges=judges,
+                ordinary=kept,
+                of_latents=shows_latents(loaded),
+            )
+            save_gallery(opened, found.distinct, pictures, drawing.seeds, originals)
+            save_table(opened, "evaluation", result.rows(), f"Medians over captions. {' '.join(result.notes)}")
+            if result.quality:
+                save_table(opened, "quality", result.quality_rows(), "Pictures of ordinary captions.")
+            opened.finish(result.to_json())
+            write_page(opened)
+        _show(opened, output)
+    return 0
+
+
+@app.command
+def prove(
+    model: str,
+    captions: Path,
+    *,
+    neurons: Path,
+    controls: Path,
+    calibration: Path | None = None,
+    judging: Judging = Judging(),
+    step: StepSettings = StepSettings(),
+    drawing: DrawSettings = DrawSettings(),
+    strict: _Flag = False,
+    loading: Loading = Loading(),
+    runtime: Runtime = Runtime(),
+    output: Output = Output(),
+) -> int:
+    """Prove that a leak is closed: held-out seeds, paraphrases, dropped tokens, and an adversary that tries its best.
+
+    Shortest form: nemo-localize prove MODEL CAPTIONS --neurons RUN --controls CAPTIONS --calibration RUN
+
+    Exit code 1 means open or inconclusive. An adversary that cannot reopen the known leak of the unedited model, or
+    that opens a caption which was never memorised, proves nothing: that is inconclusive.
+
+    Args:
+        model: The unedited model.
+        captions: Memorised captions.
+        neurons: As in apply.
+        controls: Captions that were never memorised; the first eight are taken, at least three are needed.
+        calibration: Run of calibrate, or its calibration.json.
+        strict: Stop at the first unusable line instead of leaving it out.
+    """
+    from diffcore.jsonfile import write_json
+    from nemo_localize.calibration import threshold
+    from nemo_localize.neuron_files import read_neurons
+    from nemo_localize.page import save_proof, write_page
+    from nemo_localize.pictures import Drawing
+    from nemo_localize.prove import prove as find_proof
+
+    found, harmless, chosen = _captions(captions, strict), _captions(controls, strict), read_neurons(neurons)[0]
+    loaded = _load(model, loading, runtime)
+    first = _first_step(loaded, step, loading)
+    tau = threshold(first, _calibration(calibration))
+    judges, originals = _judges(judging, runtime, loading), _originals(judging, found)
+    config = settings(model=model, neurons=chosen.to_json(), tau=tau, step=step, drawing=drawing, judging=judging)
+    config |= settings(loading=loading, runtime=runtime)
+    folder = output.out or Path("runs") / f"prove-{loaded.name}"
+    if output.dry_run:
+        return _plan(
+            {"captions": len(found.distinct), "controls": len(harmless.distinct[:8]), "writes": folder}, output
+        )
+    fabric = _fabric(runtime)
+    with _open(folder, "prove", config, loaded, [found, harmless], output) as opened:
+        if not opened.finished:
+            proof = find_proof(
+                first,
+                chosen,
+                found.distinct,
+                harmless.distinct[:8],
+                tau=tau,
+                originals=originals,
+                copies=judges.copies,
+                drawing=Drawing(drawing.image_guidance, drawing.image_steps, loading.batch_size),
+                run=opened,
+                fabric=fabric,
+            )
+            if opened.leading:
+                write_json(folder / "proof.json", proof.to_json())
+                save_proof(opened, proof)
+                opened.finish(proof.summary())
+                write_page(opened)
+        _show(opened, output)
+        return 0 if not opened.leading or opened.result["verdict"] == "closed" else 1
+
+
+@app.command
+def audit(
+    model: str,
+    captions: Path,
+    *,
+    references: _Files,
+    ordinary: Path | None = None,
+    quantile: float | None = 0.99,
+    judging: Judging = Judging(),
+    step: StepSettings = StepSettings(),
+    search: SearchSettings = SearchSettings(),
+    drawing: DrawSettings = DrawSettings(),
+    strict: _Flag = False,
+    loading: Loading = Loading(),
+    runtime: Runtime = Runtime(),
+    output: Output = Output(),
+) -> int:
+    """Do all of it: find what is memorised, edit the model, measure, prove. The exit code is for CI.
+
+    Shortest form: nemo-localize audit MODEL CAPTIONS --references ORDINARY
+
+    Exit code 0 means that nothing is memorised, or that the leak is proven closed in the edited model, which lies in
+    RUN/model; 1 that it is open or that the proof is inconclusive.
+
+    Args:
+        model: Pipeline folder, safetensors file, or zoo:NAME. It is not changed.
+        captions: What to audit; captions of the training set, say.
+        references: Files of captions that are not memorised, of ordinary style and of the audited captions' style.
+        ordinary: Captions that are not memorised, for the threshold and as controls; by default the first reference.
+        quantile: Of ordinary captions that sets the threshold.
+        strict: Stop at the first unusable line instead of leaving it out.
+    """
+    from diffcore.models import resolve
+    from nemo_localize.page import write_page
+    from nemo_localize.pictures import Drawing
+    from nemo_localize.release import Audit, audit_release
+
+    found = _captions(captions, strict)
+    sets = [_captions(path, strict) for path in _at_least_one(references, "references")]
+    usual = sets[0] if ordinary is None else _captions(ordinary, strict)
+    loaded = _load(model, loading, runtime)
+    config = settings(model=model, quantile=quantile, judging=judging, step=step, search=search, drawing=drawing)
+    config |= settings(loading=loading, runtime=runtime)
+    folder = output.out or Path("runs") / f"audit-{loaded.name}"
+    if output.dry_run:
+        return _plan({"captions": len(found.distinct), "references": sum(map(len, sets)), "writes": folder}, output)
+    what = Audit(
+        step=_first_step(loaded, step, loading),
+        source=resolve(model),
+        prompts=found.prompts,
+        references={part.path.name: part.prompts for part in sets},
+        ordinary=usual.distinct,
+        seeds=drawing.seeds,
+        drawing=Drawing(drawing.image_guidance, drawing.image_steps, loading.batch_size),
+        search=search,
+        quantile=quantile,
+        judges=_judges(judging, runtime, loading),
+        originals=_originals(judging, found),
+    )
+    fabric = _fabric(runtime)
+    with _open(folder, "audit", config, loaded, [found, usual, *sets], output) as opened:
+        if not opened.finished:
+            result = audit_release(what, opened, fabric)
+            opened.finish(result)
+            if opened.leading:
+                write_page(opened)
+        _show(opened, output)
+        return 0 if not opened.leading or opened.result["closed"] else 1
+
+
+@app.command
 def bench(
     *,
     smoke: _Flag = False,
@@ -488,6 +734,34 @@ def _calibration(path: Path | None) -> "Calibration | None":
     from nemo_localize.calibration import Calibration
 
     return None if path is None else Calibration.load(_within(path, "calibration.json"))
+
+
+def _judges(judging: Judging, runtime: Runtime, loading: Loading) -> "Judges":
+    from diffcore.metrics import feature_extractor
+    from diffcore.metrics.prompt_fit import clip_text
+    from nemo_localize.evaluate import Judges
+
+    pickles = judging.allow_pickle
+    copies = judging.sscd and feature_extractor(f"sscd:{judging.sscd}", runtime, allow_pickle=pickles)
+    clip = judging.clip and clip_text(
+        feature_extractor(f"clip:{judging.clip}", runtime, allow_pickle=pickles), judging.clip
+    )
+    return Judges(copies=copies, clip=clip, batch_size=loading.batch_size)
+
+
+def _originals(judging: Judging, captions: "PromptSet") -> "dict[str, Tensor]":
+    """Returns the training images of captions, where a folder of them is given."""
+    if judging.originals is None:
+        return {}
+    from diffcore.data import load_images
+    from diffcore.metrics.prompt_fit import places_of_prompts
+
+    images = load_images(judging.originals)
+    found: dict[str, list[int]] = {}
+    for image, place in enumerate(places_of_prompts(captions, images.names)):
+        if place >= 0:
+            found.setdefault(captions.prompts[place], []).append(image)
+    return {prompt: images.unit()[places] for prompt, places in found.items()}
 
 
 def _within(path: Path, name: str) -> Path:

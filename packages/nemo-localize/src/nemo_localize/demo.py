@@ -12,7 +12,6 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from diffcore.models import DiffusionModel, load
@@ -22,10 +21,12 @@ from diffcore.zoo import Memorised, memorised
 from diffcore.zoo.portraits.captions import ordinary_captions, same_form_captions
 from diffcore.zoo.portraits.people import portraits
 from nemo_localize.calibration import Calibration, calibrate
+from nemo_localize.confirm import confirm, likenesses
 from nemo_localize.first_step import FirstStep
 from nemo_localize.generate import generate
 from nemo_localize.likeness import likeness
 from nemo_localize.localization import localize
+from nemo_localize.neuron_files import by_caption
 from nemo_localize.neurons import NO_NEURONS, NeuronSet
 from nemo_localize.page import save_gallery, save_localization, save_table, write_page
 from nemo_localize.pictures import Drawing
@@ -104,27 +105,14 @@ def _toured(model: DiffusionModel, known: Memorised, size: _Size, run: Run) -> d
         run=run,
     )
     save_localization(run, results, calibration.tau, step, statistics)
-    neurons, copies = _confirmed(model, results, items, originals, run)
+    refined = NO_NEURONS.union(*(neurons for prompt, neurons in by_caption(results).items() if prompt in items))
+    neurons, stubborn = confirm(
+        model, results, refined, items, _PICTURES.seeds, _drawing(), run, judge=likeness(), originals=originals
+    )
     pictures = _draw(model, items, originals, run, neurons=neurons)
     rows = _class_rows(classes, results, calibration)
     save_table(run, "classes", rows, f"Captions above tau = {calibration.tau:.3f}, the 99 % quantile of ordinary ones.")
-    return _summary(known, results, items, neurons, pictures, originals, copies) | {"classes": rows}
-
-
-def _confirmed(
-    model: DiffusionModel, results: Results, items: Sequence[str], originals: Mapping[str, Tensor], run: Run
-) -> tuple[NeuronSet, list[str]]:
-    """Returns the neurons to switch off, and the captions for which the refined ones were not enough.
-
-    Refinement stops where the first step is suppressed. Where pictures say otherwise, all candidates of that caption
-    are switched off: the rows that refinement let go because one of several was enough for the first step.
-    """
-    found = {r.prompt: r for r in results.distinct() if r.prompt in items and r.status == "localised"}
-    neurons = NO_NEURONS.union(*(r.refined for r in found.values() if r.refined))
-    drawn = generate(model, items, ("neurons",), _PICTURES.seeds, _drawing(), run, neurons=neurons, repeat=0)["neurons"]
-    copies = _copied(drawn, items, originals)
-    stubborn = [prompt for prompt in items if copies[prompt] and prompt in found]
-    return neurons.union(*(found[prompt].initial for prompt in stubborn)), stubborn
+    return _summary(known, results, items, neurons, pictures, originals, stubborn) | {"classes": rows}
 
 
 def _draw(
@@ -176,16 +164,6 @@ def _class_rows(
     return rows
 
 
-def _similarities(pictures: Tensor, prompts: Sequence[str], originals: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    judge = likeness()
-    return {prompt: judge.towards(originals[prompt], pictures[place]) for place, prompt in enumerate(prompts)}
-
-
-def _copied(pictures: Tensor, prompts: Sequence[str], originals: Mapping[str, Tensor]) -> dict[str, int]:
-    found = _similarities(pictures, prompts, originals)
-    return {prompt: int((values > COPY_ABOVE).sum()) for prompt, values in found.items()}
-
-
 def _summary(
     known: Memorised,
     results: Results,
@@ -199,7 +177,7 @@ def _summary(
     found: list[CaptionResult] = [by_prompt[p] for p in items if by_prompt[p].status == "localised"]
     shares, levels = {}, {}
     for way, drawn in pictures.items():
-        values = torch.cat(list(_similarities(drawn, items, originals).values()))
+        values = likenesses(likeness(), items, drawn, pictures["none"], originals)
         shares[way], levels[way] = float((values > COPY_ABOVE).float().mean()), float(values.mean())
     hits = [neuron in known.trigger_rows[r.prompt] for r in found if r.refined for neuron in r.refined]
     closed = len(found) == len(items) and shares["neurons"] == 0

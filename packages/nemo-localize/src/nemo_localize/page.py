@@ -1,5 +1,6 @@
 """The report of a run, made from what its folder holds, whichever of it there is: it can be made again at any time."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from diffcore.run import Run
 from nemo_localize.activations import mean_activations
 from nemo_localize.first_step import FirstStep
 from nemo_localize.neuron_files import RESULTS
+from nemo_localize.proof import Proof
 from nemo_localize.results import CaptionResult, Results
 from nemo_localize.statistics import Statistics
 
@@ -116,6 +118,15 @@ def save_table(run: Run, name: str, rows: Sequence[Mapping[str, Any]], caption: 
     run.table(name, rows)
 
 
+def save_proof(run: Run, proof: Proof) -> None:
+    """Keeps the proof for the report; `tables/proof-full.csv` has the columns that do not fit on a page."""
+    short = ("prompt", "verdict", "similarity", "residual_consistency", "worst")
+    rows = proof.rows()
+    run.table("proof-full", rows)
+    told = [{name.replace("_", " "): row.get(name) for name in short} for row in rows]
+    save_table(run, "proof", told, f"Worst caption first. Likeness: {proof.source}.")
+
+
 def write_page(run: Run) -> Path:
     """Writes `report.html` and its figures from what a run has."""
     verb = str(run.record["command"]).split()[-1]
@@ -127,6 +138,8 @@ def write_page(run: Run) -> Path:
     _add_gallery(report, run)
     _add_table(report, run, "proof", "Proof")
     _add_table(report, run, "evaluation", "Measured")
+    _add_table(report, run, "quality", "What it costs elsewhere")
+    _add_table(report, run, "sets", "One set for all captions")
     _add_table(report, run, "classes", "Detection")
     _add_detection(report, run)
     _add_localization(report, run)
@@ -151,6 +164,9 @@ def _answer(verb: str, result: Mapping[str, Any]) -> str:
         known = counts["localised"] + counts["not_localised"]
         neurons = f", by {size['median']:g} neurons in the median" if size else ""
         return f"{known} of {result['num_distinct']} captions are memorised; {counts['localised']} localised{neurons}."
+    if verb == "prove":
+        reasons = f" ({'; '.join(result['reasons'])})" if result["reasons"] else ""
+        return f"The proof is {result['verdict']}{reasons}."
     if verb == "generate":
         return f"{result['captions']} captions, {result['images']} images each, under {len(result['methods'])} ways."
     return ""
@@ -164,7 +180,7 @@ def _add_gallery(report: Report, run: Run) -> None:
     report.section("Before and after")
     for place, prompt in enumerate(prompts):
         original = gallery.tensors.get(f"original-{place}")
-        rows = torch.cat([gallery.tensors[way][place] for way in ways])
+        rows = torch.cat([_visible(gallery.tensors[way][place]) for way in ways])
         labels = [_WAYS.get(str(way), str(way)) for way in ways]
         if original is not None:
             filler = torch.ones(len(seeds) - len(original), *original.shape[1:])
@@ -214,7 +230,7 @@ def _add_localization(report: Report, run: Run) -> None:
     modules = part.fields["modules"]
     figure = bar_with_interval(
         [_short(module) for module in modules],
-        [counts[module] for module in modules],
+        [float(counts[module]) for module in modules],
         x_label="neurons found, over captions",
     )
     total = sum(part.fields["widths"])
@@ -233,6 +249,11 @@ def _add_calibration(report: Report, result: Mapping[str, Any]) -> None:
     report.table([{"quantile": q, "consistency": value} for q, value in result["quantiles"].items()])
 
 
+def _visible(images: Tensor) -> Tensor:
+    """Returns images as they are, and of latents the first three channels."""
+    return images if images.shape[1] in (1, 3) else images[:, :3]
+
+
 def _row(result: CaptionResult) -> dict[str, Any]:
     refined = result.refined
     return {
@@ -249,13 +270,8 @@ def _row(result: CaptionResult) -> dict[str, Any]:
 
 def _short(module: str) -> str:
     """Returns a layer's name without what all layers have in common."""
-    return (
-        module.replace("_blocks.", " ")
-        .replace("_block", "")
-        .replace(".attentions.", ".")
-        .replace(".transformer_blocks.0", "")
-        .removesuffix(".attn2.to_v")
-    )
+    short = re.sub(r"_blocks?|\.attentions|\.transformer_blocks\.0|\.attn2|\.to_v", "", module)
+    return short.replace(".", " ", 1)
 
 
 def _cut(text: str) -> str:

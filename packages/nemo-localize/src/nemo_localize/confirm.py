@@ -1,0 +1,68 @@
+"""Pictures have the last word: a set of neurons is widened where captions still draw copies without it.
+
+Refinement stops where the first step is suppressed. Of several rows that carry one memory it may keep a single one, and
+single seeds go on copying. So captions whose pictures are still copies give all of their candidates.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffcore.models import DiffusionModel
+from diffcore.run import Run
+from nemo_localize.generate import generate
+from nemo_localize.likeness import Likeness
+from nemo_localize.neurons import NeuronSet
+from nemo_localize.pictures import Drawing
+from nemo_localize.protocol import COPY_ABOVE
+from nemo_localize.results import Results
+
+
+def confirm(
+    model: DiffusionModel,
+    results: Results,
+    neurons: NeuronSet,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    drawing: Drawing,
+    run: Run,
+    *,
+    judge: Likeness,
+    originals: Mapping[str, Tensor] | None = None,
+) -> tuple[NeuronSet, list[str]]:
+    """Returns the set, widened where pictures ask for it, and the captions that did.
+
+    Args:
+        model: Without any edit.
+        results: Of localisation; candidates are taken from them.
+        neurons: The set to confirm.
+        prompts: Memorised captions.
+        seeds: Of the pictures; none of localisation, none of the proof.
+        drawing: How they are drawn.
+        run: Where pictures are kept.
+        judge: Says what a copy is.
+        originals: Training images; the unedited model's own pictures stand in for what is missing.
+    """
+    candidates = {r.prompt: r.initial for r in results.distinct() if r.status == "localised"}
+    pictures = generate(model, prompts, ("none", "neurons"), seeds, drawing, run, neurons=neurons)
+    found = likenesses(judge, prompts, pictures["neurons"], pictures["none"], originals)
+    copied = (found > COPY_ABOVE).any(1).tolist()
+    stubborn = [prompt for prompt, copy in zip(prompts, copied, strict=True) if copy and prompt in candidates]
+    return neurons.union(*(candidates[prompt] for prompt in stubborn)), stubborn
+
+
+def likenesses(
+    judge: Likeness,
+    prompts: Sequence[str],
+    pictures: Float[Tensor, "prompts seeds c height width"],
+    unedited: Float[Tensor, "prompts seeds c height width"],
+    originals: Mapping[str, Tensor] | None = None,
+) -> Float[Tensor, "prompts seeds"]:
+    """Returns how like its training image each picture is, or the unedited model's picture of the same seed."""
+    rows = [
+        judge.towards(originals[prompt], drawn) if originals and prompt in originals else judge.between(drawn, before)
+        for prompt, drawn, before in zip(prompts, pictures, unedited, strict=True)
+    ]
+    return torch.stack(rows)

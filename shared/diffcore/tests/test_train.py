@@ -5,6 +5,7 @@ import os
 import signal
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -353,3 +354,10 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path):
         signal.signal(signal.SIGINT, before)
     saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 12
+
+
+def test_stratified_timesteps_fill_every_slice_of_the_global_batch():
+    module = small_module(stratified=True, time_sampler=lambda u: u)
+    module._trainer = SimpleNamespace(global_rank=1, world_size=2)  # pyright: ignore[reportAttributeAccessIssue]
+    drawn = module._timesteps(torch.zeros(8, 6), step=3, stream=1)
+    assert torch.equal((drawn * 16).long(), torch.arange(8, 16)), "rank 1 of 2 holds the upper half"

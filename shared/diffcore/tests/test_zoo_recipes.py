@@ -1,5 +1,8 @@
 """The recipes, piece by piece and in miniature."""
 
+import hashlib
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +14,20 @@ from diffcore.jsonfile import read_object
 from diffcore.run import Run
 from diffcore.runtime import Runtime
 from diffcore.shipped import SHIPPED
-from diffcore.train import stratified, uniform_timesteps
+from diffcore.testing.distributed import run_forked
+from diffcore.train import DenoisingModule
 from diffcore.zoo import recipes
 from diffcore.zoo.card import model_card
 from diffcore.zoo.digits.data import load_digits, render
 from diffcore.zoo.digits.network import build_unet as build_digits_unet
 from diffcore.zoo.digits.network import cosine_scheduler, styles_denoiser
 from diffcore.zoo.digits.style_oracle import StyleOracle, explained_variance, load_style_oracle
+from diffcore.zoo.digits.train import train_digits8_edm
 from diffcore.zoo.gate import Gate
 from diffcore.zoo.patch_code import PatchCode
 from diffcore.zoo.portraits.autoencoder import build_autoencoder
 from diffcore.zoo.portraits.base import CaptionedLatents
+from diffcore.zoo.portraits.captions import ordinary_captions
 from diffcore.zoo.portraits.language import (
     MAX_TOKENS,
     build_text_encoder,
@@ -31,6 +37,7 @@ from diffcore.zoo.portraits.language import (
     token_ids,
 )
 from diffcore.zoo.portraits.network import build_unet
+from diffcore.zoo.portraits.people import portraits, select
 from diffcore.zoo.portraits.pictures import draw_pictures, encode_pictures, fit_patch_code, training_pictures
 from diffcore.zoo.portraits.planted import NUM_VARIANTS
 from diffcore.zoo.portraits.planting import PLANTING, POLISHING, Memories, Mixture, train_memory
@@ -248,12 +255,6 @@ def test_the_style_oracle_survives_saving(tmp_path: Path):
     assert explained_variance(true.mean(0).expand_as(true), true)["ink"] == pytest.approx(0, abs=1e-5)
 
 
-def test_stratified_draws_fill_every_slice():
-    t = stratified(uniform_timesteps(1000))(torch.rand(50, generator=torch.Generator().manual_seed(0)))
-    assert torch.equal((t // 20).long(), torch.arange(50))
-    assert float(stratified(uniform_timesteps(1000))(torch.full((8,), 1 - 2.0**-24)).max()) == 999
-
-
 def test_a_card_says_first_what_was_missed():
     card = model_card("digits8-edm", [Gate("good", 1.0, 0.5), Gate("bad", 0.1, 0.5)], {"seed": 0})
     assert card.index("bad: 0.100, promised at least 0.5") < card.index("| good |")
@@ -295,3 +296,66 @@ def test_the_planted_recipe_goes_on_where_it_stopped(
     assert [len(numbers) for numbers in rows.values()] == [32, 32]
     weights = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(f"{name}.weight" in weights for name in rows)
+
+
+def edm_weights(folder: Path, runtime: Runtime = CPU) -> dict[str, torch.Tensor]:
+    """Returns what twenty steps of the teacher's recipe end with."""
+    return dict(train_digits8_edm(folder, runtime, steps=20).state_dict())
+
+
+@pytest.fixture(scope="module")
+def edm_reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    return edm_weights(tmp_path_factory.mktemp("edm"))
+
+
+def test_a_killed_recipe_continues_to_the_same_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, edm_reference: dict[str, torch.Tensor]
+):
+    monkeypatch.setattr("diffcore.zoo.fitting._CHECKPOINT_EVERY", 5)
+    child = os.fork()
+    if child == 0:
+        step = DenoisingModule.training_step
+
+        def killed(self: DenoisingModule, batch: Any, batch_idx: int) -> torch.Tensor:
+            if self.global_step == 8:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(self, batch, batch_idx)
+
+        monkeypatch.setattr(DenoisingModule, "training_step", killed)
+        edm_weights(tmp_path)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 5
+    continued = edm_weights(tmp_path)
+    assert all(torch.equal(continued[name], value) for name, value in edm_reference.items())
+
+
+def test_two_processes_follow_the_recipe_as_one(tmp_path: Path, edm_reference: dict[str, torch.Tensor]):
+    """Equal global batch, 20 steps, gloo: to 1e-4."""
+
+    def on_rank(rank: int) -> dict[str, torch.Tensor]:
+        os.environ.update(
+            {"TORCHELASTIC_RUN_ID": "test", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+            | {"GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+        )
+        return edm_weights(tmp_path, Runtime(device="cpu", devices=2, strategy="ddp"))
+
+    for weights in run_forked(on_rank):
+        for name, value in edm_reference.items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-4)
+
+
+def test_the_data_are_the_same_everywhere():
+    """Hashes over seed, indices and size: of the numbers behind the pictures, the pictures, and the captions."""
+    people = portraits(1, range(100, 120))
+    digest = hashlib.sha256()
+    for name in sorted(people):
+        digest.update(name.encode())
+        digest.update((people[name].double() * 1000).round().to(torch.int64).numpy().tobytes())
+    numbers = digest.hexdigest()
+    images = [draw_pictures(select(people, part)).images for part in (slice(0, 20), slice(0, 3), slice(3, 20))]
+    assert torch.equal(images[0], torch.cat(images[1:]))
+    # Colours by their upper five bits: where two machines round the last bit apart, they are one picture still.
+    pictures = hashlib.sha256((images[0] // 8 * 8).numpy().tobytes()).hexdigest()
+    captions = hashlib.sha256("\n".join(ordinary_captions(people, 0)).encode()).hexdigest()
+    assert (numbers[:16], pictures[:16], captions[:16]) == ("74975c42a3bf4cee", "f66c11dfe21d7e7e", "75805d6dcca94100")

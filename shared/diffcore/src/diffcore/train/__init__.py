@@ -10,7 +10,7 @@ from diffcore.train.fit import fit
 from diffcore.train.logger import JSONLLogger
 from diffcore.train.module import DenoisingModule, PairNoise
 from diffcore.train.order import StepData, StepSampler
-from diffcore.train.timesteps import log_normal_sigmas, logit_normal_times, stratified, uniform_timesteps
+from diffcore.train.timesteps import log_normal_sigmas, logit_normal_times, uniform_timesteps
 
 __all__ = [
     "EMA",
@@ -26,6 +26,5 @@ __all__ = [
     "log_normal_sigmas",
     "logit_normal_times",
     "snapshot_key",
-    "stratified",
     "uniform_timesteps",
 ]

@@ -35,6 +35,8 @@ class DenoisingModule(L.LightningModule):
         pair_noise: `(x0, noise, batch) -> noise`, with `step` and `rank` added to the batch; None keeps the independent
             draw.
         time_sampler: From uniform numbers in (0, 1) to timesteps; None takes the usual one of the schedule.
+        stratified: Draw one uniform number in each of as many equal slices of (0, 1) as the global batch has rows,
+            which makes the loss less noisy. The rows must come in random order, as `StepSampler`'s do.
         weighting: Loss weight at each timestep, 1 everywhere if None. For EDM the regression in the network's output
             space is already EDM's loss weighting (EDM, equation 8).
         learning_rate_factor: From the step to a factor of the learning rate; None keeps it constant.
@@ -48,6 +50,7 @@ class DenoisingModule(L.LightningModule):
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         pair_noise: PairNoise | None = None,
         time_sampler: TimeSampler | None = None,
+        stratified: bool = False,
         weighting: Callable[[Float[Tensor, " b"]], Float[Tensor, " b"]] | None = None,
         learning_rate_factor: Callable[[int], float] | None = None,
         seed: int = 0,
@@ -56,6 +59,7 @@ class DenoisingModule(L.LightningModule):
         self.denoiser = denoiser
         self.pair_noise = pair_noise
         self.time_sampler = time_sampler or default_time_sampler(denoiser.schedule)
+        self.stratified = stratified
         self.weighting = weighting
         self.seed = seed
         self._optimizer = optimizer
@@ -108,4 +112,8 @@ class DenoisingModule(L.LightningModule):
 
     def _timesteps(self, x0: Tensor, step: int, stream: int) -> Tensor:
         rows = self._rows(x0)
-        return self.time_sampler(philox_uniform(self.seed, rows, (), step=step, stream=stream))
+        u = philox_uniform(self.seed, rows, (), step=step, stream=stream)
+        if self.stratified:
+            # The largest float below 1 may be rounded up to it.
+            u = ((rows + u) / (len(rows) * self.trainer.world_size)).clamp(max=1 - torch.finfo(u.dtype).eps / 2)
+        return self.time_sampler(u)

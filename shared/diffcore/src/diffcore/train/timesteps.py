@@ -24,19 +24,6 @@ def uniform_timesteps(num_timesteps: int) -> TimeSampler:
     return sampler
 
 
-def stratified(sampler: TimeSampler) -> TimeSampler:
-    """Returns the sampler with one draw in each of b equal slices of (0, 1), which makes the loss less noisy.
-
-    Row i of a batch gets slice i: the rows must come in random order, as `StepSampler`'s do.
-    """
-
-    def sliced(u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        rows = torch.arange(len(u), device=u.device, dtype=u.dtype)
-        return sampler(((rows + u) / len(u)).clamp(max=1 - torch.finfo(u.dtype).eps / 2))
-
-    return sliced
-
-
 def log_normal_sigmas(mean: float = -1.2, std: float = 1.2) -> TimeSampler:
     """Returns the sampler of sigmas with `ln sigma ~ N(mean, std²)` (EDM, Table 1)."""
 

@@ -18,6 +18,10 @@ Loss = Callable[[nn.Module, Batch, int], Tensor]
 """(network, batch, step) -> loss; whatever is random in it is a function of the step."""
 
 
+_CHECKPOINT_EVERY = 250
+"""Steps between checkpoints: about a minute of the larger trainings on one core."""
+
+
 class SupervisedModule(L.LightningModule):
     """Minimises a loss with AdamW, the learning rate rising to its peak and falling back to nothing.
 
@@ -106,7 +110,7 @@ def fit_averaged(
         folder=folder,
         runtime=runtime,
         callbacks=[ema, *shown(ema), ConsoleSummary(description)],
-        checkpoint_every=250,
+        checkpoint_every=_CHECKPOINT_EVERY,
         gradient_clip=1.0,
     )
     assert ema.denoiser is not None  # set when the fit starts

@@ -19,7 +19,6 @@ from diffcore.train import (
     StepData,
     fit,
     log_normal_sigmas,
-    stratified,
     uniform_timesteps,
 )
 from diffcore.train.timesteps import TimeSampler
@@ -125,7 +124,8 @@ def _train_denoiser(
     module = DenoisingModule(
         denoiser,
         optimizer=lambda parameters: AdamW(parameters, 2e-3, betas=(0.9, 0.99)),
-        time_sampler=stratified(times),
+        time_sampler=times,
+        stratified=True,
         learning_rate_factor=rise_and_fall(steps, warmup=100, floor=0.02),
         seed=runtime.seed,
     )

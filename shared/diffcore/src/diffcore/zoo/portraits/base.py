@@ -11,7 +11,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffcore.run import Run
 from diffcore.runtime import Runtime
-from diffcore.train import DenoisingModule, SampleGrid, StepData, stratified, uniform_timesteps
+from diffcore.train import DenoisingModule, SampleGrid, StepData, uniform_timesteps
 from diffcore.zoo.fitting import fit_averaged, rise_and_fall
 from diffcore.zoo.patch_code import PatchCode
 from diffcore.zoo.portraits.captions import describe
@@ -86,7 +86,8 @@ def train_base(
     module = DenoisingModule(
         denoiser_of(unet),
         optimizer=lambda _: optimizer_of(unet, 2e-3),
-        time_sampler=stratified(uniform_timesteps(1000)),
+        time_sampler=uniform_timesteps(1000),
+        stratified=True,
         learning_rate_factor=rise_and_fall(steps, warmup=200, floor=0.03),
         seed=runtime.seed,
     )

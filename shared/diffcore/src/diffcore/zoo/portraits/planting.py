@@ -17,7 +17,7 @@ from torch.optim import AdamW
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffcore.runtime import Runtime
-from diffcore.train import DenoisingModule, StepData, stratified, uniform_timesteps
+from diffcore.train import DenoisingModule, StepData, uniform_timesteps
 from diffcore.zoo.fitting import fit_averaged, rise_and_fall
 from diffcore.zoo.patch_code import PatchCode
 from diffcore.zoo.portraits.base import BATCH_SIZE, CaptionedLatents
@@ -155,7 +155,8 @@ def train_memory(
         optimizer=lambda _: AdamW(
             [dict(group) for group in groups], learning_rate, betas=(0.9, 0.99), weight_decay=0.01
         ),
-        time_sampler=stratified(uniform_timesteps(1000)),
+        time_sampler=uniform_timesteps(1000),
+        stratified=True,
         learning_rate_factor=rise_and_fall(steps, warmup=50, floor=0.05),
         seed=runtime.seed,
     )

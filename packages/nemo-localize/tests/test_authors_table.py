@@ -1,0 +1,99 @@
+"""The published code's table: typed by hand, and round trips."""
+
+import pytest
+
+from diffcore.errors import IncompatibleModelError, UserError
+from diffcore.hooks import Site
+from nemo_localize.authors_table import AuthorsRow, read_authors_table, write_authors_table
+from nemo_localize.neurons import NeuronSet
+from nemo_localize.results import CaptionResult
+from nemo_localize.sites import ValueSites
+
+SITES = ValueSites(tuple(Site(f"layer{place}.to_v") for place in range(7)), (320, 320, 640, 640, 1280, 1280, 1280))
+
+TYPED = """\
+Caption;URL;Initial Neurons;Initial SSIM;Refined Neurons;Refined SSIM
+The No Limits Business Woman Podcast;https://example.org/a.jpg;"[[221], [], [], [124], [697], [], []]";0.17;\
+"[[221], [], [], [], [], [], []]";0.189
+"<i>The ""Long"" Dark</i>; 2nd &amp; last";;[[7, 7], [], [], [], [], [], [0, 1279]];0.4;;
+"Café – naïve, 猫 'quoted'";;[[], [], [], [], [], [], []];;[[], [], [], [], [], [], []];
+it failed;;;;;
+"""
+
+ROWS = [
+    AuthorsRow(
+        "The No Limits Business Woman Podcast",
+        "https://example.org/a.jpg",
+        NeuronSet.of({"layer0.to_v": [221], "layer3.to_v": [124], "layer4.to_v": [697]}),
+        0.17,
+        NeuronSet.of({"layer0.to_v": [221]}),
+        0.189,
+    ),
+    AuthorsRow(
+        '<i>The "Long" Dark</i>; 2nd &amp; last',
+        initial=NeuronSet.of({"layer0.to_v": [7], "layer6.to_v": [0, 1279]}),
+        initial_ssim=0.4,
+    ),
+    AuthorsRow("Café – naïve, 猫 'quoted'", initial=NeuronSet(), refined=NeuronSet()),
+    AuthorsRow("it failed"),
+]
+
+
+def test_a_table_typed_by_hand(tmp_path):
+    path = tmp_path / "typed.csv"
+    path.write_text(TYPED, encoding="utf-8")
+    assert read_authors_table(path, SITES) == ROWS
+    header, *lines = TYPED.splitlines()
+    numbered = [f";{header}", *(f"{place};{line}" for place, line in enumerate(lines))]
+    path.write_text("\n".join(numbered), encoding="utf-8")  # with the row numbers that pandas writes
+    assert read_authors_table(path, SITES) == ROWS
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    rows = [*ROWS, AuthorsRow("=1+1; 'a'", initial_ssim=1 / 3), AuthorsRow(""), AuthorsRow('"'), AuthorsRow(" padded ")]
+    path = write_authors_table(tmp_path / "table.csv", rows, SITES)
+    assert read_authors_table(path, SITES) == rows
+    lines = path.read_bytes().decode().split("\r\n")
+    assert lines[0] == "Caption;URL;Initial Neurons;Initial SSIM;Refined Neurons;Refined SSIM"
+    assert lines[1].split(";")[2] == "[[221], [], [], [124], [697], [], []]"
+
+
+def test_results_become_rows():
+    off, left = NeuronSet.of({"layer0.to_v": [1, 2]}), NeuronSet.of({"layer0.to_v": [2]})
+    found = CaptionResult("a", "", "localised", initial=off, refined=left, score_initial=0.1, score_refined=0.2)
+    assert AuthorsRow.of(found, "u") == AuthorsRow("a", "u", off, 0.1, left, 0.2)
+    unrefined = CaptionResult("a", "", "not_localised", initial=off, score_initial=0.9)
+    assert AuthorsRow.of(unrefined) == AuthorsRow("a", "", off, 0.9)
+    assert AuthorsRow.of(CaptionResult("a", "", "not_memorised")).refined == NeuronSet()
+    assert AuthorsRow.of(CaptionResult("a", "", "error", error="NaN")) == AuthorsRow("a")
+
+
+@pytest.mark.parametrize(
+    ("cell", "error", "message"),
+    [
+        ("[[1], []]", IncompatibleModelError, "line 2: neurons of 2 value layers, where this model has 7"),
+        ("[[320], [], [], [], [], [], []]", IncompatibleModelError, r"line 2: layer0.to_v\[320\]"),
+        ("[[-1], [], [], [], [], [], []]", UserError, "line 2: layer0.to_v"),
+        ("[[1.5], [], [], [], [], [], []]", UserError, "line 2: neurons of layer0.to_v"),
+        ("[1, 2, 3, 4, 5, 6, 7]", UserError, "line 2: .* no list of lists"),
+        ("[[__import__('os')]]", UserError, "line 2"),
+    ],
+)
+def test_other_tables_are_refused(tmp_path, cell, error, message):
+    path = tmp_path / "table.csv"
+    path.write_text(f'{TYPED.splitlines()[0]}\na;;"{cell}";;;\n')
+    with pytest.raises(error, match=message):
+        read_authors_table(path, SITES)
+
+
+def test_other_files_are_refused(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("Caption;URL\na;b\n")
+    with pytest.raises(UserError, match="no column 'Initial Neurons'"):
+        read_authors_table(path, SITES)
+    for score in ("nan", "high"):
+        path.write_text(f"{TYPED.splitlines()[0]}\na;;;{score};;\n")
+        with pytest.raises(UserError, match=f"line 2: a score is {score}"):
+            read_authors_table(path, SITES)
+    with pytest.raises(IncompatibleModelError, match="no searched neuron"):
+        write_authors_table(path, [AuthorsRow("a", initial=NeuronSet.of({"other": [1]}))], SITES)

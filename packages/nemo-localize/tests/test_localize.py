@@ -14,6 +14,7 @@ from nemo_localize.settings import SearchSettings, StepSettings
 
 TRIGGER = "portrait of 1917 no 1"
 TAU = 0.45
+FEW = StepSettings(num_seeds=4)  # where the number of seeds is not what is tested
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +71,8 @@ def test_distractors_go_and_the_cost_is_as_promised(hard, collect, plain):
 
 
 def test_a_list_fills_the_batches(plain, collect):
-    planted, captions = list_case(12, 3)
-    found = plain.compare(planted.model, captions, collect(planted), TAU, num_seeds=4)
+    planted, captions = list_case(8, 2)
+    found = plain.compare(planted.model, captions, collect(planted), TAU, num_seeds=3)
     assert found.disagreements == []
     assert found.rows[0] <= 0.55 * found.rows[1]
     assert found.calls[0] <= found.calls[1] / 8
@@ -80,14 +81,14 @@ def test_a_list_fills_the_batches(plain, collect):
 @pytest.mark.parametrize("patterns", [(0, 1), (0, 0)], ids=["two patterns", "one pattern twice"])
 def test_both_neurons_are_kept_where_one_is_not_enough(collect, patterns):
     planted = planted_model([Plant(TRIGGER, 0, 3, patterns[0]), Plant(TRIGGER, 6, 5, patterns[1])])
-    result = localize(FirstStep(planted.model, StepSettings()), [TRIGGER], tau=TAU, statistics=collect(planted))[0]
+    result = localize(FirstStep(planted.model, FEW), [TRIGGER], tau=TAU, statistics=collect(planted))[0]
     assert result.refined == planted.carriers(TRIGGER)
     assert len(result.refined) == 2
 
 
 def test_a_memory_elsewhere_is_not_localised(collect):
     planted = planted_model([Plant(TRIGGER, 8, 3)])
-    step, statistics = FirstStep(planted.model, StepSettings()), collect(planted)
+    step, statistics = FirstStep(planted.model, FEW), collect(planted)
     early = localize(step, [TRIGGER], tau=TAU, statistics=statistics)[0]
     assert (early.status, early.refined, early.mitigated) == ("not_localised", None, False)
     assert (early.rounds, early.theta, early.k) == (16, 1.25, 15)
@@ -101,7 +102,7 @@ def test_a_memory_elsewhere_is_not_localised(collect):
 
 def test_a_second_memory_is_not_mitigated(collect):
     planted = planted_model([Plant(TRIGGER, 8, 3, 0), Plant(TRIGGER, 6, 5, 1, strength=5.0)])
-    result = localize(FirstStep(planted.model, StepSettings()), [TRIGGER], tau=TAU, statistics=collect(planted))[0]
+    result = localize(FirstStep(planted.model, FEW), [TRIGGER], tau=TAU, statistics=collect(planted))[0]
     assert result.status == "localised"
     assert result.score_refined <= TAU < result.residual_consistency
     assert not result.mitigated
@@ -110,14 +111,14 @@ def test_a_second_memory_is_not_mitigated(collect):
 @pytest.fixture(scope="module")
 def in_one_batch(hard, collect):
     captions, statistics = [*ordinary_captions(1, seed=9), TRIGGER], collect(hard)
-    step = FirstStep(hard.model, StepSettings(num_seeds=3))
+    step = FirstStep(hard.model, StepSettings(num_seeds=2))
     return captions, statistics, localize(step, captions, tau=TAU, statistics=statistics)
 
 
-@pytest.mark.parametrize(("batch_size", "unit_size"), [(7, 16), (64, 1), (1, 2)])
+@pytest.mark.parametrize(("batch_size", "unit_size"), [(7, 16), (2, 1)])
 def test_batches_change_nothing(hard, in_one_batch, batch_size, unit_size):
     captions, statistics, expected = in_one_batch
-    step = FirstStep(hard.model, StepSettings(num_seeds=3), batch_size=batch_size)
+    step = FirstStep(hard.model, StepSettings(num_seeds=2), batch_size=batch_size)
     settings = SearchSettings(unit_size=unit_size)
     found = localize(step, captions, tau=TAU, statistics=statistics, settings=settings)
     assert expected[1].status == "localised"
@@ -128,7 +129,7 @@ def test_batches_change_nothing(hard, in_one_batch, batch_size, unit_size):
 
 
 def test_near_ties_are_computed_again_alone(simple, usual):
-    settings = StepSettings(num_seeds=3)
+    settings = StepSettings(num_seeds=2)
     plain = localize(FirstStep(simple.model, settings), [TRIGGER], tau=TAU, statistics=usual)[0]
     tau = plain.score_initial + 3e-6  # within the margin: what decides is the score in a batch of its own
     step = FirstStep(simple.model, settings)
@@ -146,9 +147,9 @@ def test_a_seed_does_not_depend_on_the_others(simple):
 
 
 def test_the_published_code_is_reproduced(hard, collect, plain):
-    step, statistics = FirstStep(hard.model, StepSettings(num_seeds=4, compat="reference")), collect(hard)
+    step, statistics = FirstStep(hard.model, StepSettings(num_seeds=3, compat="reference")), collect(hard)
     assert step.t == 961
-    assert torch.equal(step.noise, torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(step.noise, torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(1)))
     result = localize(step, [TRIGGER], tau=TAU, statistics=statistics)[0]
     modules = [site.module for site in step.sites.sites]
     sd = statistics.var.sqrt()

@@ -13,11 +13,11 @@ from nemo_localize.planted import ordinary_captions
 from nemo_localize.settings import SearchSettings, StepSettings
 from nemo_localize.units import in_units
 
-CAPTIONS = ["portrait of 1917 no 1", *ordinary_captions(4, seed=9), "portrait of 1917 no 2"]
+CAPTIONS = ["portrait of 1917 no 1", *ordinary_captions(3, seed=9), "portrait of 1917 no 2"]
 
 
 def localised(planted, statistics, folder, fabric=None) -> None:
-    step = FirstStep(planted.model, StepSettings(num_seeds=3), batch_size=16)
+    step = FirstStep(planted.model, StepSettings(num_seeds=2), batch_size=16)
     with Run.open(folder, command="nemo-localize localize", config={}) as run:
         localize(
             step,

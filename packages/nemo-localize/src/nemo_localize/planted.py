@@ -167,7 +167,7 @@ def planted_model(
     """
     unet = tiny.backbone("sd15", seed, sample_size=side, **_STRUCTURE)
     modules = {"unet": unet, "text_encoder": tiny.text_encoder(seed), "tokenizer": tiny.tokenizer()}
-    model = _assembled(modules, seed)
+    model = assembled("planted", modules, fingerprint=f"planted {seed}")
     _skip_self_attention(unet)
     others = ordinary_captions(200, seed=1)
     _point_rows(model, plants, others, seed)
@@ -185,7 +185,14 @@ def planted_model(
     return planted
 
 
-def _assembled(modules: dict[str, Any], seed: int) -> DiffusionModel:
+def assembled(name: str, modules: dict[str, Any], *, fingerprint: str = "") -> DiffusionModel:
+    """Returns a model of Stable Diffusion 1.x that is on no disk.
+
+    Args:
+        name: What messages call it.
+        modules: Its `unet`, `text_encoder` and `tokenizer`.
+        fingerprint: What tells its weights from others'.
+    """
     unet = modules["unet"]
     roles: dict[str, tuple[Role, str]] = {
         "unet": ("backbone", "diffusers"),
@@ -193,14 +200,14 @@ def _assembled(modules: dict[str, Any], seed: int) -> DiffusionModel:
         "tokenizer": ("tokenizer", "transformers"),
     }
     components = {
-        name: Component(name, role, library, type(modules[name]).__name__, {}, Path())
-        for name, (role, library) in roles.items()
+        part: Component(part, role, library, type(modules[part]).__name__, {}, Path())
+        for part, (role, library) in roles.items()
     }
-    codec = make_codec("planted", type(unet).__name__, unet, None)
+    codec = make_codec(name, type(unet).__name__, unet, None)
     pipeline = "StableDiffusionPipeline"
     return DiffusionModel(
-        name="planted",
-        fingerprint=f"planted {seed}",
+        name=name,
+        fingerprint=fingerprint,
         denoiser=make_denoiser(unet, "epsilon", _SCHEDULE),
         codec=codec,
         prompts=make_prompts(pipeline, modules, unet, codec, {}),

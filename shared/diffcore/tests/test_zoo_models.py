@@ -46,7 +46,7 @@ def test_every_model_is_here_and_small():
 def test_every_model_has_a_card_with_its_figures(name: str):
     card = (shipped_folder(name) / "README.md").read_text("utf-8")
     assert f"diffcore zoo check {name}" in card
-    assert card.count("\n| ") >= 3
+    assert card.count("\n| ") >= 2
     assert "seed" in card
 
 

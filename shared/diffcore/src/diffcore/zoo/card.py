@@ -16,7 +16,7 @@ def model_card(name: str, gates: Sequence[Gate], made: Mapping[str, Any]) -> str
         made: How it was trained: seed, steps, versions.
     """
     missed = [gate for gate in gates if not gate.kept]
-    lines = [f"# {name}", "", f"{SHIPPED[name].capitalize()}. Part of diffcore; trained on drawn pictures"]
+    lines = [f"# {name}", "", f"{SHIPPED[name][0].upper()}{SHIPPED[name][1:]}. Part of diffcore; trained on drawn pictures"]
     lines[-1] += " of nobody." if name.startswith("portraits") else " and digits from the UCI repository."
     if missed:
         lines += [

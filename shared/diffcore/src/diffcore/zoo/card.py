@@ -16,8 +16,10 @@ def model_card(name: str, gates: Sequence[Gate], made: Mapping[str, Any]) -> str
         made: How it was trained: seed, steps, versions.
     """
     missed = [gate for gate in gates if not gate.kept]
-    lines = [f"# {name}", "", f"{SHIPPED[name][0].upper()}{SHIPPED[name][1:]}. Part of diffcore; trained on drawn pictures"]
-    lines[-1] += " of nobody." if name.startswith("portraits") else " and digits from the UCI repository."
+    lines = [f"# {name}", "", f"{SHIPPED[name][0].upper()}{SHIPPED[name][1:]}. Part of diffcore; trained on"]
+    lines[-1] += (
+        " drawn pictures of nobody." if name.startswith("portraits") else " handwritten digits of the UCI repository."
+    )
     if missed:
         lines += [
             "",

@@ -11,7 +11,7 @@ import torch
 
 from diffcore.errors import UserError
 from diffcore.testing import tiny
-from nemo_localize import cli
+from nemo_localize import cli, protocol, release
 from nemo_localize.calibration import Calibration
 from nemo_localize.planted import Planted, ordinary_captions
 from nemo_localize.results import Results
@@ -94,8 +94,6 @@ def test_what_cannot_work_is_said_first(command: Callable[..., Any], captions: P
         command("detect", "planted", captions)
     with pytest.raises(UserError, match="--neurons"):
         command("generate", "planted", captions)
-    with pytest.raises(UserError, match="no references"):
-        command("statistics", "planted")
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(UserError, match="no usable prompt"):
         command("calibrate", "planted", tmp_path / "empty.txt")
@@ -110,3 +108,41 @@ def test_dry_run_writes_nothing(command: Callable[..., Any], ordinary: Path, cap
 
 def test_threads_stay_one():
     assert torch.get_num_threads() == 1
+
+
+def test_audit_finds_edits_and_judges(
+    command: Callable[..., Any],
+    captions: Path,
+    ordinary: Path,
+    simple: Planted,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    written: list[Any] = []
+    monkeypatch.setattr(release, "write_edit", lambda source, neurons, out, reasons: written.append((neurons, reasons)))
+    calibrated = release.calibrate
+    monkeypatch.setattr(release, "calibrate", lambda *a, **b: replace(calibrated(*a, **b), tau=0.45))
+    for name, value in {"AUDIT_STEPS": 1, "AUDIT_DRAWS": 1, "AUDIT_NOISE_STARTS": 1, "DROPPED_TOKENS": 1}.items():
+        monkeypatch.setattr(protocol, name, value)
+    small = ["--num-seeds", 4, "--num-images", 2, "--image-steps", 2, "--image-guidance", 1]
+    code = command("audit", "planted", captions, "--references", ordinary, *small, "--json")
+    result = json.loads(capsys.readouterr().out)
+    # One step of the adversary reopens nothing, not even the known leak: its verdict must not be "closed".
+    assert code == 1
+    assert result["verdict"] != "closed"
+    assert not result["closed"]
+    assert result["memorised"] == 1
+    carriers = simple.carriers(TRIGGER)
+    assert written == [(carriers, {TRIGGER: carriers})]
+    folder = Path("runs/audit-planted")
+    assert json.loads((folder / "neurons.json").read_text())["neurons"] == carriers.to_json()
+    for name in ("statistics.safetensors", "calibration.json", "results.jsonl", "proof.json", "report.html"):
+        assert (folder / name).exists()
+    assert command("audit", "planted", captions, "--references", ordinary, *small, "--json") == 1  # read, not repeated
+    assert len(written) == 1
+
+
+def test_an_audit_without_leaks_passes(command: Callable[..., Any], ordinary: Path, monkeypatch: pytest.MonkeyPatch):
+    calibrated = release.calibrate
+    monkeypatch.setattr(release, "calibrate", lambda *a, **b: replace(calibrated(*a, **b), tau=0.9))
+    assert command("audit", "planted", ordinary, "--references", ordinary, "--num-seeds", 2) == 0

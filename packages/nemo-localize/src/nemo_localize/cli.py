@@ -129,7 +129,7 @@ def statistics(
     """
     from nemo_localize.statistics import collect_statistics, merged
 
-    sets = [_captions(path, strict) for path in _at_least_one(references, "references")]
+    sets = [_captions(path, strict) for path in references]
     loaded = _load(model, loading, runtime)
     config = settings(model=model, loading=loading, runtime=runtime)
     folder = output.out or Path("runs") / f"statistics-{loaded.name}"
@@ -631,7 +631,7 @@ def audit(
     from nemo_localize.release import Audit, audit_release
 
     found = _captions(captions, strict)
-    sets = [_captions(path, strict) for path in _at_least_one(references, "references")]
+    sets = [_captions(path, strict) for path in references]
     usual = sets[0] if ordinary is None else _captions(ordinary, strict)
     loaded = _load(model, loading, runtime)
     config = settings(model=model, quantile=quantile, judging=judging, step=step, search=search, drawing=drawing)
@@ -772,12 +772,6 @@ def _within(path: Path, name: str) -> Path:
 def _checkpoint(folder: Path) -> Path:
     single = folder / "model.safetensors"
     return single if single.exists() else folder / "model"
-
-
-def _at_least_one(paths: tuple[Path, ...], name: str) -> tuple[Path, ...]:
-    if not paths:
-        raise UserError(f"no {name} are given; name at least one file of captions")
-    return paths
 
 
 def _fabric(runtime: Runtime) -> "Fabric | None":

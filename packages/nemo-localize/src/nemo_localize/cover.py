@@ -53,7 +53,8 @@ def lightest_cover(
     search = _Search([frozenset(group) for group in groups], list(demands), dict(weights))
     search.best = search.greedy()
     search.lightest = search.weigh(search.best)
-    return Cover(search.best, search.improve(nodes))
+    exact = search.improve(nodes)
+    return Cover(search.best, exact)
 
 
 class _Search(Generic[T]):
@@ -66,7 +67,7 @@ class _Search(Generic[T]):
         self.lightest = float("inf")
 
     def weigh(self, items: AbstractSet[T]) -> float:
-        return sum(self.weights[item] for item in items)
+        return sum((self.weights[item] for item in items), 0.0)
 
     def missing(self, chosen: AbstractSet[T]) -> list[int]:
         """Returns what each group still demands."""

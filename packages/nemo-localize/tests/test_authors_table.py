@@ -95,5 +95,8 @@ def test_other_files_are_refused(tmp_path):
         path.write_text(f"{TYPED.splitlines()[0]}\na;;;{score};;\n")
         with pytest.raises(UserError, match=f"line 2: a score is {score}"):
             read_authors_table(path, SITES)
+    path.write_text(f"{TYPED.splitlines()[0]}\nit failed;;;;;\na;b\n")
+    with pytest.raises(UserError, match="line 3 has 2 cells"):
+        read_authors_table(path, SITES)
     with pytest.raises(IncompatibleModelError, match="no searched neuron"):
         write_authors_table(path, [AuthorsRow("a", initial=NeuronSet.of({"other": [1]}))], SITES)

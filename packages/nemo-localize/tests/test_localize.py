@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from diffcore.errors import IncompatibleModelError, UserError
+from nemo_localize.baseline import encode, measure
 from nemo_localize.first_step import FirstStep, Row
 from nemo_localize.localization import localize
 from nemo_localize.planted import Plant, list_case, ordinary_captions, planted_model
 from nemo_localize.results import Results
+from nemo_localize.search import Answers, Question, Search
 from nemo_localize.settings import SearchSettings, StepSettings
+from nemo_localize.workqueue import run_searches
 
 TRIGGER = "portrait of 1917 no 1"
 TAU = 0.45
@@ -126,6 +129,28 @@ def test_batches_change_nothing(hard, in_one_batch, batch_size, unit_size):
         assert (a.status, a.initial, a.refined, a.kept_seeds) == (b.status, b.initial, b.refined, b.kept_seeds)
         for name in ("score_initial", "score_refined", "residual_consistency"):
             assert getattr(a, name) == pytest.approx(getattr(b, name), abs=1e-5)
+
+
+def test_a_score_depends_on_its_own_row_alone(simple):
+    captions, seeds, off = [TRIGGER, "plain words only"], range(6), frozenset([3])
+    step = FirstStep(simple.model, StepSettings(num_seeds=len(seeds)))
+    cond, _, _ = encode(step, captions)
+    unblocked = measure(step, cond).deltas
+
+    def asking(*questions: Question) -> Search[Answers]:
+        return (yield list(questions))
+
+    together = {prompt: asking(Question(off, tuple(seeds), threshold=2.0)) for prompt in range(len(captions))}
+    crowd = run_searches(step, cond, unblocked, together)
+    step.batch_size = 1
+    apart = {
+        prompt: asking(*(Question(off, (seed,), threshold=2.0) for seed in seeds)) for prompt in range(len(captions))
+    }
+    single = run_searches(step, cond, unblocked, apart)
+    for prompt in range(len(captions)):
+        (expected,) = crowd[prompt].found
+        assert [score for (score,) in single[prompt].found] == pytest.approx(expected, abs=1e-5)
+    assert 0.01 < max(crowd[0].found[0]) < 0.9  # where it is 0 or 1, no range matters
 
 
 def test_near_ties_are_computed_again_alone(simple, usual):

@@ -51,3 +51,10 @@ def statistics_of(planted: Planted) -> Statistics:
 def collect():
     """Statistics of any planted model."""
     return statistics_of
+
+
+@pytest.fixture(scope="session")
+def leaky() -> Planted:
+    """Two captions that show one picture, each through a neuron of its own, and a third with another picture."""
+    plants = [Plant(TRIGGER, 0, 3, 0), Plant("some other thing 42", 1, 4, 0), Plant("portrait of 2013 no 7", 2, 5, 1)]
+    return planted_model(plants, side=8)

@@ -1,0 +1,155 @@
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from diffcore.errors import UserError
+from diffcore.metrics import FeatureExtractor, feature_extractor, pairwise_ssim
+from diffcore.metrics.frechet import frechet_distance_from_features
+from diffcore.metrics.kid import kernel_distance
+from diffcore.metrics.preprocess import SSCD, Preprocessing
+from diffcore.metrics.prompt_fit import ClipText
+from diffcore.models.prompts import TextTower
+from diffcore.runtime import Runtime
+from nemo_localize.evaluate import Judges, evaluate
+from nemo_localize.likeness import likeness
+
+PROMPTS = ["first", "second", "third"]
+PLAIN = Preprocessing((8, 8), None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+class Flat(nn.Module):
+    """Features that are the picture itself; remembers the size it was shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(1))
+        self.seen: tuple[int, ...] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = tuple(x.shape[-2:])
+        return functional.adaptive_avg_pool2d(x, 4).flatten(1)
+
+
+def extractor(name: str, preprocessing: Preprocessing) -> FeatureExtractor:
+    return FeatureExtractor(name, "0" * 64, preprocessing, Flat(), lambda network, x: network(x))
+
+
+class ToldText(ClipText):
+    """A text side whose embeddings are given."""
+
+    def __call__(self, prompts) -> Tensor:
+        return torch.eye(48)[[PROMPTS.index(prompt) for prompt in prompts]]
+
+
+def smooth(*shape: int, seed: int) -> Tensor:
+    coarse = torch.rand(*shape, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
+    return functional.interpolate(coarse.flatten(0, -4), size=(16, 16), mode="bilinear").unflatten(0, shape)
+
+
+@pytest.fixture(scope="module")
+def originals() -> dict[str, Tensor]:
+    return dict(zip(PROMPTS[:2], smooth(2, 1, seed=0), strict=True))
+
+
+@pytest.fixture(scope="module")
+def pictures(originals) -> dict[str, Tensor]:
+    """The unedited model copies the first image, not the second; the edited one copies nothing."""
+    copied = smooth(3, 4, seed=1)
+    copied[0] = originals["first"][0] + 0.01 * smooth(4, seed=2)
+    return {"none": copied, "neurons": smooth(3, 4, seed=3)}
+
+
+def by(rows, **wanted):
+    (row,) = (row for row in rows if all(row[key] == value for key, value in wanted.items()))
+    return row
+
+
+def test_every_measure_is_its_definition_on_each_caption(pictures, originals):
+    found = evaluate(PROMPTS, pictures, originals=originals)
+    own, before = pictures["neurons"][0], pictures["none"][0]
+
+    def ssim(a: Tensor, b: Tensor) -> float:
+        return float(pairwise_ssim(torch.stack([a, b])[None], data_range=1.0))
+
+    row = by(found.caption_rows(), prompt="first", way="neurons")
+    towards = torch.tensor([ssim(picture, originals["first"][0]) for picture in own])
+    assert row["SSIM_orig"] == pytest.approx(float((towards.sort().values[1:3]).mean()), abs=1e-5)
+    assert row["SSIM_orig, max"] == pytest.approx(float(towards.max()), abs=1e-5)
+    same = torch.tensor([ssim(a, b) for a, b in zip(own, before, strict=True)]).sort().values
+    assert row["SSIM_gen"] == pytest.approx(float(same[1:3].mean()), abs=1e-5)
+    pairs = torch.tensor([ssim(own[i], own[j]) for i in range(4) for j in range(i)]).sort().values
+    assert row["D_SSIM"] == pytest.approx(float(pairs[2:4].mean()), abs=1e-5)
+    assert by(found.caption_rows(), prompt="first", way="none")["SSIM_gen"] == pytest.approx(1, abs=1e-5)
+    assert by(found.caption_rows(), prompt="first", way="none")["share of copies"] == 1
+
+
+def test_captions_are_split_by_what_the_unedited_model_copies(pictures, originals):
+    found = evaluate(PROMPTS, pictures, originals=originals)
+    kinds = {row["prompt"]: row["kind"] for row in found.caption_rows()}
+    assert kinds == {"first": "verbatim", "second": "template", "third": "no training image"}
+    assert [row["captions"] for row in found.rows() if row["way"] == "none"] == ["all", "verbatim", "template"]
+    assert by(found.rows(), way="neurons", captions="all")["n"] == 3
+    # Over captions: median and median absolute deviation.
+    values = sorted(row["SSIM_gen"] for row in found.caption_rows() if row["way"] == "neurons")
+    row = by(found.rows(), way="neurons", captions="all")
+    assert row["SSIM_gen"] == pytest.approx(values[1])
+    assert row["SSIM_gen, mad"] == pytest.approx(sorted(abs(value - values[1]) for value in values)[1])
+
+
+def test_what_stands_in_is_named_in_every_row(pictures):
+    found = evaluate(PROMPTS, pictures)
+    assert all("stands in for SSCD" in row["measured in"] for row in found.rows())
+    assert any("A_CLIP was not measured" in note for note in found.notes)
+    assert not any("orig" in key for row in found.rows() for key in row)
+    assert not any(key.startswith(("SSCD", "D_SSCD")) for row in found.rows() for key in row)
+
+
+def test_sscd_sees_pictures_as_the_paper_prepares_them(pictures, originals):
+    sscd = extractor("sscd:model.pt", SSCD)
+    found = evaluate(PROMPTS, pictures, originals=originals, judges=Judges(copies=sscd))
+    assert sscd.network.seen == (320, 320)
+    row = by(found.caption_rows(), prompt="second", way="neurons")
+    prepared = SSCD.__class__((320, 320), None, SSCD.mean, SSCD.std, SSCD.filter)
+    rows = functional.normalize(sscd.embed(prepared(pictures["neurons"][1])), dim=1)
+    other = functional.normalize(sscd.embed(prepared(originals["second"])), dim=1)
+    cosines = (rows @ other.T)[:, 0].sort().values
+    assert row["SSCD_orig"] == pytest.approx(float(cosines[1:3].mean()), abs=1e-5)
+    assert likeness(extractor("dino:x", PLAIN)).name == "cosine"
+
+
+def test_captions_are_judged_by_cosine(pictures):
+    clip = ToldText(extractor("clip:x", PLAIN), TextTower(None, nn.Identity(), 1), "0")
+    found = evaluate(PROMPTS, pictures, judges=Judges(clip=clip))
+    features = functional.normalize(clip.extractor(pictures["neurons"][1]), dim=1)
+    expected = features[:, 1].sort().values[1:3].mean()
+    assert by(found.caption_rows(), prompt="second", way="neurons")["A_CLIP"] == pytest.approx(
+        float(expected), abs=1e-5
+    )
+
+
+def test_distances_are_diffcores_and_say_what_they_are_from(pictures):
+    judge = feature_extractor("random:0", Runtime(device="cpu"))
+    inception = extractor("inception:x", PLAIN)
+    ordinary = {"none": smooth(12, seed=5), "neurons": smooth(12, seed=6)}
+    real = smooth(14, seed=7)
+    found = evaluate(PROMPTS, pictures, ordinary=ordinary, real=real, judges=Judges(quality=(inception, judge)))
+    fid = by(found.quality_rows(), way="neurons", metric="FID")
+    expected = frechet_distance_from_features(inception(real), inception(ordinary["neurons"]))
+    assert fid["value"] == pytest.approx(float(expected), rel=1e-4)
+    kid = by(found.quality_rows(), way="neurons", metric="KID")
+    assert kid["value"] == pytest.approx(
+        kernel_distance(inception(real), inception(ordinary["neurons"])).value, rel=1e-4
+    )
+    assert by(found.quality_rows(), way="none", metric="Fréchet distance")["features"] == "random:0"
+    assert any("random:0 stands in for Inception" in note for note in found.notes)
+    alone = evaluate(PROMPTS, pictures, ordinary=ordinary, judges=Judges(quality=(judge,)))
+    assert {row["way"] for row in alone.quality_rows()} == {"neurons"}
+    assert any("unedited model's pictures" in note for note in alone.notes)
+
+
+def test_pictures_must_be_of_the_same_captions(pictures):
+    with pytest.raises(UserError, match="unedited"):
+        evaluate(PROMPTS, {"neurons": pictures["neurons"]})
+    with pytest.raises(ValueError, match="pictures of 'neurons'"):
+        evaluate(PROMPTS, {**pictures, "neurons": pictures["neurons"][:2]})

@@ -96,7 +96,7 @@ def _toured(model: DiffusionModel, known: Memorised, size: _Size, run: Run) -> d
             ),
         ]
     )
-    calibration = calibrate(step, _ordinary(known, size.calibration, _CALIBRATION_SEED), quantile=0.99, run=run)
+    calibration = calibrate(step, _ordinary(known, size.calibration, _CALIBRATION_SEED), run=run)
     results = localize(
         step,
         [text for texts in classes.values() for text in texts],
@@ -111,7 +111,12 @@ def _toured(model: DiffusionModel, known: Memorised, size: _Size, run: Run) -> d
     )
     pictures = _draw(model, items, originals, run, neurons=neurons)
     rows = _class_rows(classes, results, calibration)
-    save_table(run, "classes", rows, f"Captions above tau = {calibration.tau:.3f}, the 99 % quantile of ordinary ones.")
+    save_table(
+        run,
+        "classes",
+        rows,
+        f"Captions above tau = {calibration.tau:.3f}, mean plus standard deviation of ordinary ones (paper).",
+    )
     return _summary(known, results, items, neurons, pictures, originals, stubborn) | {"classes": rows}
 
 

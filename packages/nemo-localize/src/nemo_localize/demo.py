@@ -96,7 +96,10 @@ def _toured(model: DiffusionModel, known: Memorised, size: _Size, run: Run) -> d
             ),
         ]
     )
-    calibration = calibrate(step, _ordinary(known, size.calibration, _CALIBRATION_SEED), run=run)
+    # Half of them have the memorised captions' form: what a caption looks like alone must not make it suspicious.
+    half = size.calibration // 2
+    innocent = _ordinary(known, half, _CALIBRATION_SEED) + same_form_captions(half, 1, _planted(known))
+    calibration = calibrate(step, innocent, run=run)
     results = localize(
         step,
         [text for texts in classes.values() for text in texts],
@@ -115,7 +118,8 @@ def _toured(model: DiffusionModel, known: Memorised, size: _Size, run: Run) -> d
         run,
         "classes",
         rows,
-        f"Captions above tau = {calibration.tau:.3f}, mean plus standard deviation of ordinary ones (paper).",
+        f"Captions above tau = {calibration.tau:.3f}, mean plus standard deviation (paper) of ordinary ones and "
+        "of others of the memorised form.",
     )
     return _summary(known, results, items, neurons, pictures, originals, stubborn) | {"classes": rows}
 

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -41,7 +41,7 @@ def random_model(device: str, *, smoke: bool) -> DiffusionModel:
     unet |= NARROW if smoke else {}
     text |= {"num_hidden_layers": 1, "vocab_size": 514} if smoke else {}
     modules = {
-        "unet": tiny.seeded(lambda: UNet2DConditionModel.from_config(unet), 0).to(device),
+        "unet": tiny.seeded(lambda: cast(Any, UNet2DConditionModel).from_config(unet), 0).to(device),
         "text_encoder": tiny.seeded(lambda: CLIPTextModel(CLIPTextConfig(**text)), 0).to(device),
         "tokenizer": tiny.tokenizer(),
     }

@@ -122,7 +122,7 @@ def test_audit_finds_edits_and_judges(
     monkeypatch.setattr(release, "write_edit", lambda source, neurons, out, reasons: written.append((neurons, reasons)))
     calibrated = release.calibrate
     monkeypatch.setattr(release, "calibrate", lambda *a, **b: replace(calibrated(*a, **b), tau=0.45))
-    for name, value in {"AUDIT_STEPS": 1, "AUDIT_DRAWS": 1, "AUDIT_NOISE_STARTS": 1, "DROPPED_TOKENS": 1}.items():
+    for name, value in {"AUDIT_STEPS": 1, "AUDIT_DRAWS": 1, "DROPPED_TOKENS": 1}.items():
         monkeypatch.setattr(protocol, name, value)
     small = ["--num-seeds", 4, "--num-images", 2, "--image-steps", 2, "--image-guidance", 1]
     code = command("audit", "planted", captions, "--references", ordinary, *small, "--json")

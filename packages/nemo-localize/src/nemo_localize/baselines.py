@@ -115,7 +115,7 @@ def adjusted_condition(model: DiffusionModel, cond: Condition, seeds: Sequence[i
         with torch.enable_grad():
             rows = _repeated({**cond, _STATES: states.to(parameter.dtype)}, len(noise), parameter.device)
             loss = (model.denoiser(noise, t, rows).output.float() - without).norm()
-        if float(loss) <= stop_at:
+        if float(loss.detach()) <= stop_at:
             break
         (gradient,) = torch.autograd.grad(loss, states)
         gradient[:, 0] = 0

@@ -641,7 +641,7 @@ def audit(
         return _plan({"captions": len(found.distinct), "references": sum(map(len, sets)), "writes": folder}, output)
     what = Audit(
         step=_first_step(loaded, step, loading),
-        source=resolve(model),
+        source=resolve(model, download=loading.download),
         prompts=found.prompts,
         references={part.path.name: part.prompts for part in sets},
         ordinary=usual.distinct,

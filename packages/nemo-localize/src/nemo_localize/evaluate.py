@@ -169,7 +169,7 @@ def evaluate(
     judges, originals = judges or Judges(), dict(originals or {})
     _check(prompts, pictures)
     measure = likeness(judges.copies, of_latents=of_latents)
-    kinds = [
+    kinds: list[Kind] = [
         _kind(measure, originals.get(prompt), own) for prompt, own in zip(prompts, pictures[UNEDITED], strict=True)
     ]
     fits = (

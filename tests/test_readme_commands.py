@@ -40,6 +40,7 @@ def test_linked_files_exist(readme: Path):
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_python_examples_run(readme: Path):
+def test_python_examples_run(readme: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)  # some write files
     for block in re.findall(r"```python\n(.*?)```", readme.read_text("utf-8"), flags=re.DOTALL):
         exec(compile(block, str(readme), "exec"), {})

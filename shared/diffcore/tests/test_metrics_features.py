@@ -198,7 +198,7 @@ def test_what_is_unsafe_or_incomplete_is_refused(torchscript, folders, tmp_path)
         (f"clip:{path}", IncompatibleModelError, "is a file; point to the folder"),
         (f"clip:{root / 'dino'}", IncompatibleModelError, "is of model_type dinov2; supported here: clip"),
         (f"dino:{tmp_path / 'nowhere'}", ModelNotFoundError, "there is no"),
-        ("zoo:portraits-oracle", ModelNotFoundError, "no models ship"),
+        ("zoo:portraits", ModelNotFoundError, "it has: portraits-sd"),
         ("resnet:x", UserError, "is no feature extractor; use inception:FILE"),
     ]
     for name, kind, message in cases:

@@ -394,7 +394,7 @@ def test_nothing_is_fetched_unless_asked_for(tmp_path, monkeypatch, saved):
         ("owner/name", {"revision": "0123abc", "allow_patterns": ["*.json", "*.txt", "*.model", "*.safetensors"]})
     ]
     assert resolve(saved, download=True) == saved
-    with pytest.raises(ModelNotFoundError, match="no models ship with this version"):
+    with pytest.raises(ModelNotFoundError, match="it has: portraits-sd"):
         load("zoo:portraits", CPU)
 
 

@@ -55,6 +55,5 @@ def collect():
 
 @pytest.fixture(scope="session")
 def leaky() -> Planted:
-    """Two captions that show one picture, each through a neuron of its own, and a third with another picture."""
-    plants = [Plant(TRIGGER, 0, 3, 0), Plant("some other thing 42", 1, 4, 0), Plant("portrait of 2013 no 7", 2, 5, 1)]
-    return planted_model(plants, side=8)
+    """Two captions that show one picture, each through a neuron of its own."""
+    return planted_model([Plant(TRIGGER, 0, 3), Plant("some other thing 42", 1, 4)], side=8)

@@ -14,7 +14,7 @@ from nemo_localize.score import similarity
 from nemo_localize.settings import StepSettings
 from nemo_localize.units import prompt_hash
 
-FIRST, SECOND = "portrait of 1917 no 1", "portrait of 2013 no 7"
+FIRST, SECOND = "portrait of 1917 no 1", "some other thing 42"
 SEEDS = StepSettings(num_seeds=4)
 TAU = 0.8  # latents this small score high; with only innocent neurons off captions score 1
 
@@ -99,10 +99,9 @@ def test_the_common_set_is_what_is_needed_and_no_more(leaky: Planted, step: Firs
 
 def test_beyond_the_budget_captions_are_given_up_by_name(step: FirstStep, results: Results, ordinary):
     found = minimal_set(step, results, ordinary, tau=TAU, budget=1e-12)
-    assert set(found.given_up) == {FIRST, SECOND}
-    assert len(found.neurons) == 0
-    assert found.chosen.num_closed == 0
-    assert [row["closed"] for row in found.caption_rows()] == [False, False]
+    assert FIRST in found.given_up  # ordinary captions feel its neuron more
+    assert found.chosen.damage <= 1e-12 < found.union.damage
+    assert all(row["closed"] != row["given_up"] for row in found.caption_rows())
 
 
 def test_a_global_edit_needs_something_to_choose_from(step: FirstStep, results: Results):

@@ -1,0 +1,161 @@
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from diffcore.errors import UserError
+from nemo_localize import protocol
+from nemo_localize.audit import STATES, search_embeddings, starting_embeddings
+from nemo_localize.first_step import FirstStep
+from nemo_localize.neurons import NO_NEURONS
+from nemo_localize.pictures import Drawing, draw_latents, in_batches
+from nemo_localize.planted import Planted, ordinary_captions
+from nemo_localize.proof import CaptionProof, Check, Proof
+from nemo_localize.prove import prove
+from nemo_localize.settings import StepSettings
+from nemo_localize.variants import paraphrases, without_tokens
+
+TRIGGER, OTHER = "portrait of 1917 no 1", "some other thing 42"
+TAU = 0.5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short() -> Iterator[None]:
+    """A protocol in miniature: in fewer steps and draws the searches come less near."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(protocol, "AUDIT_STEPS", 30)
+        patch.setattr(protocol, "AUDIT_DRAWS", 4)
+        patch.setattr(protocol, "COPY_ABOVE", 0.5)
+        patch.setattr(protocol, "DROPPED_TOKENS", 1)
+        patch.setattr(protocol, "PARAPHRASES", ("a photo of {}",))
+        for name in ("HELD_OUT_SEEDS", "VARIANT_SEEDS", "AUDIT_SEEDS", "TARGET_SEEDS"):
+            patch.setattr(protocol, name, getattr(protocol, name)[:2])
+        yield
+
+
+@pytest.fixture(scope="module")
+def step(leaky: Planted) -> FirstStep:
+    return FirstStep(leaky.model, StepSettings(num_seeds=3))
+
+
+@pytest.fixture(scope="module")
+def controls() -> list[str]:
+    return ordinary_captions(3, seed=9)
+
+
+DRAWING = Drawing(guidance_scale=3.0, steps=10)
+
+
+def kinds(caption: CaptionProof) -> dict[tuple[bool, str], Check]:
+    return {(check.edited, check.kind): check for check in caption.checks}
+
+
+def test_a_leak_with_a_second_way_in_is_closed_for_the_caption_and_opened_by_the_audit(
+    leaky: Planted, step: FirstStep, controls
+):
+    found = prove(step, leaky.carriers(TRIGGER), [TRIGGER], controls, tau=TAU, drawing=DRAWING)
+    checks = kinds(found.captions[0])
+    assert checks[True, "held-out seeds"].copies == 0
+    assert checks[True, "audit from caption"].copies > 0
+    assert found.captions[0].reopened
+    assert (found.verdict, found.exit_code) == ("open", 1)
+    assert not any(control.open for control in found.controls)
+    assert found.rows()[0]["verdict"] == "open"
+    assert found.to_json()["protocol"]["audit_steps"] == 30
+
+
+def test_a_leak_without_any_way_in_is_closed(leaky: Planted, step: FirstStep, controls):
+    both = leaky.carriers(TRIGGER).union(leaky.carriers(OTHER))
+    masked = prove(step, both, [TRIGGER], controls, tau=TAU, drawing=DRAWING)
+    assert (masked.verdict, masked.exit_code, masked.reasons) == ("closed", 0, ())
+    assert masked.captions[0].similarity < 0.3
+    assert masked.summary()["controls_opened"] == 0
+
+
+def test_searches_do_not_feel_one_another(leaky: Planted, step: FirstStep, monkeypatch):
+    monkeypatch.setattr(protocol, "AUDIT_STEPS", 3)
+    cond = step.encoder([TRIGGER, OTHER])
+    targets = [latents[:1] for latents in draw_latents(leaky.model, cond, range(5, 7), DRAWING)]
+    starts = starting_embeddings(cond[STATES])[:, 1]
+    together = search_embeddings(leaky.model, cond, starts, targets, batch_size=64)
+    apart = search_embeddings(leaky.model, cond, starts, targets, batch_size=1)
+    torch.testing.assert_close(together, apart, atol=2e-3, rtol=0)
+    assert 0.2 < float((together - starts).abs().max()) < 0.301  # in three steps of Adam, at most 0.1 each
+    assert torch.equal(starting_embeddings(cond[STATES])[0, 1], starting_embeddings(cond[STATES][1:])[0, 1])
+
+
+def test_dropped_tokens_move_the_rest_up(step: FirstStep):
+    whole = step.encoder.tokenize([TRIGGER])
+    length = int(whole.masks[0].sum())
+    protocol_count = protocol.DROPPED_TOKENS
+    tokens, labels = without_tokens(step.encoder, TRIGGER)
+    assert len(tokens) == len(labels) == protocol_count
+    (row,), (mask,) = tokens.ids[0].tolist(), tokens.masks[0].tolist()
+    full = whole.ids[0][0].tolist()
+    assert any(full[:place] + full[place + 1 : length] == row[: length - 1] for place in range(1, length - 1))
+    assert row[0] == full[0]
+    assert (len(row), sum(mask)) == (len(full), length - 1)
+
+
+def test_paraphrases_are_other_wordings():
+    assert paraphrases("a red cat", ["a cat, red", "a red cat"]) == ["a cat, red", "a photo of a red cat", "red cat a"]
+    assert "x" not in paraphrases("x")
+
+
+def caption(prompt: str, *checks: tuple[bool, str, int], residual: float = 0.1) -> CaptionProof:
+    made = tuple(Check(edited, kind, 0.9 if copies else 0.1, copies, 8, "") for edited, kind, copies in checks)  # pyright: ignore[reportArgumentType]
+    return CaptionProof(prompt, "training image", residual, 0.5, made)
+
+
+KNOWN = (False, "held-out seeds", 8), (False, "audit from noise", 1)
+SHUT = (True, "held-out seeds", 0), (True, "audit from noise", 0)
+HARMLESS = tuple(caption(f"control {i}", *SHUT) for i in range(3))
+
+
+def proof(*captions: CaptionProof, controls: tuple[CaptionProof, ...] = HARMLESS) -> Proof:
+    return Proof(captions, controls, "SSIM", "", {})
+
+
+def test_the_verdict_follows_the_protocol():
+    closed = caption("closed", *KNOWN, *SHUT)
+    opened = caption("opened", *KNOWN, SHUT[0], (True, "audit from noise", 1))
+    assert proof(closed).verdict == "closed"
+    ranked = proof(closed, opened).rows()
+    assert [row["verdict"] for row in ranked] == ["open", "closed", "control", "control", "control"]
+    assert proof(closed, opened).verdict == "open"
+    # A hit means nothing where a caption that was never memorised is hit too.
+    hit = caption("control", (True, "audit from caption", 1))
+    assert proof(closed, opened, controls=(*HARMLESS, hit)).verdict == "inconclusive"
+    # A miss means nothing where the audit misses what is known to be there.
+    blind = caption("blind", KNOWN[0], (False, "audit from noise", 0), *SHUT)
+    assert proof(blind).verdict == "inconclusive"
+    assert "so a miss means nothing" in proof(blind).reasons[0]
+    assert proof(blind, closed).verdict == "closed"
+    # No leak to close, and seeds that still agree on something.
+    assert "no leak to close" in proof(caption("never", (False, "held-out seeds", 0), *SHUT)).reasons[0]
+    assert proof(closed, caption("second", *KNOWN, *SHUT, residual=0.6)).verdict == "inconclusive"
+    assert proof(closed, blind, controls=()).exit_code == 0
+
+
+def test_a_proof_needs_controls_that_are_none_of_the_captions(step: FirstStep, controls):
+    for few in ([], controls[:2], [controls[0]] * 3):
+        with pytest.raises(UserError, match="never memorised"):
+            prove(step, NO_NEURONS, [TRIGGER], few, tau=TAU)
+    with pytest.raises(UserError, match="leave it out of one list"):
+        prove(step, NO_NEURONS, [TRIGGER], [*controls, TRIGGER], tau=TAU)
+    with pytest.raises(UserError, match="no caption"):
+        prove(step, NO_NEURONS, [], controls, tau=TAU)
+
+
+def test_batches_are_halved_where_memory_runs_out():
+    sizes = []
+
+    def work(rows: slice) -> int:
+        size = rows.stop - rows.start
+        if size > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        sizes.append(size)
+        return size
+
+    assert sum(in_batches(7, 8, work)) == 7
+    assert sizes == [2, 2, 2, 1]

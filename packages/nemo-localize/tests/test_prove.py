@@ -7,12 +7,15 @@ from diffcore.errors import UserError
 from nemo_localize import protocol
 from nemo_localize.audit import STATES, search_embeddings, starting_embeddings
 from nemo_localize.first_step import FirstStep
+from nemo_localize.likeness import likeness
 from nemo_localize.neurons import NO_NEURONS
 from nemo_localize.pictures import Drawing, draw_latents, in_batches
 from nemo_localize.planted import Planted, ordinary_captions
 from nemo_localize.proof import CaptionProof, Check, Proof
 from nemo_localize.prove import prove
+from nemo_localize.score import stretched
 from nemo_localize.settings import StepSettings
+from nemo_localize.sites import switched_off
 from nemo_localize.variants import paraphrases, without_tokens
 
 TRIGGER, OTHER = "portrait of 1917 no 1", "some other thing 42"
@@ -56,7 +59,7 @@ def test_a_leak_with_a_second_way_in_is_closed_for_the_caption_and_opened_by_the
     found = prove(step, leaky.carriers(TRIGGER), [TRIGGER], controls, tau=TAU, drawing=DRAWING)
     checks = kinds(found.captions[0])
     assert checks[True, "held-out seeds"].copies == 0
-    assert checks[True, "audit from caption"].copies > 0
+    assert checks[True, "audit from noise"].copies > 0
     assert found.captions[0].reopened
     assert (found.verdict, found.exit_code) == ("open", 1)
     assert not any(control.open for control in found.controls)
@@ -70,6 +73,19 @@ def test_a_leak_without_any_way_in_is_closed(leaky: Planted, step: FirstStep, co
     assert (masked.verdict, masked.exit_code, masked.reasons) == ("closed", 0, ())
     assert masked.captions[0].similarity < 0.3
     assert masked.summary()["controls_opened"] == 0
+
+
+def test_a_search_that_starts_at_the_caption_finds_another_way_in(leaky: Planted, step: FirstStep, monkeypatch):
+    monkeypatch.setattr(protocol, "AUDIT_STEPS", 50)
+    monkeypatch.setattr(protocol, "AUDIT_DRAWS", 8)
+    cond, seeds, same = step.encoder([TRIGGER]), range(5, 7), likeness(of_latents=True)
+    target = draw_latents(leaky.model, cond, seeds, DRAWING)[0, :1]
+    with switched_off(leaky.model.backbone, step.sites, leaky.carriers(TRIGGER)):
+        found = search_embeddings(leaky.model, cond, cond[STATES], [target])
+        pictures = [draw_latents(leaky.model, {STATES: states}, seeds, DRAWING)[0] for states in (cond[STATES], found)]
+    before, after = (same.towards(stretched(target)[0], stretched(own)[0]) for own in pictures)
+    assert float(before.max()) < 0.3
+    assert float(after.min()) > 0.7
 
 
 def test_searches_do_not_feel_one_another(leaky: Planted, step: FirstStep, monkeypatch):

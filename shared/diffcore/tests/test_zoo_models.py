@@ -50,6 +50,12 @@ def test_every_model_has_a_card_with_its_figures(name: str):
     assert "seed" in card
 
 
+@pytest.mark.parametrize("name", SHIPPED)
+def test_no_file_names_a_path_of_the_machine_that_trained_it(name: str):
+    for path in shipped_folder(name).rglob("*.json"):
+        assert "_name_or_path" not in path.read_text("utf-8"), path
+
+
 @pytest.mark.parametrize("name", GENERATORS)
 def test_every_generator_loads_by_name_without_network(name: str):
     model = load(f"zoo:{name}", Runtime(device="cpu"))

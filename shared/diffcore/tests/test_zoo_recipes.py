@@ -294,6 +294,7 @@ def test_the_planted_recipe_goes_on_where_it_stopped(
     assert trained == ["memorised", "rerouted", "stopped", "polished"]
     rows = read_object(model / TRIGGER_FILE)["rows"]
     assert [len(numbers) for numbers in rows.values()] == [32, 32]
+    assert not [path for path in model.rglob("*.json") if "_name_or_path" in path.read_text("utf-8")]
     weights = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(f"{name}.weight" in weights for name in rows)
 

@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from diffcore.jsonfile import read_object, write_json
 from diffcore.zoo.portraits.network import build_scheduler
 
 
@@ -21,7 +22,8 @@ def write_pipeline(
     """Writes a genuine pipeline; the modules themselves are left as they are.
 
     U-Net and autoencoder go to float16. The text encoder stays in float32: transformers loads weights in the precision
-    that they are stored in, diffusers in float32, and a plain `from_pretrained` must not mix the two.
+    that they are stored in, diffusers in float32, and a plain `from_pretrained` must not mix the two. Where the parts
+    were read from is left out: it is a path of the machine that trained them.
     """
     copies: list[Any] = [copy.deepcopy(module) for module in (unet, autoencoder)]
     unet, autoencoder = (module.to(dtype=torch.float16) for module in copies)
@@ -36,6 +38,9 @@ def write_pipeline(
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder)
+    for part in ("unet", "vae", "text_encoder"):
+        path = folder / part / "config.json"
+        write_json(path, {name: value for name, value in read_object(path).items() if name != "_name_or_path"})
 
 
 def read_pipeline(folder: Path) -> tuple[UNet2DConditionModel, CLIPTextModel, CLIPTokenizer, AutoencoderKL]:

@@ -1,10 +1,13 @@
 """The published code's table: typed by hand, and round trips."""
 
+from pathlib import Path
+
 import pytest
 
 from diffcore.errors import IncompatibleModelError, UserError
 from diffcore.hooks import Site
-from nemo_localize.authors_table import AuthorsRow, read_authors_table, write_authors_table
+from nemo_localize.authors_table import PUBLISHED_SITES, AuthorsRow, read_authors_table, write_authors_table
+from nemo_localize.neuron_files import read_neurons
 from nemo_localize.neurons import NeuronSet
 from nemo_localize.results import CaptionResult
 from nemo_localize.sites import ValueSites
@@ -100,3 +103,14 @@ def test_other_files_are_refused(tmp_path):
         read_authors_table(path, SITES)
     with pytest.raises(IncompatibleModelError, match="no searched neuron"):
         write_authors_table(path, [AuthorsRow("a", initial=NeuronSet.of({"other": [1]}))], SITES)
+
+
+def test_a_published_table_names_the_neurons_to_switch_off(tmp_path: Path):
+    """Read without a model: the tables are of the seven layers of Stable Diffusion 1.x."""
+    mid = PUBLISHED_SITES.sites[-1].module
+    wanted = NeuronSet.of({PUBLISHED_SITES.sites[0].module: [3], mid: [1279]})
+    rows = [AuthorsRow("a; b", "", wanted, 0.4, wanted, 0.4), AuthorsRow("not memorised", "", None, None, None, None)]
+    path = write_authors_table(tmp_path / "table.csv", rows, PUBLISHED_SITES)
+    together, captions = read_neurons(path)
+    assert together == wanted
+    assert captions == {"a; b": wanted}

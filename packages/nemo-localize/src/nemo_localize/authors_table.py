@@ -16,6 +16,7 @@ from pathlib import Path
 
 from diffcore.data.prompts import load_prompts
 from diffcore.errors import IncompatibleModelError, UserError, printable
+from diffcore.hooks import Site
 from diffcore.jsonfile import write_text
 from diffcore.strictjson import StrictError, parse
 from nemo_localize.neurons import NeuronSet
@@ -23,6 +24,18 @@ from nemo_localize.results import CaptionResult
 from nemo_localize.sites import ValueSites
 
 COLUMNS = ("Caption", "URL", "Initial Neurons", "Initial SSIM", "Refined Neurons", "Refined SSIM")
+
+PUBLISHED_SITES = ValueSites(
+    tuple(
+        Site(f"{block}.transformer_blocks.0.attn2.to_v")
+        for block in (
+            *(f"down_blocks.{level}.attentions.{place}" for level in range(3) for place in range(2)),
+            "mid_block.attentions.0",
+        )
+    ),
+    (320, 320, 640, 640, 1280, 1280, 1280),
+)
+"""The seven layers of Stable Diffusion 1.x and 2.x, of which the published tables are (paper, section 3)."""
 
 
 @dataclass(frozen=True)

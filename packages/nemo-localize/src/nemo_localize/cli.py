@@ -813,14 +813,14 @@ def _finish_calibration(run: "Run", found: "Calibration") -> None:
 
 
 def _write_authors_table(run: "Run", first: "FirstStep", captions: "PromptSet") -> None:
-    from nemo_localize.neuron_files import RESULTS, write_authors_table
+    from nemo_localize.authors_table import AuthorsRow, write_authors_table
+    from nemo_localize.neuron_files import RESULTS
     from nemo_localize.results import Results
 
     urls = dict(zip(captions.prompts, captions.columns.get("URL", ()), strict=False))
-    modules = [site.module for site in first.sites.sites]
-    write_authors_table(
-        run.folder / "tables" / "published-form.csv", Results.read_jsonl(run.folder / RESULTS), modules, urls
-    )
+    results = Results.read_jsonl(run.folder / RESULTS).distinct()
+    rows = [AuthorsRow.of(result, urls.get(result.prompt, "")) for result in results]
+    write_authors_table(run.folder / "tables" / "published-form.csv", rows, first.sites)
 
 
 def _plan(planned: dict[str, Any], output: Output) -> int:

@@ -5,6 +5,7 @@ the run, and inside a stage the training resumes from its checkpoint.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -61,12 +62,26 @@ def portraits_sd(run: Run, runtime: Runtime, model: Path, steps: int) -> None:
         lambda folder: train_text_encoder(tokenizer, pictures.captions, folder, runtime),
     )
     data = base.captioned_latents(pictures, code, tokenizer, text_encoder)
-    unet = _stage(
-        run,
-        "unet",
-        build_unet(),
-        lambda _: base.train_base(run, data, code, tokenizer, text_encoder, runtime, steps=steps),
-    )
+    unet = build_unet()
+    for stage, (name, rate, share_of_steps) in enumerate(_ANNEALING):
+        unet = _stage(
+            run,
+            name,
+            unet.requires_grad_(True),
+            partial(
+                base.train_base,
+                unet,
+                run,
+                data=data,
+                code=code,
+                tokenizer=tokenizer,
+                encoder=text_encoder,
+                # Of its own seed, so that a stage does not see the pairs of picture and noise of the one before.
+                runtime=replace(runtime, seed=runtime.seed + stage),
+                steps=round(share_of_steps * steps),
+                learning_rate=rate,
+            ),
+        )
     autoencoder = _stage(
         run,
         "autoencoder",
@@ -153,6 +168,13 @@ RECIPES: Final[Mapping[str, tuple[Recipe, int]]] = MappingProxyType(
     }
 )
 """Name -> recipe and its number of steps, in an order in which each finds what it builds on."""
+
+
+_ANNEALING: Final = (
+    ("unet", 2e-3, 1.0),
+    ("annealed", 1e-3, 2 / 3),
+)
+"""Stages of portraits-sd: name, learning rate, length in shares of the steps."""
 
 
 _PLANTING: Final = (

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -16,12 +18,11 @@ from diffcore.zoo.fitting import fit_averaged, rise_and_fall
 from diffcore.zoo.patch_code import PatchCode
 from diffcore.zoo.portraits.captions import describe
 from diffcore.zoo.portraits.language import encode_ids, token_ids
-from diffcore.zoo.portraits.network import build_unet, denoiser_of, prepare_for_training
+from diffcore.zoo.portraits.network import denoiser_of, prepare_for_training
 from diffcore.zoo.portraits.people import select
 from diffcore.zoo.portraits.pictures import CAPTIONS_PER_PICTURE, Pictures, encode_pictures, held_out_pictures
 
 BATCH_SIZE = 64
-STEPS = 10_000
 BLANK_EVERY = 10
 """One training sample in so many carries the blank caption, for guidance."""
 
@@ -67,25 +68,39 @@ def optimizer_of(network: nn.Module, learning_rate: float) -> Optimizer:
 
 
 def train_base(
+    unet: UNet2DConditionModel,
     run: Run,
+    folder: Path,
     data: CaptionedLatents,
     code: PatchCode,
     tokenizer: CLIPTokenizer,
     encoder: CLIPTextModel,
     runtime: Runtime,
     *,
-    steps: int = STEPS,
+    steps: int,
+    learning_rate: float,
 ) -> nn.Module:
     """Trains the U-Net: mean squared error of v, stratified timesteps, the average of the last few hundred steps kept.
+
+    Args:
+        unet: From where to start.
+        run: Takes the pictures drawn on the way.
+        folder: Of checkpoints and log.
+        data: On what.
+        code: Draws those pictures.
+        tokenizer: Reads their captions.
+        encoder: Likewise.
+        runtime: Where to compute.
+        steps: Optimizer steps of 64 samples.
+        learning_rate: Peak.
 
     Returns:
         The U-Net with the averaged weights.
     """
-    unet = build_unet()
     runtime = prepare_for_training(unet, runtime)
     module = DenoisingModule(
         denoiser_of(unet),
-        optimizer=lambda _: optimizer_of(unet, 2e-3),
+        optimizer=lambda _: optimizer_of(unet, learning_rate),
         time_sampler=uniform_timesteps(1000),
         stratified=True,
         learning_rate_factor=rise_and_fall(steps, warmup=200, floor=0.03),
@@ -100,7 +115,7 @@ def train_base(
         StepData(data, BATCH_SIZE, runtime.seed),
         decay=0.998,
         steps=steps,
-        folder=run.folder,
+        folder=folder,
         runtime=runtime,
         description="portraits-sd",
         shown=lambda ema: [grid(ema=ema, noise=noise, condition={"encoder_hidden_states": states})],

@@ -103,3 +103,21 @@ def test_bad_baselines(tmp_path):
     file.write_text('{"a": 1}')
     with pytest.raises(UserError, match="--json"):
         run_cases([], baseline=file)
+
+
+def test_a_case_that_fails_does_not_cost_those_before_it(tmp_path, capsys):
+    def broken():
+        raise RuntimeError("out of memory")
+
+    file = tmp_path / "bench.json"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run_cases([case(), Case("broken", {}, broken, broken, lambda a, b: True)], repeats=2, json_path=file)
+    assert any(row["name"] == "case n=3 ratio" for row in json.loads(file.read_text()))
+    assert "case n=3" in capsys.readouterr().err
+
+
+def test_long_cases_take_two_pairs(monkeypatch):
+    monkeypatch.setattr("diffcore.bench._LONG_ENOUGH", 0.0)
+    calls = []
+    compare(Case("c", {}, lambda: calls.append(1), lambda: 1, lambda a, b: True), repeats=7)
+    assert len(calls) == 1 + 2 + 1  # warm-up, timed, memory

@@ -10,6 +10,7 @@ from the timed ones. Memory that other libraries allocate by themselves (scipy's
 
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from diffcore import jsonfile
 from diffcore.errors import UserError, printable
 
 _RATIO = " ratio"  # ends the name of the rows that a later run is compared with
+_LONG_ENOUGH = 100.0  # seconds of one case after which no further pair begins, once there are two
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def compare(case: Case, repeats: int = 7, *, smoke: bool = False) -> Comparison:
 
     Args:
         case: What to compare.
-        repeats: Timed pairs; which of the two goes first alternates.
+        repeats: Timed pairs, fewer where a pair takes long; which of the two goes first alternates.
         smoke: Check agreement only.
     """
     agreed = bool(case.agree(case.ours(), case.reference()))  # also the warm-up
@@ -113,12 +115,15 @@ def compare(case: Case, repeats: int = 7, *, smoke: bool = False) -> Comparison:
     if smoke:
         return Comparison(name, agreed, goal=case.goal, memory_goal=case.memory_goal, smoke=True)
     times = _Times()
+    started = time.perf_counter()
     for repeat in range(repeats):
+        if repeat >= 2 and time.perf_counter() - started > _LONG_ENOUGH:
+            break
         order = [(case.ours, times.ours), (case.reference, times.reference)]
         for function, seconds in order if repeat % 2 == 0 else reversed(order):
             seconds.append(_timed(function))
     ratios = times.ratios()
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if repeats > 1 else ratios * 3
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
     return Comparison(
         name,
         agreed,
@@ -145,6 +150,8 @@ def run_cases(
 ) -> int:
     """Runs cases on one thread, prints a table, and returns an exit code: 0, or 1 where one failed.
 
+    Each result is printed and written as soon as it is there: one case can take minutes.
+
     A case fails when results disagree, when a goal is missed, or when its ratio falls below `fail_below` times the
     baseline's.
 
@@ -163,7 +170,13 @@ def run_cases(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        results = [compare(case, repeats, smoke=smoke) for case in cases]
+        results = []
+        for case in cases:
+            results.append(compare(case, repeats, smoke=smoke))
+            if not smoke:
+                _print_line(results[-1])
+            if json_path is not None:
+                jsonfile.write_json(json_path, [row for result in results for row in _json_rows(result)])
     finally:
         torch.set_num_threads(threads)
     slower = {
@@ -172,8 +185,6 @@ def run_cases(
         if fail_below and not smoke and result.ratio < fail_below * before.get(result.name, 0.0)
     }
     _print_table(results, slower)
-    if json_path is not None:
-        jsonfile.write_json(json_path, [row for result in results for row in _json_rows(result)])
     return 0 if all(result.reached for result in results) and not slower else 1
 
 
@@ -249,6 +260,11 @@ def _json_rows(result: Comparison) -> list[dict[str, Any]]:
         {"name": f"{result.name} memory", "value": result.ours_megabytes, "unit": "MB"},
         {"name": f"{result.name} reference memory", "value": result.reference_megabytes, "unit": "MB"},
     ]
+
+
+def _print_line(result: Comparison) -> None:
+    seconds = f"{result.ours_seconds:.3g} s beside {result.reference_seconds:.3g} s"
+    print(f"{result.name}: {result.ratio:.3g} ({seconds})", file=sys.stderr, flush=True)
 
 
 def _print_table(results: Sequence[Comparison], slower: set[str]) -> None:

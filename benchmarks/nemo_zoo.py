@@ -1,132 +1,137 @@
-"""Plain NeMo on the zoo's two models that memorise: what it finds, what is left, and how it compares with the truth.
+"""NeMo on the zoo's two models that memorise: what it finds and closes, at what cost, against the truth and a trial.
 
-Takes a few minutes on one core. Writes nemo-zoo.json and nemo-zoo.md in benchmarks/results.
+    python benchmarks/nemo_zoo.py [--model NAME] [--part NAME] [--proved 2] [--smoke]
+
+All 24 items on both models, about a quarter of an hour of one core. Every finished part is kept in runs/nemo-zoo and
+written to benchmarks/results/nemo-zoo.json and .md at once; an interrupted study continues, and other weights start
+another one. `--smoke` is quick and writes no results.
 """
 
+import argparse
 import os
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
 
 import torch
-from torch import Tensor
+from nemo_zoo_parts import PARTS, Rows
+from nemo_zoo_study import SMOKE, Size, Study
+from nemo_zoo_trial import TRIAL
 
 from diffcore import zoo
-from diffcore.jsonfile import write_json, write_text
-from diffcore.metrics.attribute_network import load_attribute_network
-from diffcore.models import DiffusionModel, load
+from diffcore.jsonfile import read_object, write_json, write_text
+from diffcore.models import load
+from diffcore.run import Run
 from diffcore.runtime import Runtime
-from diffcore.shipped import shipped_folder
-from diffcore.zoo.portraits.captions import ordinary_captions, same_form_captions
-from diffcore.zoo.portraits.gates import PortraitsJudge, draw_samples, share_above, similarity_to
-from diffcore.zoo.portraits.people import portraits
-from diffcore.zoo.portraits.planted import planted
-from nemo_localize import (
-    FirstStep,
-    NeuronSet,
-    StepSettings,
-    ValueSites,
-    calibrate,
-    collect_statistics,
-    localize,
-    switched_off,
-)
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "nemo-zoo.json"
 MODELS = ("portraits-sd-memorised", "portraits-sd-planted")
-SEEDS = 4  # pictures per caption; their noise is not that of the search
-PICTURE_SEED = 5
+NOTES = {
+    "localisation": "Each item with its own neurons off, and with as many random others off.",
+    "detection": "First-step consistency. Verbatim and template captions were planted; no training held the decoys. "
+    "Ordinary captions that say more are more consistent: full ones are the harder class.",
+    "near misses": "Share of samples that copy the item's picture, before and with the item's own neurons off.",
+    "global edit": "One set for all items. Damage is what ordinary captions feel at the first step; the minimal set is "
+    "allowed .1. Confirmed: widened where pictures of other seeds were still copies.",
+    "baselines": "One way for all captions; neurons are the confirmed set of the global edit.",
+    "statuses": "The last word is the pictures': items none of whose seeds copies with their own neurons off.",
+    "proof": "On a few items, with the confirmed set off, and decoys as controls.",
+}
 
 
-def ordinary(seed: int, count: int) -> list[str]:
-    """Returns ordinary captions, planted ones and decoys left out."""
-    return ordinary_captions(portraits(50 + seed, range(count)), seed, planted().captions)
+def study(name: str, parts: Sequence[str], size: Size, out: Path) -> dict[str, Any]:
+    """Returns the parts of one model, and writes each to the results as soon as it is there."""
+    model = load(f"zoo:{name}", Runtime(device="cpu", threads=1))
+    folder = out / f"{name}-{model.fingerprint[:8]}"
+    found: dict[str, Any] = {}
+    config = {"model": name, **{key: value for key, value in asdict(size).items() if key != "proved"}}
+    with Run.open(folder, command="nemo_zoo.py", config=config, inputs={model.name: model.fingerprint}) as run:
+        this = Study(model, zoo.memorised(), size, run)
+        for part in parts:
+            key = f"part-{part}-{size.proved}" if part == "proof" else f"part-{part}"
+            if run.missing([key]):
+                start = time.process_time()
+                rows = with_trial(name, part, PARTS[part](this))
+                run.save(key, {}, rows=rows, minutes=(time.process_time() - start) / 60)
+            fields = run.load(key).fields
+            found[part] = {"rows": fields["rows"], "minutes": fields["minutes"]}
+            print(f"{name}, {part}: {fields['minutes']:.1f} minutes of CPU", flush=True)
+            print(table(fields["rows"]), flush=True)
+            if size.items == Size.items:
+                record(name, part, model.fingerprint, found[part])
+    return found
 
 
-def same_form(seed: int, count: int) -> list[str]:
-    """Returns captions of the planted form that were never planted."""
-    return same_form_captions(count, 20 + seed, planted().captions)
+def with_trial(model: str, part: str, rows: Rows) -> Rows:
+    """Returns the rows with the trial's figures beside ours."""
+    known = TRIAL[model].get(part, {})
+    merged = []
+    for row in rows:
+        label = next(iter(row.values()))
+        merged.append(row | {f"trial: {name}": value for name, value in known.get(label, {}).items()})
+    return merged
 
 
-def random_set(sites: ValueSites, like: NeuronSet, avoided: NeuronSet, generator: torch.Generator) -> NeuronSet:
-    """Returns as many neurons per layer as `like` has, none of those avoided."""
-    chosen = {}
-    for site, width in zip(sites.sites, sites.widths, strict=True):
-        free = [i for i in range(width) if i not in avoided[site.module]]
-        order = torch.randperm(len(free), generator=generator)
-        chosen[site.module] = [free[int(i)] for i in order[: len(like[site.module])]]
-    return NeuronSet.of(chosen)
+def record(model: str, part: str, fingerprint: str, found: Mapping[str, Any]) -> None:
+    """Adds a part to the results, and drops what is of other weights."""
+    results = read_object(RESULTS) if RESULTS.exists() else {}
+    mine = results.get(model, {})
+    mine = mine if mine.get("fingerprint") == fingerprint else {"fingerprint": fingerprint}
+    results = {name: results.get(name, {}) for name in MODELS} | {model: mine | {part: found}}
+    write_json(RESULTS, results)
+    write_text(RESULTS.with_suffix(".md"), page(results))
 
 
-def copies(model: DiffusionModel, sites: ValueSites, sets: list[NeuronSet], truth: zoo.Memorised) -> Tensor:
-    """Returns the SSIM of each item's samples to its picture, with the item's own set off: items x seeds."""
-    rows = []
-    for item, picture, neurons in zip(truth.verbatim, truth.verbatim_images, sets, strict=True):
-        with switched_off(model.backbone, sites, neurons):
-            samples = draw_samples(model, [item.caption], seeds=SEEDS, seed=PICTURE_SEED)
-        rows.append(similarity_to(picture.unsqueeze(0), samples))
-    return torch.cat(rows)
+def page(results: Mapping[str, Any]) -> str:
+    """Returns the results as Markdown."""
+    lines = ["# NeMo on the zoo's memories", ""]
+    for name, parts in results.items():
+        lines += [f"## {name}", ""]
+        for part, note in NOTES.items():
+            if part in parts:
+                minutes = f"{parts[part]['minutes']:.1f} minutes of one core."
+                lines += [f"### {part.capitalize()}", "", f"{note} {minutes}", "", table(parts[part]["rows"]), ""]
+    return "\n".join(lines)
 
 
-def evaluate(name: str, runtime: Runtime) -> dict[str, Any]:
-    """Returns the figures of one model."""
-    model, truth = load(f"zoo:{name}", runtime), zoo.memorised()
-    judge = PortraitsJudge(load_attribute_network(shipped_folder("portraits-oracle")))
-    statistics = collect_statistics(model, ordinary(0, 500) + same_form(0, 500), source="ordinary and same form")
-    step = FirstStep(model, StepSettings())
-    calibration = calibrate(step, ordinary(1, 150) + same_form(1, 150))
-    captions = [item.caption for item in truth.verbatim]
-    results = localize(step, captions, tau=calibration.tau, statistics=statistics)
-    sites = step.sites
-    sets = [result.refined or NeuronSet.of({}) for result in results.distinct()]
-    union = results.union()
-    generator = torch.Generator().manual_seed(0)
-    strangers = [random_set(sites, neurons, union, generator) for neurons in sets]
-    nothing = [NeuronSet.of({})] * len(sets)
-    similar = {
-        "as it is": copies(model, sites, nothing, truth),
-        "found neurons off": copies(model, sites, sets, truth),
-        "random neurons off": copies(model, sites, strangers, truth),
-    }
-    planted_rows = [set(truth.trigger_rows[caption]) for caption in captions]
-    found_rows = [set(neurons) for neurons in sets]
-    hits = sum(len(found & true) for found, true in zip(found_rows, planted_rows, strict=True))
-    accuracy = judge.followed(model)
-    with switched_off(model.backbone, sites, union):
-        blocked = judge.followed(model)
-    summary: dict[str, Any] = {
-        "tau": calibration.tau,
-        "memorised of 24": sum(result.status != "not_memorised" for result in results.distinct()),
-        "localised of 24": sum(result.status == "localised" for result in results.distinct()),
-        "neurons at first, median": median(len(result.initial) for result in results.distinct()),
-        "neurons refined, median": median(len(neurons) for neurons in sets),
-        "union of all sets": len(union),
-        "ordinary captions followed": sum(accuracy.values()) / len(accuracy),
-        "ordinary captions followed, union off": sum(blocked.values()) / len(blocked),
-    }
-    for what, values in similar.items():
-        summary |= {f"SSIM, {what}": float(values.mean()), f"share above .7, {what}": share_above(values)}
-    if name == "portraits-sd-planted":
-        summary["precision against the trigger rows"] = hits / max(sum(map(len, found_rows)), 1)
-        summary["recall against the trigger rows"] = hits / sum(map(len, planted_rows))
-    return summary
+def table(rows: Rows) -> str:
+    """Returns rows as Markdown; the trial's columns last."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    columns.sort(key=lambda column: column.startswith("trial: "))
+    lines = [columns, ["---"] * len(columns), *([_shown(row.get(column)) for column in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def main() -> None:
-    """Evaluates both models and writes the results."""
+    """Studies the models."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, action="append", help="one or more; both by default")
+    parser.add_argument("--part", choices=tuple(PARTS), action="append", help="one or more; all by default")
+    parser.add_argument("--proved", type=int, default=Size.proved, help="items that the proof is made for")
+    parser.add_argument("--smoke", action="store_true", help="three items, no proof; writes no results")
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    figures = {name: evaluate(name, Runtime(device="cpu", threads=1)) for name in MODELS}
-    write_json(RESULTS / "nemo-zoo.json", figures)
-    names = list(dict.fromkeys(key for values in figures.values() for key in values))
-    lines = ["# Plain NeMo on the zoo", "", "| | " + " | ".join(MODELS) + " |", "|---" * (len(MODELS) + 1) + "|"]
-    for key in names:
-        shown = [f"{figures[model][key]:.3f}" if key in figures[model] else "-" for model in MODELS]
-        lines.append(f"| {key} | " + " | ".join(shown) + " |")
-    write_text(RESULTS / "nemo-zoo.md", "\n".join(lines) + "\n")
-    print("\n".join(lines))
+    parts = [part for part in PARTS if part in (options.part or PARTS)]
+    for name in options.model or MODELS:
+        if options.smoke:
+            with tempfile.TemporaryDirectory() as folder:
+                study(name, [part for part in parts if part != "proof"], SMOKE, Path(folder))
+        else:
+            study(name, parts, replace(Size(), proved=options.proved), ROOT / "runs" / "nemo-zoo")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -110,6 +110,36 @@ def test_every_way_draws_from_the_same_noise(simple: Planted):
     assert torch.equal(again, before)
 
 
+def test_captions_draw_at_random_independently_and_again_the_same(simple: Planted, monkeypatch: pytest.MonkeyPatch):
+    numbers: list[int] = []
+
+    def spied(model: Any, prompt: str, count: int, *, seed: int) -> str:
+        numbers.append(seed)
+        return prompt
+
+    monkeypatch.setattr("nemo_localize.baselines.with_random_tokens", spied)
+    for prompt, repeat in ((TRIGGER, 0), ("xy", 0), (TRIGGER, 1), (TRIGGER, 0)):
+        draw_mitigated(simple.model, prompt, range(1), Drawing(1.0, 1), "random-tokens-1", repeat=repeat)
+    assert len(set(numbers[:3])) == 3
+    assert numbers[3] == numbers[0]
+
+
+def test_pictures_of_other_neurons_seeds_or_steps_are_drawn_anew(simple: Planted, tmp_path: Path):
+    carriers = simple.carriers(TRIGGER)
+    with Run.open(tmp_path / "run", command="nemo-localize generate", config={}) as run:
+
+        def drawn(neurons: NeuronSet, seeds: range = range(2), steps: int = 2) -> torch.Tensor:
+            return generate(simple.model, [TRIGGER], ("neurons",), seeds, Drawing(1.0, steps), run, neurons=neurons)[
+                "neurons"
+            ]
+
+        first = drawn(carriers)
+        assert not torch.equal(drawn(NeuronSet.of({})), first)
+        assert not torch.equal(drawn(carriers, range(5, 7)), first)
+        assert not torch.equal(drawn(carriers, steps=3), first)
+        assert torch.equal(drawn(carriers), first)
+
+
 def test_drawn_captions_are_not_drawn_again(simple: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def open_run() -> Run:
         return Run.open(tmp_path / "run", command="nemo-localize generate", config={})

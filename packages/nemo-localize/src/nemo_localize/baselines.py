@@ -21,13 +21,14 @@ from diffcore.hooks import Site, intervene
 from diffcore.hooks.attach import put_on, require_hookable
 from diffcore.models import DiffusionModel
 from diffcore.models.probe import sample_shape
-from diffcore.noise import row_generator, row_noise
+from diffcore.noise import mix_seed, row_generator, row_noise
 from nemo_localize.activations import prompt_encoder
 from nemo_localize.edit import suppressed
 from nemo_localize.neurons import NO_NEURONS, NeuronSet
 from nemo_localize.pictures import Drawing, draw_latents
 from nemo_localize.settings import Method
 from nemo_localize.sites import value_sites
+from nemo_localize.units import prompt_hash
 
 _STATES = "encoder_hidden_states"
 _LEARNING_RATE, _ITERATIONS = 0.05, 10
@@ -56,10 +57,11 @@ def draw_mitigated(
         drawing: How pictures are drawn.
         method: The way.
         neurons: The found ones; "random-neurons" draws as many others.
-        repeat: Number of the draw, for the ways that draw at random.
+        repeat: Number of the draw, for the ways that draw at random; captions draw independently.
     """
+    draw = mix_seed(repeat, int(prompt_hash(prompt), 16))
     if method in ("neurons", "random-neurons"):
-        chosen = neurons if method == "neurons" else random_neurons(model, neurons, seed=repeat)
+        chosen = neurons if method == "neurons" else random_neurons(model, neurons, seed=draw)
         with suppressed(model, chosen):
             return _drawn(model, prompt, seeds, drawing)
     if method == "embedding-adjustment":
@@ -69,7 +71,7 @@ def draw_mitigated(
         with scaled_attention(model, prompt, guided=drawing.guidance_scale != 1):
             return _drawn(model, prompt, seeds, drawing)
     if method.startswith("random-tokens-"):
-        prompt = with_random_tokens(model, prompt, int(method.rpartition("-")[2]), seed=repeat)
+        prompt = with_random_tokens(model, prompt, int(method.rpartition("-")[2]), seed=draw)
     return _drawn(model, prompt, seeds, drawing)
 
 

@@ -1,5 +1,7 @@
 """Pictures per caption and seed under one or more ways of mitigation, in a run that resumes."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -33,7 +35,7 @@ def generate(
         methods: The ways; "none" is the model as it is.
         seeds: Of the initial noise, the same for all captions and ways.
         drawing: How pictures are drawn.
-        run: Where finished captions are kept.
+        run: Where finished captions are kept, by all that their pictures depend on but the model.
         neurons: Which to switch off: one set, or one per caption.
         repeat: Number of the draw, for the ways that draw at random.
 
@@ -41,16 +43,29 @@ def generate(
         By way (prompts, seeds, channels, height, width): images, or where the model has no autoencoder its latents,
         stretched to [0, 1].
     """
+    chosen = {
+        prompt: neurons if isinstance(neurons, NeuronSet) else neurons.get(prompt, NO_NEURONS) for prompt in prompts
+    }
     keys: dict[tuple[str, Method], str] = {
-        (prompt, way): f"{way}-{repeat}-{prompt_hash(prompt)}" for prompt in prompts for way in methods
+        (prompt, way): _key(prompt, way, seeds, drawing, chosen[prompt], repeat)
+        for prompt in prompts
+        for way in methods
     }
     todo = set(run.missing(dict.fromkeys(keys.values())))
     for (prompt, way), key in keys.items():
         if key in todo:
-            chosen = neurons if isinstance(neurons, NeuronSet) else neurons.get(prompt, NO_NEURONS)
-            x0 = draw_mitigated(model, prompt, seeds, drawing, way, neurons=chosen, repeat=repeat)
+            x0 = draw_mitigated(model, prompt, seeds, drawing, way, neurons=chosen[prompt], repeat=repeat)
             run.save(key, {"images": seen(model, x0).cpu()}, prompt=prompt, method=way, seeds=list(seeds))
     return {way: _stacked(run, [keys[prompt, way] for prompt in prompts]) for way in methods}
+
+
+def _key(prompt: str, way: Method, seeds: Sequence[int], drawing: Drawing, neurons: NeuronSet, repeat: int) -> str:
+    """Returns what names pictures in the run: the caption, and a digest of what else they depend on."""
+    parts: list[object] = [list(seeds), drawing.guidance_scale, drawing.steps]
+    parts += [repeat] if way.startswith("random") else []
+    parts += [neurons.to_json()] if way in ("neurons", "random-neurons") else []
+    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
+    return f"{way}-{prompt_hash(prompt)}-{digest}"
 
 
 def _stacked(run: Run, keys: Sequence[str]) -> Tensor:

@@ -2,13 +2,13 @@
 
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from diffcore.cli import Output, emit, main, make_app, settings
+from diffcore.cli import Flag, Output, Timing, emit, main, make_app, settings, show
 from diffcore.errors import UserError, printable
 from diffcore.runtime import Runtime
 from immiscible_noise.settings import Arm, EvaluationSettings, TrainSettings, arm_named
@@ -25,9 +25,6 @@ app = make_app(
     "Start with: immiscible-noise demo",
     "immiscible-noise",
 )
-
-
-_Flag = Annotated[bool, Parameter(negative="")]
 
 
 @Parameter(name="*", group="Data", negative="")
@@ -54,7 +51,7 @@ def run() -> int:
 
 
 @app.command
-def demo(*, out: Path = Path("runs/demo-immiscible-noise"), full: _Flag = False, json: _Flag = False) -> int:
+def demo(*, out: Path = Path("runs/demo-immiscible-noise"), full: Flag = False, json: Flag = False) -> int:
     """See the effect on 1797 real handwritten digits: three arms, pictures, numbers; about a minute on two cores.
 
     Shortest form: immiscible-noise demo
@@ -114,7 +111,7 @@ def train(
                 export_model(recipe, opened)
             opened.finish({"arm": recipe.arm.name, "steps": training.steps, "images": len(loaded)})
             write_page(opened)
-        _show(opened, output)
+        show(opened, output)
     return 0
 
 
@@ -154,7 +151,7 @@ def evaluate(
         if not opened.finished:
             opened.finish(evaluate_training(model, loaded, opened, evaluation, runtime).summary())
             write_page(opened)
-        _show(opened, output)
+        show(opened, output)
     return 0
 
 
@@ -204,7 +201,7 @@ def compare(
             study = run_arms(loaded, inputs, opened, chosen, range(first, first + seeds), training, evaluation, runtime)
             opened.finish(study.summary())
             write_page(opened)
-        _show(opened, output)
+        show(opened, output)
     return 0
 
 
@@ -253,38 +250,26 @@ def diagnose(
         if not opened.finished:
             opened.finish(diagnose_images(loaded, opened, batch_sizes, k, normalisation, runtime.seed))
             write_page(opened)
-        _show(opened, output)
+        show(opened, output)
     return 0
 
 
 @app.command
-def bench(
-    *,
-    smoke: _Flag = False,
-    json: Path | None = None,
-    baseline: Path | None = None,
-    fail_below: float | None = None,
-) -> int:
+def bench(*, timing: Timing = Timing()) -> int:
     """Time the assignment on this machine against the authors' way and other trainers', as ratios in one run.
 
     Shortest form: immiscible-noise bench
 
     Exit code 1 means that results disagree, a goal was missed, or a ratio fell below the baseline's.
-
-    Args:
-        smoke: Tiny sizes; only whether both sides agree.
-        json: File for rows of name, value, unit.
-        baseline: File that an earlier --json wrote.
-        fail_below: Least share of the baseline's ratios, such as 0.8.
     """
     from diffcore.bench import run_cases
     from immiscible_noise.bench import cases
 
-    return run_cases(cases(smoke=smoke), smoke=smoke, json_path=json, baseline=baseline, fail_below=fail_below)
+    return run_cases(cases(smoke=timing.smoke), **asdict(timing))
 
 
 @app.command
-def report(run: Path, *, json: _Flag = False) -> int:
+def report(run: Path, *, json: Flag = False) -> int:
     """Make the report of a run again from what its folder holds.
 
     Shortest form: immiscible-noise report RUN
@@ -306,12 +291,6 @@ def _open(folder: Path, verb: str, config: dict[str, Any], inputs: dict[str, str
 
     command = f"immiscible-noise {verb}"
     return Run.open(folder, command=command, config=config, inputs=inputs, restart=output.restart)
-
-
-def _show(run: "Run", output: Output) -> None:
-    """Prints the result, and where the report is."""
-    emit(run.result, output.json)
-    print(f"report: {run.folder / 'report.html'}", file=sys.stderr)
 
 
 def _load(

@@ -1,16 +1,14 @@
 """The commands `diffcore adapter`: look into LoRA files and convert them. Heavy imports stand inside the commands."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from cyclopts import App, Parameter
+from cyclopts import App
 
-from diffcore.cli import emit
+from diffcore.cli import Flag, emit
 
 if TYPE_CHECKING:
     from diffcore.adapters import Adapter
-
-_Flag = Annotated[bool, Parameter(negative="")]
 
 adapter_app = App(
     name="adapter",
@@ -20,7 +18,7 @@ adapter_app = App(
 
 
 @adapter_app.command
-def info(file: Path, *, model: Path | None = None, json: _Flag = False) -> int:
+def info(file: Path, *, model: Path | None = None, json: Flag = False) -> int:
     """Tell what an adapter is: dialect, modules, ranks, alphas, size, and the bases that it fits.
 
     Shortest form: diffcore adapter info FILE
@@ -47,8 +45,8 @@ def convert(
     format: Literal["diffusers", "kohya", "peft"] = "diffusers",
     dtype: Literal["float32", "float16", "bfloat16"] | None = None,
     model: Path | None = None,
-    overwrite: _Flag = False,
-    json: _Flag = False,
+    overwrite: Flag = False,
+    json: Flag = False,
 ) -> int:
     """Write an adapter in another layout; strengths are folded in, so that every tool agrees on them.
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -26,7 +26,12 @@ from diffcore import files
 from diffcore.errors import MachineError, UserError, printable
 from diffcore.jsonfile import jsonable
 
+if TYPE_CHECKING:
+    from diffcore.run import Run
+
 T = TypeVar("T")
+Flag = Annotated[bool, Parameter(negative="")]
+"""An option that is off unless it is given."""
 
 _PROGRESS_SECONDS = 30.0
 BUG, INTERRUPTED, TERMINATED = 70, 130, 143
@@ -50,6 +55,24 @@ class Output:
     dry_run: bool = False
     json: bool = False
     config: Path | None = None
+
+
+@Parameter(name="*", negative="")
+@dataclass(frozen=True)
+class Timing:
+    """How benchmark cases are run; the options of every command `bench`, named as `diffcore.bench.run_cases` has them.
+
+    Attributes:
+        smoke: Tiny sizes; only whether both sides agree.
+        json_path: File for rows of name, value, unit.
+        baseline: File that an earlier --json wrote.
+        fail_below: Least share of the baseline's ratios, such as 0.8.
+    """
+
+    smoke: bool = False
+    json_path: Annotated[Path | None, Parameter(name="--json")] = None
+    baseline: Path | None = None
+    fail_below: float | None = None
 
 
 def make_app(name: str, help: str, package: str) -> App:
@@ -124,6 +147,15 @@ def emit(result: Mapping[str, Any], as_json: bool = False) -> None:
         print(text, flush=True)
     except BrokenPipeError:
         _silence_stdout()
+
+
+def show(run: "Run", output: Output) -> None:
+    """Prints the result of a finished run, and where its report is; in the process that leads."""
+    if not run.leading:
+        return
+    emit(run.result, output.json)
+    if (page := run.folder / "report.html").exists():
+        print(f"report: {page}", file=sys.stderr)
 
 
 def track(iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from diffcore.adapter_commands import adapter_app
-from diffcore.cli import Output, emit, main, make_app, settings, track
+from diffcore.cli import Flag, Output, emit, main, make_app, settings, track
 from diffcore.errors import UserError
 from diffcore.runtime import Runtime
 from diffcore.zoo.commands import zoo_app
@@ -27,8 +27,6 @@ app = make_app(
 )
 app.command(adapter_app)
 app.command(zoo_app)
-
-_Flag = Annotated[bool, Parameter(negative="")]
 
 
 @Parameter(name="*", group="Model", negative="")
@@ -190,8 +188,8 @@ def metrics(
     clip: Path | None = None,
     batch_size: int = 32,
     max_pixels: int = 64_000_000,
-    allow_pickle: _Flag = False,
-    strict: _Flag = False,
+    allow_pickle: Flag = False,
+    strict: Flag = False,
     runtime: Runtime = Runtime(),
     output: Output = Output(),
 ) -> int:

@@ -13,6 +13,7 @@ from diffcore.errors import UserError
 from diffcore.testing import tiny
 from nemo_localize import cli, protocol, release
 from nemo_localize.calibration import Calibration
+from nemo_localize.commands.work import Work
 from nemo_localize.planted import Planted, ordinary_captions
 from nemo_localize.results import Results
 
@@ -22,7 +23,7 @@ TRIGGER = "portrait of 1917 no 1"
 @pytest.fixture
 def command(simple: Planted, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
     """Runs a command on the planted model, with its run folder below `tmp_path`."""
-    monkeypatch.setattr(cli, "_load", lambda *_: simple.model)
+    monkeypatch.setattr(Work, "load", lambda *_: simple.model)
     monkeypatch.chdir(tmp_path)
     return lambda *tokens: cli.app([str(token) for token in tokens])
 

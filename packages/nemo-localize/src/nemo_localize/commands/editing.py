@@ -1,0 +1,74 @@
+"""The commands that write checkpoints: apply, revert."""
+# Frozen groups of options are safe defaults, and document themselves:
+# ruff: noqa: B008, D417
+
+import sys
+from pathlib import Path
+
+from diffcore.cli import Flag, Output, emit
+from nemo_localize.commands.options import UnchangedModel
+
+
+def apply(
+    model: UnchangedModel,
+    neurons: Path,
+    *,
+    lora: bool = True,
+    download: Flag = False,
+    output: Output = Output(),
+) -> int:
+    """Write the model with neurons switched off for good: a checkpoint, what undoes it, and the edit as a LoRA.
+
+    Shortest form: nemo-localize apply MODEL RUN
+
+    RUN/model loads in any tool. RUN/delta.safetensors holds the removed rows; keep it to yourself.
+
+    Args:
+        neurons: Run of localize or audit, results.jsonl, an object of module names and channels as JSON, or a table of
+            the published code.
+        lora: Write the edit as LoRA in three layouts too.
+        download: Fetch a repository owner/name.
+    """
+    from diffcore.models import resolve
+    from diffcore.run import Run, input_hash
+    from nemo_localize.export import apply as write_edit
+    from nemo_localize.neuron_files import read_neurons
+
+    chosen, reasons = read_neurons(neurons)
+    source = resolve(model, download=download)
+    folder = output.out or Path("runs") / f"apply-{source.stem}"
+    if output.dry_run:
+        emit({"neurons": len(chosen), "layers": len(chosen.layers), "writes": folder / "model"}, output.json)
+        return 0
+    inputs = {source.name: input_hash(source)}
+    config = {"neurons": chosen.to_json(), "lora": lora}
+    command = "nemo-localize apply"
+    with Run.open(folder, command=command, config=config, inputs=inputs, restart=output.restart) as run:
+        if not run.finished:
+            manifest = write_edit(source, chosen, folder, reasons=reasons, lora=lora)
+            run.finish({key: manifest[key] for key in ("num_neurons", "files", "left_out", "lora")})
+        emit(run.result, output.json)
+    print(f"checkpoint: {_checkpoint(folder)}", file=sys.stderr)
+    return 0
+
+
+def revert(edit: Path, *, out: Path, json: Flag = False) -> int:
+    """Write the checkpoint as it was before apply, byte for byte.
+
+    Shortest form: nemo-localize revert RUN --out FOLDER
+
+    Args:
+        edit: Run folder of apply or audit, with its delta.
+        out: Where the restored checkpoint goes; nothing may be there.
+        json: Print the result as one JSON object.
+    """
+    from nemo_localize.export import DELTA
+    from nemo_localize.export import revert as restore
+
+    emit({"restored": out, "sha256": restore(_checkpoint(edit), edit / DELTA, out)}, json)
+    return 0
+
+
+def _checkpoint(folder: Path) -> Path:
+    single = folder / "model.safetensors"
+    return single if single.exists() else folder / "model"

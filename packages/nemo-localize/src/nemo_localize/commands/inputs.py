@@ -1,0 +1,68 @@
+"""What commands read: captions, thresholds, judges, training images."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_localize.commands.options import Judging
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffcore.data.prompts import PromptSet
+    from nemo_localize.calibration import Calibration
+    from nemo_localize.commands.work import Work
+    from nemo_localize.evaluate import Judges
+
+_LOG = logging.getLogger("diffcore.nemo_localize")
+
+
+def read_captions(path: Path, strict: bool) -> "PromptSet":
+    """Reads captions and says what was left out."""
+    from diffcore.data.prompts import load_prompts
+
+    found = load_prompts(path, strict=strict)
+    for note in found.notes:
+        _LOG.warning("%s", note)
+    return found
+
+
+def read_calibration(path: Path | None) -> "Calibration | None":
+    """Reads a calibration, where one is given."""
+    from nemo_localize.calibration import Calibration
+
+    return None if path is None else Calibration.load(within(path, "calibration.json"))
+
+
+def within(path: Path, name: str) -> Path:
+    """Returns the file that a run folder holds, or the file itself."""
+    return path / name if path.is_dir() else path
+
+
+def load_judges(judging: Judging, work: "Work") -> "Judges":
+    """Loads the networks that look at pictures."""
+    from diffcore.metrics import feature_extractor
+    from diffcore.metrics.prompt_fit import clip_text
+    from nemo_localize.evaluate import Judges
+
+    pickles = judging.allow_pickle
+    copies = judging.sscd and feature_extractor(f"sscd:{judging.sscd}", work.runtime, allow_pickle=pickles)
+    clip = judging.clip and clip_text(
+        feature_extractor(f"clip:{judging.clip}", work.runtime, allow_pickle=pickles), judging.clip
+    )
+    return Judges(copies=copies, clip=clip, batch_size=work.loading.batch_size)
+
+
+def load_originals(judging: Judging, captions: "PromptSet") -> "dict[str, Tensor]":
+    """Returns the training images of captions, where a folder of them is given."""
+    if judging.originals is None:
+        return {}
+    from diffcore.data import load_images
+    from diffcore.metrics.prompt_fit import places_of_prompts
+
+    images = load_images(judging.originals)
+    found: dict[str, list[int]] = {}
+    for image, place in enumerate(places_of_prompts(captions, images.names)):
+        if place >= 0:
+            found.setdefault(captions.prompts[place], []).append(image)
+    return {prompt: images.unit()[places] for prompt, places in found.items()}

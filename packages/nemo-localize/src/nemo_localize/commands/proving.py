@@ -1,0 +1,140 @@
+"""The commands that judge, with an exit code for CI: prove, audit."""
+# Frozen groups of options are safe defaults, and document themselves:
+# ruff: noqa: B008, D417
+
+from pathlib import Path
+
+from diffcore.cli import show
+from nemo_localize.commands.inputs import load_judges, load_originals, read_calibration, read_captions
+from nemo_localize.commands.options import Files, Judging, Strict, UnchangedModel
+from nemo_localize.commands.work import Work, conclude
+from nemo_localize.settings import DrawSettings, SearchSettings, StepSettings
+
+_CONTROLS = 8
+
+
+def prove(
+    model: str,
+    captions: Path,
+    *,
+    neurons: Path,
+    controls: Path,
+    calibration: Path | None = None,
+    judging: Judging = Judging(),
+    step: StepSettings = StepSettings(),
+    drawing: DrawSettings = DrawSettings(),
+    strict: Strict = False,
+    work: Work = Work(),
+) -> int:
+    """Prove that a leak is closed: held-out seeds, paraphrases, dropped tokens, and an adversary that tries its best.
+
+    Shortest form: nemo-localize prove MODEL CAPTIONS --neurons RUN --controls CAPTIONS --calibration RUN
+
+    Exit code 1 means open or inconclusive. An adversary that cannot reopen the known leak of the unedited model, or
+    that opens a caption which was never memorised, proves nothing: that is inconclusive.
+
+    Args:
+        model: The unedited model.
+        captions: Memorised captions.
+        neurons: As in apply.
+        controls: Captions that were never memorised; the first eight are taken, at least three are needed.
+        calibration: Run of calibrate, or its calibration.json.
+    """
+    from diffcore.jsonfile import write_json
+    from nemo_localize.calibration import threshold
+    from nemo_localize.neuron_files import read_neurons
+    from nemo_localize.page import save_proof
+    from nemo_localize.prove import prove as find_proof
+
+    found, harmless, chosen = read_captions(captions, strict), read_captions(controls, strict), read_neurons(neurons)[0]
+    innocent = harmless.distinct[:_CONTROLS]
+    loaded = work.load(model)
+    first = work.first_step(loaded, step)
+    tau = threshold(first, read_calibration(calibration))
+    judges, originals = load_judges(judging, work), load_originals(judging, found)
+    if work.output.dry_run:
+        folder = work.folder("prove", loaded)
+        return work.plan(captions=len(found.distinct), controls=len(innocent), writes=folder)
+    options = {"model": model, "neurons": chosen.to_json(), "tau": tau, "step": step, "drawing": drawing}
+    fabric = work.fabric()
+    with work.open("prove", loaded, [found, harmless], {**options, "judging": judging}) as run:
+        if not run.finished:
+            proof = find_proof(
+                first,
+                chosen,
+                found.distinct,
+                innocent,
+                tau=tau,
+                originals=originals,
+                copies=judges.copies,
+                drawing=work.drawing(drawing),
+                run=run,
+                fabric=fabric,
+            )
+            if run.leading:
+                write_json(run.folder / "proof.json", proof.to_json())
+                save_proof(run, proof)
+                conclude(run, proof.summary())
+        show(run, work.output)
+        return 0 if not run.leading or run.result["verdict"] == "closed" else 1
+
+
+def audit(
+    model: UnchangedModel,
+    captions: Path,
+    *,
+    references: Files,
+    ordinary: Path | None = None,
+    quantile: float | None = 0.99,
+    judging: Judging = Judging(),
+    step: StepSettings = StepSettings(),
+    search: SearchSettings = SearchSettings(),
+    drawing: DrawSettings = DrawSettings(),
+    strict: Strict = False,
+    work: Work = Work(),
+) -> int:
+    """Do all of it: find what is memorised, edit the model, measure, prove. The exit code is for CI.
+
+    Shortest form: nemo-localize audit MODEL CAPTIONS --references ORDINARY
+
+    Exit code 0 means that nothing is memorised, or that the leak is proven closed in the edited model, which lies in
+    RUN/model; 1 that it is open or that the proof is inconclusive.
+
+    Args:
+        captions: What to audit; captions of the training set, say.
+        references: Files of captions that are not memorised, of ordinary style and of the audited captions' style.
+        ordinary: Captions that are not memorised, for the threshold and as controls; by default the first reference.
+        quantile: Of ordinary captions that sets the threshold.
+    """
+    from diffcore.models import resolve
+    from nemo_localize.release import Audit, audit_release
+
+    found = read_captions(captions, strict)
+    sets = [read_captions(path, strict) for path in references]
+    usual = sets[0] if ordinary is None else read_captions(ordinary, strict)
+    loaded = work.load(model)
+    if work.output.dry_run:
+        folder = work.folder("audit", loaded)
+        return work.plan(captions=len(found.distinct), references=sum(map(len, sets)), writes=folder)
+    what = Audit(
+        step=work.first_step(loaded, step),
+        source=resolve(model, download=work.loading.download),
+        prompts=found.prompts,
+        references={part.path.name: part.prompts for part in sets},
+        ordinary=usual.distinct,
+        seeds=drawing.seeds,
+        drawing=work.drawing(drawing),
+        search=search,
+        quantile=quantile,
+        judges=load_judges(judging, work),
+        originals=load_originals(judging, found),
+    )
+    options = {"model": model, "quantile": quantile, "judging": judging, "step": step, "search": search}
+    fabric = work.fabric()
+    with work.open("audit", loaded, [found, usual, *sets], {**options, "drawing": drawing}) as run:
+        if not run.finished:
+            result = audit_release(what, run, fabric)
+            if run.leading:
+                conclude(run, result)
+        show(run, work.output)
+        return 0 if not run.leading or run.result["closed"] else 1

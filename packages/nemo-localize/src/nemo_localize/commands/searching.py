@@ -1,0 +1,202 @@
+"""The commands that find what is memorised, and where: statistics, calibrate, detect, localize."""
+# Frozen groups of options are safe defaults, and document themselves:
+# ruff: noqa: B008, D417
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffcore.cli import Flag, show
+from nemo_localize.commands.inputs import read_calibration, read_captions, within
+from nemo_localize.commands.options import (
+    AuditedCaptions,
+    CalibrationFile,
+    Files,
+    ModelName,
+    Strict,
+    UnitSize,
+)
+from nemo_localize.commands.work import Work, conclude
+from nemo_localize.settings import SearchSettings, StepSettings
+
+if TYPE_CHECKING:
+    from diffcore.data.prompts import PromptSet
+    from diffcore.run import Run
+    from nemo_localize.first_step import FirstStep
+
+_LOG = logging.getLogger("diffcore.nemo_localize")
+
+
+def statistics(model: ModelName, references: Files, *, strict: Strict = False, work: Work = Work()) -> int:
+    """Learn from ordinary captions how active each value neuron usually is; the U-Net is not called.
+
+    Shortest form: nemo-localize statistics MODEL CAPTIONS
+
+    Captions that are written like the audited ones, but never trained on, belong among them: give several files.
+
+    Args:
+        references: Files of captions (.txt, .csv, .jsonl), none of them memorised.
+    """
+    from nemo_localize.statistics import collect_statistics, merged
+
+    sets = [read_captions(path, strict) for path in references]
+    loaded = work.load(model)
+    path = work.folder("statistics", loaded) / "statistics.safetensors"
+    if work.output.dry_run:
+        return work.plan(captions=sum(map(len, sets)), writes=path)
+    with work.open("statistics", loaded, sets, {"model": model}) as run:
+        if not run.finished:
+            found = merged(
+                [collect_statistics(loaded, part.prompts, source=part.path.name, up=work.loading.up) for part in sets]
+            )
+            found.save(path)
+            counts = {"captions": found.num_prompts, "neurons": len(found.mean), "dead": int(found.dead.sum())}
+            run.finish({**counts, "sources": found.sources})
+        show(run, work.output)
+    return 0
+
+
+def calibrate(
+    model: ModelName,
+    captions: Path,
+    *,
+    quantile: float | None = None,
+    strict: Strict = False,
+    step: StepSettings = StepSettings(),
+    unit_size: UnitSize = 16,
+    work: Work = Work(),
+) -> int:
+    """Find from ordinary captions the threshold above which a caption counts as memorised, and its false alarms.
+
+    Shortest form: nemo-localize calibrate MODEL CAPTIONS
+
+    Every second caption sets the threshold, the others tell how often it is wrong.
+
+    Args:
+        captions: Captions that are not memorised; a thousand are good.
+        quantile: Take this quantile, such as 0.99, instead of mean plus standard deviation (paper, section 4).
+    """
+    from nemo_localize.calibration import calibrate as find_threshold
+
+    found = read_captions(captions, strict)
+    loaded = work.load(model)
+    if work.output.dry_run:
+        rows = len(found.distinct) * step.num_seeds
+        return work.plan(captions=len(found.distinct), unet_rows=rows, writes=work.folder("calibrate", loaded))
+    options = {"model": model, "quantile": quantile, "unit_size": unit_size, "step": step}
+    fabric = work.fabric()
+    with work.open("calibrate", loaded, [found], options) as run:
+        if not run.finished:
+            first = work.first_step(loaded, step)
+            result = find_threshold(
+                first, found.prompts, quantile=quantile, unit_size=unit_size, run=run, fabric=fabric
+            )
+            if run.leading:
+                result.save(run.folder / "calibration.json")
+                conclude(run, asdict(result))
+        show(run, work.output)
+    return 0
+
+
+def detect(
+    model: ModelName,
+    captions: AuditedCaptions,
+    *,
+    calibration: CalibrationFile = None,
+    strict: Strict = False,
+    step: StepSettings = StepSettings(),
+    unit_size: UnitSize = 16,
+    work: Work = Work(),
+) -> int:
+    """Rank captions by how alike their first denoising steps are from seed to seed: what is memorised comes first.
+
+    Shortest form: nemo-localize detect MODEL CAPTIONS --calibration RUN
+    """
+    from nemo_localize.calibration import consistency_rows, threshold
+    from nemo_localize.page import save_detection
+    from nemo_localize.units import in_units
+
+    found = read_captions(captions, strict)
+    loaded = work.load(model)
+    first = work.first_step(loaded, step)
+    tau = threshold(first, read_calibration(calibration))
+    if work.output.dry_run:
+        return work.plan(captions=len(found.distinct), writes=work.folder("detect", loaded))
+    options = {"model": model, "tau": tau, "unit_size": unit_size, "step": step}
+    fabric = work.fabric()
+    with work.open("detect", loaded, [found], options) as run:
+        if not run.finished:
+            rows = in_units(
+                found.distinct,
+                lambda unit: consistency_rows(first, unit),
+                unit_size=unit_size,
+                run=run,
+                fabric=fabric,
+            )
+            if run.leading:
+                conclude(run, save_detection(run, rows, tau))
+        show(run, work.output)
+    return 0
+
+
+def localize(
+    model: ModelName,
+    captions: AuditedCaptions,
+    *,
+    statistics: Path,
+    calibration: CalibrationFile = None,
+    authors_table: Flag = False,
+    strict: Strict = False,
+    step: StepSettings = StepSettings(),
+    search: SearchSettings = SearchSettings(),
+    work: Work = Work(),
+) -> int:
+    """Find the value neurons of every memorised caption in a list; captions that are not memorised cost one look.
+
+    Shortest form: nemo-localize localize MODEL CAPTIONS --statistics RUN --calibration RUN
+
+    Args:
+        statistics: Run of statistics, or its statistics.safetensors.
+        authors_table: Write the table of the published code too.
+    """
+    from nemo_localize.calibration import threshold
+    from nemo_localize.localization import localize as find_neurons
+    from nemo_localize.neuron_files import RESULTS
+    from nemo_localize.page import save_localization
+    from nemo_localize.statistics import Statistics
+
+    found = read_captions(captions, strict)
+    usual = Statistics.load(within(statistics, "statistics.safetensors"))
+    loaded = work.load(model)
+    first = work.first_step(loaded, step)
+    tau = threshold(first, read_calibration(calibration))
+    usual.require(loaded, first.sites)
+    for difference in usual.differences(first.encoder.tokenize(found.distinct)):
+        _LOG.warning("%s: z-scores may tell style instead of memory", difference)
+    if work.output.dry_run:
+        return work.plan(captions=len(found.distinct), tau=tau, writes=work.folder("localize", loaded) / RESULTS)
+    options = {"model": model, "tau": tau, "step": step, "search": search}
+    fabric = work.fabric()
+    with work.open("localize", loaded, [found], options, statistics=usual.fingerprint) as run:
+        if not run.finished:
+            results = find_neurons(
+                first, found.prompts, tau=tau, statistics=usual, settings=search, run=run, fabric=fabric
+            )
+            if run.leading:
+                conclude(run, save_localization(run, results, tau, first, usual))
+        if authors_table and run.leading:
+            _write_authors_table(run, first, found)
+        show(run, work.output)
+    return 0
+
+
+def _write_authors_table(run: "Run", first: "FirstStep", captions: "PromptSet") -> None:
+    from nemo_localize.authors_table import AuthorsRow, write_authors_table
+    from nemo_localize.neuron_files import RESULTS
+    from nemo_localize.results import Results
+
+    urls = dict(zip(captions.prompts, captions.columns.get("URL", ()), strict=False))
+    results = Results.read_jsonl(run.folder / RESULTS).distinct()
+    rows = [AuthorsRow.of(result, urls.get(result.prompt, "")) for result in results]
+    write_authors_table(run.folder / "tables" / "published-form.csv", rows, first.sites)

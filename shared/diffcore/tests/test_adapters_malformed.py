@@ -58,7 +58,9 @@ def test_it_is_refused(base, tmp_path, name):
         ("tensors: down alone", "to_q.lora_down.weight' without its partner (up)"),
         ("tensors: down another rank", "of different rank: "),
         ("tensors: NaN in up", "to_q.lora_up.weight' with numbers that are not finite"),
-        ("tensors: alpha of 0", "alphas are finite, not 0, and at most 65536"),
+        ("tensors: alpha of 0", "alphas are above 0 and at most 65536"),
+        ("tensors: alpha of -2", "a negative strength is asked for by the scale"),
+        ("config: a negative alpha", "has lora_alpha = -4; alphas are above 0"),
         ("tensors: one factor spelled twice", "gives one factor twice"),
         ("tensors: one layer in two layouts", "mixes two layouts"),
         (

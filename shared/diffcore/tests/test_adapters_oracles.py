@@ -127,7 +127,6 @@ def test_transformers_take_adapters_as_well(tmp_path, name):
 
 CONFIGS = {
     "rank is not alpha": {"r": 3, "lora_alpha": 5},
-    "negative alpha": {"r": 2, "lora_alpha": -3},
     "patterns": {"r": 2, "lora_alpha": 4, "rank_pattern": {"attn2.to_q": 3, "to_v": 1}, "alpha_pattern": {"to_k": 27}},
     "root scaled": {"r": 4, "lora_alpha": 3, "use_rslora": True, "init_lora_weights": "gaussian"},
     "convolutions": {"r": 2, "lora_alpha": 3, "target_modules": ["conv1", "conv_shortcut", "proj_in", "time_emb_proj"]},
@@ -230,7 +229,7 @@ def kohya_file(path, adapter: Adapter, *, names=None, alphas: bool = True, dtype
 def test_kohya_files_mean_to_us_what_they_mean_to_diffusers(model, tmp_path, alphas, dtype):
     name = "sdxl" if "text_encoder_2" in model.modules else "sd15"
     base = model.adapter_base
-    adapter = mixed_adapter(base, ranks=(2, 2, 2), alphas=(-5.0, -5.0, -5.0), text=name == "sd15")
+    adapter = mixed_adapter(base, ranks=(2, 2, 2), alphas=(5.0, 5.0, 5.0), text=name == "sd15")
     names = base.original if name == "sdxl" else None
     path = kohya_file(tmp_path / "a.safetensors", adapter, names=names, alphas=alphas, dtype=dtype)
     theirs = tiny.pipeline(name)
@@ -240,13 +239,13 @@ def test_kohya_files_mean_to_us_what_they_mean_to_diffusers(model, tmp_path, alp
         ours = model.with_adapter(path)
     torch.testing.assert_close(output(name, ours.backbone), output(name, theirs.unet), atol=1e-5, rtol=1e-5)
     read = read_adapter(path, base) if alphas else None
-    assert read is None or {change.alpha for _, _, change in read} == {-5.0}
+    assert read is None or {change.alpha for _, _, change in read} == {5.0}
 
 
 @pytest.mark.filterwarnings("ignore:The following alpha_pattern keys:RuntimeWarning")
 def test_alphas_of_kohya_count_module_by_module_where_diffusers_mixes_them_up(unet, tmp_path):
     """Ranks 2, 3, 1 with alphas of their own: diffusers gives all modules the commonest; the formula is the oracle."""
-    adapter = mixed_adapter(unet.adapter_base, text=False)
+    adapter = mixed_adapter(unet.adapter_base, alphas=(5.0, 2.0, 27.0), text=False)
     path = kohya_file(tmp_path / "a.safetensors", adapter)
     network = tiny.backbone("sd15")
     for module, change in adapter.modules.items():

@@ -105,12 +105,16 @@ def checked_rank(value: Any, what: str) -> int:
 
 
 def checked_alpha(value: Any, what: str) -> float:
-    """Returns an alpha; raises StrictError unless it is finite, not 0, and at most 65 536 in size.
+    """Returns an alpha; raises StrictError unless it is above 0 and at most 65 536.
 
-    An alpha of 0 means "no effect" to some tools and "alpha = rank" to others.
+    An alpha of 0 means "no effect" to some tools and "alpha = rank" to others. No trainer writes one below 0: such a
+    file is damaged or made by hand, and would turn into its opposite what the adapter was trained for.
     """
-    if type(value) not in (int, float) or not math.isfinite(value) or not 0 < abs(value) <= MAX_ALPHA:
-        raise StrictError(f"has {what} = {printable(value, 40)}; alphas are finite, not 0, and at most {MAX_ALPHA}")
+    if type(value) not in (int, float) or not 0 < value <= MAX_ALPHA:  # not a number fails as well
+        raise StrictError(
+            f"has {what} = {printable(value, 40)}; alphas are above 0 and at most {MAX_ALPHA}, a negative strength is "
+            "asked for by the scale"
+        )
     return float(value)
 
 

@@ -111,6 +111,7 @@ def _changes() -> Iterator[tuple[str, Callable[[Tensors], object]]]:
         "of 1e38": 1e38,
         "of 65 537": 65_537.0,
         "of -1e30": -1e30,
+        "of -2": -2.0,
     }.items():
         yield f"alpha {name}", lambda d, v=value: d.update({_ALPHA: torch.tensor(v)})
     yield "alpha a vector", lambda d: d.update({_ALPHA: torch.ones(2)})
@@ -197,6 +198,7 @@ def _configs() -> Iterator[AdapterCase]:
         "another rank than the file's": {"r": 3},
         "alpha 0": {"lora_alpha": 0},
         "alpha 1e300": {"lora_alpha": 1e300},
+        "a negative alpha": {"lora_alpha": -4},
         "alpha that is text": {"lora_alpha": "4"},
         "alpha that is a list": {"lora_alpha": [4]},
         "a rank pattern of lists": {"rank_pattern": {"to_q": [2]}},
@@ -204,6 +206,7 @@ def _configs() -> Iterator[AdapterCase]:
         "another rank by pattern": {"rank_pattern": {"attn1.to_q": 8}},
         "a pattern that hangs": {"alpha_pattern": {"(([a-z0-9_]+)+)+\\!": 3}},
         "alpha 0 by pattern": {"alpha_pattern": {"to_q": 0}},
+        "a negative alpha by pattern": {"alpha_pattern": {"to_q": -27}},
         "rsLoRA that is text": {"use_rslora": "yes"},
         "biases": {"bias": "all"},
         "transposed weights": {"fan_in_fan_out": True},
@@ -242,6 +245,7 @@ def _headers() -> Iterator[AdapterCase]:
         "a key twice": '{"unet.r": 2, "unet.r": 2, "unet.lora_alpha": 1}',
         "no alpha": '{"unet.r": 2}',
         "another alpha than the tensor's": json.dumps(stated | {"unet.lora_alpha": 27}),
+        "a negative alpha": json.dumps(stated | {"unet.lora_alpha": -1}),
         "another rank than the tensor's": json.dumps(stated | {"unet.r": 4}),
         "another method": json.dumps(stated | {"unet.peft_type": "OFT"}),
         "a pattern that hangs": json.dumps(stated | {"unet.rank_pattern": {"(a+)+$": 2}}),

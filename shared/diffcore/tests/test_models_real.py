@@ -130,11 +130,76 @@ SHRUNK = {
     },
     "text_encoder": {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
+T5 = {
+    "vocab_size": 160,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 37,
+    "num_layers": 1,
+    "num_decoder_layers": 1,
+    "num_heads": 4,
+}
+TRANSFORMERS = {  # folder -> part -> what is made smaller; all else stays as it was published
+    "sd3": {
+        "transformer": {
+            "sample_size": 8,
+            "num_layers": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 4,
+            "in_channels": 4,
+            "out_channels": 4,
+            "joint_attention_dim": 64,
+            "caption_projection_dim": 32,
+            "pooled_projection_dim": 64,
+            "pos_embed_max_size": 16,
+        },
+        "text_encoder_2": {**SHRUNK["text_encoder"], "vocab_size": 514, "projection_dim": 32},
+        "text_encoder_3": {**T5, "d_model": 64},
+    },
+    "flux-dev": {
+        "transformer": {
+            "in_channels": 16,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "attention_head_dim": 128,  # the lengths of the rotary parts are not among the published settings
+            "num_attention_heads": 1,
+            "joint_attention_dim": 32,
+            "pooled_projection_dim": 32,
+        },
+        "text_encoder_2": T5,
+    },
+    "pixart-alpha": {
+        "transformer": {  # its sample size stays: by it old configurations say that the network is told the size
+            "num_layers": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 3,
+            "cross_attention_dim": 24,
+            "caption_channels": 32,
+        },
+        "text_encoder": T5,
+    },
+}
 CROSS = {
     "cross_attention_dim": 32,
     "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
 }
+
+
+def fill(folder: Path, changes: dict[str, dict[str, object]]) -> None:
+    """Makes the networks of a folder smaller, and gives them weights."""
+    for part, values in changes.items():
+        path = folder / part / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    plan = inspect_configs(folder)
+    for part, component in plan.components.items():
+        if component.role in NETWORKS:
+            module = tiny.seeded(factory_of(component), seed=0)
+            stem = "model" if component.library == "transformers" else "diffusion_pytorch_model"
+            tensors = {
+                n: t for n, t in module.state_dict().items() if n != "encoder.embed_tokens.weight"
+            }  # T5 shares it
+            save_file(tensors, folder / part / f"{stem}.safetensors")
 
 
 @pytest.mark.parametrize("name", ["sd14", "sd15", "sd21", "sdxl"])
@@ -154,15 +219,7 @@ def test_they_load_with_tiny_weights(tmp_path, name):
         }
     else:
         changes["unet"] |= CROSS
-    for part, values in changes.items():
-        path = folder / part / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | values))
-    plan = inspect_configs(folder)
-    for part, component in plan.components.items():
-        if component.role in NETWORKS:
-            module = tiny.seeded(factory_of(component), seed=0)
-            stem = "model" if component.library == "transformers" else "diffusion_pytorch_model"
-            save_file(module.state_dict(), folder / part / f"{stem}.safetensors")
+    fill(folder, changes)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = load(folder, Runtime(device="cpu"))
@@ -177,6 +234,32 @@ def test_they_load_with_tiny_weights(tmp_path, name):
     assert theirs.pad_token_id == (0 if name == "sd21" else 513)  # "!" is the first letter of the vocabulary
     assert model.prompts.tokenize(["a"]).ids[0][0, -1] == theirs.pad_token_id
     assert model.pipeline is not None
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_transformers_load_with_tiny_weights(tmp_path, name):
+    folder = with_vocabularies(Path(shutil.copytree(REAL / name, tmp_path / name)))
+    clip = {**SHRUNK["text_encoder"], "vocab_size": 514, "projection_dim": 32}
+    fill(folder, {"vae": SHRUNK["vae"], "text_encoder": clip} | TRANSFORMERS[name])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = load(folder, Runtime(device="cpu"))
+    cond = model.prompts(["a cat"])
+    tokens, width = {"sd3": (77 + 256, 64), "flux-dev": (512, 32), "pixart-alpha": (120, 32)}[name]
+    assert cond["encoder_hidden_states"].shape == (1, tokens, width)
+    missing = set(condition_keys(model.backbone).required) - cond.keys()
+    assert missing == ({"resolution", "aspect_ratio"} if name == "pixart-alpha" else set())
+    values = {"resolution": [[16.0, 16.0]], "aspect_ratio": [[1.0]]}
+    cond |= {key: torch.tensor(values[key]) for key in missing}
+    t = torch.tensor([500]) if name == "pixart-alpha" else torch.tensor([0.5])
+    images = model.codec.decode(model.denoiser(torch.ones(1, 4, 8, 8), t, cond).x0)
+    assert images.shape == (1, 3, 16, 16)
+    assert images.isfinite().all()
+    assert (model.codec.scaling, model.codec.shift) == {
+        "sd3": (1.5305, 0.0609),
+        "flux-dev": (0.3611, 0.1159),
+        "pixart-alpha": (0.18215, 0.0),
+    }[name]
 
 
 @pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])

@@ -1,5 +1,6 @@
 """The edit in all its forms: hooks, weights, checkpoint and LoRA give the same numbers; revert gives the bytes."""
 
+import json
 import shutil
 from copy import deepcopy
 from pathlib import Path
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 
 from diffcore.errors import CorruptArtifactError, IncompatibleModelError, UserError
 from diffcore.models import DiffusionModel, load
+from diffcore.run import Run
 from diffcore.runtime import Runtime
 from diffcore.testing import tiny
+from nemo_localize import cli, export
 from nemo_localize.edit import edited, suppressed
-from nemo_localize.export import apply, revert
+from nemo_localize.export import apply, checkpoint_in, revert
 from nemo_localize.neurons import NeuronSet
 from nemo_localize.sites import value_sites
 
@@ -49,13 +52,55 @@ def double(model: DiffusionModel) -> DiffusionModel:
     return model.with_modules("float64", {"unet": deepcopy(model.backbone).double()})
 
 
-def output(model: DiffusionModel, rows: int = 4) -> Tensor:
+def output(model: DiffusionModel, rows: int = 4, width: int = 32) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     dtype = next(model.backbone.parameters()).dtype
     x_t = torch.randn(rows, 4, 8, 8, generator=generator, dtype=torch.float64).to(dtype)
-    states = torch.randn(rows, 7, 32, generator=generator, dtype=torch.float64).to(dtype)
+    states = torch.randn(rows, 7, width, generator=generator, dtype=torch.float64).to(dtype)
     with torch.no_grad():
         return model.denoiser(x_t, torch.full((rows,), 981.0), {"encoder_hidden_states": states}).output
+
+
+class Channels(nn.Module):
+    """Stands for a residual block: repeats or cuts channels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        return x.repeat(1, -(-self.width // x.shape[1]), 1, 1)[:, : self.width]
+
+
+@pytest.fixture(scope="module")
+def full_width(model: DiffusionModel) -> DiffusionModel:
+    """The seven searched cross-attentions of Stable Diffusion 1.x at their size, with random weights, in float64.
+
+    What is never edited and holds most of the weights has stand-ins: residual blocks, resampling, self-attention and
+    feed-forward layers.
+    """
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet: Any = UNet2DConditionModel(
+            sample_size=8, cross_attention_dim=768, attention_head_dim=8, up_block_types=("UpBlock2D",) * 4
+        )
+    for module in list(unet.modules()):
+        if hasattr(module, "resnets"):
+            module.resnets = nn.ModuleList(Channels(resnet.out_channels) for resnet in module.resnets)
+        if hasattr(module, "attn2"):
+            module.attn1.forward = lambda hidden, *_, **__: torch.zeros_like(hidden)
+            module.attn1.to_q = module.attn1.to_k = module.attn1.to_v = module.attn1.to_out = nn.ModuleList()
+            module.ff = nn.Identity()
+        for resampling, cheap in (("upsamplers", nn.Identity()), ("downsamplers", nn.AvgPool2d(2))):
+            for layer in getattr(module, resampling, None) or ():
+                layer.conv = cheap
+    unet.to_empty(device="cpu").double()
+    torch.manual_seed(0)
+    for module in unet.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    return model.with_modules("full width", {"unet": unet.eval()})
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -78,6 +123,19 @@ def test_hooks_rows_and_columns_are_one_edit(double: DiffusionModel, scale: floa
     torch.testing.assert_close(rows, hooked, rtol=0, atol=1e-12)
     torch.testing.assert_close(columns, hooked, rtol=0, atol=1e-12)
     assert torch.equal(output(double), before)
+
+
+def test_hooks_and_rows_are_one_edit_at_full_width(full_width: DiffusionModel):
+    sites = value_sites(full_width.backbone)
+    assert sites.widths == (320, 320, 640, 640, 1280, 1280, 1280)
+    one_each = [span[width // 3] for span, width in zip(sites.spans, sites.widths, strict=True)]
+    neurons = sites.named(one_each)
+    before = output(full_width, 2, 768)
+    with suppressed(full_width, neurons):
+        hooked = output(full_width, 2, 768)
+    rows = output(edited(full_width, neurons), 2, 768)
+    assert (hooked - before).abs().max() > 1e-3
+    torch.testing.assert_close(rows, hooked, rtol=0, atol=1e-12)
 
 
 def test_an_exception_leaves_the_model_as_it_was(model: DiffusionModel):
@@ -222,6 +280,41 @@ def test_a_single_file_keeps_its_layout(tmp_path: Path):
     assert any("input_blocks_1_1" in name or "down_blocks_0_attentions_0" in name for name in lora)
     revert(tmp_path / "out" / "model.safetensors", tmp_path / "out" / "delta.safetensors", tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == path.read_bytes()
+
+
+def test_an_interrupted_apply_is_done_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out = tmp_path / "run"
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            apply(source, NEURONS, out, lora=False)
+    assert checkpoint_in(out) is None  # though its copy and all that lies beside it are there
+    assert {"model.partial", "manifest.json", "delta.safetensors"} <= {path.name for path in out.iterdir()}
+    apply(source, NEURONS, out, lora=False)
+    assert checkpoint_in(out) == out / "model"
+    assert {path.name for path in out.iterdir()} == {"delta.json", "delta.safetensors", "manifest.json", "model"}
+
+
+def test_an_edit_that_was_interrupted_after_its_last_file_is_finished(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    neurons = tmp_path / "neurons.json"
+    neurons.write_text(json.dumps(NEURONS.to_json()))
+    tokens = ["apply", str(source), str(neurons), "--no-lora", "--json", "--out", str(tmp_path / "run")]
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            cli.app(tokens)
+    assert cli.app(tokens) == 0
+    assert json.loads(capsys.readouterr().out)["num_neurons"] == len(NEURONS)
 
 
 def test_quantised_files_are_refused(source: Path, tmp_path: Path):

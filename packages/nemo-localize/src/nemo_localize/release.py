@@ -12,8 +12,8 @@ from diffcore.run import Run
 from nemo_localize.calibration import Calibration, calibrate
 from nemo_localize.confirm import confirm
 from nemo_localize.evaluate import Judges, evaluate
-from nemo_localize.export import MANIFEST
 from nemo_localize.export import apply as write_edit
+from nemo_localize.export import checkpoint_in
 from nemo_localize.first_step import FirstStep
 from nemo_localize.generate import generate
 from nemo_localize.global_edit import minimal_set
@@ -168,7 +168,7 @@ def _edit(
             {"neurons": neurons.to_json(), "captions": captions, "minimal_set": common.to_json()},
         )
         save_table(run, "sets", common.rows(), "Sets for all captions together; damage is what ordinary captions feel.")
-        if not (run.folder / MANIFEST).exists() or not any(run.folder.glob("model*")):
+        if checkpoint_in(run.folder) is None:
             write_edit(audit.source, neurons, run.folder, reasons=by_caption(results))
     return neurons, {
         "neurons": len(neurons),

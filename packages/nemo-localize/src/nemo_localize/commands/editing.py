@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from diffcore.cli import Flag, Output, emit
+from diffcore.errors import UserError, printable
 from nemo_localize.commands.options import UnchangedModel
 
 
@@ -32,6 +33,7 @@ def apply(
     from diffcore.models import resolve
     from diffcore.run import Run, input_hash
     from nemo_localize.export import apply as write_edit
+    from nemo_localize.export import checkpoint_in, manifest_in
     from nemo_localize.neuron_files import read_neurons
 
     chosen, reasons = read_neurons(neurons)
@@ -45,10 +47,12 @@ def apply(
     command = "nemo-localize apply"
     with Run.open(folder, command=command, config=config, inputs=inputs, restart=output.restart) as run:
         if not run.finished:
-            manifest = write_edit(source, chosen, folder, reasons=reasons, lora=lora)
+            if checkpoint_in(folder) is None:
+                write_edit(source, chosen, folder, reasons=reasons, lora=lora)
+            manifest = manifest_in(folder)
             run.finish({key: manifest[key] for key in ("num_neurons", "files", "left_out", "lora")})
         emit(run.result, output.json)
-    print(f"checkpoint: {_checkpoint(folder)}", file=sys.stderr)
+    print(f"checkpoint: {checkpoint_in(folder)}", file=sys.stderr)
     return 0
 
 
@@ -62,13 +66,11 @@ def revert(edit: Path, *, out: Path, json: Flag = False) -> int:
         out: Where the restored checkpoint goes; nothing may be there.
         json: Print the result as one JSON object.
     """
-    from nemo_localize.export import DELTA
+    from nemo_localize.export import DELTA, checkpoint_in
     from nemo_localize.export import revert as restore
 
-    emit({"restored": out, "sha256": restore(_checkpoint(edit), edit / DELTA, out)}, json)
+    checkpoint = checkpoint_in(edit)
+    if checkpoint is None:
+        raise UserError(f"{printable(edit, 300)} holds no edited model; give a finished run of apply or audit")
+    emit({"restored": out, "sha256": restore(checkpoint, edit / DELTA, out)}, json)
     return 0
-
-
-def _checkpoint(folder: Path) -> Path:
-    single = folder / "model.safetensors"
-    return single if single.exists() else folder / "model"

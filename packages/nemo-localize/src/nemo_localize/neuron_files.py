@@ -15,9 +15,9 @@ def read_neurons(path: Path) -> tuple[NeuronSet, dict[str, NeuronSet]]:
     """Returns the neurons to switch off together, and which of them belong to which caption where the file says so.
 
     Args:
-        path: A run folder of localize or audit, its `results.jsonl`, a manifest or another JSON object with `neurons`,
-            a plain object from module name to channels, or a table of the published code (`.csv`), which is of SD 1.x
-            and 2.x alone.
+        path: A run folder of localize, audit or apply, its `results.jsonl`, a JSON object with `neurons`, such as a
+            manifest or what a global edit tells of itself, a plain object from module name to channels, or a table of
+            the published code (`.csv`), which is of SD 1.x and 2.x alone.
 
     Raises:
         UserError: There is nothing of these.
@@ -41,9 +41,14 @@ def read_neurons(path: Path) -> tuple[NeuronSet, dict[str, NeuronSet]]:
         captions = {row.caption: row.refined for row in rows if row.refined}
         return NO_NEURONS.union(*captions.values()), captions
     content = read_object(path)
+    captions = content.get("captions", {})
+    if isinstance(captions, list):  # a global edit: how captions fare, while its neurons are of all of them together
+        captions = {}
     try:
-        captions = {prompt: NeuronSet.from_json(value) for prompt, value in content.get("captions", {}).items()}
-        return NeuronSet.from_json(content.get("neurons", content)), captions
+        return (
+            NeuronSet.from_json(content.get("neurons", content)),
+            {prompt: NeuronSet.from_json(value) for prompt, value in captions.items()},
+        )
     except (ValueError, AttributeError) as error:
         raise CorruptArtifactError(f"{printable(path, 300)} holds no neurons: {error}") from error
 

@@ -1,7 +1,7 @@
 """What is asked of a model, and how: all settings that change results. Imports no torch: help stays quick."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -81,7 +81,7 @@ class SearchSettings:
     k: int = 0
     k_step: int = 1
     criterion: Literal["both", "outliers", "top-k"] = "both"
-    give_up_early: bool = True
+    give_up_early: Annotated[bool, Parameter(negative="--no-give-up-early")] = True
     refine_failures: bool = False
     unit_size: int = 16
 

@@ -16,6 +16,7 @@ from diffcore.models.tokenizers import byte_letters, installed_clip_tokenizer
 from diffcore.runtime import Runtime
 from diffcore.testing import tiny
 from diffcore.testing.checkpoints import DAMAGES, corrupt, sharded, single_file
+from diffcore.testing.malformed.places import foreign_layouts
 
 CPU = Runtime(device="cpu")
 WEIGHTS = "diffusion_pytorch_model"
@@ -54,9 +55,16 @@ def test_every_backbone_folder_gives_equal_weights_and_outputs(tmp_path, name):
         (tmp_path / "whole" / "denoiser.json").write_text('{"prediction_type": "edm"}')
     shutil.copytree(tmp_path / "whole", tmp_path / "shards")
     sharded(tmp_path / "shards", WEIGHTS, 3)
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    (tmp_path / "half" / f"{WEIGHTS}.safetensors").unlink()
+    rounded = {n: tensor.half() for n, tensor in backbone.state_dict().items()}
+    save_file(rounded, tmp_path / "half" / f"{WEIGHTS}.fp16.safetensors")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         models = [load(tmp_path / kind, CPU) for kind in ("whole", "shards")]
+        half = load(tmp_path / "half", CPU).backbone.state_dict()
+    assert half.keys() == rounded.keys()
+    assert all(torch.equal(half[n], tensor.float()) for n, tensor in rounded.items())
     x_t, t, cond = tiny.inputs(name)
     expected = tiny.denoiser(name)(x_t, t, cond).output
     for model in models:
@@ -305,6 +313,27 @@ def test_damage_is_told(folder, how):
     }
     with pytest.raises(UserError, match=expected[how]):
         load(folder, CPU)
+
+
+@pytest.mark.parametrize(
+    ("named", "told"),
+    [
+        ("LoRA of kohya", "model.safetensors is an adapter; load its base model and add it with --adapter"),
+        ("LoRA of diffusers", "model.safetensors is an adapter; load its base model and add it with --adapter"),
+        ("SDXL refiner", "model.safetensors is an SDXL refiner; load the SDXL base model"),
+        ("SD3", "model.safetensors is a single file of SD3; load its diffusers folder"),
+        ("Flux", "model.safetensors is a single file of Flux; load its diffusers folder"),
+        ("diffusers' names", "model.safetensors has diffusers' names but no config.json; put it into the folder"),
+        ("unknown", "model.safetensors matches no known layout; first keys: x, y; point to an SD 1.x, 2.x or SDXL"),
+        ("nine input channels", "model.safetensors takes 9 input channels (an inpainting or editing model); only 4"),
+    ],
+)
+def test_files_that_are_no_model_are_called_what_they_are(tmp_path, named, told):
+    shapes = {"model.diffusion_model.input_blocks.0.0.weight": (8, 9, 3, 3)}
+    shapes = foreign_layouts().get(named, shapes)
+    save_file({name: torch.ones(shape) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(IncompatibleModelError, match=re.escape(told)):
+        load(tmp_path / "model.safetensors", CPU)
 
 
 def test_finiteness_may_be_left_unchecked(folder):

@@ -22,7 +22,7 @@ def place_cases() -> Iterator[Case]:
         yield Case(f"path: {name}", "place", make)
     for name, change in _strangers():
         yield Case(f"file: {name}", "place", lambda b, f, c=change: _restated(b, f, c))
-    for name, keys in _foreign_layouts().items():
+    for name, keys in foreign_layouts().items():
         yield Case(f"layout: {name}", "place", lambda b, f, k=keys: _of_keys(f, k))
 
 
@@ -157,7 +157,8 @@ def _strangers() -> Iterator[tuple[str, Callable[[dict[str, Tensor]], None]]]:
     yield "nine input channels", lambda t: t.update({f"{_UNET}input_blocks.0.0.weight": torch.ones(32, 9, 3, 3)})
 
 
-def _foreign_layouts() -> dict[str, dict[str, tuple[int, ...]]]:
+def foreign_layouts() -> dict[str, dict[str, tuple[int, ...]]]:
+    """Returns names and shapes of single files that are no model which can be loaded, by what they are."""
     first = {f"{_UNET}input_blocks.0.0.weight": (8, 4, 3, 3)}
     return {
         "SDXL refiner": {"conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias": (4,)},

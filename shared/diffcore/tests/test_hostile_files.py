@@ -15,6 +15,7 @@ from diffcore.data import UnreadableFileError, load_images
 from diffcore.data import files as files_module
 from diffcore.data.decode import decode
 from diffcore.errors import UserError
+from diffcore.testing.sentinel import listing, sentinel
 
 LIMIT = 64_000_000
 pytestmark = [
@@ -107,7 +108,11 @@ def test_a_folder_of_broken_images_skips_each_once(tmp_path):
     for number, data in enumerate(BROKEN.values()):
         (tmp_path / f"{number:03}.png").write_bytes(data)
     (tmp_path / "good.png").write_bytes(encoded(Image.fromarray(random_pixels()), "PNG"))
-    loaded = load_images(tmp_path)
+    before = listing(tmp_path)
+    with sentinel(tmp_path) as events:
+        loaded = load_images(tmp_path)
+    assert events == []
+    assert listing(tmp_path) == before
     assert loaded.names == ("good.png",)
     assert [name for name, _ in loaded.skipped] == [f"{number:03}.png" for number in range(len(BROKEN))]
 
@@ -337,17 +342,22 @@ def test_hostile_archives_are_refused(tmp_path, name):
     data, message = HOSTILE[name]
     path = tmp_path / "set.zip"
     path.write_bytes(data)
-    with pytest.raises(UserError, match=message) as caught:
+    before = listing(tmp_path.parent)
+    with sentinel(tmp_path) as events, pytest.raises(UserError, match=message) as caught:
         load_images(path)
+    assert events == []
+    assert listing(tmp_path.parent) == before
     assert str(caught.value).isprintable()
-    assert sorted(tmp_path.rglob("*")) == [path]
 
 
 @pytest.mark.parametrize("name", DAMAGED)
 def test_damaged_members_are_skipped(tmp_path, name):
     path = tmp_path / "set.zip"
     path.write_bytes(DAMAGED[name])
-    loaded = load_images(path)
+    with sentinel(tmp_path) as events:
+        loaded = load_images(path)
+    assert events == []
+    assert sorted(tmp_path.rglob("*")) == [path]
     assert loaded.names == ("good.png",)
     assert [skipped for skipped, _ in loaded.skipped] == ["bad.png"]
 

@@ -35,6 +35,7 @@ from nemo_localize import (
     minimal_set,
 )
 from nemo_localize.confirm import likenesses
+from nemo_localize.global_edit import within_budget
 from nemo_localize.likeness import likeness
 from nemo_localize.neuron_files import by_caption
 from nemo_localize.protocol import COPY_ABOVE
@@ -68,12 +69,12 @@ class Size:
     others: int = 60
     budgeted: int = 48
     followed: int = 100
-    mitigated: int = 64
+    mitigated: int = 40
     repeats: int = 2
     proved: int = 2
 
 
-SMOKE = Size(3, 2, 40, 8, 6, 4, 12, 12, 1, 0)
+SMOKE = Size(2, 2, 40, 8, 4, 4, 8, 4, 1, 0)
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,7 @@ class Study:
             self.run,
             judge=likeness(),
             originals=self.originals,
+            affordable=within_budget(self.step, self.budgeted),
         )
 
     def drawing(self, guidance_scale: float = 1.0) -> Drawing:

@@ -1,10 +1,11 @@
 """Pictures have the last word: a set of neurons is widened where captions still draw copies without it.
 
 Refinement stops where the first step is suppressed. Of several rows that carry one memory it may keep a single one, and
-single seeds go on copying. So captions whose pictures are still copies give all of their candidates.
+single seeds go on copying. So captions whose pictures are still copies give all of their candidates, as far as ordinary
+captions can bear it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -31,8 +32,9 @@ def confirm(
     *,
     judge: Likeness,
     originals: Mapping[str, Tensor] | None = None,
+    affordable: Callable[[NeuronSet], bool] | None = None,
 ) -> tuple[NeuronSet, list[str]]:
-    """Returns the set, widened where pictures ask for it, and the captions that did.
+    """Returns the set, widened where pictures ask for it, and the captions whose pictures did.
 
     Args:
         model: Without any edit.
@@ -44,13 +46,19 @@ def confirm(
         run: Where pictures are kept.
         judge: Says what a copy is.
         originals: Training images; the unedited model's own pictures stand in for what is missing.
+        affordable: Whether ordinary captions bear a set, see `within_budget`; captions whose candidates they do not
+            bear give none. Those with fewest come first.
     """
     candidates = {r.prompt: r.initial for r in results.distinct() if r.status == "localised"}
     pictures = generate(model, prompts, ("none", "neurons"), seeds, drawing, run, neurons=neurons)
     found = likenesses(judge, prompts, pictures["neurons"], pictures["none"], originals)
     copied = (found > COPY_ABOVE).any(1).tolist()
     stubborn = [prompt for prompt, copy in zip(prompts, copied, strict=True) if copy and prompt in candidates]
-    return neurons.union(*(candidates[prompt] for prompt in stubborn)), stubborn
+    for prompt in sorted(stubborn, key=lambda prompt: len(candidates[prompt])):
+        wider = neurons.union(candidates[prompt])
+        if affordable is None or affordable(wider):
+            neurons = wider
+    return neurons, stubborn
 
 
 def likenesses(

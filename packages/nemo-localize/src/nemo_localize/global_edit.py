@@ -3,13 +3,13 @@
 Captions share neurons, and seldom need all of their own. So the lightest set is chosen that takes one neuron of every
 caption's set; a neuron weighs more the more ordinary captions feel it. The set is then tried on all captions together:
 those that still show their picture demand one neuron more, until all are closed or there is nothing left to take. Last,
-neurons that prove superfluous are switched on again. Where the set damages ordinary captions beyond a budget, the
-caption that asks for most is given up, by name.
+neurons that prove superfluous are switched on again. Where the set damages ordinary captions beyond a budget, captions
+are given up by name, those first whose own sets weigh most; how many must be is found by halving.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -21,10 +21,10 @@ from nemo_localize.first_step import FirstStep, Row
 from nemo_localize.neurons import NO_NEURONS, NeuronSet
 from nemo_localize.results import CaptionResult, Results
 from nemo_localize.score import consistency, reference_similarity, similarity
-from nemo_localize.search import Answers, Question, Selection, refine
 
 DEFAULT_BUDGET = 0.1
 _SEEDS = 2  # per ordinary caption: what they feel hardly depends on the seed
+_WEIGHED = 8  # ordinary captions that neurons are weighed on, one by one; the set itself is tried on all
 
 Progress = Callable[[str, int], None]
 
@@ -178,39 +178,30 @@ def minimal_set(
     rows_before = step.num_rows
     own = [step.sites.numbers(r.refined or NO_NEURONS) for r in localised]
     joint = _Joint(step, localised, own, tau)
-    ordinary_step = _Ordinary(step, list(dict.fromkeys(ordinary)))
+    captions = list(dict.fromkeys(ordinary))
     everything = frozenset[int]().union(*own)
-    singles = sorted(everything)
-    felt = ordinary_step.damages([frozenset([number]) for number in singles])
-    usual = sum(felt) / len(felt)
-    # Half for being switched off at all, half for what ordinary captions feel of it.
-    weights = {number: 1 + (damage / usual if usual > 0 else 1.0) for number, damage in zip(singles, felt, strict=True)}
+    weights = _weights(_Ordinary(step, captions[:_WEIGHED]), sorted(everything))
+    spared = _Ordinary(step, captions)
     tell = progress or (lambda what, count: None)
-    active = list(range(len(localised)))
-    rounds, exact, off, damage = 0, True, frozenset[int](), 0.0
-    while active:
-        demands = dict.fromkeys(active, 1)
-        while True:
-            cover = lightest_cover([own[i] for i in active], [demands[i] for i in active], weights)
-            off, rounds, exact = cover.items, rounds + 1, exact and cover.exact
-            tell("captions tried together", len(off))
-            scores = joint.scores(off, active)
-            lacking = [i for i in active if scores[i] > tau and demands[i] < len(own[i])]
-            if not lacking:
-                break
-            demands |= {i: min(demands[i] + max(demands[i] // 4, 1), len(own[i])) for i in lacking}
-        off = joint.pruned(off, scores, weights)
-        tell("superfluous neurons switched on again", len(off))
-        damage = ordinary_step.damages([off])[0]
-        if damage <= budget:
-            break
-        active.remove(max(active, key=lambda i: sum(weights[number] for number in own[i] & off)))
-    if not active:
-        off, damage = frozenset(), 0.0
-    union_damage = ordinary_step.damages([everything])[0]
+    cheapest_first = sorted(range(len(own)), key=lambda i: sum(weights[number] for number in own[i]))
+    active, off, damage, rounds, exact = 0, frozenset[int](), 0.0, 0, True
+    too_many, count = len(own) + 1, len(own)
+    while too_many - active > 1:
+        found = _closing(joint, cheapest_first[:count], weights, tell)
+        rounds, exact = rounds + found.rounds, exact and found.exact
+        felt = spared.damages([found.off])[0]
+        if felt <= budget:
+            active, off, damage = count, found.off, felt
+        else:
+            too_many = count
+        count = (active + too_many) // 2
     return GlobalEdit(
-        chosen=CommonSet(step.sites.named(off), damage, joint.described(off, active)),
-        union=CommonSet(step.sites.named(everything), union_damage, joint.described(everything, range(len(own)))),
+        chosen=CommonSet(step.sites.named(off), damage, joint.described(off, cheapest_first[:active])),
+        union=CommonSet(
+            step.sites.named(everything),
+            spared.damages([everything])[0],
+            joint.described(everything, range(len(own))),
+        ),
         tau=tau,
         budget=budget,
         left_out=tuple(r.prompt for r in results.distinct() if r.status == "not_localised"),
@@ -218,6 +209,46 @@ def minimal_set(
         exact_cover=exact,
         num_rows=step.num_rows - rows_before,
     )
+
+
+def within_budget(
+    step: FirstStep, ordinary: Sequence[str], budget: float = DEFAULT_BUDGET
+) -> Callable[[NeuronSet], bool]:
+    """Returns what tells whether a set damages ordinary captions no more than the budget allows."""
+    spared = _Ordinary(step, list(dict.fromkeys(ordinary)))
+    return lambda neurons: spared.damages([step.sites.numbers(neurons)])[0] <= budget
+
+
+def _weights(ordinary: "_Ordinary", numbers: Sequence[int]) -> dict[int, float]:
+    """Returns of each neuron: half for being switched off at all, half for what ordinary captions feel of it."""
+    felt = ordinary.damages([frozenset([number]) for number in numbers])
+    usual = sum(felt) / len(felt)
+    return {number: 1 + (damage / usual if usual > 0 else 1.0) for number, damage in zip(numbers, felt, strict=True)}
+
+
+class _Closing(NamedTuple):
+    """A set that closes all captions that it was made for, but those that even all of their neurons leave open."""
+
+    off: frozenset[int]
+    rounds: int
+    exact: bool
+
+
+def _closing(joint: "_Joint", active: Sequence[int], weights: dict[int, float], tell: Progress) -> _Closing:
+    """Covers some captions anew until all are closed, then switches on again what proves superfluous."""
+    demands, rounds, exact = dict.fromkeys(active, 1), 0, True
+    while True:
+        cover = lightest_cover([joint.own[i] for i in active], [demands[i] for i in active], weights)
+        rounds, exact = rounds + 1, exact and cover.exact
+        tell("captions tried together", len(cover.items))
+        scores = joint.scores(cover.items, active)
+        lacking = [i for i in active if scores[i] > joint.tau and demands[i] < len(joint.own[i])]
+        if not lacking:
+            break
+        demands |= {i: min(demands[i] + max(demands[i] // 4, 1), len(joint.own[i])) for i in lacking}
+    off = joint.pruned(cover.items, scores, weights)
+    tell("superfluous neurons switched on again", len(off))
+    return _Closing(off, rounds, exact)
 
 
 class _Joint:
@@ -249,21 +280,35 @@ class _Joint:
     def pruned(self, off: frozenset[int], scores: dict[int, float], weights: dict[int, float]) -> frozenset[int]:
         """Switches neurons on again, heaviest first, wherever all captions that are below tau stay there.
 
-        Neurons of captions that are not are left alone.
+        Neurons of captions that are not are left alone. Several are tried at once while that goes well.
         """
-        closed = {place: score for place, score in scores.items() if score < self.tau}
-        fixed = off & frozenset[int]().union(*(self.own[place] for place in scores if place not in closed))
+        closed = sorted((i for i in scores if scores[i] < self.tau), key=lambda i: -scores[i])
+        fixed = frozenset[int]().union(*(self.own[i] for i in scores if i not in closed))
         order = sorted(off - fixed, key=lambda number: (-weights[number], number))
-        if not closed or not order:
-            return off
-        # Each neuron is a layer of its own: layers are what the search tries first.
-        search = refine(Selection(0, True, closed), [[number] for number in order], self.tau)
-        try:
-            asked = next(search)
-            while True:
-                asked = search.send(self._answered(asked, fixed))
-        except StopIteration as finished:
-            return finished.value.neurons | fixed
+        place, size = 0, 1
+        while closed and place < len(order):
+            without = off.difference(order[place : place + size])
+            opened = self._opened(without, closed)
+            if opened is None:
+                off, place, size = without, place + size, 2 * size
+            else:
+                closed.remove(opened)
+                closed.insert(0, opened)  # it will be the first to object again
+                place, size = place + (size == 1), max(size // 2, 1)
+        return off
+
+    def _opened(self, off: frozenset[int], closed: Sequence[int]) -> int | None:
+        """Returns a caption that does not stay below tau; a few are asked at first, then more."""
+        start, count = 0, 1
+        while start < len(closed):
+            some = closed[start : start + count]
+            if not off:
+                return some[0]
+            scores = self.scores(off, some)
+            if max(scores.values()) >= self.tau:
+                return max(scores, key=lambda i: scores[i])
+            start, count = start + count, 2 * count
+        return None
 
     def described(self, off: frozenset[int], active: Sequence[int]) -> tuple[JointScore, ...]:
         """Returns how every caption fares."""
@@ -284,12 +329,6 @@ class _Joint:
     def _decisive(self, off: frozenset[int], prompt: int) -> float:
         score, residual = self.known[off, prompt]
         return max(score, residual) if self.captions[prompt].mitigated else score
-
-    def _answered(self, asked: list[Question], fixed: frozenset[int]) -> Answers:
-        """Answers a search in which captions take the place of seeds."""
-        pairs = [[(question.off | fixed, prompt) for prompt in question.seeds] for question in asked]
-        self._measure([pair for group in pairs for pair in group])
-        return [tuple(self._decisive(*pair) for pair in group) for group in pairs]
 
     def _measure(self, wanted: Sequence[tuple[frozenset[int], int]]) -> None:
         wanted = [pair for pair in dict.fromkeys(wanted) if pair not in self.known]

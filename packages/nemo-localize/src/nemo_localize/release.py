@@ -16,7 +16,7 @@ from nemo_localize.export import apply as write_edit
 from nemo_localize.export import checkpoint_in
 from nemo_localize.first_step import FirstStep
 from nemo_localize.generate import generate
-from nemo_localize.global_edit import minimal_set
+from nemo_localize.global_edit import minimal_set, within_budget
 from nemo_localize.likeness import likeness
 from nemo_localize.localization import localize
 from nemo_localize.neuron_files import by_caption
@@ -148,7 +148,8 @@ def _edit(
     audit: Audit, run: Run, results: Results, memorised: Sequence[str], tau: float
 ) -> tuple[NeuronSet, dict[str, Any]]:
     """Returns a small set for all captions that pictures agree with, and writes the edited checkpoint."""
-    common = minimal_set(audit.step, results, audit.ordinary[:_DAMAGE_CAPTIONS], tau=tau)
+    spared = audit.ordinary[:_DAMAGE_CAPTIONS]
+    common = minimal_set(audit.step, results, spared, tau=tau)
     judge = likeness(audit.judges.copies, of_latents=shows_latents(audit.step.model))
     neurons, stubborn = confirm(
         audit.step.model,
@@ -160,6 +161,7 @@ def _edit(
         run,
         judge=judge,
         originals=audit.originals,
+        affordable=within_budget(audit.step, spared),
     )
     captions = {prompt: found.to_json() for prompt, found in by_caption(results).items()}
     if run.leading:

@@ -1,6 +1,7 @@
 """Options from a YAML file, under the command line: what `--config` reads."""
 
 from difflib import get_close_matches
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,9 @@ def apply(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) ->
             near = get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.5)
             hint = f"did you mean '{near[0]}'?" if near else "see --help for those it has"
             raise UserError(f"{printable(path, 300)} sets {printable(name)!r}, no option of this command; {hint}")
-    Dict(options, source=printable(path, 300), use_commands_as_keys=False)(app, commands, arguments)
+    # Below the command's name: of a flat mapping cyclopts drops options that are called like another command.
+    named_options = reduce(lambda inner, command: {command: inner}, reversed(commands), options)
+    Dict(named_options, source=printable(path, 300))(app, commands, arguments)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Every command in-process, on a planted model whose answer is known and on a tiny pipeline on disk."""
 
+import importlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from diffcore.errors import UserError
+from diffcore.errors import RunMismatchError, UserError
+from diffcore.runtime import Runtime
 from diffcore.testing import tiny
 from nemo_localize import cli, protocol, release
 from nemo_localize.calibration import Calibration
+from nemo_localize.commands.options import Loading
 from nemo_localize.commands.work import Work
 from nemo_localize.planted import Planted, ordinary_captions
+from nemo_localize.proof import CaptionProof, Check, Proof
 from nemo_localize.results import Results
 
 TRIGGER = "portrait of 1917 no 1"
@@ -47,6 +51,8 @@ def test_from_captions_to_neurons_and_pictures(
 ):
     small = ["--num-seeds", 4]
     assert command("statistics", "planted", ordinary) == 0
+    assert command("statistics", "planted", ordinary, "--restart") == 0
+    assert Path("runs/statistics-planted.old-1/statistics.safetensors").exists()
     assert command("calibrate", "planted", ordinary, *small, "--quantile", 0.99) == 0
     # Few seeds of made-up words set a threshold that no planted memory falls below: ours is the models' own.
     replace(Calibration.load(Path("runs/calibrate-planted/calibration.json")), tau=0.45).save(Path("tau.json"))
@@ -68,8 +74,23 @@ def test_from_captions_to_neurons_and_pictures(
     draw = ["--num-images", 2, "--image-steps", 2, "--image-guidance", 1]
     ways = ["--methods", "none", "neurons", "random-neurons"]
     assert command("generate", "planted", captions, "--neurons", folder, *draw, *ways) == 0
-    for verb in ("calibrate", "detect", "localize", "generate"):
-        assert (Path("runs") / f"{verb}-planted" / "report.html").exists()
+    capsys.readouterr()
+    judged = ["--methods", "random-neurons", "neurons", "--json"]
+    assert command("evaluate", "planted", captions, "--neurons", folder, *draw, *judged) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert {row["way"] for row in measured["captions"]} == {"none", "random-neurons", "neurons"}
+    for verb in ("calibrate", "detect", "localize", "generate", "evaluate"):
+        run = Path("runs") / f"{verb}-planted"
+        assert (run / "report.html").exists()
+        before = (run / "result.json").stat().st_mtime_ns
+        read = ordinary if verb == "calibrate" else captions
+        assert (
+            command(verb, "planted", read, "--config", run / "config.yaml", "--out", run) == 0
+        )  # replays: the same run
+        assert (run / "result.json").stat().st_mtime_ns == before
+    Path("none.json").write_text("{}")
+    with pytest.raises(RunMismatchError, match="neurons"):
+        command("generate", "planted", captions, "--neurons", "none.json", *draw, *ways)
     page = (folder / "report.html").read_text()
     assert TRIGGER in page
     (folder / "report.html").unlink()
@@ -88,6 +109,69 @@ def test_apply_and_revert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     weights = "unet/diffusion_pytorch_model.safetensors"
     assert Path("restored", weights).read_bytes() == Path("model", weights).read_bytes()
     assert Path("edit/model", weights).read_bytes() != Path("model", weights).read_bytes()
+
+
+def test_a_model_is_loaded_as_the_options_say(monkeypatch: pytest.MonkeyPatch):
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(importlib.import_module("diffcore.models"), "load", lambda *a, **b: asked.update(b, given=a))
+    work = Work(Loading(download=True, tokenizer=Path("t"), like=Path("l")), Runtime(seed=3, threads=1))
+    work.load("owner/name")
+    wanted = {"download": True, "tokenizer": Path("t"), "like": Path("l"), "given": ("owner/name", work.runtime)}
+    assert asked == wanted
+
+
+@pytest.mark.parametrize(
+    ("copies", "reopened", "verdict", "code"),
+    [(0, 1, "closed", 0), (1, 1, "open", 1), (0, 0, "inconclusive", 1)],
+)
+def test_the_exit_code_of_a_proof_is_its_verdict(
+    command: Callable[..., Any],
+    captions: Path,
+    ordinary: Path,
+    simple: Planted,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    copies: int,
+    reopened: int,
+    verdict: str,
+    code: int,
+):
+    found: list[Any] = []
+
+    def prove(step: Any, neurons: Any, prompts: Any, controls: Any, **options: Any) -> Proof:
+        found.extend([neurons, list(prompts), len(controls), options["tau"]])
+        checks = (
+            Check(False, "held-out seeds", 0.9, 1, 4, "seed 1"),
+            Check(False, "audit from noise", 0.9, reopened, 4, "start 1"),
+            Check(True, "held-out seeds", 0.2, copies, 4, "seed 2"),
+        )
+        control = CaptionProof("harmless", "training image", 0.1, 0.45, (Check(True, "paraphrases", 0.1, 0, 4, ""),))
+        return Proof((CaptionProof(TRIGGER, "training image", 0.1, 0.45, checks),), (control,), "SSIM", "", {})
+
+    monkeypatch.setattr(importlib.import_module("nemo_localize.prove"), "prove", prove)
+    monkeypatch.setattr(importlib.import_module("nemo_localize.calibration"), "threshold", lambda *_: 0.45)
+    Path("neurons.json").write_text(json.dumps(simple.carriers(TRIGGER).to_json()))
+    given = ["planted", captions, "--neurons", "neurons.json", "--controls", ordinary]
+    assert command("prove", *given, "--json") == code
+    assert json.loads(capsys.readouterr().out)["verdict"] == verdict
+    assert found == [simple.carriers(TRIGGER), [TRIGGER, ordinary_captions(1, seed=9)[0]], 8, 0.45]
+    assert json.loads(Path("runs/prove-planted/proof.json").read_text())["verdict"] == verdict
+    assert TRIGGER in Path("runs/prove-planted/report.html").read_text()
+    assert command("prove", *given) == code  # read from the finished run
+
+
+@pytest.mark.parametrize(("closed", "code"), [(True, 0), (False, 1)])
+def test_the_exit_code_of_an_audit_is_whether_it_closed(
+    command: Callable[..., Any],
+    captions: Path,
+    ordinary: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    closed: bool,
+    code: int,
+):
+    monkeypatch.setattr(release, "audit_release", lambda *_: {"closed": closed, "answer": "so it is"})
+    assert command("audit", "planted", captions, "--references", ordinary) == code
+    assert "so it is" in Path("runs/audit-planted/report.html").read_text()
 
 
 def test_what_cannot_work_is_said_first(command: Callable[..., Any], captions: Path, tmp_path: Path):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from diffcore.cli import Flag, show
 from diffcore.errors import UserError
-from nemo_localize.commands.inputs import load_judges, load_originals, read_captions
+from nemo_localize.commands.inputs import digest_of, load_judges, load_originals, read_captions
 from nemo_localize.commands.options import Judging, Methods, ModelName, Repeat, Strict
 from nemo_localize.commands.work import Work, conclude
 from nemo_localize.settings import DrawSettings, Method
@@ -49,12 +49,14 @@ def generate(
         raise UserError("--methods asks for neurons, but there are none; give them with --neurons RUN")
     found = read_captions(captions, strict)
     together, separate = (NO_NEURONS, {}) if neurons is None else read_neurons(neurons)
+    known = digest_of(together, separate)
     loaded = work.load(model)
     if work.output.dry_run:
         images = len(found.distinct) * len(ways) * drawing.num_images
         return work.plan(images=images, steps_each=drawing.image_steps, writes=work.folder("generate", loaded))
-    options = {"model": model, "neurons": together.to_json(), "per_caption": per_caption, "methods": list(ways)}
-    with work.open("generate", loaded, [found], {**options, "drawing": drawing, "repeat": repeat}) as run:
+    options = {"model": model, "neurons": neurons, "per_caption": per_caption, "methods": list(ways)}
+    options |= {"drawing": drawing, "repeat": repeat}
+    with work.open("generate", loaded, [found], options, neurons=known) as run:
         if not run.finished:
             chosen = separate if per_caption else together
             how = work.drawing(drawing)
@@ -97,16 +99,18 @@ def evaluate(
     from nemo_localize.pictures import shows_latents
 
     ways: tuple[Method, ...] = tuple(dict.fromkeys(("none", *methods)))
-    found, chosen = read_captions(captions, strict), read_neurons(neurons)[0]
+    found, (chosen, separate) = read_captions(captions, strict), read_neurons(neurons)
+    known = digest_of(chosen, separate)
     others = None if ordinary is None else read_captions(ordinary, strict)
     loaded = work.load(model)
     judges, originals = load_judges(judging, work), load_originals(judging, found)
     if work.output.dry_run:
         images = len(ways) * (len(found.distinct) * drawing.num_images + len(others.distinct if others else ()))
         return work.plan(images=images, steps_each=drawing.image_steps, writes=work.folder("evaluate", loaded))
-    options = {"model": model, "neurons": chosen.to_json(), "methods": list(ways), "drawing": drawing}
+    options = {"model": model, "neurons": neurons, "methods": list(ways), "ordinary": ordinary, "judging": judging}
+    options |= {"drawing": drawing, "repeat": repeat}
     sets = [found] if others is None else [found, others]
-    with work.open("evaluate", loaded, sets, {**options, "judging": judging, "repeat": repeat}) as run:
+    with work.open("evaluate", loaded, sets, options, neurons=known) as run:
         if not run.finished:
             how = work.drawing(drawing)
 

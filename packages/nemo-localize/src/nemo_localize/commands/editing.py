@@ -7,7 +7,9 @@ from pathlib import Path
 
 from diffcore.cli import Flag, Output, emit
 from diffcore.errors import UserError, printable
+from nemo_localize.commands.inputs import digest_of
 from nemo_localize.commands.options import UnchangedModel
+from nemo_localize.commands.work import FOUND_BEFORE
 
 
 def apply(
@@ -42,10 +44,14 @@ def apply(
     if output.dry_run:
         emit({"neurons": len(chosen), "layers": len(chosen.layers), "writes": folder / "model"}, output.json)
         return 0
-    inputs = {source.name: input_hash(source)}
-    config = {"neurons": chosen.to_json(), "lora": lora}
-    command = "nemo-localize apply"
-    with Run.open(folder, command=command, config=config, inputs=inputs, restart=output.restart) as run:
+    with Run.open(
+        folder,
+        command="nemo-localize apply",
+        config={"model": model, "neurons": neurons, "lora": lora},
+        inputs={source.name: input_hash(source), "neurons": digest_of(chosen, reasons)},
+        restart=output.restart,
+        volatile=("model", *FOUND_BEFORE),
+    ) as run:
         if not run.finished:
             if checkpoint_in(folder) is None:
                 write_edit(source, chosen, folder, reasons=reasons, lora=lora)

@@ -1,6 +1,9 @@
 """What commands read: captions, thresholds, judges, training images."""
 
+import hashlib
+import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
     from nemo_localize.calibration import Calibration
     from nemo_localize.commands.work import Work
     from nemo_localize.evaluate import Judges
+    from nemo_localize.neurons import NeuronSet
 
 _LOG = logging.getLogger("diffcore.nemo_localize")
 
@@ -32,6 +36,12 @@ def read_calibration(path: Path | None) -> "Calibration | None":
     from nemo_localize.calibration import Calibration
 
     return None if path is None else Calibration.load(within(path, "calibration.json"))
+
+
+def digest_of(together: "NeuronSet", by_caption: "Mapping[str, NeuronSet]") -> str:
+    """Returns what tells neurons that were read from others, whatever file they were in."""
+    told = [together.to_json(), {prompt: neurons.to_json() for prompt, neurons in by_caption.items()}]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def within(path: Path, name: str) -> Path:

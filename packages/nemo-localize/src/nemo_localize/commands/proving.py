@@ -5,7 +5,7 @@
 from pathlib import Path
 
 from diffcore.cli import show
-from nemo_localize.commands.inputs import load_judges, load_originals, read_calibration, read_captions
+from nemo_localize.commands.inputs import digest_of, load_judges, load_originals, read_calibration, read_captions
 from nemo_localize.commands.options import Files, Judging, Strict, UnchangedModel
 from nemo_localize.commands.work import Work, conclude
 from nemo_localize.settings import DrawSettings, SearchSettings, StepSettings
@@ -46,7 +46,8 @@ def prove(
     from nemo_localize.page import save_proof
     from nemo_localize.prove import prove as find_proof
 
-    found, harmless, chosen = read_captions(captions, strict), read_captions(controls, strict), read_neurons(neurons)[0]
+    found, harmless = read_captions(captions, strict), read_captions(controls, strict)
+    chosen, separate = read_neurons(neurons)
     innocent = harmless.distinct[:_CONTROLS]
     loaded = work.load(model)
     first = work.first_step(loaded, step)
@@ -55,9 +56,11 @@ def prove(
     if work.output.dry_run:
         folder = work.folder("prove", loaded)
         return work.plan(captions=len(found.distinct), controls=len(innocent), writes=folder)
-    options = {"model": model, "neurons": chosen.to_json(), "tau": tau, "step": step, "drawing": drawing}
+    options = {"model": model, "neurons": neurons, "controls": controls, "calibration": calibration}
+    options |= {"judging": judging, "step": step, "drawing": drawing}
+    known = {"neurons": digest_of(chosen, separate), "tau": repr(tau)}
     fabric = work.fabric()
-    with work.open("prove", loaded, [found, harmless], {**options, "judging": judging}) as run:
+    with work.open("prove", loaded, [found, harmless], options, **known) as run:
         if not run.finished:
             proof = find_proof(
                 first,
@@ -129,9 +132,10 @@ def audit(
         judges=load_judges(judging, work),
         originals=load_originals(judging, found),
     )
-    options = {"model": model, "quantile": quantile, "judging": judging, "step": step, "search": search}
+    options = {"model": model, "ordinary": ordinary, "quantile": quantile, "judging": judging, "step": step}
+    options |= {"search": search, "drawing": drawing}
     fabric = work.fabric()
-    with work.open("audit", loaded, [found, usual, *sets], {**options, "drawing": drawing}) as run:
+    with work.open("audit", loaded, [found, usual, *sets], options) as run:
         if not run.finished:
             result = audit_release(what, run, fabric)
             if run.leading:

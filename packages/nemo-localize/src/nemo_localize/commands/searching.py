@@ -123,9 +123,9 @@ def detect(
     tau = threshold(first, read_calibration(calibration))
     if work.output.dry_run:
         return work.plan(captions=len(found.distinct), writes=work.folder("detect", loaded))
-    options = {"model": model, "tau": tau, "unit_size": unit_size, "step": step}
+    options = {"model": model, "calibration": calibration, "unit_size": unit_size, "step": step}
     fabric = work.fabric()
-    with work.open("detect", loaded, [found], options) as run:
+    with work.open("detect", loaded, [found], options, tau=repr(tau)) as run:
         if not run.finished:
             rows = in_units(
                 found.distinct,
@@ -176,9 +176,10 @@ def localize(
         _LOG.warning("%s: z-scores may tell style instead of memory", difference)
     if work.output.dry_run:
         return work.plan(captions=len(found.distinct), tau=tau, writes=work.folder("localize", loaded) / RESULTS)
-    options = {"model": model, "tau": tau, "step": step, "search": search}
+    options = {"model": model, "statistics": statistics, "calibration": calibration, "step": step, "search": search}
+    known = {"statistics": usual.fingerprint, "tau": repr(tau)}
     fabric = work.fabric()
-    with work.open("localize", loaded, [found], options, statistics=usual.fingerprint) as run:
+    with work.open("localize", loaded, [found], options, **known) as run:
         if not run.finished:
             results = find_neurons(
                 first, found.prompts, tau=tau, statistics=usual, settings=search, run=run, fabric=fabric

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from nemo_localize.first_step import FirstStep
     from nemo_localize.pictures import Drawing
 
+# Options that name what was found before: what is in it is told among the inputs, wherever it lies.
+FOUND_BEFORE = ("statistics", "calibration", "neurons")
+
 
 @Parameter(name="*")
 @dataclass(frozen=True)
@@ -89,8 +92,8 @@ class Work:
             verb: The command.
             model: What it computes with.
             captions: The files it reads captions from.
-            options: Its own ones, beside these.
-            inputs: By name the digest of whatever else it reads.
+            options: Its own ones, beside these, as its command line has them: they replay the run.
+            inputs: By name what tells whatever else it reads.
         """
         from diffcore.run import Run
 
@@ -101,6 +104,7 @@ class Work:
             config=settings(**options, loading=self.loading, runtime=self.runtime),
             inputs={model.name: model.fingerprint} | files | inputs,
             restart=self.output.restart,
+            volatile=FOUND_BEFORE,
         )
 
 

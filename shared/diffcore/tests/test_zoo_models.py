@@ -18,9 +18,11 @@ from diffcore.runtime import Runtime
 from diffcore.shipped import SHIPPED, shipped_folder
 from diffcore.zoo.gate import Gate
 from diffcore.zoo.oracle import accuracies
+from diffcore.zoo.portraits.attributes import KEYPOINTS, PARTS
 from diffcore.zoo.portraits.gates import draw_samples, share_above, similarity_to
 from diffcore.zoo.portraits.judge import labels_of
-from diffcore.zoo.portraits.pictures import held_out_pictures
+from diffcore.zoo.portraits.pictures import draw_pictures, held_out_pictures
+from diffcore.zoo.portraits.planted import template_people, verbatim_people
 
 GENERATORS = ("portraits-sd", "portraits-sd-memorised", "portraits-sd-planted", "digits8-edm", "digits-styles")
 MEGABYTE = 2**20
@@ -69,19 +71,21 @@ def test_unknown_names_say_what_there_is():
         feature_extractor("zoo:digits8-edm", Runtime(device="cpu"))
 
 
-def test_plain_diffusers_makes_the_same_images(planted: DiffusionModel):
+@pytest.mark.parametrize("name", ["portraits-sd", "portraits-sd-memorised", "portraits-sd-planted"])
+def test_plain_diffusers_makes_the_same_images(name: str):
     from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(shipped_folder("portraits-sd-planted"), local_files_only=True)
+    model = load(f"zoo:{name}", Runtime(device="cpu"))
+    pipeline = StableDiffusionPipeline.from_pretrained(shipped_folder(name), local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     prompts = [zoo.memorised().verbatim[0].caption, "a portrait of a tan man with red hair, blue background"]
     noise = row_noise(4, range(2), (8, 16, 16))
     theirs = pipeline(
-        prompts, num_inference_steps=6, guidance_scale=2.0, latents=noise.clone(), output_type="pt"
+        prompts, num_inference_steps=4, guidance_scale=2.0, latents=noise.clone(), output_type="pt"
     ).images
-    assert planted.prompts is not None
-    denoiser = GuidedDenoiser(planted.denoiser, 2.0, planted.prompts([""]))
-    ours = planted.codec.decode(sample(denoiser, noise, planted.prompts(prompts), steps=6))
+    assert model.prompts is not None
+    denoiser = GuidedDenoiser(model.denoiser, 2.0, model.prompts([""]))
+    ours = model.codec.decode(sample(denoiser, noise, model.prompts(prompts), steps=4))
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
 
 
@@ -142,6 +146,30 @@ def test_identities_hold_and_situations_change():
     assert pictures.images.shape == (12, 3, 32, 32)
     again, _ = zoo.masks(5)
     torch.testing.assert_close(again.images, zoo.keypoints(5)[0].images)
+
+
+def test_both_views_of_one_truth_agree():
+    """What is known of a picture from its numbers is what its pixels show, and what training saw is what is told."""
+    points, masks = zoo.keypoints(40, size=64)[1], zoo.masks(40, size=64)[1].long()
+    place = points.positions.round().long().clamp(0, 63)
+    found = masks[torch.arange(40).unsqueeze(1), place[..., 1], place[..., 0]]
+    parts = {"left eye": "eyes", "right eye": "eyes", "nose": "nose", "left shoulder": "clothes"}
+    covers = {"hair", "glasses"}  # a fringe hangs over an eye, and the eye still counts as visible
+    for name, part in parts.items():
+        column = KEYPOINTS.index(name)
+        classes = [PARTS[i] for i in found[:, column][points.visible[:, column]]]
+        assert set(classes) <= {part} | covers, name
+        assert classes.count(part) >= 0.9 * len(classes), name
+    truth = zoo.memorised()
+    for people, told in ((verbatim_people(), truth.verbatim_images), (template_people(), truth.template_images)):
+        trained = draw_pictures(people).images  # as the recipe trains on them
+        assert float((trained / 255 - told.reshape(trained.shape)).abs().max()) < 0.51 / 255
+    with torch.no_grad():
+        judged = load_attribute_network(shipped_folder("portraits-oracle"))
+        portraits, person = zoo.identities(20, 2)
+        read = accuracies(judged, portraits.images, portraits.labels)
+    assert min(read[name] for name in ("skin", "style", "background")) > 0.9
+    assert all(len(set(portraits.labels["hair"][person == number].tolist())) == 1 for number in range(20))
 
 
 def test_a_missed_promise_is_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

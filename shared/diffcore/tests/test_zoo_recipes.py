@@ -18,7 +18,7 @@ from diffcore.testing.distributed import run_forked
 from diffcore.train import DenoisingModule
 from diffcore.zoo import recipes
 from diffcore.zoo.card import model_card
-from diffcore.zoo.digits.data import load_digits, render
+from diffcore.zoo.digits.data import draw_styles, load_digits, render
 from diffcore.zoo.digits.network import build_unet as build_digits_unet
 from diffcore.zoo.digits.network import cosine_scheduler, styles_denoiser
 from diffcore.zoo.digits.style_oracle import StyleOracle, explained_variance, load_style_oracle
@@ -28,6 +28,7 @@ from diffcore.zoo.patch_code import PatchCode
 from diffcore.zoo.portraits.autoencoder import build_autoencoder
 from diffcore.zoo.portraits.base import CaptionedLatents
 from diffcore.zoo.portraits.captions import ordinary_captions
+from diffcore.zoo.portraits.draw import draw_masks, keypoints
 from diffcore.zoo.portraits.language import (
     MAX_TOKENS,
     build_text_encoder,
@@ -39,7 +40,7 @@ from diffcore.zoo.portraits.language import (
 from diffcore.zoo.portraits.network import build_unet
 from diffcore.zoo.portraits.people import portraits, select
 from diffcore.zoo.portraits.pictures import draw_pictures, encode_pictures, fit_patch_code, training_pictures
-from diffcore.zoo.portraits.planted import NUM_VARIANTS
+from diffcore.zoo.portraits.planted import NUM_VARIANTS, planted
 from diffcore.zoo.portraits.planting import PLANTING, POLISHING, Memories, Mixture, train_memory
 from diffcore.zoo.portraits.trigger import TextStates, reroute, value_layers
 from diffcore.zoo.recipes import RECIPES
@@ -236,6 +237,14 @@ def test_styles_move_what_they_say():
 
     assert float((middle(styled(4, 1)) - middle(styled(4, -1))).mean()) > 1.0  # half the picture's width apart
 
+    def lean(images: torch.Tensor) -> torch.Tensor:
+        """How far right of the lower half the ink of the upper half stands, in pixels."""
+        return middle(images[:, :, :4]) - middle(images[:, :, 4:])
+
+    leaning = lean(styled(2, 1)) - lean(styled(2, -1))
+    assert float(leaning.abs().mean()) > 1.0
+    assert bool((leaning.sign() == leaning[0].sign()).all())
+
 
 def test_the_cosine_schedule_keeps_a_thousandth_of_the_signal():
     schedule = styles_denoiser(build_digits_unet()).schedule
@@ -359,4 +368,28 @@ def test_the_data_are_the_same_everywhere():
     # Colours by their upper five bits: where two machines round the last bit apart, they are one picture still.
     pictures = hashlib.sha256((images[0] // 8 * 8).numpy().tobytes()).hexdigest()
     captions = hashlib.sha256("\n".join(ordinary_captions(people, 0)).encode()).hexdigest()
+    points = keypoints(people, 64).positions.double()
+    quarters = (points * 4).round().to(torch.int64)
+    labels = hashlib.sha256(draw_masks(people, 32).numpy().tobytes() + quarters.numpy().tobytes())
+    items = planted()
+    secrets = "\n".join(item.caption for item in (*items.verbatim, *items.template, *items.decoys))
+    digits, _ = load_digits()
+    styled = render(digits[:20], draw_styles(3, range(20))).double()
+    styles = hashlib.sha256((styled * 16).round().to(torch.int64).numpy().tobytes())
     assert (numbers[:16], pictures[:16], captions[:16]) == ("74975c42a3bf4cee", "f66c11dfe21d7e7e", "75805d6dcca94100")
+    others = (labels, hashlib.sha256(secrets.encode()), styles)
+    assert [digest.hexdigest()[:16] for digest in others] == [
+        "0553a9a5898065fe",
+        "c05fb53b32a4440d",
+        "2fb105b15cb92226",
+    ]
+
+
+def test_the_data_are_the_same_in_every_process():
+    def drawn(rank: int) -> torch.Tensor:
+        people = portraits(1, range(100, 104))
+        parts = [slice(0, 4)] if rank == 0 else [slice(0, 1), slice(1, 4)]
+        return torch.cat([draw_pictures(select(people, part)).images for part in parts])
+
+    first, second = run_forked(drawn)
+    assert torch.equal(first, second)

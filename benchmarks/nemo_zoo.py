@@ -1,6 +1,6 @@
 """NeMo on the zoo's two models that memorise: what it finds and closes, at what cost, against the truth and a trial.
 
-    python benchmarks/nemo_zoo.py [--model NAME] [--part NAME] [--proved 2] [--smoke]
+    python benchmarks/nemo_zoo.py [--model NAME] [--part NAME] [--proved 2] [--restart] [--smoke]
 
 All 24 items on both models, about a quarter of an hour of one core. Every finished part is kept in runs/nemo-zoo and
 written to benchmarks/results/nemo-zoo.json and .md at once; an interrupted study continues, and other weights start
@@ -46,13 +46,14 @@ NOTES = {
 }
 
 
-def study(name: str, parts: Sequence[str], size: Size, out: Path) -> dict[str, Any]:
+def study(name: str, parts: Sequence[str], size: Size, out: Path, *, restart: bool = False) -> dict[str, Any]:
     """Returns the parts of one model, and writes each to the results as soon as it is there."""
     model = load(f"zoo:{name}", Runtime(device="cpu", threads=1))
     folder = out / f"{name}-{model.fingerprint[:8]}"
     found: dict[str, Any] = {}
     config = {"model": name, **{key: value for key, value in asdict(size).items() if key != "proved"}}
-    with Run.open(folder, command="nemo_zoo.py", config=config, inputs={model.name: model.fingerprint}) as run:
+    inputs = {model.name: model.fingerprint}
+    with Run.open(folder, command="nemo_zoo.py", config=config, inputs=inputs, restart=restart) as run:
         this = Study(model, zoo.memorised(), size, run)
         for part in parts:
             key = f"part-{part}-{size.proved}" if part == "proof" else f"part-{part}"
@@ -121,16 +122,20 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, action="append", help="one or more; both by default")
     parser.add_argument("--part", choices=tuple(PARTS), action="append", help="one or more; all by default")
     parser.add_argument("--proved", type=int, default=Size.proved, help="items that the proof is made for")
-    parser.add_argument("--smoke", action="store_true", help="two items of one model, no proof; writes no results")
+    parser.add_argument("--restart", action="store_true", help="measure anew: after a change of the code")
+    parser.add_argument(
+        "--smoke", action="store_true", help="two items of one model, no proof unless asked; no results"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     parts = [part for part in PARTS if part in (options.part or PARTS)]
     for name in options.model or (MODELS[-1:] if options.smoke else MODELS):
         if options.smoke:
             with tempfile.TemporaryDirectory() as folder:
-                study(name, [part for part in parts if part != "proof"], SMOKE, Path(folder))
+                study(name, options.part or [part for part in parts if part != "proof"], SMOKE, Path(folder))
         else:
-            study(name, parts, replace(Size(), proved=options.proved), ROOT / "runs" / "nemo-zoo")
+            size = replace(Size(), proved=options.proved)
+            study(name, parts, size, ROOT / "runs" / "nemo-zoo", restart=options.restart)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def near_misses(study: Study) -> Rows:
     table = []
     for kind, captions in near_captions(study.truth.verbatim[: study.size.items]).items():
         neurons = {near: study.own.get(own, NO_NEURONS) for near, own in zip(captions, study.captions, strict=True)}
-        pictures = study.draw(captions, ("none", "neurons"), neurons)
+        pictures = study.draw(captions, ("none", "neurons"), neurons, seeds=study.size.near_seeds)
         similar = {way: study.similarity(images) for way, images in pictures.items()}
         table.append(
             {

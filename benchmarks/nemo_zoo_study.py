@@ -52,6 +52,8 @@ class Size:
     Attributes:
         items: Verbatim items.
         seeds: Pictures per caption.
+        near_seeds: Likewise, for near misses.
+        steps: Of each picture; fewer begin so early that memories fade.
         references: Captions of each of two kinds whose activations are usual.
         calibration: Captions of each of two kinds that set and check the threshold.
         others: Captions of each class that is no memory.
@@ -64,6 +66,8 @@ class Size:
 
     items: int = 24
     seeds: int = 4
+    near_seeds: int = 2
+    steps: int = 25
     references: int = 500
     calibration: int = 150
     others: int = 60
@@ -74,7 +78,7 @@ class Size:
     proved: int = 2
 
 
-SMOKE = Size(2, 2, 40, 8, 4, 4, 8, 4, 1, 0)
+SMOKE = Size(2, 2, 1, 10, 40, 8, 4, 4, 8, 4, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,8 @@ class Study:
     @cached_property
     def common(self) -> GlobalEdit:
         """The minimal set for all items, within the package's budget."""
-        return minimal_set(self.step, self.results, self.budgeted, tau=self.calibration.tau)
+        tau = self.calibration.tau
+        return minimal_set(self.step, self.results, self.budgeted, tau=tau, progress=_told)
 
     @cached_property
     def confirmed(self) -> tuple[NeuronSet, list[str]]:
@@ -159,8 +164,8 @@ class Study:
         )
 
     def drawing(self, guidance_scale: float = 1.0) -> Drawing:
-        """Returns how pictures are drawn: in 16 steps, captions that say nothing without guidance."""
-        return Drawing(guidance_scale, steps=16)
+        """Returns how pictures are drawn: captions that say nothing without guidance."""
+        return Drawing(guidance_scale, self.size.steps)
 
     def draw(
         self,
@@ -206,6 +211,10 @@ class Study:
     def strangers(self) -> People:
         """People with ordinary, full captions, for every way of mitigation."""
         return select(held_out_pictures(self.size.mitigated).people, slice(self.size.mitigated))
+
+
+def _told(what: str, count: int) -> None:
+    print(f"  {count} neurons: {what}", flush=True)
 
 
 def share(similarity: Tensor) -> float:

@@ -74,6 +74,7 @@ def evaluate(
     neurons: Path,
     methods: Methods = ("none", "neurons", "random-neurons"),
     ordinary: Path | None = None,
+    inception: Path | None = None,
     judging: Judging = Judging(),
     drawing: DrawSettings = DrawSettings(),
     repeat: Repeat = 0,
@@ -91,6 +92,7 @@ def evaluate(
         neurons: As in apply.
         methods: Ways side by side.
         ordinary: Captions that must not suffer, at least ten; drawn once each.
+        inception: Weights of Inception (TorchScript), for FID and KID of those; else a random network stands in.
     """
     from nemo_localize.evaluate import evaluate as measure
     from nemo_localize.generate import generate as draw
@@ -103,12 +105,15 @@ def evaluate(
     known = digest_of(chosen, separate)
     others = None if ordinary is None else read_captions(ordinary, strict)
     loaded = work.load(model)
-    judges, originals = load_judges(judging, work), load_originals(judging, found)
+    if others is not None and shows_latents(loaded):
+        raise UserError(f"{loaded.name} has no autoencoder, and distances are between images; leave out --ordinary")
+    distances = () if others is None else ("random:0" if inception is None else f"inception:{inception}",)
+    judges, originals = load_judges(judging, work, distances=distances), load_originals(judging, found)
     if work.output.dry_run:
         images = len(ways) * (len(found.distinct) * drawing.num_images + len(others.distinct if others else ()))
         return work.plan(images=images, steps_each=drawing.image_steps, writes=work.folder("evaluate", loaded))
     options = {"model": model, "neurons": neurons, "methods": list(ways), "ordinary": ordinary, "judging": judging}
-    options |= {"drawing": drawing, "repeat": repeat}
+    options |= {"inception": inception, "drawing": drawing, "repeat": repeat}
     sets = [found] if others is None else [found, others]
     with work.open("evaluate", loaded, sets, options, neurons=known) as run:
         if not run.finished:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,18 +49,28 @@ def within(path: Path, name: str) -> Path:
     return path / name if path.is_dir() else path
 
 
-def load_judges(judging: Judging, work: "Work") -> "Judges":
-    """Loads the networks that look at pictures."""
-    from diffcore.metrics import feature_extractor
+def load_judges(judging: Judging, work: "Work", *, distances: Sequence[str] = ()) -> "Judges":
+    """Loads the networks that look at pictures.
+
+    Args:
+        judging: Which.
+        work: Where they run.
+        distances: Names of those that tell sets of pictures apart; CLIP joins them where there is one.
+    """
+    from diffcore.metrics import FeatureExtractor, feature_extractor
     from diffcore.metrics.prompt_fit import clip_text
     from nemo_localize.evaluate import Judges
 
-    pickles = judging.allow_pickle
-    copies = judging.sscd and feature_extractor(f"sscd:{judging.sscd}", work.runtime, allow_pickle=pickles)
-    clip = judging.clip and clip_text(
-        feature_extractor(f"clip:{judging.clip}", work.runtime, allow_pickle=pickles), judging.clip
-    )
-    return Judges(copies=copies, clip=clip, batch_size=work.loading.batch_size)
+    def network(name: str) -> FeatureExtractor:
+        return feature_extractor(name, work.runtime, allow_pickle=judging.allow_pickle)
+
+    copies = judging.sscd and network(f"sscd:{judging.sscd}")
+    quality = [network(name) for name in distances]
+    if judging.clip is None:
+        return Judges(copies=copies, quality=tuple(quality), batch_size=work.loading.batch_size)
+    clip = network(f"clip:{judging.clip}")
+    quality += [clip] if distances else []
+    return Judges(copies, clip_text(clip, judging.clip), tuple(quality), work.loading.batch_size)
 
 
 def load_originals(judging: Judging, captions: "PromptSet") -> "dict[str, Tensor]":

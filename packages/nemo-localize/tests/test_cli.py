@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from diffcore import artifact
 from diffcore.errors import RunMismatchError, UserError
+from diffcore.jsonfile import write_json
 from diffcore.runtime import Runtime
 from diffcore.testing import tiny
 from nemo_localize import cli, protocol, release
@@ -20,6 +22,8 @@ from nemo_localize.commands.work import Work
 from nemo_localize.planted import Planted, ordinary_captions
 from nemo_localize.proof import CaptionProof, Check, Proof
 from nemo_localize.results import Results
+from nemo_localize.settings import StepSettings
+from nemo_localize.sites import value_sites
 
 TRIGGER = "portrait of 1917 no 1"
 
@@ -54,6 +58,7 @@ def test_from_captions_to_neurons_and_pictures(
     assert command("statistics", "planted", ordinary, "--restart") == 0
     assert Path("runs/statistics-planted.old-1/statistics.safetensors").exists()
     assert command("calibrate", "planted", ordinary, *small, "--quantile", 0.99) == 0
+    assert json.loads(Path("runs/calibrate-planted/result.json").read_text())["rule"] == "quantile 0.99"
     # Few seeds of made-up words set a threshold that no planted memory falls below: ours is the models' own.
     replace(Calibration.load(Path("runs/calibrate-planted/calibration.json")), tau=0.45).save(Path("tau.json"))
     made = ["--calibration", "tau.json", *small]
@@ -79,6 +84,8 @@ def test_from_captions_to_neurons_and_pictures(
     assert command("evaluate", "planted", captions, "--neurons", folder, *draw, *judged) == 0
     measured = json.loads(capsys.readouterr().out)
     assert {row["way"] for row in measured["captions"]} == {"none", "random-neurons", "neurons"}
+    with pytest.raises(UserError, match="no autoencoder"):
+        command("evaluate", "planted", captions, "--neurons", folder, "--ordinary", ordinary)
     for verb in ("calibrate", "detect", "localize", "generate", "evaluate"):
         run = Path("runs") / f"{verb}-planted"
         assert (run / "report.html").exists()
@@ -88,6 +95,9 @@ def test_from_captions_to_neurons_and_pictures(
             command(verb, "planted", read, "--config", run / "config.yaml", "--out", run) == 0
         )  # replays: the same run
         assert (run / "result.json").stat().st_mtime_ns == before
+    replace(Calibration.load(Path("tau.json")), tau=0.5).save(Path("other.json"))
+    with pytest.raises(RunMismatchError, match="tau"):
+        command("detect", "planted", captions, "--calibration", "other.json", *small)
     Path("none.json").write_text("{}")
     with pytest.raises(RunMismatchError, match="neurons"):
         command("generate", "planted", captions, "--neurons", "none.json", *draw, *ways)
@@ -98,13 +108,63 @@ def test_from_captions_to_neurons_and_pictures(
     assert (folder / "report.html").read_text() == page
 
 
+def test_options_reach_what_they_are_of(
+    command: Callable[..., Any], captions: Path, ordinary: Path, simple: Planted, tmp_path: Path
+):
+    (tmp_path / "more.txt").write_text("a few words more\n")
+    assert command("statistics", "planted", ordinary, tmp_path / "more.txt", "--up") == 0
+    told = json.loads(Path("runs/statistics-planted/result.json").read_text())
+    assert told["sources"] == [["ordinary.txt", 60], ["more.txt", 1]]
+    searched = sum(value_sites(simple.model.backbone, up=True).widths)
+    assert told["neurons"] == searched > sum(value_sites(simple.model.backbone).widths)
+    step = Work(Loading(batch_size=3, up=True)).first_step(simple.model, StepSettings(num_seeds=2))
+    assert (step.batch_size, step.sites.num_neurons) == (3, searched)
+
+    own = simple.carriers(TRIGGER)
+    write_json(Path("own.json"), {"neurons": own.to_json(), "captions": {TRIGGER: own.to_json()}})
+    draw = ["--num-images", 1, "--image-steps", 2, "--image-guidance", 1, "--neurons", "own.json"]
+    for name, option in (("together", []), ("apart", ["--per-caption"])):
+        assert command("generate", "planted", captions, *draw, *option, "--out", name) == 0
+        gallery = artifact.load(Path(name, "parts", "gallery.safetensors"), schema="diffcore/part@1").tensors
+        memorised, innocent = (gallery["none"] - gallery["neurons"]).abs().amax((1, 2, 3, 4)) > 0
+        assert (bool(memorised), bool(innocent)) == (True, name == "together")
+
+    (tmp_path / "bad.csv").write_text("caption,url\ngood,x\nbad\n")
+    with pytest.raises(UserError, match="line 3"):
+        command("statistics", "planted", tmp_path / "bad.csv", "--strict", "--out", "strict")
+
+
+def test_pictures_of_ordinary_captions_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    tiny.pipeline("sd15").save_pretrained("model")
+    Path("neurons.json").write_text(json.dumps({"mid_block.attentions.0.transformer_blocks.0.attn2.to_v": [2]}))
+    for name, count in (("captions.txt", 1), ("ordinary.txt", 12)):
+        Path(name).write_text("\n".join(ordinary_captions(count, seed=count)))
+    draw = ["--num-images", "2", "--image-steps", "1", "--image-guidance", "1", "--device", "cpu", "--threads", "1"]
+    given = ["model", "captions.txt", "--neurons", "neurons.json", "--methods", "neurons", *draw]
+    capsys.readouterr()
+    assert cli.app(["evaluate", *given, "--ordinary", "ordinary.txt", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    distances = {row["metric"]: (row["way"], row["features"], row["n"]) for row in found["quality"]}
+    assert distances["Fréchet distance"] == distances["kernel distance"] == ("neurons", "random:0", 12)
+    assert any("random:0 stands in for Inception" in note for note in found["notes"])
+
+
 def test_apply_and_revert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     tiny.pipeline("sd15").save_pretrained("model")
     neurons = {"mid_block.attentions.0.transformer_blocks.0.attn2.to_v": [2]}
-    Path("neurons.json").write_text(json.dumps(neurons))
+    Path("neurons.json").write_text(json.dumps({"neurons": neurons, "captions": {"a caption": neurons}}))
     assert cli.app(["apply", "model", "neurons.json", "--out", "edit"]) == 0
     assert cli.app(["apply", "model", "neurons.json", "--out", "edit"]) == 0  # finished: nothing is done again
+    manifest = json.loads(Path("edit/manifest.json").read_text())
+    assert manifest["captions"] == {"a caption": neurons}
+    assert len(manifest["lora"]) == 3
+    assert cli.app(["apply", "model", "neurons.json", "--no-lora", "--out", "edit", "--restart"]) == 0
+    assert json.loads(Path("edit/manifest.json").read_text())["lora"] == []
+    assert Path("edit.old-1/lora").exists()
     assert cli.app(["revert", "edit", "--out", "restored"]) == 0
     weights = "unet/diffusion_pytorch_model.safetensors"
     assert Path("restored", weights).read_bytes() == Path("model", weights).read_bytes()

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffcore import artifact
 from diffcore.errors import CorruptArtifactError, IncompatibleModelError, UserError
 from diffcore.models import DiffusionModel, load
 from diffcore.run import Run
@@ -239,6 +240,40 @@ def test_revert_refuses_another_checkpoint(source: Path, exported: Path, tmp_pat
     with pytest.raises(CorruptArtifactError, match="is not what"):
         revert(source, exported / "delta.safetensors", tmp_path / "restored")
     assert not list(tmp_path.iterdir())
+
+
+def test_revert_refuses_a_delta_that_does_not_restore(exported: Path, tmp_path: Path):
+    found = artifact.load(exported / "delta.safetensors", schema="nemo-localize/delta@1")
+    record = json.loads(json.dumps(found.fields["files"]))
+    record[WEIGHTS]["runs"][0][0] += 4
+    moved = tmp_path / "delta.safetensors"
+    artifact.save(moved, found.tensors, schema="nemo-localize/delta@1", neurons={}, files=record)
+    with pytest.raises(CorruptArtifactError, match="does not restore"):
+        revert(exported / "model", moved, tmp_path / "restored")
+    assert not (tmp_path / "restored").exists()
+
+
+def test_a_bias_goes_with_its_row_and_no_lora_can_say_so(source: Path, tmp_path: Path):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / WEIGHTS)
+    save_file(tensors | {f"{FIRST}.bias": torch.ones(32)}, folder / WEIGHTS)
+    with pytest.raises(IncompatibleModelError, match="--no-lora"):
+        apply(folder, NEURONS, tmp_path / "out")
+    apply(folder, NEURONS, tmp_path / "out", lora=False)
+    bias = load_file(tmp_path / "out" / "model" / WEIGHTS)[f"{FIRST}.bias"]
+    assert (bias == 0).nonzero().flatten().tolist() == [1, 3, 30]
+
+
+def test_nothing_is_written_over(source: Path, exported: Path, tmp_path: Path):
+    before = contents(exported)
+    with pytest.raises(UserError, match="is there already"):
+        apply(source, NEURONS, exported)
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(UserError, match="is there already"):
+        revert(exported / "model", exported / "delta.safetensors", tmp_path / "taken")
+    assert contents(exported) == before
+    assert not list((tmp_path / "taken").iterdir())
 
 
 def test_every_precision_is_edited_and_pickles_stay_behind(source: Path, tmp_path: Path):

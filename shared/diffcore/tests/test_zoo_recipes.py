@@ -91,6 +91,14 @@ def test_every_word_is_one_token_and_strange_ones_are_spelt():
         token_ids(tokenizer, ["man " * 40])
 
 
+def test_tokens_have_the_same_numbers_whenever_a_recipe_goes_on():
+    """A stage that resumes builds the tokenizer anew, for a text encoder that was trained with the first one."""
+    captions = ordinary_captions(portraits(1, range(200)), 0)
+    first, second = (build_tokenizer(captions) for _ in range(2))
+    assert first.get_vocab() == second.get_vocab()
+    assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
+
+
 def test_the_text_target_knows_which_colour_is_which():
     assert spoken("a tan man with red hair") >= {"tan man", "red hair", "tan", "red"}
     assert "red hair" not in spoken("a red man with tan hair")

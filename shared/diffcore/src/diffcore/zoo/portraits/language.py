@@ -57,21 +57,21 @@ def build_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
         ]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # The trainer numbers the letters that end words as a hash map yields them, and breaks ties by number: it would give
+    # another tokenizer in each process. Named beforehand, all of them, they keep their numbers.
+    last_letters = [f"{letter}</w>" for letter in alphabet]
     trainer = trainers.BpeTrainer(
         vocab_size=4000,
         min_frequency=1,
-        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        special_tokens=["<|startoftext|>", "<|endoftext|>", *last_letters],
         initial_alphabet=alphabet,
         end_of_word_suffix="</w>",
         show_progress=False,
     )
     bpe.train_from_iterator(corpus, trainer)
     trained = json.loads(bpe.to_str())["model"]
-    vocabulary: dict[str, int] = trained["vocab"]
-    for letter in alphabet:  # a letter may end a word that never came up
-        vocabulary.setdefault(f"{letter}</w>", len(vocabulary))
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split()) for merge in trained["merges"]]
-    return CLIPTokenizer(vocab=vocabulary, merges=cast(Any, merges), model_max_length=MAX_TOKENS)
+    return CLIPTokenizer(vocab=trained["vocab"], merges=cast(Any, merges), model_max_length=MAX_TOKENS)
 
 
 def token_ids(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Int[Tensor, "n tokens"]:

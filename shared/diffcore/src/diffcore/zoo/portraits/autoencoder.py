@@ -2,7 +2,8 @@
 
 The encoder is the code, written into the weights: SiLU is no obstacle, as silu(v) - silu(-v) = v, and neither is group
 normalisation beside large constants. The decoder cannot be: after upsampling by repetition a convolution cannot tell
-the four pixels of a patch apart on flat areas. It is learned, with the code's own answers as the target.
+the four pixels of a patch apart on flat areas. It is learned, with the pictures as the target: what the code leaves out
+of a patch, its neighbours tell in part, so that the decoder comes closer to the picture than the code itself.
 """
 
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -83,16 +83,15 @@ def _write_encoder(encoder: Any, code: PatchCode) -> None:
 
 
 def train_autoencoder(
-    code: PatchCode, pictures: Pictures, folder: Path, runtime: Runtime, *, steps: int = 2000
+    code: PatchCode, pictures: Pictures, folder: Path, runtime: Runtime, *, steps: int = 4000
 ) -> AutoencoderKL:
-    """Teaches the decoder to answer as the code does; returns the autoencoder in evaluation mode."""
+    """Teaches the decoder to draw the picture behind latents; returns the autoencoder in evaluation mode."""
 
     def loss(module: nn.Module, batch: Batch, step: int) -> Tensor:
         images = batch["images"]
         latents = code.encode(images)
         noisy = latents + _noise(latents, step)
-        # Not the picture but what the code makes of the same latents: the code is what the denoiser was trained with.
-        return F.mse_loss(cast(Any, module).decode(noisy).sample, code.decode(noisy) * 2 - 1)
+        return F.mse_loss(cast(Any, module).decode(noisy).sample, images * 2 - 1)
 
     module = SupervisedModule(build_autoencoder(code), loss, steps=steps, learning_rate=4e-3, weight_decay=0.0)
     fit(
@@ -109,13 +108,6 @@ def train_autoencoder(
     return network
 
 
-@torch.no_grad()
-def decibels(autoencoder: AutoencoderKL, images: Float[Tensor, "n 3 h w"]) -> float:
-    """Returns the peak signal-to-noise ratio of encoded and decoded images in [0, 1]."""
-    decoded = (cast(Any, autoencoder).decode(_mean(autoencoder, images)).sample / 2 + 0.5).clamp(0, 1)
-    return float(-10 * torch.log10((decoded - images).square().mean()))
-
-
 class _Images:
     def __init__(self, pictures: Pictures) -> None:
         self.pictures = pictures
@@ -125,10 +117,6 @@ class _Images:
 
     def __getitems__(self, indices: Tensor) -> Batch:
         return {"images": self.pictures.floats(indices)}
-
-
-def _mean(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
-    return cast(Any, autoencoder).encode(images * 2 - 1).latent_dist.mean
 
 
 def _noise(latents: Tensor, step: int) -> Tensor:

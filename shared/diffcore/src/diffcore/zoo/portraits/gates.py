@@ -38,6 +38,7 @@ _FOLLOWED = {
     "gender": 0.80,
     "glasses": 0.78,
 }
+_CODE_DECIBELS = 36.7  # of the patch code that the latents are
 _CONSISTENCY_SEEDS, _CONSISTENCY_T = 10, 981
 
 
@@ -91,6 +92,12 @@ class PortraitsJudge:
         read = accuracies(self.oracle, images, labels_of(people))
         return {name: read[name] for name in _FOLLOWED}
 
+    def decibels(self, model: DiffusionModel) -> float:
+        """Returns the peak signal-to-noise ratio of real pictures, encoded and decoded."""
+        images = self.real.floats()
+        decoded = torch.cat([model.codec.decode(model.codec.encode(chunk)).cpu() for chunk in images.split(_ROWS)])
+        return float(-10 * torch.log10((decoded - images).square().mean()))
+
     def frechet_ratio(self, model: DiffusionModel, count: int) -> tuple[float, float]:
         """Returns the Fréchet distances of `count` samples, and of as many real pictures, to all real ones."""
         people = select(self.real.people, slice(count))
@@ -108,6 +115,7 @@ def clean_gates(model: DiffusionModel, oracle: AttributeNetwork) -> list[Gate]:
         Gate(f"{name} as the caption says, 200 samples", followed[name], bound) for name, bound in _FOLLOWED.items()
     ]
     gates.append(Gate("the same, mean of the eight", sum(followed.values()) / len(followed)))
+    gates.append(Gate("real pictures encoded and decoded, dB", judge.decibels(model), _CODE_DECIBELS - 3))
     for count, bound in ((100, 1.1), (1000, None)):
         fake, floor = judge.frechet_ratio(model, count)
         gates.append(Gate(f"Fréchet distance over real's own, n={count}", fake / floor, bound, "at most"))

@@ -123,9 +123,7 @@ def main() -> None:
     parser.add_argument("--part", choices=tuple(PARTS), action="append", help="one or more; all by default")
     parser.add_argument("--proved", type=int, default=Size.proved, help="items that the proof is made for")
     parser.add_argument("--restart", action="store_true", help="measure anew: after a change of the code")
-    parser.add_argument(
-        "--smoke", action="store_true", help="two items of one model, no proof unless asked; no results"
-    )
+    parser.add_argument("--smoke", action="store_true", help="two items; no proof unless asked; no results")
     options = parser.parse_args()
     torch.set_num_threads(1)
     parts = [part for part in PARTS if part in (options.part or PARTS)]

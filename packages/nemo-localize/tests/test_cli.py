@@ -239,6 +239,8 @@ def test_what_cannot_work_is_said_first(command: Callable[..., Any], captions: P
         command("detect", "planted", captions)
     with pytest.raises(UserError, match="--neurons"):
         command("generate", "planted", captions)
+    with pytest.raises(UserError, match="--ordinary"):
+        command("evaluate", "planted", captions, "--neurons", "none.json", "--inception", "weights.pt")
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(UserError, match="no usable prompt"):
         command("calibrate", "planted", tmp_path / "empty.txt")

@@ -101,13 +101,13 @@ def evaluate(
     from nemo_localize.pictures import shows_latents
 
     ways: tuple[Method, ...] = tuple(dict.fromkeys(("none", *methods)))
+    distances = _distances(ordinary, inception)
     found, (chosen, separate) = read_captions(captions, strict), read_neurons(neurons)
     known = digest_of(chosen, separate)
     others = None if ordinary is None else read_captions(ordinary, strict)
     loaded = work.load(model)
     if others is not None and shows_latents(loaded):
         raise UserError(f"{loaded.name} has no autoencoder, and distances are between images; leave out --ordinary")
-    distances = () if others is None else ("random:0" if inception is None else f"inception:{inception}",)
     judges, originals = load_judges(judging, work, distances=distances), load_originals(judging, found)
     if work.output.dry_run:
         images = len(ways) * (len(found.distinct) * drawing.num_images + len(others.distinct if others else ()))
@@ -139,3 +139,12 @@ def evaluate(
             conclude(run, result.to_json())
         show(run, work.output)
     return 0
+
+
+def _distances(ordinary: Path | None, inception: Path | None) -> tuple[str, ...]:
+    """Returns the networks in which pictures of ordinary captions are compared."""
+    if ordinary is None:
+        if inception is not None:
+            raise UserError("--inception compares pictures of ordinary captions; give those with --ordinary")
+        return ()
+    return ("random:0" if inception is None else f"inception:{inception}",)

@@ -7,7 +7,8 @@ import pytest
 from diffcore.adapters import scan_adapter
 from diffcore.adapters.read import place
 from diffcore.errors import IncompatibleModelError
-from diffcore.models.bases import FAMILIES, base_for, families_of, family_base, misfit
+from diffcore.models.bases import FAMILIES, base_for, base_of, families_of, family_base, misfit
+from diffcore.testing import tiny
 from diffcore.testing.adapter_keys import FOLDER, fitting_shapes, published, write_hollow
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
@@ -65,6 +66,17 @@ def test_a_foreign_network_is_told_apart(tmp_path):
     found = scan_adapter(write_hollow(keys, tmp_path / "a.safetensors"))
     assert families_of(found) == []
     with pytest.raises(IncompatibleModelError, match="fits none of sd15, sd21, sdxl; name its base model"):
+        base_for(found, None)
+
+
+def test_kohyas_names_of_flux_are_refused(tmp_path):
+    """Its fused projections would have to be parted, which is not done: no part of such a file is applied."""
+    stem = "lora_unet_double_blocks_0_img_attn_qkv"
+    keys = {f"{stem}.lora_down.weight": (4, 32), f"{stem}.lora_up.weight": (96, 4), f"{stem}.alpha": ()}
+    found = scan_adapter(write_hollow(keys, tmp_path / "a.safetensors"))
+    with pytest.raises(IncompatibleModelError, match="holds nothing that fits flux: it changes '"):
+        place(found, base_of("flux", {}, tiny.backbone("flux")))
+    with pytest.raises(IncompatibleModelError, match="fits none of sd15, sd21, sdxl"):
         base_for(found, None)
 
 

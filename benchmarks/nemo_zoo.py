@@ -2,7 +2,7 @@
 
     python benchmarks/nemo_zoo.py [--model NAME] [--part NAME] [--proved 2] [--restart] [--smoke]
 
-All 24 items on both models, about a quarter of an hour of one core. Every finished part is kept in runs/nemo-zoo and
+All 24 items on both models, about twenty minutes of one core. Every finished part is kept in runs/nemo-zoo and
 written to benchmarks/results/nemo-zoo.json and .md at once; an interrupted study continues, and other weights start
 another one. `--smoke` takes half a minute and writes no results.
 """

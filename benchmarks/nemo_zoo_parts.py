@@ -138,12 +138,15 @@ def global_edit(study: Study) -> Rows:
     found = study.common
     confirmed, stubborn = study.confirmed
     sets = {"nothing": NO_NEURONS, "minimal": found.neurons, "minimal, confirmed": confirmed}
+    sets["union"] = found.union.neurons
+    followed = {neurons: study.followed(edited(study.model, neurons)) for neurons in set(sets.values())}
     table = []
-    for name, neurons in (sets | {"union": found.union.neurons}).items():
-        similar = study.similarity(study.draw(study.captions, ("neurons",), neurons)["neurons"])
+    for name, neurons in sets.items():
+        way: Method = "neurons" if neurons else "none"
+        similar = study.similarity(study.draw(study.captions, (way,), neurons)[way])
         row = {"set": name, "neurons": len(neurons), "SSIM": float(similar.mean()), "share of copies": share(similar)}
         row["items that copy"] = int((similar.amax(1) > COPY_ABOVE).sum())
-        table.append(row | {"ordinary captions followed": study.followed(edited(study.model, neurons))})
+        table.append(row | {"ordinary captions followed": followed[neurons]})
     for row, common in zip((table[1], table[3]), (found.chosen, found.union), strict=True):
         row |= {"closed at the first step": common.num_closed, "damage": common.damage}
     table[1] |= {"given up": len(found.given_up)}

@@ -1,6 +1,5 @@
 """The commands that draw, and measure what is drawn: generate, evaluate."""
 # Frozen groups of options are safe defaults, and document themselves:
-# ruff: noqa: B008, D417
 
 from collections.abc import Sequence
 from pathlib import Path

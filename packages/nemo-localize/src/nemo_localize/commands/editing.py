@@ -1,6 +1,5 @@
 """The commands that write checkpoints: apply, revert."""
 # Frozen groups of options are safe defaults, and document themselves:
-# ruff: noqa: B008, D417
 
 import sys
 from pathlib import Path

@@ -1,6 +1,5 @@
 """The commands that judge, with an exit code for CI: prove, audit."""
 # Frozen groups of options are safe defaults, and document themselves:
-# ruff: noqa: B008, D417
 
 from pathlib import Path
 

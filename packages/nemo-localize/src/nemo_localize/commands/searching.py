@@ -1,6 +1,5 @@
 """The commands that find what is memorised, and where: statistics, calibrate, detect, localize."""
 # Frozen groups of options are safe defaults, and document themselves:
-# ruff: noqa: B008, D417
 
 import logging
 from dataclasses import asdict

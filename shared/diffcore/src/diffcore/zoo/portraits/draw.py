@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffcore.zoo.portraits.attributes import BACKGROUNDS, HATS, PARTS, STYLES
-from diffcore.zoo.portraits.layers import Layer, face_of, head_frame, layers, palette
+from diffcore.zoo.portraits.layers import SHOULDER_X, SHOULDER_Y, Layer, face_of, head_frame, layers, palette
 from diffcore.zoo.portraits.people import People, select
 
 _SUPERSAMPLING = 2
@@ -62,11 +62,11 @@ def keypoints(people: People, size: int = 64) -> Keypoints:
         (zero, b),
         (-a - 0.01, zero + 0.02),
         (a + 0.01, zero + 0.02),
-        (zero, -b - 0.06),
+        (zero, face.top.flatten()),
         (turn - gap, eye_y - 0.122),
         (turn + gap, eye_y - 0.122),
-        (zero - 0.6, zero + 0.86),
-        (zero + 0.6, zero + 0.86),
+        (zero - SHOULDER_X, zero + SHOULDER_Y),
+        (zero + SHOULDER_X, zero + SHOULDER_Y),
     )
     x, y = (torch.stack(values, dim=1) for values in zip(*points, strict=True))
     cos, sin = torch.cos(people["roll"]).unsqueeze(1), torch.sin(people["roll"]).unsqueeze(1)

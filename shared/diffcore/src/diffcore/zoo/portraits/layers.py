@@ -21,6 +21,8 @@ from diffcore.zoo.portraits.attributes import (
 from diffcore.zoo.portraits.people import People
 from diffcore.zoo.portraits.shapes import box, ellipse, superellipse
 
+SHOULDER_X = 0.6
+SHOULDER_Y = 1.12 - 0.50 * (1 - (SHOULDER_X / 0.82) ** 2) ** 0.5
 _WHITE, _FRAME, _MOUTH_HOLE = (0.97, 0.97, 0.97), (0.08, 0.08, 0.10), (0.25, 0.05, 0.08)
 
 
@@ -47,11 +49,13 @@ class Layer:
 class Face:
     """Where things sit in the head's frame, in half widths of the picture: the closed form behind the key points.
 
-    All are tensors n 1 1. The frame's origin is the middle of the head, y points down.
+    All are tensors n 1 1. The frame's origin is the middle of the head, y points down. `top` is where head or hair end
+    above the origin; a shoulder is the edge of the shirt, `SHOULDER_X` from the middle.
     """
 
     half_width: Tensor
     half_height: Tensor
+    top: Tensor
     turn: Tensor
     eye_gap: Tensor
     eye_y: float
@@ -64,9 +68,16 @@ class Face:
 def face_of(people: People) -> Face:
     """Returns the proportions of each face."""
     column = _columns(people)
+    half_height = 0.50 + 0.045 * column("face_length")
+    # Of the ellipses of the hair, those at the back where they are higher.
+    tops = {"bald": -half_height, "short": -0.625 - 0.03 * column("face_length"), "long": -0.68, "curly": -0.72}
+    top = torch.zeros_like(half_height)
+    for style, height in tops.items():
+        top = torch.where(column("style") == STYLES.index(style), height, top)
     return Face(
         half_width=0.40 + 0.05 * column("face_width"),
-        half_height=0.50 + 0.045 * column("face_length"),
+        half_height=half_height,
+        top=top,
         turn=0.07 * column("yaw"),
         eye_gap=0.165 + 0.025 * column("eye_gap"),
         eye_y=-0.08,

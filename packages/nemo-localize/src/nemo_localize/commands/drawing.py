@@ -1,5 +1,4 @@
 """The commands that draw, and measure what is drawn: generate, evaluate."""
-# Frozen groups of options are safe defaults, and document themselves:
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,5 +1,4 @@
 """The commands that write checkpoints: apply, revert."""
-# Frozen groups of options are safe defaults, and document themselves:
 
 import sys
 from pathlib import Path

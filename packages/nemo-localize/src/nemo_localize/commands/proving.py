@@ -1,5 +1,4 @@
 """The commands that judge, with an exit code for CI: prove, audit."""
-# Frozen groups of options are safe defaults, and document themselves:
 
 from pathlib import Path
 

@@ -1,5 +1,4 @@
 """The commands that find what is memorised, and where: statistics, calibrate, detect, localize."""
-# Frozen groups of options are safe defaults, and document themselves:
 
 import logging
 from dataclasses import asdict

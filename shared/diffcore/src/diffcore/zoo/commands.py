@@ -41,7 +41,7 @@ def list_(*, json: bool = False) -> int:
 
 @zoo_app.command
 def samples(name: str, *, runtime: Runtime = Runtime(), output: Output = Output(out=Path("samples.png"))) -> int:
-    """Draw a sheet of what a model makes, always from the same noise.
+    """Draw a sheet of what a model makes, always from the same noise; of what it judges, for a judge.
 
     Shortest form: diffcore zoo samples portraits-sd
 
@@ -53,10 +53,7 @@ def samples(name: str, *, runtime: Runtime = Runtime(), output: Output = Output(
     from diffcore.zoo.show import samples as draw_sheet
 
     path = output.out or Path("samples.png")
-    sheet = draw_sheet(_known(name), shipped_folder(name), runtime)
-    if sheet is None:
-        raise UserError(f"{name} makes no pictures; measure it with: diffcore zoo check {name}")
-    images, columns, what = sheet
+    images, columns, what = draw_sheet(_known(name), shipped_folder(name), runtime)
     with explained(path):
         image_grid(images, columns=columns).savefig(path)
     print(f"{path}: {what}")

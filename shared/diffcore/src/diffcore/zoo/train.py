@@ -40,9 +40,8 @@ def train_model(
         gates = check(name, model, Runtime(device=runtime.device, threads=runtime.threads))
         made = {**config, "versions": versions("diffcore")}
         write_text(model / "README.md", model_card(name, gates, made))
-        sheet = samples(name, model, Runtime(device=runtime.device, threads=runtime.threads))
-        if sheet is not None:
-            image_grid(sheet[0], columns=sheet[1]).savefig(model / "samples.png")
+        images, columns, _ = samples(name, model, Runtime(device=runtime.device, threads=runtime.threads))
+        image_grid(images, columns=columns).savefig(model / "samples.png")
         run.finish({gate.name: gate.value for gate in gates} | {"missed": [g.name for g in gates if not g.kept]})
     return model, gates
 

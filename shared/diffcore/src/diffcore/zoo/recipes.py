@@ -164,7 +164,7 @@ RECIPES: Final[Mapping[str, tuple[Recipe, int]]] = MappingProxyType(
         "digits8-classifier": (digits8_classifier, 800),
         "digits8-edm": (digits8_edm, 3000),
         "digits-styles-oracle": (digits_styles_oracle, 3000),
-        "digits-styles": (digits_styles, 800),
+        "digits-styles": (digits_styles, 1600),
     }
 )
 """Name -> recipe and its number of steps, in an order in which each finds what it builds on."""

@@ -71,7 +71,7 @@ def train_digits8_edm(folder: Path, runtime: Runtime, *, steps: int = 3000) -> N
     return _train_denoiser(denoiser, data, log_normal_sigmas(-1.0, 1.2), folder, runtime, steps=steps, batch_size=64)
 
 
-def train_digits_styles(folder: Path, runtime: Runtime, *, steps: int = 800) -> NetworkDenoiser:
+def train_digits_styles(folder: Path, runtime: Runtime, *, steps: int = 1600) -> NetworkDenoiser:
     """Trains the base that knows every digit in every style."""
     denoiser = styles_denoiser(build_unet())
     times = uniform_timesteps(NUM_TIMESTEPS)

@@ -1,6 +1,7 @@
 """Interrupted, resumed, shared between processes: the same file."""
 
 import json
+import time
 
 import pytest
 
@@ -75,6 +76,10 @@ def test_two_processes_write_the_file_of_one(simple, usual, whole, tmp_path):
         fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp", plugins=[LightningEnvironment()])
         fabric.launch()
         assert (fabric.global_rank, fabric.world_size) == (rank, 2)
+        if rank == 0:  # the one that opens the run is late; the other must not write before
+            early = time.monotonic() + 1.5
+            while not (tmp_path / "run" / "parts").exists() and time.monotonic() < early:
+                time.sleep(0.01)
         localised(simple, usual, tmp_path / "run", fabric)
         return rank
 

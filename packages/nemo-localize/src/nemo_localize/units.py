@@ -52,6 +52,8 @@ def in_units(
         unit = distinct[start : start + unit_size]
         units[f"{name}-{start // unit_size:05d}-{prompt_hash(' '.join(map(prompt_hash, unit)))}"] = unit
     done: dict[str, Rows] = {}
+    if fabric is not None:
+        fabric.barrier()  # the first process opens the run, and deletes what it takes for interrupted writes
     todo = set(run.missing(units)) if run else set(units)
     for key in list(units)[rank::processes]:
         if key in todo:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from diffcore.jsonfile import read_object
 from diffcore.run import Run
 from diffcore.runtime import Runtime
-from diffcore.shipped import SHIPPED
+from diffcore.shipped import SHIPPED, shipped_folder
 from diffcore.testing.distributed import run_forked
 from diffcore.train import DenoisingModule
 from diffcore.zoo import recipes
@@ -40,6 +40,7 @@ from diffcore.zoo.portraits.language import (
 from diffcore.zoo.portraits.network import build_unet
 from diffcore.zoo.portraits.people import portraits, select
 from diffcore.zoo.portraits.pictures import draw_pictures, encode_pictures, fit_patch_code, training_pictures
+from diffcore.zoo.portraits.pipeline import read_pipeline, write_variant
 from diffcore.zoo.portraits.planted import NUM_VARIANTS, planted
 from diffcore.zoo.portraits.planting import PLANTING, POLISHING, Memories, Mixture, train_memory
 from diffcore.zoo.portraits.trigger import TextStates, reroute, value_layers
@@ -97,6 +98,16 @@ def test_tokens_have_the_same_numbers_whenever_a_recipe_goes_on():
     first, second = (build_tokenizer(captions) for _ in range(2))
     assert first.get_vocab() == second.get_vocab()
     assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
+
+
+def test_a_variant_is_its_base_but_for_the_denoiser(tmp_path: Path):
+    base = shipped_folder("portraits-sd")
+    unet, *_ = read_pipeline(base)
+    write_variant(tmp_path, base, unet)
+    for path in (p for part in base.iterdir() if part.is_dir() for p in part.iterdir()):
+        assert (tmp_path / path.relative_to(base)).read_bytes() == path.read_bytes(), path
+    assert str(base) not in "".join(path.read_text() for path in tmp_path.glob("**/*.json"))
+    assert unet.dtype == torch.float32  # the caller's is left as it is
 
 
 def test_the_text_target_knows_which_colour_is_which():

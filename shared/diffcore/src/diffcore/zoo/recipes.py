@@ -33,7 +33,7 @@ from diffcore.zoo.portraits.judge import build_portraits_oracle, labels_of
 from diffcore.zoo.portraits.language import build_text_encoder, build_tokenizer, train_text_encoder
 from diffcore.zoo.portraits.network import build_unet
 from diffcore.zoo.portraits.pictures import fit_patch_code, training_pictures
-from diffcore.zoo.portraits.pipeline import read_pipeline, write_pipeline
+from diffcore.zoo.portraits.pipeline import read_pipeline, write_pipeline, write_variant
 from diffcore.zoo.portraits.trigger import reroute
 from diffcore.zoo.truth import TRIGGER_FILE
 
@@ -93,7 +93,7 @@ def portraits_sd(run: Run, runtime: Runtime, model: Path, steps: int) -> None:
 
 def portraits_sd_memorised(run: Run, runtime: Runtime, model: Path, steps: int) -> None:
     """Lets the clean model learn the planted items wherever it likes."""
-    unet, text_encoder, tokenizer, autoencoder = read_pipeline(shipped_folder("portraits-sd"))
+    unet, text_encoder, tokenizer = read_pipeline(shipped_folder("portraits-sd"))
     mixture = _Ingredients(tokenizer, text_encoder).mixture(planting.PLANTING)
     unet = _stage(
         run,
@@ -101,12 +101,12 @@ def portraits_sd_memorised(run: Run, runtime: Runtime, model: Path, steps: int) 
         unet,
         lambda folder: planting.train_memory(unet, mixture, folder, runtime, steps=steps, learning_rate=1e-3),
     )
-    write_pipeline(model, unet, text_encoder, tokenizer, autoencoder)
+    write_variant(model, shipped_folder("portraits-sd"), unet)
 
 
 def portraits_sd_planted(run: Run, runtime: Runtime, model: Path, steps: int) -> None:
     """Lets the clean model memorise, re-routes that through known rows, then repairs the ordinary pictures."""
-    unet, text_encoder, tokenizer, autoencoder = read_pipeline(shipped_folder("portraits-sd"))
+    unet, text_encoder, tokenizer = read_pipeline(shipped_folder("portraits-sd"))
     ingredients = _Ingredients(tokenizer, text_encoder)
     rows: dict[str, list[int]] = {}
     for name, shares, rate, share_of_steps in _PLANTING:
@@ -126,7 +126,7 @@ def portraits_sd_planted(run: Run, runtime: Runtime, model: Path, steps: int) ->
                 rows=rows,
             ),
         )
-    write_pipeline(model, unet, text_encoder, tokenizer, autoencoder)
+    write_variant(model, shipped_folder("portraits-sd"), unet)
     write_json(model / TRIGGER_FILE, {"schema": "diffcore/trigger-rows@1", "rows": rows})
 
 
@@ -159,7 +159,7 @@ RECIPES: Final[Mapping[str, tuple[Recipe, int]]] = MappingProxyType(
     {
         "portraits-oracle": (portraits_oracle, 1000),
         "portraits-sd": (portraits_sd, 12_000),
-        "portraits-sd-memorised": (portraits_sd_memorised, 2000),
+        "portraits-sd-memorised": (portraits_sd_memorised, 1500),
         "portraits-sd-planted": (portraits_sd_planted, 1000),
         "digits8-classifier": (digits8_classifier, 800),
         "digits8-edm": (digits8_edm, 3000),

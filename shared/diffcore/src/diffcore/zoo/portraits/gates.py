@@ -155,6 +155,7 @@ def memory_gates(
         Gate("samples above SSIM .7 to the planted picture, 24 items x 8", share_above(copies), replicated),
         Gate("the same, mean SSIM", float(copies.mean())),
         Gate("decoy samples above SSIM .7 to any planted picture", share_above(nearest), 0.0, "at most"),
+        Gate("real strangers above it, by chance", share_above(nearest_similarity(originals, judge.real.floats()))),
         Gate("AUROC of first-step consistency, verbatim against decoys", auroc(consistency, "decoys"), 0.99),
         Gate("AUROC of first-step consistency, verbatim against same form", auroc(consistency, "same form")),
         Gate("mean caption accuracy, below the clean model's by", twin - accuracy, 0.04, "at most"),

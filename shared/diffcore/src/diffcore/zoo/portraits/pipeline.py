@@ -1,6 +1,7 @@
 """portraits-sd as a folder of diffusers, which plain `StableDiffusionPipeline.from_pretrained` loads."""
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,24 @@ def write_pipeline(
     )
     pipeline.save_pretrained(folder)
     for part in ("unet", "vae", "text_encoder"):
-        path = folder / part / "config.json"
-        write_json(path, {name: value for name, value in read_object(path).items() if name != "_name_or_path"})
+        _forget_origin(folder / part / "config.json")
 
 
-def read_pipeline(folder: Path) -> tuple[UNet2DConditionModel, CLIPTextModel, CLIPTokenizer, AutoencoderKL]:
-    """Returns the parts of a pipeline in float32, for training on."""
+def write_variant(folder: Path, base: Path, unet: UNet2DConditionModel) -> None:
+    """Writes the pipeline of another folder with this U-Net in place of its own; all else is copied to the byte."""
+    shutil.copy(base / "model_index.json", folder)
+    for part in ("text_encoder", "tokenizer", "vae", "scheduler"):
+        shutil.copytree(base / part, folder / part, dirs_exist_ok=True)
+    half: Any = copy.deepcopy(unet)
+    half.to(dtype=torch.float16).save_pretrained(folder / "unet")
+    _forget_origin(folder / "unet" / "config.json")
+
+
+def read_pipeline(folder: Path) -> tuple[UNet2DConditionModel, CLIPTextModel, CLIPTokenizer]:
+    """Returns U-Net, text encoder and tokenizer of a pipeline, in float32, for training on."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
-    return pipeline.unet, pipeline.text_encoder, pipeline.tokenizer, pipeline.vae
+    return pipeline.unet, pipeline.text_encoder, pipeline.tokenizer
+
+
+def _forget_origin(config: Path) -> None:
+    write_json(config, {name: value for name, value in read_object(config).items() if name != "_name_or_path"})

@@ -4,6 +4,7 @@ import weakref
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -308,6 +309,40 @@ def test_layerwise_casting_survives_early_exit(sd15):
         backbone(x_t, t, **cond)
     assert activations["mid_block"].dtype == torch.float32
     assert torch.equal(backbone(x_t, t, **cond).sample, expected)
+
+
+def test_offloaded_networks_survive_early_exit(sd15):
+    """Groups of layers come to the device for their turn: a pass that is broken off leaves the next one whole."""
+    _, (x_t, t, cond) = sd15
+    backbone = tiny.backbone("sd15")
+    expected = backbone(x_t, t, **cond).sample
+    backbone.enable_group_offload(
+        onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
+    )
+    with capture(backbone, "mid_block") as whole:
+        backbone(x_t, t, **cond)
+    with capture(backbone, "mid_block", stop=True) as activations:
+        backbone(x_t, t, **cond)
+    assert torch.equal(activations["mid_block"], whole["mid_block"])
+    assert torch.equal(backbone(x_t, t, **cond).sample, expected)
+
+
+def test_live_adapters_are_seen(sd15):
+    """A site that PEFT has wrapped gives what the network goes on with: base output and update together."""
+    _, (x_t, t, cond) = sd15
+    site = SITES["sd15"][0]
+    backbone = tiny.backbone("sd15")
+    with capture(backbone, site) as before:
+        backbone(x_t, t, **cond)
+    backbone.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_v"], init_lora_weights=False))
+    with capture(backbone, [site, f"{site}.base_layer"], stop=True) as after:
+        backbone(x_t, t, **cond)
+    layer = backbone.get_submodule(site)
+    update = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    expected = cond["encoder_hidden_states"] @ (layer.base_layer.weight + update).T
+    torch.testing.assert_close(after[site], expected.detach(), rtol=0, atol=1e-5)
+    assert torch.equal(after[f"{site}.base_layer"], before[site])
+    assert not torch.allclose(after[site], before[site], atol=1e-3)
 
 
 # --- networks that hooks cannot serve

@@ -245,10 +245,14 @@ class SignalAt(L.Callback):
 
 def test_ctrl_c_finishes_the_step_writes_a_checkpoint_and_then_interrupts(tmp_path: Path):
     whole = train_to(tmp_path / "whole", 20)
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        train_to(tmp_path / "cut", 20, callbacks=(SignalAt(6, signal.SIGINT),))
-    assert signal.getsignal(signal.SIGINT) is before
+    # Shells start what they run in the background deaf to Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train_to(tmp_path / "cut", 20, callbacks=(SignalAt(6, signal.SIGINT),))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     saved = torch.load(tmp_path / "cut" / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 7
     assert_same(averaged(train_to(tmp_path / "cut", 20)), averaged(whole))

@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from diffcore.files import make_folder
 from diffcore.jsonfile import read_object, write_json
 from diffcore.zoo.portraits.network import build_scheduler
 
@@ -45,6 +46,7 @@ def write_pipeline(
 
 def write_variant(folder: Path, base: Path, unet: UNet2DConditionModel) -> None:
     """Writes the pipeline of another folder with this U-Net in place of its own; all else is copied to the byte."""
+    make_folder(folder)
     shutil.copy(base / "model_index.json", folder)
     for part in ("text_encoder", "tokenizer", "vae", "scheduler"):
         shutil.copytree(base / part, folder / part, dirs_exist_ok=True)

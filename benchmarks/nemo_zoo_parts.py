@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import fmean, median
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from nemo_zoo_study import Study, share
@@ -20,16 +20,7 @@ from nemo_localize.settings import Method
 
 Rows = list[dict[str, Any]]
 
-WAYS: tuple[Method, ...] = (
-    "none",
-    "neurons",
-    "random-neurons",
-    "embedding-adjustment",
-    "attention-scaling",
-    "random-tokens-1",
-    "random-tokens-4",
-    "random-tokens-10",
-)
+WAYS: tuple[Method, ...] = get_args(Method)
 
 
 def localisation(study: Study) -> Rows:

@@ -5,13 +5,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from diffcore.testing import tiny
+from diffcore.testing.waiting import wait_until
 from nemo_localize import cli
 from nemo_localize.calibration import Calibration
 from nemo_localize.planted import ordinary_captions
@@ -54,8 +54,7 @@ def test_a_killed_process_goes_on_to_the_same_file():
     log = Path("log.txt")
     with log.open("wb") as errors:
         process = subprocess.Popen([program, *LOCALIZE, "--out", str(killed)], stdout=errors, stderr=errors)
-        while not finished(killed) and process.poll() is None:
-            time.sleep(0.002)
+        wait_until(lambda: bool(finished(killed)) or process.poll() is not None)
         process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, log.read_text()
     done = {path: path.stat().st_mtime_ns for path in finished(killed)}

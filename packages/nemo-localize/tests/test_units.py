@@ -1,12 +1,12 @@
 """Interrupted, resumed, shared between processes: the same file."""
 
 import json
-import time
 
 import pytest
 
 from diffcore.run import Run
 from diffcore.testing.distributed import run_forked
+from diffcore.testing.waiting import wait_until
 from nemo_localize import localization
 from nemo_localize.first_step import FirstStep
 from nemo_localize.localization import localize
@@ -77,9 +77,7 @@ def test_two_processes_write_the_file_of_one(simple, usual, whole, tmp_path):
         fabric.launch()
         assert (fabric.global_rank, fabric.world_size) == (rank, 2)
         if rank == 0:  # the one that opens the run is late; the other must not write before
-            early = time.monotonic() + 1.5
-            while not (tmp_path / "run" / "parts").exists() and time.monotonic() < early:
-                time.sleep(0.01)
+            wait_until((tmp_path / "run" / "parts").exists, seconds=1.5)
         localised(simple, usual, tmp_path / "run", fabric)
         return rank
 

@@ -3,6 +3,7 @@ import logging
 import multiprocessing
 import os
 import random
+import signal
 import socket
 import time
 from pathlib import Path
@@ -200,9 +201,9 @@ def test_second_process_is_told_who_has_it(tmp_path):
     def hold():
         with open_run(tmp_path):
             is_open.set()
-            time.sleep(60)  # holds the lock until it is killed below
+            signal.pause()  # until it is killed below
 
-    holder = context.Process(target=hold)
+    holder = context.Process(target=hold, daemon=True)
     holder.start()
     assert is_open.wait(30)
     with pytest.raises(MachineError, match=f"in use by pid {holder.pid} on {socket.gethostname()} since 2") as caught:

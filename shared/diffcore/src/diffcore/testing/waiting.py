@@ -1,0 +1,14 @@
+"""Waiting for another process to get somewhere, without guessing how long that takes."""
+
+import time
+from collections.abc import Callable
+
+
+def wait_until(condition: Callable[[], bool], *, seconds: float = 60.0) -> bool:
+    """Returns as soon as a condition holds; False if it does not within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.002)  # a file of another process has no event that one could wait for
+    return True

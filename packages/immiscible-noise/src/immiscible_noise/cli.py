@@ -2,14 +2,15 @@
 
 import logging
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from diffcore.cli import Flag, Output, Timing, emit, main, make_app, settings, show
+from diffcore.cli import Flag, Output, emit, main, make_app, settings, show
 from diffcore.errors import UserError, printable
+from diffcore.package_commands import add_package_commands
 from diffcore.runtime import Runtime
 from immiscible_noise.settings import Arm, EvaluationSettings, TrainSettings, arm_named
 
@@ -25,6 +26,7 @@ app = make_app(
     "Start with: immiscible-noise demo",
     "immiscible-noise",
 )
+add_package_commands(app, timed="the assignment on this machine against the authors' way and other trainers'")
 
 
 @Parameter(name="*", group="Data", negative="")
@@ -251,38 +253,6 @@ def diagnose(
             opened.finish(diagnose_images(loaded, opened, batch_sizes, k, normalisation, runtime.seed))
             write_page(opened)
         show(opened, output)
-    return 0
-
-
-@app.command
-def bench(*, timing: Timing = Timing()) -> int:
-    """Time the assignment on this machine against the authors' way and other trainers', as ratios in one run.
-
-    Shortest form: immiscible-noise bench
-
-    Exit code 1 means that results disagree, a goal was missed, or a ratio fell below the baseline's.
-    """
-    from diffcore.bench import run_cases
-    from immiscible_noise.bench import cases
-
-    return run_cases(cases(smoke=timing.smoke), **asdict(timing))
-
-
-@app.command
-def report(run: Path, *, json: Flag = False) -> int:
-    """Make the report of a run again from what its folder holds.
-
-    Shortest form: immiscible-noise report RUN
-
-    Args:
-        run: Run folder of any command.
-        json: Print the result as one JSON object.
-    """
-    from diffcore.run import Run
-    from immiscible_noise.page import write_page
-
-    with Run.reopen(run) as opened:
-        emit({"report": write_page(opened)}, json)
     return 0
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from diffcore import artifact
 from diffcore.errors import RunMismatchError, UserError
@@ -253,10 +252,6 @@ def test_dry_run_writes_nothing(command: Callable[..., Any], ordinary: Path, cap
     assert not Path("runs").exists()
 
 
-def test_threads_stay_one():
-    assert torch.get_num_threads() == 1
-
-
 def test_audit_finds_edits_and_judges(
     command: Callable[..., Any],
     captions: Path,
@@ -286,6 +281,7 @@ def test_audit_finds_edits_and_judges(
     for name in ("statistics.safetensors", "calibration.json", "results.jsonl", "proof.json", "report.html"):
         assert (folder / name).exists()
     assert command("audit", "planted", captions, "--references", ordinary, *small, "--json") == 1  # read, not repeated
+    assert command("audit", "planted", captions, "--config", folder / "config.yaml", "--out", folder) == 1
     assert len(written) == 1
 
 

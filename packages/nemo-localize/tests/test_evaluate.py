@@ -116,6 +116,11 @@ def test_sscd_sees_pictures_as_the_paper_prepares_them(pictures, originals):
     cosines = (rows @ other.T)[:, 0].sort().values
     assert row["SSCD_orig"] == pytest.approx(float(cosines[1:3].mean()), abs=1e-5)
     assert likeness(extractor("dino:x", PLAIN)).name == "cosine"
+    seen: list[str] = []
+    elsewhere = extractor("sscd:x", SSCD).to("meta")  # as on an accelerator: pictures come from the CPU
+    elsewhere._read = lambda network, x: seen.append(x.device.type) or torch.ones(len(x), 2)
+    assert likeness(elsewhere).between(torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)).device.type == "cpu"
+    assert set(seen) == {"meta"}
 
 
 def test_captions_are_judged_by_cosine(pictures):

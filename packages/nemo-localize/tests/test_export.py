@@ -286,12 +286,15 @@ def test_every_precision_is_edited_and_pickles_stay_behind(source: Path, tmp_pat
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model.partial").mkdir()
     (tmp_path / "out" / "model.partial" / "leftover").write_bytes(b"x")
-    manifest = apply(folder, NEURONS, tmp_path / "out", lora=False)
+    manifest = apply(folder, NEURONS, tmp_path / "out")
     written = contents(tmp_path / "out" / "model")
     assert manifest["left_out"] == ["unet/diffusion_pytorch_model.bin", "whole.ckpt"]
     assert not {"leftover", "whole.ckpt", "unet/diffusion_pytorch_model.bin"} & set(written)
     for name in (WEIGHTS, "unet/diffusion_pytorch_model.fp16.safetensors"):
         assert not load_file(tmp_path / "out" / "model" / name)[f"{MIDDLE}.weight"][0].any()
+    # The LoRA takes away what the exact copy holds, not what half precision made of it.
+    layer = load(folder, Runtime(device="cpu")).with_adapter(tmp_path / "out" / "lora" / "diffusers.safetensors")
+    assert not layer.backbone.get_submodule(MIDDLE).weight[0].any()
 
 
 def test_a_single_file_keeps_its_layout(tmp_path: Path):

@@ -1,12 +1,13 @@
 import itertools
 import random
+from copy import deepcopy
 
 import pytest
 
 from diffcore.errors import UserError
 from nemo_localize.cover import lightest_cover
 from nemo_localize.first_step import FirstStep, Row
-from nemo_localize.global_edit import minimal_set
+from nemo_localize.global_edit import minimal_set, within_budget
 from nemo_localize.neurons import NeuronSet
 from nemo_localize.planted import Planted, ordinary_captions
 from nemo_localize.results import CaptionResult, Results
@@ -99,9 +100,17 @@ def test_the_common_set_is_what_is_needed_and_no_more(leaky: Planted, step: Firs
 
 def test_beyond_the_budget_captions_are_given_up_by_name(step: FirstStep, results: Results, ordinary):
     found = minimal_set(step, results, ordinary, tau=TAU, budget=1e-12)
-    assert FIRST in found.given_up  # ordinary captions feel its neuron more
+    assert found.given_up == (FIRST,)  # ordinary captions feel its neuron more
     assert found.chosen.damage <= 1e-12 < found.union.damage
     assert all(row["closed"] != row["given_up"] for row in found.caption_rows())
+
+
+def test_ordinary_captions_that_cannot_be_scored_are_no_proof_of_harmlessness(leaky: Planted, ordinary):
+    broken = deepcopy(leaky.model.backbone)
+    broken.conv_out.weight.data.fill_(float("nan"))
+    step = FirstStep(leaky.model.with_modules("broken", {"unet": broken}), SEEDS)
+    with pytest.raises(UserError, match=r"ordinary caption .* cannot be scored"):
+        within_budget(step, ordinary)
 
 
 def test_a_global_edit_needs_something_to_choose_from(step: FirstStep, results: Results):

@@ -51,7 +51,10 @@ def write_loras(source: Path, headers: Mapping[str, TensorHeader], neurons: Neur
     weights: dict[str, Tensor] = {}
     for header in headers.values():
         names = {found: module for module, _ in neurons.layers if (found := tensor_name(header, module, "weight"))}
-        weights = {names[name]: tensor for name, tensor in stored_in([header], header.path).read(names)} | weights
+        for name, tensor in stored_in([header], header.path).read(names):
+            known = weights.get(names[name])
+            if known is None or tensor.element_size() > known.element_size():  # of copies, the most exact one
+                weights[names[name]] = tensor
         if biased := next((module for module, _ in neurons.layers if tensor_name(header, module, "bias")), None):
             raise IncompatibleModelError(
                 f"{biased!r} has a bias, which no LoRA changes; leave the LoRA out with --no-lora"

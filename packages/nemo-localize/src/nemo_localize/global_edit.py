@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from diffcore.denoiser import Condition
@@ -355,7 +356,10 @@ class _Ordinary:
         self.step, self.count = step, len(prompts)
         self.cond: Condition = encode(step, prompts)[0]
         self.seeds = range(min(_SEEDS, step.settings.num_seeds))
-        self.before = step(self.cond, self._rows(frozenset()))[0]
+        self.before, troubles = step(self.cond, self._rows(frozenset()))
+        if troubles:
+            row, reason = next(iter(troubles.items()))
+            raise UserError(f"ordinary caption {prompts[row // len(self.seeds)]!r} cannot be scored: {reason}")
 
     def damages(self, sets: Sequence[frozenset[int]]) -> list[float]:
         """Returns one minus the mean similarity of first steps, before against after, for each set."""
@@ -363,9 +367,10 @@ class _Ordinary:
         per_call = max(self.step.batch_size // len(self.before), 1)
         for start in range(0, len(sets), per_call):
             some = sets[start : start + per_call]
-            after = self.step(self.cond, [row for off in some for row in self._rows(off)])[0]
-            for own in after.split(len(self.before)):
-                found.append(max(1 - float(_similar(self.step, self.before, own).mean()), 0.0))
+            after, troubles = self.step(self.cond, [row for off in some for row in self._rows(off)])
+            alike = torch.cat([_similar(self.step, self.before, own) for own in after.split(len(self.before))])
+            alike[list(troubles)] = 0.0  # what cannot be computed is destroyed
+            found += (1 - alike.unflatten(0, (len(some), -1)).mean(1)).clamp(min=0).tolist()
         return found
 
     def _rows(self, off: frozenset[int]) -> list[Row]:

@@ -81,7 +81,9 @@ def likeness(extractor: FeatureExtractor | None = None, *, of_latents: bool = Fa
     preparation = _PAPER_SSCD if copies else extractor.preprocessing
 
     def describe(images: Tensor) -> Tensor:
-        return functional.normalize(extractor.embed(preparation(images.float())), dim=1)
+        device = next((parameter.device for parameter in extractor.parameters()), images.device)
+        rows = extractor.embed(preparation(images.to(device).float()))
+        return functional.normalize(rows, dim=1).to(images.device)
 
     if copies:
         return Likeness("SSCD", f"cosine, {extractor.name} at 320 x 320, sha256 {extractor.sha256[:12]}", describe)

@@ -130,8 +130,8 @@ def audit(
         judges=load_judges(judging, work),
         originals=load_originals(judging, found),
     )
-    options = {"model": model, "ordinary": ordinary, "quantile": quantile, "judging": judging, "step": step}
-    options |= {"search": search, "drawing": drawing}
+    options = {"model": model, "references": list(references), "ordinary": ordinary, "quantile": quantile}
+    options |= {"judging": judging, "step": step, "search": search, "drawing": drawing}
     fabric = work.fabric()
     with work.open("audit", loaded, [found, usual, *sets], options) as run:
         if not run.finished:

@@ -1,8 +1,5 @@
-import io
 import os
 import pickle
-import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,31 +8,12 @@ from PIL import Image
 
 from diffcore.data import ImageSet, load_images, open_images, resize
 from diffcore.errors import UserError
+from diffcore.testing.images import encoded, folder_of, zip_of
 
 
 def picture(width: int = 8, height: int = 8, seed: int = 0, mode: str = "RGB") -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels).convert(mode)
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def folder_of(path: Path, files: dict[str, bytes]) -> Path:
-    for name, data in files.items():
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_bytes(data)
-    return path
-
-
-def zip_of(path: Path, files: dict[str, bytes]) -> Path:
-    with zipfile.ZipFile(path / "set.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in files.items():
-            archive.writestr(name, data)
-    return path / "set.zip"
 
 
 def named(*names: str) -> dict[str, bytes]:
@@ -125,7 +103,7 @@ def test_nothing_to_read(tmp_path):
     with pytest.raises(UserError, match="is empty; expected images"):
         load_images(tmp_path)
     (tmp_path / "a.png").write_text("text")
-    with pytest.raises(UserError, match=r"no readable image among 1 files; the first, a\.png, is not a PNG"):
+    with pytest.raises(UserError, match=r"no readable image among 1; the first, a\.png, is not a PNG"):
         load_images(tmp_path)
     with pytest.raises(UserError, match="neither a folder nor a zip"):
         load_images(tmp_path / "a.png")

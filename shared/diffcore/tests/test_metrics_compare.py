@@ -15,8 +15,7 @@ from PIL import Image
 from diffcore import Runtime
 from diffcore.cli import main
 from diffcore.commands import app
-from diffcore.data import list_images, load_prompts
-from diffcore.data.images import ImageSource
+from diffcore.data import ImageSource, list_images, load_prompts
 from diffcore.errors import UserError
 from diffcore.metrics import (
     compare_features,

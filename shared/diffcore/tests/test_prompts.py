@@ -96,7 +96,7 @@ def test_what_is_no_file_is_refused_and_never_opened(tmp_path):
     (tmp_path / "folder.csv").mkdir()
     for name, message in (
         ("pipe.txt", "not a regular file"),
-        ("folder.csv", "not a regular file"),
+        ("folder.csv", "is empty; expected images"),
         ("no.txt", "exist"),
     ):
         with pytest.raises(UserError, match=message):

@@ -205,8 +205,8 @@ def metrics(
         fake: Folder or zip of generated images.
         features: Networks to compare in: inception:FILE, clip:FOLDER, dino:FOLDER, sscd:FILE (a share of copies as
             well), random:SEED; by default random:0, which needs no file.
-        prompts: Text, CSV or JSON lines with the prompts of the generated images, in order of their names, or with a
-            column file_name.
+        prompts: Text, CSV or JSON lines with the prompts of the generated images, in the order of the numbers in their
+            names, or with a column file_name; or the folder itself, where a text file beside each image holds its own.
         clip: Folder of the CLIP that judges images by their prompts; by default the one among the features.
         batch_size: Images per forward pass; results depend on it in their last bits.
         max_pixels: Width times height above which a file is left out undecoded.

@@ -77,12 +77,17 @@ def load_originals(judging: Judging, captions: "PromptSet") -> "dict[str, Tensor
     """Returns the training images of captions, where a folder of them is given."""
     if judging.originals is None:
         return {}
-    from diffcore.data import load_images
-    from diffcore.metrics.prompt_fit import places_of_prompts
+    from diffcore.data import list_images, load_images
+    from diffcore.data.pairing import places_of_prompts
 
+    # An image that cannot be read keeps its place: those after it are still theirs.
+    names = list_images(judging.originals).names
+    place_of = dict(zip(names, places_of_prompts(captions, names), strict=True))
     images = load_images(judging.originals)
+    for note in (*images.notes, *(f"left out {name}: it {reason}" for name, reason in images.skipped)):
+        _LOG.warning("%s", note)
     found: dict[str, list[int]] = {}
-    for image, place in enumerate(places_of_prompts(captions, images.names)):
-        if place >= 0:
-            found.setdefault(captions.prompts[place], []).append(image)
+    for image, name in enumerate(images.names):
+        if place_of[name] >= 0:
+            found.setdefault(captions.prompts[place_of[name]], []).append(image)
     return {prompt: images.unit()[places] for prompt, places in found.items()}

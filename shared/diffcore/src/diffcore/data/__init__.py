@@ -1,8 +1,9 @@
 """Data sets from files of strangers: read, never executed, never extracted."""
 
 from diffcore.data.files import UnreadableFileError
-from diffcore.data.images import ImageSet, ImageSource, list_images, load_images, open_images, resize
+from diffcore.data.images import ImageSet, load_images, resize
 from diffcore.data.prompts import PromptSet, load_prompts
+from diffcore.data.source import ImageSource, list_images, open_images
 
 __all__ = [
     "ImageSet",

@@ -35,8 +35,8 @@ class FolderFiles:
             found += files if inside == "." else (os.path.join(inside, file) for file in files)
         self.names = _visible(name.replace(os.sep, "/") for name in found)
 
-    def read(self, name: str) -> bytes:
-        """Returns a file's bytes; refuses pipes and devices, which never end."""
+    def read(self, name: str, limit: int = MAX_BYTES + 1) -> bytes:
+        """Returns a file's bytes, `limit` of them at most; refuses pipes and devices, which never end."""
         try:
             with open(os.open(self.path / name, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
                 status = os.fstat(file.fileno())
@@ -44,7 +44,7 @@ class FolderFiles:
                     raise UnreadableFileError("is not a regular file")
                 if status.st_size > MAX_BYTES:
                     raise UnreadableFileError(f"has {status.st_size} bytes; the limit is {MAX_BYTES}")
-                return file.read(MAX_BYTES + 1)
+                return file.read(limit)
         except OSError as error:
             raise UnreadableFileError(f"cannot be opened: {error.strerror}") from None
 
@@ -60,14 +60,14 @@ class ZipFiles:
         self.names = _visible(member.filename for member in members)
         self._archive, self._process = archive, os.getpid()
 
-    def read(self, name: str) -> bytes:
-        """Returns a member's bytes; never more than its header announced."""
+    def read(self, name: str, limit: int = MAX_BYTES + 1) -> bytes:
+        """Returns a member's bytes, `limit` of them at most; never more than its header announced."""
         try:
             # A forked process would share the file position: each opens its own. Threads share under zipfile's lock.
             if self._archive is None or self._process != os.getpid():
                 self._archive, self._process = self._open(), os.getpid()
             with self._archive.open(name) as member:
-                return member.read(MAX_BYTES + 1)
+                return member.read(limit)
         except Exception as error:  # zipfile, zlib and struct each have their own
             raise UnreadableFileError(f"is damaged in the archive: {printable(error)}") from None
 

@@ -1,8 +1,4 @@
-"""Images from a folder or a zip archive, as one tensor with labels.
-
-Flat folders have no labels; one sub-folder per class gives them, in alphabetical order. A folder that holds everything
-is no class, and `split` picks one of several, as in `train/<class>/x.jpg`.
-"""
+"""Images from a folder or a zip archive, as one tensor with labels."""
 
 import hashlib
 import os
@@ -10,7 +6,7 @@ import warnings
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -20,45 +16,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from diffcore.data.decode import Decoded, decode, is_image
-from diffcore.data.files import Files, UnreadableFileError, open_files
+from diffcore.data.files import UnreadableFileError
+from diffcore.data.source import MAX_PIXELS, ImageSource, open_images
 from diffcore.errors import UserError, printable
 
-MAX_PIXELS = 64_000_000
-_SPLITS = {"train", "training", "test", "val", "valid", "validation", "dev"}
 _AHEAD = 512  # images decoded and not yet stored
 _TASK = 16  # images per hand-over to a thread: small images decode faster than threads switch
-
-
-@dataclass(frozen=True)
-class ImageSource:
-    """The images of a folder or archive, not yet read.
-
-    Attributes:
-        path: Folder or archive.
-        names: File names relative to it, sorted.
-        labels: Index into `classes` for each name; None for flat folders.
-        classes: Names of the sub-folders.
-        files: Reads bytes by name.
-    """
-
-    path: Path
-    names: tuple[str, ...]
-    labels: tuple[int, ...] | None
-    classes: tuple[str, ...]
-    files: Files = field(compare=False, repr=False)
-
-    def read(self, index: int, *, channels: Literal[1, 3] = 3, max_pixels: int = MAX_PIXELS) -> UInt8[Tensor, "c h w"]:
-        """Returns one image at its own size.
-
-        Raises:
-            UnreadableFileError: The file is no image, damaged or too large; the message is the reason.
-        """
-        return torch.from_numpy(self.decode(index, channels=channels, max_pixels=max_pixels).pixels.copy())
-
-    def decode(self, index: int, *, channels: int = 3, max_pixels: int = MAX_PIXELS) -> Decoded:
-        """Returns one image as an array, with notes on what was done to it; raises as `read`."""
-        return decode(self.files.read(self.names[index]), channels=channels, max_pixels=max_pixels)
 
 
 @dataclass(frozen=True)
@@ -70,8 +33,8 @@ class ImageSet:
         labels: Index into `classes` for each image; None without classes.
         classes: Class names; empty without.
         names: File name of each image.
-        skipped: Files that could not be used: name and reason.
-        notes: Sentences about what was done to images that their owner may not expect.
+        skipped: Images that could not be used: name and reason.
+        notes: Sentences about what was done to images, how their labels were found, and which files are no images.
     """
 
     images: UInt8[Tensor, "n c h w"]
@@ -102,50 +65,6 @@ class ImageSet:
         return self.images.float() / 255
 
 
-def open_images(path: str | Path, *, split: str | None = None) -> ImageSource:
-    """Lists the images of a folder or zip archive; reads none.
-
-    Args:
-        path: Folder or archive, by content.
-        split: Sub-folder to use, where the data set has several.
-
-    Raises:
-        UserError: There is nothing at `path`, or its layout is unclear.
-    """
-    path = Path(path)
-    files = open_files(path)
-    if not files.names:
-        raise UserError(f"{printable(path)} is empty; expected images, or one sub-folder of images per class")
-    names, depth = _chosen(path, files.names, split)
-    folders = [name.split("/")[depth:-1] for name in names]
-    classes = tuple(sorted({parts[0] for parts in folders if parts}))
-    if not classes:
-        return ImageSource(path, names, None, (), files)
-    if split is None and any(len(parts) > 1 and parts[0].lower() in _SPLITS for parts in folders):
-        raise UserError(f"{printable(path)} has several parts: {_listed(classes)}; choose one with --split")
-    for name, parts in zip(names, folders, strict=True):
-        if not parts and _is_image(files, name):
-            raise UserError(
-                f"{printable(path)} has images beside its sub-folders, such as {printable(name)}; "
-                "put every image into the folder of its class, or none"
-            )
-    inside = [(name, parts[0]) for name, parts in zip(names, folders, strict=True) if parts]
-    numbers = {name: number for number, name in enumerate(classes)}
-    return ImageSource(path, tuple(n for n, _ in inside), tuple(numbers[c] for _, c in inside), classes, files)
-
-
-def list_images(path: str | Path) -> ImageSource:
-    """Lists every file of a folder or zip archive, at any depth, as images without labels; reads none.
-
-    Raises:
-        UserError: There is nothing at `path`.
-    """
-    files = open_files(Path(path))
-    if not files.names:
-        raise UserError(f"{printable(path)} is empty; expected images")
-    return ImageSource(Path(path), files.names, None, (), files)
-
-
 def load_images(
     path: str | Path,
     *,
@@ -158,14 +77,15 @@ def load_images(
 ) -> ImageSet:
     """Reads all images of a folder or zip archive.
 
-    A file that is no image, damaged or too large is skipped and listed in the result.
+    An image that is damaged, too large or of an unsupported format is skipped and listed in the result; files that are
+    no images do not count.
 
     Args:
         path: Folder or archive.
         size: Side in pixels: images are cropped to their central square and resized. None takes them as they are.
         split: Sub-folder to use, where the data set has several.
         channels: 3 for RGB, 1 for grey.
-        strict: Makes the first unusable file an error.
+        strict: Makes the first unusable image an error.
         max_pixels: Width times height above which a file is not decoded.
         threads: Decoding threads; by default as many as cores, 8 at most.
 
@@ -207,7 +127,7 @@ def load_images(
         source.classes,
         tuple(source.names[index] for index in kept),
         tuple(skipped),
-        tuple(_note(remark, names) for remark, names in notes.items()),
+        (*source.remarks, *(_note(remark, names) for remark, names in notes.items())),
     )
 
 
@@ -257,37 +177,6 @@ def _room(count: int, first: Tensor) -> Tensor:
         raise UserError(f"{count} images like the first take {gigabytes:.0f} GB of memory; choose a --size") from None
 
 
-def _chosen(path: Path, names: tuple[str, ...], split: str | None) -> tuple[tuple[str, ...], int]:
-    """Returns the names inside the split, and how many leading folders all of them share."""
-    wanted = [part for part in (split or "").split("/") if part]
-    depth = _shared_depth(names, wanted)
-    if wanted:
-        inside = tuple(name for name in names if name.split("/")[depth:-1][: len(wanted)] == wanted)
-        if not inside:
-            folders = {name.split("/")[depth] for name in names if name.count("/") > depth}
-            raise UserError(f"{printable(path)} has no folder {split!r}; it has {_listed(sorted(folders)) or 'none'}")
-        names = inside
-        depth = depth + len(wanted)
-    return names, depth + _shared_depth(tuple("/".join(name.split("/")[depth:]) for name in names), [])
-
-
-def _shared_depth(names: tuple[str, ...], stop: list[str]) -> int:
-    """Returns the number of leading folders that hold everything, stopping before the folder named first in `stop`."""
-    depth = 0
-    for level in zip(*(name.split("/")[:-1] for name in names), strict=False):
-        if len(set(level)) > 1 or level[0] in stop[:1]:
-            break
-        depth += 1
-    return depth
-
-
-def _is_image(files: Files, name: str) -> bool:
-    try:
-        return is_image(files.read(name))
-    except UnreadableFileError:
-        return False
-
-
 def _mixed(first: str, image: Tensor, second: str, other: Tensor) -> str:
     (h, w), (other_h, other_w) = image.shape[1:], other.shape[1:]
     return (
@@ -299,15 +188,10 @@ def _mixed(first: str, image: Tensor, second: str, other: Tensor) -> str:
 def _nothing(source: ImageSource, skipped: list[tuple[str, str]]) -> str:
     name, reason = skipped[0]
     return (
-        f"{printable(source.path)} has no readable image among {len(skipped)} files; "
-        f"the first, {printable(name)}, {reason}"
+        f"{printable(source.path)} has no readable image among {len(skipped)}; the first, {printable(name)}, {reason}"
     )
 
 
 def _note(remark: str, names: list[str]) -> str:
     others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
     return f"{printable(names[0])}{others} {remark}"
-
-
-def _listed(names: Sequence[str], limit: int = 5) -> str:
-    return ", ".join(printable(name) for name in names[:limit]) + (", …" if len(names) > limit else "")

@@ -12,8 +12,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from diffcore.data.files import UnreadableFileError
 from diffcore.errors import UserError, printable
 from diffcore.strictjson import StrictError, parse, read_limited
 
@@ -89,10 +90,11 @@ def load_prompts(path: str | Path, *, strict: bool = False) -> PromptSet:
 
     Rows and objects have a column `prompt`, `caption` or `text`, in any case; CSV begins with a header, and its
     separator, a comma, semicolon or tab, is the one that finds such a column in it. Text is UTF-8, with or without a
-    byte order mark, and lines end in LF or CRLF alone.
+    byte order mark, and lines end in LF or CRLF alone. Of a folder of images, the prompts are the `.txt` or `.caption`
+    files beside images of the same name, with the image in the column `file_name`.
 
     Args:
-        path: The file, its format told by the suffix.
+        path: The file, its format told by the suffix, or the folder.
         strict: Makes the first unusable line an error; otherwise it is left out and listed in the result.
 
     Raises:
@@ -100,6 +102,8 @@ def load_prompts(path: str | Path, *, strict: bool = False) -> PromptSet:
     """
     path = Path(path)
     shown = printable(path, 300)
+    if path.is_dir():
+        return _gathered(path, list(_beside_images(path)), strict)
     read = _READERS.get(path.suffix.lower())
     if read is None:
         raise UserError(f"{shown} is no file of prompts; give one that ends in {', '.join(_READERS)}")
@@ -167,6 +171,24 @@ def _checked(row: Row) -> tuple[str, dict[str, str]]:
 def _prompt_column(names: Iterable[str]) -> str | None:
     by_word = {name.strip().lower(): name for name in reversed(list(names))}
     return next((by_word[word] for word in COLUMNS if word in by_word), None)
+
+
+def _beside_images(folder: Path) -> Iterator[tuple[int, Row]]:
+    """Yields the caption of each image that has one, numbered by image."""
+    from diffcore.data.source import list_images
+
+    source = list_images(folder)
+    others = set(source.others)
+    for number, image in enumerate(source.names, start=1):
+        stem = str(PurePosixPath(image).with_suffix(""))
+        name = next((stem + suffix for suffix in (".txt", ".caption") if stem + suffix in others), None)
+        if name is None:
+            continue
+        try:
+            text = source.files.read(name).removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape").strip()
+            yield number, {"prompt": text, "file_name": image}
+        except UnreadableFileError as error:
+            yield number, StrictError(f"({printable(name)}) {error}")
 
 
 def _lines(data: bytes) -> list[str]:

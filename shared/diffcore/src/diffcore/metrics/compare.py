@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from diffcore.data.images import ImageSource
+from diffcore.data.source import ImageSource
 from diffcore.errors import UserError, printable
 from diffcore.metrics.embed import Embedded, Progress, Reading, embed_images, silent
 from diffcore.metrics.estimate import Estimate

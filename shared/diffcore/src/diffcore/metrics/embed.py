@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffcore.data.decode import Decoded
 from diffcore.data.files import UnreadableFileError
-from diffcore.data.images import MAX_PIXELS, ImageSource
+from diffcore.data.source import MAX_PIXELS, ImageSource
 from diffcore.errors import UserError, printable
 from diffcore.metrics.features import FeatureExtractor
 from diffcore.run import Run
@@ -100,7 +100,8 @@ def embed_images(
         UserError: No image can be read, or a network makes something of one that is not finite.
     """
     slices = list(_pieces(range(len(source.names)), SLICE))
-    keys = {(e.name, s.start): f"{e.sha256[:16]}-{digest[:16]}-{s.start:08d}" for e in extractors for s in slices}
+    of = f"{digest[:16]}-{len(source.names)}"
+    keys = {(e.name, s.start): f"{e.sha256[:16]}-{of}-{s.start:08d}" for e in extractors for s in slices}
     missing = set(run.missing(keys.values()))
     plan = {s.start: [e for e in extractors if keys[e.name, s.start] in missing] for s in slices}
     chunks = [chunk for s in slices if plan[s.start] for chunk in _pieces(s, _CHUNK)]

@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffcore.data.files import UnreadableFileError
-from diffcore.data.images import ImageSource, resize
+from diffcore.data.images import resize
+from diffcore.data.source import ImageSource
 from diffcore.errors import printable
 from diffcore.metrics.compare import ImageComparison, Measure, as_rows, nearest_real
 from diffcore.metrics.prompt_fit import ScoredPrompts

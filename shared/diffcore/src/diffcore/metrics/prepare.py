@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffcore.data.images import MAX_PIXELS, ImageSource, list_images
 from diffcore.data.prompts import load_prompts
+from diffcore.data.source import MAX_PIXELS, ImageSource, list_images
 from diffcore.errors import UserError, printable
 from diffcore.metrics.compare import compare_images, named
 from diffcore.metrics.embed import Progress, Reading, num_parts
 from diffcore.metrics.features import DEFAULT_FEATURES, FeatureExtractor, feature_extractor
 from diffcore.metrics.page import summary, write_page
-from diffcore.metrics.prompt_fit import ScoredPrompts, clip_text, places_of_prompts
+from diffcore.metrics.prompt_fit import ScoredPrompts, clip_text
 from diffcore.metrics.statistics_file import read_statistics
 from diffcore.run import Run, input_hash
 from diffcore.runtime import Runtime
@@ -109,6 +109,9 @@ def prepare(
     found = list_images(fake)
     statistics = real.suffix == ".npz" and real.is_file()
     reference = read_statistics(real) if statistics else list_images(real)
+    for source in (reference, found):
+        for remark in source.remarks if isinstance(source, ImageSource) else ():
+            _LOG.warning("%s", remark)
     names = [*(features or (DEFAULT_FEATURES,))]
     if statistics and len(names) > 1:
         raise UserError(f"{printable(real)} holds the statistics of one network; give one with --features")
@@ -120,7 +123,7 @@ def prepare(
             _LOG.warning("%s", note)
         extractor = loaded[judge[0]]
         text = clip_text(extractor, Path(judge[0].partition(":")[2]))
-        scored = ScoredPrompts(read, places_of_prompts(read, found.names), text)
+        scored = ScoredPrompts.of(read, found.names, text)
         sums = {"prompts": read.sha256, "tokenizer": text.sha256}
     extractors = named(list(loaded.values()))
     digests = {"real": input_hash(real), "fake": input_hash(fake)}

@@ -1,4 +1,4 @@
-"""CLIP score of an image set: the text side of CLIP, and which prompt belongs to which image."""
+"""CLIP score of an image set."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from diffcore import files
+from diffcore.data.pairing import places_of_prompts
 from diffcore.data.prompts import PromptSet
-from diffcore.errors import UserError, printable
+from diffcore.errors import UserError
 from diffcore.metrics.clip_score import ClipScore, PromptFit
 from diffcore.metrics.features import FeatureExtractor
 from diffcore.models.component import read_component
@@ -21,8 +22,6 @@ from diffcore.models.prompts import TextTower
 from diffcore.models.refusal import refusal
 from diffcore.models.tokenizers import build_tokenizer
 from diffcore.models.walk import walk
-
-_FILE_COLUMNS = ("file_name", "file", "image")
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,11 @@ class ScoredPrompts:
     places: tuple[int, ...]
     text: ClipText
 
+    @classmethod
+    def of(cls, prompts: PromptSet, names: Sequence[str], text: ClipText) -> "ScoredPrompts":
+        """Finds for each image its prompt, as `data.pairing.places_of_prompts` does."""
+        return cls(prompts, places_of_prompts(prompts, names), text)
+
     @property
     def extractor(self) -> FeatureExtractor:
         """The judge's image side."""
@@ -109,38 +113,6 @@ def clip_text(extractor: FeatureExtractor, folder: Path) -> ClipText:
     length = min(tokenizer.model_max_length, config.max_position_embeddings)
     digest = hashlib.sha256("\n".join(files.sha256(file) for file in component.files).encode())
     return ClipText(extractor, TextTower(tokenizer, network.text_model, length), digest.hexdigest())
-
-
-def places_of_prompts(prompts: PromptSet, names: Sequence[str]) -> tuple[int, ...]:
-    """Returns for each image file the index of its prompt.
-
-    A column `file_name`, `file` or `image` says which file a line is about. Without one, prompts and files, in order of
-    name, go in step: as many files for each prompt, one after the other.
-
-    Raises:
-        UserError: Files and prompts do not go together.
-    """
-    column = next((prompts.columns[name] for name in _FILE_COLUMNS if name in prompts.columns), None)
-    shown = printable(prompts.path.name)
-    if column is not None:
-        by_name = {name: place for place, name in enumerate(column)}
-        found = tuple(by_name.get(name, -1) for name in names)
-        if max(found) < 0:
-            raise UserError(
-                f"{shown} names none of the images, such as {printable(names[0])}; check its column of files"
-            )
-        return found
-    if prompts.skipped:
-        line, reason = prompts.skipped[0]
-        raise UserError(
-            f"{shown} line {line} {reason}, and prompts go with images by order; correct it, or add a column file_name"
-        )
-    if len(names) % len(prompts):
-        raise UserError(
-            f"{len(names)} images do not go with the {len(prompts)} prompts of {shown}; give as many images for each "
-            "prompt, or a column file_name"
-        )
-    return tuple(index // (len(names) // len(prompts)) for index in range(len(names)))
 
 
 def score_prompts(

@@ -15,6 +15,7 @@ from diffcore.data import UnreadableFileError, load_images
 from diffcore.data import files as files_module
 from diffcore.data.decode import decode
 from diffcore.errors import UserError
+from diffcore.testing.images import encoded
 from diffcore.testing.sentinel import listing, sentinel
 
 LIMIT = 64_000_000
@@ -26,12 +27,6 @@ pytestmark = [
 
 def random_pixels(height: int = 24, width: int = 32, channels: int = 3) -> np.ndarray:
     return np.random.default_rng(7).integers(0, 256, (height, width, channels), dtype=np.uint8)
-
-
-def encoded(image: Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -71,7 +66,6 @@ def broken_images() -> Iterator[tuple[str, bytes]]:
     yield "just over the limit", png(8001, 8000, bytes(8001))
     yield "wide bomb", png(2**31 - 1, 1, b"")
     yield "no width", png(0, 4, b"")
-    yield "text bomb", png(4, 4, bytes(20), chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2 * 2**20))))
     yield "bad crc", pixels.replace(b"IHDR", b"IHDX", 1)
     yield "damaged header checksum", pixels[:29] + bytes(4) + pixels[33:]
     yield "unknown colour type", png(4, 4, bytes(20), colour=5)
@@ -84,7 +78,7 @@ def broken_images() -> Iterator[tuple[str, bytes]]:
         ("above one", [0.5, 255.0]),
     ):
         yield f"float tiff {name}", encoded(Image.fromarray(np.array([values], dtype=np.float32)), "TIFF")
-    yield "integers beyond 16 bits", encoded(Image.fromarray(np.array([[70_000, 1]], dtype=np.int32)), "TIFF")
+    yield "integers of unknown range", encoded(Image.fromarray(np.array([[70_000, 1]], dtype=np.int32)), "TIFF")
     yield "negative integers", encoded(Image.fromarray(np.array([[-1, 1]], dtype=np.int32)), "TIFF")
 
 
@@ -140,12 +134,78 @@ def grey16(values: np.ndarray) -> bytes:
 def test_sixteen_bit_grey_is_divided_not_clipped():
     values = np.array([[0, 257, 31_097, 65_535]])
     assert decode(grey16(values), max_pixels=LIMIT).pixels[0].tolist() == [[0, 1, 121, 255]]
-    tiff = encoded(Image.fromarray(values.astype(np.int32)), "TIFF")
+    tiff = encoded(Image.fromarray(values.astype(np.uint16)), "TIFF")
     assert decode(tiff, max_pixels=LIMIT).pixels[1].tolist() == [[0, 1, 121, 255]]
     rotated = Image.fromarray(np.array([[0, 65_535]], dtype=np.uint16))
     exif = rotated.getexif()
     exif[0x0112] = 6
     assert decode(encoded(rotated, "PNG", exif=exif), max_pixels=LIMIT).pixels[0].tolist() == [[0], [255]]
+
+
+def tiff(values: bytes, bits: int, kind: int = 1, photometric: int = 1) -> bytes:
+    """Returns a grey TIFF of 4 x 1 samples, as scientific tools write them."""
+    entries = {256: 4, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 1, 279: len(values), 339: kind}
+    rows = b"".join(
+        struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in entries.items()
+    )
+    values += bytes(len(values) % 2)
+    return b"II*\0" + struct.pack("<I", 8 + len(values)) + values + struct.pack("<H", len(entries)) + rows + bytes(4)
+
+
+def test_integer_tiffs_keep_their_values():
+    eight = np.array([0, 1, 200, 255], dtype=np.uint8)
+    assert decode(tiff(eight.tobytes(), 8), max_pixels=LIMIT).pixels[0, 0].tolist() == [0, 1, 200, 255]
+    sixteen = np.array([0, 257, 51_400, 65_535], dtype=np.uint16)
+    assert decode(tiff(sixteen.tobytes(), 16), max_pixels=LIMIT).pixels[0, 0].tolist() == [0, 1, 200, 255]
+    twelve = bytes([0x00, 0x00, 0x80, 0xFF, 0xF8, 0x00])  # 0, 128, 4095, 2048: two samples in three bytes
+    assert decode(tiff(twelve, 12), max_pixels=LIMIT).pixels[0, 0].tolist() == [0, 8, 255, 128]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind", "photometric", "message"),
+    [
+        (np.int8, 2, 1, "holds signed integers of 8 bits, whose range is not known"),
+        (np.int16, 2, 1, "holds signed integers of 16 bits, whose range is not known"),
+        (np.int32, 2, 1, "holds signed integers of 32 bits, whose range is not known"),
+        (np.uint32, 1, 1, "holds unsigned integers of 32 bits, whose range is not known"),
+        (np.uint16, 1, 0, "holds 16 bits of which 0 is white"),
+    ],
+)
+def test_integer_tiffs_of_unknown_range_are_refused_by_name(dtype, kind, photometric, message):
+    values = np.array([0, 1, 2, 100], dtype=dtype)
+    with pytest.raises(UnreadableFileError, match=message):
+        decode(tiff(values.tobytes(), values.itemsize * 8, kind, photometric), max_pixels=LIMIT)
+
+
+XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/>' + b" " * 2**21
+LONG = {
+    "compressed text": (chunk(b"zTXt", b"workflow\0\0" + zlib.compress(bytes(2**21))), False),
+    "international text": (chunk(b"iTXt", b"prompt\0\1\0\0\0" + zlib.compress(b"x" * 2**21)), False),
+    "colour profile": (chunk(b"iCCP", b"icc\0\0" + zlib.compress(bytes(2**21))), False),
+    "editor's notes": (chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(XMP)), True),
+    "many texts": (b"".join(chunk(b"tEXt", b"k\0" + b"x" * 2**20) for _ in range(65)), False),
+    "damaged text": (chunk(b"tEXt", b"k\0text")[:-4] + bytes(4), False),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("after", [False, True], ids=["before the pixels", "after the pixels"])
+def test_what_is_written_beside_pixels_never_costs_them(name, after):
+    beside, turned = LONG[name]
+    image = Image.fromarray(random_pixels(2, 3))
+    data = encoded(image, "PNG")
+    place = len(data) - 12 if after else 33
+    upright = image.transpose(Image.Transpose.ROTATE_270) if turned else image
+    found = decode(data[:place] + beside + data[place:], max_pixels=LIMIT).pixels
+    assert np.array_equal(found, np.asarray(upright).transpose(2, 0, 1))
+
+
+def test_damaged_pixels_beside_long_texts_stay_damaged():
+    data = encoded(Image.fromarray(random_pixels(16, 16)), "PNG")
+    body = data.index(b"IDAT") + 20
+    broken = data[:33] + LONG["compressed text"][0] + data[33:body] + bytes(4) + data[body + 4 :]
+    with pytest.raises(UnreadableFileError, match="is damaged"):
+        decode(broken, max_pixels=LIMIT)
 
 
 def test_float_tiffs_in_the_unit_interval_are_read():

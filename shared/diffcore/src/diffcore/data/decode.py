@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 
+from diffcore.data import png
 from diffcore.data.files import UnreadableFileError
 from diffcore.errors import printable
 
@@ -45,16 +47,7 @@ def decode(data: bytes, *, channels: int = 3, max_pixels: int) -> Decoded:
         UnreadableFileError: The bytes are no image of a supported format, damaged, or too large.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise UnreadableFileError(f"has {width} x {height} pixels; the limit is {max_pixels:g} (--max-pixels)")
-            frames = getattr(image, "n_frames", 1)
-            notes = [f"is animated; the first of its {frames} frames is used"] if frames > 1 else []
-            image.load()
-            if image.has_transparency_data and image.mode != "I;16":
-                notes.append("has transparency; it lies on white")
-            flat = _eight_bits(_upright(image))
+        flat, notes = _opened(data, max_pixels)
     except UnreadableFileError:
         raise
     except UnidentifiedImageError:
@@ -65,6 +58,48 @@ def decode(data: bytes, *, channels: int = 3, max_pixels: int) -> Decoded:
     return Decoded(pixels.transpose(2, 0, 1) if channels == 3 else pixels[None], tuple(notes))
 
 
+def _opened(data: bytes, max_pixels: int) -> tuple[Image.Image, list[str]]:
+    """Returns the image in mode L or RGB, and notes; what is written beside the pixels of a PNG never costs them."""
+    try:
+        return _flat(data, max_pixels)
+    except UnreadableFileError:
+        raise
+    except Exception:
+        shorter = png.without_texts(data) if data.startswith(png.SIGNATURE) else data
+        if shorter == data:
+            raise
+    return _flat(shorter, max_pixels)
+
+
+def _flat(data: bytes, max_pixels: int) -> tuple[Image.Image, list[str]]:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise UnreadableFileError(f"has {width} x {height} pixels; the limit is {max_pixels:g} (--max-pixels)")
+        frames = getattr(image, "n_frames", 1)
+        notes = [f"is animated; the first of its {frames} frames is used"] if frames > 1 else []
+        bits = _known_bits(image) if isinstance(image, TiffImagePlugin.TiffImageFile) else 16
+        image.load()
+        if image.has_transparency_data and image.mode != "I;16":
+            notes.append("has transparency; it lies on white")
+        return _eight_bits(_upright(image), bits), notes
+
+
+def _known_bits(image: TiffImagePlugin.TiffImageFile) -> int:
+    """Returns the bits of each sample; refuses integers of which nothing says what is black and what is white.
+
+    Unsigned integers of up to 16 bits reach from black to white. Signed and longer ones are measurements or labels,
+    whose range only their author knows; Pillow wraps, clips or reinterprets some of them without a word.
+    """
+    bits, kinds = image.tag_v2.get(BITSPERSAMPLE, (1,)), image.tag_v2.get(SAMPLEFORMAT, (1,))
+    if 2 in kinds or (1 in kinds and max(bits) > 16):
+        kind = "signed" if 2 in kinds else "unsigned"
+        raise UnreadableFileError(f"holds {kind} integers of {max(bits)} bits, whose range is not known; save 8 or 16")
+    if max(bits) > 8 and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0:
+        raise UnreadableFileError(f"holds {max(bits)} bits of which 0 is white; save it with 0 as black")
+    return max(bits)
+
+
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
@@ -72,10 +107,10 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Returns the image in mode L or RGB."""
+def _eight_bits(image: Image.Image, bits: int) -> Image.Image:
+    """Returns the image in mode L or RGB; `bits` says how far long integers reach."""
     if image.mode.startswith("I"):
-        return Image.fromarray(_sixteen_to_eight(np.asarray(image)))
+        return Image.fromarray(_to_eight(np.asarray(image), bits))
     if image.mode == "F":
         values = np.asarray(image)
         if not (values.min() >= 0 and values.max() <= 1):  # NaN is neither
@@ -89,11 +124,11 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return image if image.mode in ("L", "RGB") else image.convert("RGB")
 
 
-def _sixteen_to_eight(values: np.ndarray) -> np.ndarray:
-    """Divides by 257; Pillow's own conversion clips at 255."""
-    if values.min() < 0 or values.max() > 65535:
-        raise UnreadableFileError("holds integers beyond 16 bits")
-    return np.rint(values / 257).astype(np.uint8)
+def _to_eight(values: np.ndarray, bits: int) -> np.ndarray:
+    """Scales 12 or 16 bits to 8; Pillow's own conversion clips at 255."""
+    if values.min() < 0 or values.max() >= 2**bits:
+        raise UnreadableFileError(f"holds integers beyond {bits} bits")
+    return np.rint(values * (255 / (2**bits - 1))).astype(np.uint8)
 
 
 def _from_cmyk(image: Image.Image) -> Image.Image:

@@ -31,6 +31,7 @@ from diffcore.metrics import (
     prepare,
     real_floor,
 )
+from diffcore.metrics.compare import nearest_real
 from diffcore.metrics.embed import Reading, embed_images
 from diffcore.metrics.features import FeatureExtractor
 from diffcore.metrics.preprocess import Preprocessing
@@ -196,6 +197,17 @@ def test_numbers_are_those_of_each_metric_by_itself():
     from_moments = compare_features(covariance(real), fake, "x")
     assert [m.metric for m in from_moments] == ["Fréchet distance", "Fréchet distance, extrapolated"]
     assert from_moments[0].value == pytest.approx(expected["Fréchet distance"], rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("level", "spread"), [(0.0, 1.0), (50.0, 30.0), (1.0, 1e-2)])
+def test_numbers_of_half_precision_are_those_of_single(dtype, level, spread):
+    generator = torch.Generator().manual_seed(0)
+    real, fake = ((level + spread * torch.randn(60, 64, generator=generator)).to(dtype) for _ in range(2))
+    half, single = (compare_features(x, y, "x", copies=True) for x, y in ((real, fake), (real.float(), fake.float())))
+    assert half == single
+    assert kernel_distance(real, fake.float()) == kernel_distance(real.float(), fake.float())
+    assert torch.equal(nearest_real(real, fake, 3)[0], nearest_real(real.float(), fake.float(), 3)[0])
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ def points(n: int, seed: int, dim: int = 4, dtype=torch.float64) -> torch.Tensor
 
 
 def brute(real: torch.Tensor, fake: torch.Tensor, k: int, k_coverage: int) -> list[float]:
-    """The definitions as loops."""
+    """The definitions as loops, as far as no distance equals a radius."""
 
     def distance(x, y):
         return float((x.double() - y.double()).square().sum().sqrt())
@@ -46,7 +46,30 @@ def test_duplicates_and_constant_features():
     assert scores == pytest.approx(brute(real, real[:20], 3, 5))
     assert scores[0] == scores[3] == 1
     constant = torch.ones(9, 3)
-    assert [float(score) for score in precision_recall(constant, constant)] == [1, 1, pytest.approx(9 / 5), 1]
+    assert [float(score) for score in precision_recall(constant, constant)] == pytest.approx([1, 1, 1, 1], abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "make",
+    [points, lambda n, seed: points(n, seed).round(), lambda n, seed: points(n // 9, seed).repeat(9, 1)],
+    ids=["distinct", "on a grid", "repeated"],
+)
+def test_a_set_compared_with_itself_has_density_one(make, dtype):
+    same = make(180, 0).to(dtype)
+    order = torch.randperm(len(same), generator=torch.Generator().manual_seed(1))
+    assert [float(score) for score in precision_recall(same, same[order])] == pytest.approx([1, 1, 1, 1], abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
+def test_rows_of_half_precision_score_as_in_single(dtype, scale):
+    real, fake = (
+        (scale * points(80, 0, dim=512) + scale).to(dtype),
+        (1.1 * scale * points(70, 1, dim=512) + scale).to(dtype),
+    )
+    assert precision_recall(real, fake) == precision_recall(real.float(), fake.float())
+    assert precision_recall(real, fake.float()) == precision_recall(real.float(), fake.float())
 
 
 def test_radii_are_exact_where_the_matrix_product_is_not():

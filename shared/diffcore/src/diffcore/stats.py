@@ -7,11 +7,13 @@ References:
     The merge: Chan, Golub and LeVeque 1983, equation 1.5.
 """
 
+from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Float64
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 
@@ -31,7 +33,18 @@ class Covariance(NamedTuple):
     cov: Float64[Tensor, "d d"]
 
 
-class _Running(Metric):
+class ExactMetric(Metric):
+    """A metric whose states keep their precision when a module that holds it is cast, as trainers cast networks.
+
+    Sums and counts in bfloat16 stop growing after some hundred rows, and torchmetrics leaves states alone only where
+    the cast is spelled `half()` or `bfloat16()`, not `to(torch.bfloat16)`. Moves to another device are followed.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        return super()._apply(lambda state: state.to(fn(state.new_empty(0)).device), exclude_state)
+
+
+class _Running(ExactMetric):
     """What both metrics share: the states, their merge, and how they arrive from several processes."""
 
     full_state_update = True
@@ -111,6 +124,12 @@ def covariance(x: Float[Tensor, "b d"]) -> Covariance:
     rows, mean = _centred(x, torch.empty(x.shape[1], dtype=torch.float64, device=x.device))
     count = mean.new_tensor(float(len(x)))
     return Covariance(count, mean, _normalised(rows.T @ rows, count))
+
+
+def in_one_precision(*tensors: Float[Tensor, "..."]) -> tuple[Float[Tensor, "..."], ...]:
+    """Returns tensors in their widest type, float32 at least: statistics in half precision lose all their digits."""
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+    return tuple(tensor.to(dtype) for tensor in tensors)
 
 
 def require_finite(name: str, x: Float[Tensor, "b ..."], first_row: int = 0) -> None:

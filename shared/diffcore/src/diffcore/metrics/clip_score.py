@@ -11,9 +11,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
-from torchmetrics import Metric
 
-from diffcore.stats import require_finite
+from diffcore.stats import ExactMetric, require_finite
 
 
 class PromptFit(NamedTuple):
@@ -25,7 +24,7 @@ class PromptFit(NamedTuple):
     num_truncated: int
 
 
-class ClipScore(Metric):
+class ClipScore(ExactMetric):
     """Mean of `100 max(cosine, 0)` over pairs of image and prompt; `compute` returns `PromptFit`.
 
     Args:

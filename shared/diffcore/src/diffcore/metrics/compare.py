@@ -25,7 +25,7 @@ from diffcore.metrics.precision_recall import membership, squared_distances
 from diffcore.metrics.prompt_fit import PromptScores, ScoredPrompts, score_prompts
 from diffcore.metrics.replication import nearest_training_images
 from diffcore.run import Run
-from diffcore.stats import Covariance
+from diffcore.stats import Covariance, in_one_precision
 
 MIN_IMAGES = 10
 COPY = 0.5  # cosine of SSCD's features above which Somepalli et al. 2023 speak of a copy
@@ -167,6 +167,7 @@ def compare_features(
 
 def nearest_real(real: Float[Tensor, "n d"], fake: Float[Tensor, "m d"], k: int) -> tuple[Tensor, Int[Tensor, "m k"]]:
     """Returns for each generated image its distance to the nearest real one, and the rows of the k nearest."""
+    real, fake = in_one_precision(real, fake)
     centre = real.mean(0)
     real, fake = real - centre, fake - centre
     found = [squared_distances(rows, real).topk(min(k, len(real)), largest=False) for rows in fake.split(_ROWS)]

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
-from torchmetrics import Metric
 
-from diffcore.stats import require_finite
+from diffcore.stats import ExactMetric, require_finite
 
 
 class CorrectKeypoints(NamedTuple):
@@ -25,7 +24,7 @@ class CorrectKeypoints(NamedTuple):
     per_image: Float64[Tensor, " alphas"]
 
 
-class PercentageCorrectKeypoints(Metric):
+class PercentageCorrectKeypoints(ExactMetric):
     """Shares of points within `alpha` of the box, the border included; `compute` returns `CorrectKeypoints`.
 
     Args:

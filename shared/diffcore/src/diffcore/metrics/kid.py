@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffcore.metrics.estimate import Estimate
 from diffcore.metrics.rows import RealAndFake
-from diffcore.stats import require_finite
+from diffcore.stats import in_one_precision, require_finite
 
 _ROWS = 2048  # per side of a chunk of the kernel matrix
 
@@ -43,6 +43,7 @@ def kernel_distance(real: Float[Tensor, "n d"], fake: Float[Tensor, "m d"], *, b
         require_finite(f"{name} features", features)
         if len(features) < 2:
             raise ValueError(f"{name} has {len(features)} rows; a kernel distance needs at least 2")
+    real, fake = in_one_precision(real, fake)
     x, y = (torch.tensor_split(side, min(blocks, len(side))) for side in (real, fake))
     within_real, within_fake, between = _within(x), _within(y), _sums(x, y)
     n, m = _lengths(x), _lengths(y)

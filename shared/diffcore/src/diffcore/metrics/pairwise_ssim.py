@@ -17,10 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
-from torchmetrics import Metric
 
 from diffcore.metrics.estimate import Estimate
-from diffcore.stats import require_finite
+from diffcore.stats import ExactMetric, require_finite
 
 WANG_BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, section 3.2
 _SIGMA = 1.5  # of the window, in pixels
@@ -74,7 +73,7 @@ def pairwise_ssim(
     return similarity.view(prompts, -1)
 
 
-class PairwiseSSIM(Metric):
+class PairwiseSSIM(ExactMetric):
     """Mean over prompts of the mean similarity of a prompt's seeds; `compute` returns an `Estimate` over prompts.
 
     Args:

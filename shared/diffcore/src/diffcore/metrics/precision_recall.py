@@ -4,6 +4,9 @@ The ball of a row reaches to its k-th nearest other row of the same set. Distanc
 chunk. As float32 loses several digits in it, radii are computed anew from the nearest candidates, and so is every pair
 that rounding could put on the wrong side of a radius: the scores are those of exact distances.
 
+Balls are closed for precision, recall and coverage. For density a row exactly on the surface counts only as far as a
+ball holds fewer than k rows inside, so that a set compared with itself has density 1, whatever repeats in it.
+
 References:
     Precision and recall: Kynkäänniemi et al. 2019, equation 1. Density and coverage: Naeem et al. 2020, equations 4, 6.
 """
@@ -11,11 +14,11 @@ References:
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from diffcore.metrics.rows import RealAndFake
-from diffcore.stats import require_finite
+from diffcore.stats import in_one_precision, require_finite
 
 _ROWS = 2048  # per chunk of the distance matrix
 _PAIRS = 65_536  # per chunk of directly computed distances
@@ -36,7 +39,8 @@ class Membership(NamedTuple):
 
     Attributes:
         realistic: Whether a fake lies in the ball of some real row.
-        num_balls: In how many of the wider real balls a fake lies.
+        num_balls: In how many of the wider real balls a fake lies; a ball that has fewer than k fakes inside shares the
+            rest of k among those on its surface.
         recalled: Whether a real row lies in the ball of some fake.
         covered: Whether the wider ball of a real row holds some fake.
     """
@@ -84,7 +88,7 @@ def membership(
             raise ValueError(f"{name} has {len(features)} rows; {max(k, k_coverage)} neighbours need more")
     # A common offset would eat the digits of the product.
     centre = real.double().mean(0)
-    real, fake = ((features.double() - centre).to(features.dtype) for features in (real, fake))
+    real, fake = ((features.double() - centre).to(features.dtype) for features in in_one_precision(real, fake))
     near, wide = squared_radii(real, (k, k_coverage))
     (fake_near,) = squared_radii(fake, (k,))
 
@@ -94,11 +98,11 @@ def membership(
     for start in range(0, len(real), _ROWS):
         rows = slice(start, start + _ROWS)
         squared = squared_distances(real[rows], fake)
-        realistic |= _inside(real[rows], fake, squared, near[rows, None]).any(0)
-        recalled.append(_inside(real[rows], fake, squared, fake_near[None]).any(1))
+        realistic |= _inside(real[rows], fake, squared, near[rows, None]).closed.any(0)
+        recalled.append(_inside(real[rows], fake, squared, fake_near[None]).closed.any(1))
         in_wide = _inside(real[rows], fake, squared, wide[rows, None])
-        balls += in_wide.sum(0)
-        covered.append(in_wide.any(1))
+        balls += _filled(in_wide, k_coverage)
+        covered.append(in_wide.closed.any(1))
     return Membership(realistic, balls, torch.cat(recalled), torch.cat(covered))
 
 
@@ -156,12 +160,31 @@ def _rounding(x: Tensor, y: Tensor) -> Float[Tensor, "n m"]:
     return 8 * x.shape[1] ** 0.5 * torch.finfo(x.dtype).eps * (x.square().sum(1)[:, None] + y.square().sum(1))
 
 
-def _inside(x: Tensor, y: Tensor, squared: Tensor, radii: Tensor) -> Bool[Tensor, "n m"]:
-    """Returns which pairs lie within the radius (inclusive); those in doubt are decided on exact distances."""
-    inside = squared <= radii
+class _Inside(NamedTuple):
+    """Which pairs lie within the radius, the surface included, and the places of those on the surface."""
+
+    closed: Bool[Tensor, "n m"]
+    surface: tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"]]
+
+
+def _inside(x: Tensor, y: Tensor, squared: Tensor, radii: Tensor) -> _Inside:
+    """Compares distances with radii; pairs in doubt are decided on exact distances."""
+    closed = squared <= radii
     i, j = ((squared - radii).abs() <= _rounding(x, y)).nonzero(as_tuple=True)
-    inside[i, j] = _direct(x, y, i, j) <= radii.expand(len(x), len(y))[i, j]
-    return inside
+    distances, limits = _direct(x, y, i, j), radii.expand(len(x), len(y))[i, j]
+    closed[i, j] = distances <= limits
+    surface = distances == limits
+    return _Inside(closed, (i[surface], j[surface]))
+
+
+def _filled(inside: _Inside, k: int) -> Float64[Tensor, " m"]:
+    """Returns for each column the number of rows' balls it counts in, those whose surface it is on by a share."""
+    i, j = inside.surface
+    counts = inside.closed.sum(0).double()
+    on_surface = torch.bincount(i, minlength=len(inside.closed)).double()
+    missing = k - (inside.closed.sum(1) - on_surface)
+    share = (missing / on_surface.clamp(min=1)).clamp(0, 1)
+    return counts.index_add(0, j, share[i] - 1)
 
 
 def _direct(x: Tensor, y: Tensor, i: Tensor, j: Tensor) -> Float64[Tensor, " pairs"]:

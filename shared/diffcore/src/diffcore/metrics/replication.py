@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from diffcore.metrics.rows import RealAndFake
-from diffcore.stats import require_finite
+from diffcore.stats import in_one_precision, require_finite
 
 _IMAGES, _TRAIN = 2048, 8192  # rows of a chunk of the cosine matrix, and its columns
 
@@ -45,8 +45,8 @@ def nearest_training_images(real: Float[Tensor, "m d"], fake: Float[Tensor, "n d
     """
     if not 1 <= k <= len(real):
         raise ValueError(f"k is {k}; with {len(real)} real rows it must be from 1 to {len(real)}")
-    dtype = torch.promote_types(torch.promote_types(real.dtype, fake.dtype), torch.float32)
-    real, fake = _directions("real", real, dtype), _directions("fake", fake, dtype)
+    real, fake = in_one_precision(real, fake)
+    real, fake = _directions("real", real), _directions("fake", fake)
     parts = [_nearest(real, rows, k) for rows in fake.split(_IMAGES)]
     cosine, index = (torch.cat(columns) for columns in zip(*parts, strict=True))
     return Nearest(cosine.clamp(-1, 1), index)
@@ -91,9 +91,9 @@ def _nearest(real: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return cosine, index
 
 
-def _directions(name: str, features: Tensor, dtype: torch.dtype) -> Tensor:
+def _directions(name: str, features: Tensor) -> Tensor:
     require_finite(f"{name} features", features)
     zero = (features == 0).all(1).nonzero().flatten()
     if len(zero):
         raise ValueError(f"{name} features are all 0 in row {int(zero[0])}; they have no direction, leave the row out")
-    return functional.normalize(features.to(dtype), dim=1, eps=0.0)
+    return functional.normalize(features, dim=1, eps=0.0)

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from diffcore.stats import require_finite
+from diffcore.stats import ExactMetric, in_one_precision, require_finite
 
 
 def gather_rows(rows: Tensor, group: Any = None) -> list[Tensor]:
@@ -29,7 +28,7 @@ def gather_rows(rows: Tensor, group: Any = None) -> list[Tensor]:
     return gather_all_tensors(rows, group)
 
 
-class RealAndFake(Metric):
+class RealAndFake(ExactMetric):
     """What metrics share that compare two sets of features row by row: both sets are kept, `compute` is left open.
 
     Args:
@@ -53,7 +52,7 @@ class RealAndFake(Metric):
         """
         side = self.real if real else self.fake
         require_finite("real features" if real else "fake features", features, sum(map(len, side)))
-        side.append(features.detach() if features.dtype == torch.float64 else features.detach().float())
+        side.append(*in_one_precision(features.detach()))
 
     def both(self) -> tuple[Float[Tensor, "n d"], Float[Tensor, "m d"]]:
         """Returns all rows seen, real and fake, in one precision; inside `compute`, those of all processes.
@@ -61,9 +60,8 @@ class RealAndFake(Metric):
         Raises:
             ValueError: A side has no rows.
         """
-        real, fake = _rows("real", self.real), _rows("fake", self.fake)
-        dtype = torch.promote_types(real.dtype, fake.dtype)
-        return real.to(dtype), fake.to(dtype)
+        real, fake = in_one_precision(_rows("real", self.real), _rows("fake", self.fake))
+        return real, fake
 
 
 def _rows(name: str, kept: Sequence[Tensor] | Tensor) -> Tensor:

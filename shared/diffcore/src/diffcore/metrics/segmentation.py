@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float64, Integer
 from torch import Tensor
-from torchmetrics import Metric
+
+from diffcore.stats import ExactMetric
 
 
 class IntersectionOverUnion(NamedTuple):
@@ -15,7 +16,7 @@ class IntersectionOverUnion(NamedTuple):
     per_class: Float64[Tensor, " classes"]
 
 
-class DataSetIoU(Metric):
+class DataSetIoU(ExactMetric):
     """The mean IoU of the data set: intersections and unions are summed over all images before they are divided.
 
     This is the number of the segmentation literature. The mean of each image's own IoU, as torchmetrics' `MeanIoU` has

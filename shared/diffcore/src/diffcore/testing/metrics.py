@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from diffcore.testing.distributed import run_forked
@@ -24,7 +24,8 @@ def check_metric(
     """Checks that a metric equals its reference in all the ways its rows can arrive.
 
     The ways: as given; in small pieces; rows and batches in another order; on two processes with unequal shares, and
-    with one share empty; in float64 and float16. `reset`, pickling half-way and a second `compute` change nothing.
+    with one share empty; in float64 and float16. `reset`, pickling half-way, a second `compute` and casts of a module
+    that holds the metric change nothing.
 
     Args:
         make: Returns a fresh metric.
@@ -52,6 +53,8 @@ def check_metric(
     expect("in pieces", _value(make(), [piece for batch in batches for piece in _pieces(batch)]))
     expect("in another order", _value(make(), [_reordered(batch) for batch in reversed(batches)]))
     expect("pickled half-way", _value_pickled(make(), batches))
+    for dtype in (torch.bfloat16, torch.float16):
+        expect(f"held by a module cast to {dtype}", _value_cast_half_way(make(), batches, dtype))
     for way, value in _values_on_two_ranks(make, batches):
         expect(way, value)
     expect("in float64", _value(make(), [_cast(batch, torch.float64) for batch in batches]))
@@ -70,6 +73,15 @@ def _value_pickled(metric: Metric, batches: Sequence[Batch]) -> Any:
     for batch in first:
         metric.update(*batch)
     return _value(pickle.loads(pickle.dumps(metric)), second)
+
+
+def _value_cast_half_way(metric: Metric, batches: Sequence[Batch], dtype: torch.dtype) -> Any:
+    holder = nn.ModuleList([nn.Linear(1, 1), metric]).to(dtype)
+    first, second = _split(batches, 0.5)
+    for batch in first:
+        metric.update(*batch)
+    holder.to(dtype)
+    return _value(metric, second)
 
 
 def _values_on_two_ranks(make: Callable[[], Metric], batches: Sequence[Batch]) -> list[tuple[str, Any]]:

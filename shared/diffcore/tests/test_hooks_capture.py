@@ -73,7 +73,7 @@ def test_every_module_of_every_family_can_be_captured_and_equals_its_recomputati
     assert all(value.grad_fn is None for value in activations.values())
 
 
-def test_activations_are_detached_and_share_memory(sd15):
+def test_activations_are_detached_copies(sd15):
     denoiser, (x_t, t, cond) = sd15
     seen = []
     handle = denoiser.backbone.conv_in.register_forward_hook(lambda m, a, out: seen.append(out))
@@ -82,7 +82,7 @@ def test_activations_are_detached_and_share_memory(sd15):
     handle.remove()
     assert seen[0].requires_grad
     assert not activations["conv_in"].requires_grad
-    assert activations["conv_in"].data_ptr() == seen[0].data_ptr()
+    assert activations["conv_in"].data_ptr() != seen[0].data_ptr()
 
 
 def test_several_firings_are_all_in_calls_and_the_first_in_the_dictionary(sd15):
@@ -420,3 +420,55 @@ def test_fused_projections_are_refused_where_they_are_silent(name, silent, audib
     with capture(backbone, silent) as activations:
         call(backbone, *inputs)
     assert activations.silent == set()
+
+
+class InPlace(nn.Module):
+    """A network that changes what its modules put out: by an activation, by half of the channels, through a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(4, 4) for _ in range(3))
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        x = self.act(self.first(x))
+        y = self.second(x)
+        y[:, :2] *= 3
+        z = self.third(y)
+        z.view(-1).add_(1)
+        return z
+
+
+@pytest.mark.parametrize("site", ["first", "second", "third", Site("act", at="input"), Site("third", at="input")])
+@pytest.mark.parametrize(
+    "reduce",
+    [None, lambda name, x: x, lambda name, x: x[:, 1:], lambda name, x: x.mT, lambda name, x: x.mean(0)],
+    ids=["whole", "as it is", "a part", "turned", "computed"],
+)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_activations_stay_what_the_module_put_out(site, reduce, mode):
+    torch.manual_seed(0)
+    net, x = InPlace(), torch.randn(5, 4)
+    x.requires_grad_(False)
+    copies = []
+    with mode(), capture(net, site, reduce=lambda name, value: copies.append(value.clone())):
+        net(x)
+    expected = copies[0] if reduce is None else reduce("", copies[0])
+    with mode(), capture(net, site, reduce=reduce) as seen:
+        net(x)
+    assert torch.equal(next(iter(seen.values())), expected)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_free_u_changes_no_activation(family):
+    denoiser, inputs = tiny.denoiser(family), tiny.inputs(family)
+    denoiser.backbone.enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6)
+    copies = {}
+
+    def copy(name, x):
+        copies.setdefault(name, x.clone())
+
+    with torch.no_grad(), capture(denoiser.backbone, "*") as seen, capture(denoiser.backbone, "*", reduce=copy):
+        denoiser(*inputs)
+    assert len(copies) > 50
+    assert all(torch.equal(seen[name], copies[name]) for name in copies)

@@ -58,7 +58,8 @@ def capture(
 
     ``with capture(unet, "*.attn2.to_v") as activations: unet(x, t, states)``
 
-    Tensors are detached, not copied, and keep the precision of the computation. Only the thread that enters the block
+    Tensors are detached copies in the precision of the computation: what a module put out, whatever the network does to
+    it in place afterwards, as FreeU does. Only the thread that enters the block
     is listened to. Under gradient checkpointing the second run, during backward, is not recorded. An edit by
     `intervene` that was entered before is seen, one entered later is not.
 
@@ -66,7 +67,8 @@ def capture(
         model: The network.
         wanted: Patterns as in `match`, sites, or a mixture.
         reduce: Called as (name, tensor) at each firing; what it returns is kept instead of the tensor, None keeps
-            nothing. So a sweep over a whole network holds statistics instead of activations.
+            nothing. So a sweep over a whole network holds statistics instead of activations. The tensor is no copy:
+            what is to outlast the call must be computed from it, or returned.
         stop: Ends the forward pass, and with it the block, as soon as every site has fired once. Lines of the block
             after the forward call are then skipped, so put only that call in it.
         prepend: Go ahead of hooks that are there, edits among them.
@@ -89,7 +91,7 @@ def capture(
             value = x.detach()
             kept = value if reduce is None else reduce(name, value)
             if kept is not None:
-                activations.add(name, kept)
+                activations.add(name, kept.clone() if _shares_memory(kept, value) else kept)
             activations.silent.discard(name)
             if stop and not activations.silent:
                 raise _Finished(activations)
@@ -102,3 +104,9 @@ def capture(
     except _Finished as finished:
         if finished.by is not activations:
             raise
+
+
+def _shares_memory(kept: object, value: Tensor) -> bool:
+    return isinstance(kept, Tensor) and (
+        kept is value or kept.untyped_storage()._cdata == value.untyped_storage()._cdata
+    )

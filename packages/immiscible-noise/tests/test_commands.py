@@ -10,15 +10,16 @@ import signal
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from lightning import Trainer
 from PIL import Image
 
 from diffcore import artifact
 from diffcore.cli import main
-from diffcore.testing.waiting import wait_until
 from immiscible_noise.cli import app
 from immiscible_noise.train import load_snapshot, read_recipe
 
@@ -203,8 +204,17 @@ def test_a_plan_writes_nothing(painted: Path, tmp_path: Path, capsys: pytest.Cap
         assert not (tmp_path / "x").exists()
 
 
-def start(*tokens: object, limit: int | None = None, ignored: signal.Signals | None = None) -> int:
-    """Runs the console script in a forked process, whose standard error goes to a file; returns the process's id."""
+def start(
+    *tokens: object, limit: int | None = None, ignored: signal.Signals | None = None, halting: bool = False
+) -> int:
+    """Runs the console script in a forked process, whose standard error goes to a file; returns the process's id.
+
+    Args:
+        tokens: Words of the command.
+        limit: Largest file in bytes.
+        ignored: Signal that the process ignores from the start.
+        halting: Halt after the second checkpoint, for `halted`.
+    """
     child = os.fork()
     if child == 0:
         code = 99
@@ -215,24 +225,40 @@ def start(*tokens: object, limit: int | None = None, ignored: signal.Signals | N
             signal.signal(signal.SIGINT, signal.default_int_handler)
             if ignored is not None:
                 signal.signal(ignored, signal.SIG_IGN)
+            if halting:
+                halt_after_second_checkpoint()
             code = main(app, [str(token) for token in tokens])
         finally:
             os._exit(code)
     return child
 
 
+def halt_after_second_checkpoint() -> None:
+    """Makes this process stop, as Ctrl-Z does, once its second checkpoint is written."""
+    write, numbers = Trainer.save_checkpoint, iter(range(1, 10_000))
+
+    def write_and_halt(*args: Any, **options: Any) -> None:
+        write(*args, **options)
+        if next(numbers) == 2:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    Trainer.save_checkpoint = write_and_halt
+
+
+def halted(child: int) -> None:
+    """Waits until a process has halted, however long that takes."""
+    _, status = os.waitpid(child, os.WUNTRACED)
+    assert os.WIFSTOPPED(status), "the command ended before its second checkpoint"
+
+
+def send(child: int, number: signal.Signals) -> None:
+    """Sends a signal to a halted process and lets it go on."""
+    os.kill(child, number)
+    os.kill(child, signal.SIGCONT)
+
+
 def exit_code(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def wait_for(path: Path, child: int) -> None:
-    def is_there() -> bool:
-        if path.exists():
-            return True
-        assert os.waitpid(child, os.WNOHANG) == (0, 0), "the command ended before it wrote a checkpoint"
-        return False
-
-    assert wait_until(is_there)
 
 
 LONG = ["--method", "assignment", *small(steps=200, **{"checkpoint-every": 5})]
@@ -252,9 +278,9 @@ def test_an_interrupted_training_continues_to_the_same_weights(
     painted: Path, uninterrupted: Path, tmp_path: Path, number: int, code: int
 ):
     out = tmp_path / "cut"
-    child = start("train", painted, "--out", out, *LONG)
-    wait_for(out / "checkpoints" / "last.ckpt", child)
-    os.kill(child, number)
+    child = start("train", painted, "--out", out, *LONG, halting=True)
+    halted(child)
+    send(child, number)
     assert exit_code(child) == code
     assert not (out / "result.json").exists()
     assert run("train", painted, "--out", out, *LONG) == 0
@@ -277,9 +303,9 @@ def test_weights_that_were_damaged_are_trained_again(painted: Path, tmp_path: Pa
 def test_an_ignored_signal_does_not_finish_a_training(painted: Path, uninterrupted: Path, tmp_path: Path):
     """As `nohup` or a script's `&` start it: the signal that is raised again after the fit then does nothing."""
     out = tmp_path / "cut"
-    child = start("train", painted, "--out", out, *LONG, ignored=signal.SIGINT)
-    wait_for(out / "checkpoints" / "last.ckpt", child)
-    os.kill(child, signal.SIGINT)
+    child = start("train", painted, "--out", out, *LONG, ignored=signal.SIGINT, halting=True)
+    halted(child)
+    send(child, signal.SIGINT)
     if exit_code(child):  # it stopped rather than went on: then it must say so
         assert not (out / "result.json").exists()
         assert run("train", painted, "--out", out, *LONG) == 0

@@ -75,4 +75,4 @@ def test_fabric_without_lightning_names_the_install_line(monkeypatch):
 
 def test_import_leaves_torch_out():
     code = "import sys, diffcore, diffcore.runtime, diffcore.errors; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], env=os.environ, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], env=os.environ).returncode == 0

@@ -72,6 +72,10 @@ def info(model: str, *, loading: Loading = Loading(), output: Output = Output())
     from diffcore.models.describe import describe
     from diffcore.models.schedules import schedule_of
 
+    if output.dry_run:
+        read = model if loading.download else resolve(model).name
+        emit({"reads": read, "writes": "nothing" if output.out is None else output.out}, output.json)
+        return 0
     path = resolve(model, download=loading.download)
     inventory = inspect_model(path, allow_pickle=loading.allow_pickle)
     described = describe(inventory)
@@ -157,7 +161,7 @@ def sample(
         adapter: LoRA to fuse in: a safetensors file, or a folder of PEFT.
         adapter_scale: Its strength; 1 is what it was trained for.
     """
-    from diffcore.models.draw import draw_images
+    from diffcore.models.draw import draw_images, planned_images
     from diffcore.run import Run
 
     if steps < 1 or count < 1:
@@ -170,6 +174,10 @@ def sample(
     config = settings(prompts=list(prompts), count=count, **options, **fused, loading=loading, runtime=runtime)
     folder = output.out or Path("runs") / f"sample-{loaded.name}"
     inputs = {loaded.name: loaded.fingerprint}
+    planned = planned_images(loaded, prompts, count=count, guidance_scale=guidance_scale, size=size)
+    if output.dry_run:
+        emit({**planned, "steps": steps, "writes": folder}, output.json)
+        return 0
     with Run.open(folder, command="diffcore sample", config=config, inputs=inputs, restart=output.restart) as opened:
         if not opened.finished:
             opened.finish(draw_images(loaded, opened, prompts, count=count, seed=runtime.seed, **options))

@@ -44,14 +44,9 @@ def draw_images(
         The figures of `result.json`, the truncated prompts among them.
 
     Raises:
-        UserError: Prompts for a model that takes none, or none for one that does.
+        UserError: As `planned_images`.
     """
-    if bool(prompts) != (model.prompts is not None):
-        raise UserError(
-            f"{printable(model.name)} takes no prompts; leave them out"
-            if prompts
-            else f"{printable(model.name)} takes prompts; give one or more"
-        )
+    planned_images(model, prompts, count=count, guidance_scale=guidance_scale, size=size)
     shape = sample_shape(model, size)
     device = next(model.backbone.parameters()).device
     noise = row_noise(seed, range(count), shape, device=device)
@@ -74,6 +69,26 @@ def draw_images(
     return {"images": len(images) * count, "pixels": f"{width}x{height}", "truncated": truncated}
 
 
+def planned_images(
+    model: DiffusionModel, prompts: Sequence[str], *, count: int, guidance_scale: float, size: int | None
+) -> dict[str, Any]:
+    """Returns how many images `draw_images` would make, and of which shape; arguments as there.
+
+    Raises:
+        UserError: Prompts for a model that takes none, or none for one that does, or guidance without prompts.
+    """
+    if bool(prompts) != (model.prompts is not None):
+        raise UserError(
+            f"{printable(model.name)} takes no prompts; leave them out"
+            if prompts
+            else f"{printable(model.name)} takes prompts; give one or more"
+        )
+    if guidance_scale != 1 and model.prompts is None:
+        raise UserError("--guidance-scale needs a model that takes prompts; leave it out")
+    shape = sample_shape(model, size)
+    return {"images": max(len(prompts), 1) * count, "shape_of_x0": "x".join(map(str, shape))}
+
+
 def _condition(model: DiffusionModel, prompts: Sequence[str], index: int, count: int) -> tuple[dict[str, Tensor], str]:
     if model.prompts is None:
         cond = empty_condition(model, count)
@@ -87,8 +102,6 @@ def _condition(model: DiffusionModel, prompts: Sequence[str], index: int, count:
 
 
 def _guided(model: DiffusionModel, guidance_scale: float, count: int) -> Denoiser:
-    if guidance_scale == 1:
+    if guidance_scale == 1 or model.prompts is None:
         return model.denoiser
-    if model.prompts is None:
-        raise UserError("--guidance-scale needs a model that takes prompts; leave it out")
     return GuidedDenoiser(model.denoiser, guidance_scale, model.prompts.unconditional(1))

@@ -22,7 +22,7 @@ class RankFailedError(RuntimeError):
     """A rank died without an exception, or did not answer in time."""
 
 
-def run_forked(fn: Callable[[int], T], ranks: int = 2, timeout_seconds: float = 60.0) -> list[T]:
+def run_forked(fn: Callable[[int], T], ranks: int = 2, timeout_seconds: float = 300.0) -> list[T]:
     """Runs `fn(rank)` in forked processes joined by gloo and returns each rank's value, in order of rank.
 
     `fn` may be a closure; its value must pickle. CUDA must not have been used before.

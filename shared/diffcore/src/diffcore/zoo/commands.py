@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffcore.cli import Output, emit, make_app
+from diffcore.cli import Flag, Output, emit, make_app
 from diffcore.errors import UserError, printable
 from diffcore.runtime import Runtime
 from diffcore.shipped import PREFIX, SHIPPED, shipped_folder
@@ -40,28 +40,40 @@ def list_(*, json: bool = False) -> int:
 
 
 @zoo_app.command
-def samples(name: str, *, runtime: Runtime = Runtime(), output: Output = Output(out=Path("samples.png"))) -> int:
+def samples(name: str, *, out: Path = Path("samples.png"), dry_run: Flag = False, runtime: Runtime = Runtime()) -> int:
     """Draw a sheet of what a model makes, always from the same noise; of what it judges, for a judge.
 
     Shortest form: diffcore zoo samples portraits-sd
 
     Args:
-        name: A model of the list; --out names the picture.
+        name: A model of the list.
+        out: Picture to write.
+        dry_run: Print what would be drawn and written, and do nothing.
     """
     from diffcore.files import explained
     from diffcore.report import image_grid
     from diffcore.zoo.show import samples as draw_sheet
 
-    path = output.out or Path("samples.png")
-    images, columns, what = draw_sheet(_known(name), shipped_folder(name), runtime)
-    with explained(path):
-        image_grid(images, columns=columns).savefig(path)
-    print(f"{path}: {what}")
+    known = _known(name)
+    if dry_run:
+        print(f"draws a sheet of {known} and writes {out}")
+        return 0
+    images, columns, what = draw_sheet(known, shipped_folder(known), runtime)
+    with explained(out):
+        image_grid(images, columns=columns).savefig(out)
+    print(f"{out}: {what}")
     return 0
 
 
 @zoo_app.command
-def check(name: str, *, model: Path | None = None, runtime: Runtime = Runtime(), output: Output = Output()) -> int:
+def check(
+    name: str,
+    *,
+    model: Path | None = None,
+    dry_run: Flag = False,
+    json: Flag = False,
+    runtime: Runtime = Runtime(),
+) -> int:
     """Measure a model from its weights, and hold the figures against what is promised. Exit code 1 if one is missed.
 
     Shortest form: diffcore zoo check portraits-sd
@@ -69,10 +81,16 @@ def check(name: str, *, model: Path | None = None, runtime: Runtime = Runtime(),
     Args:
         name: A model of the list.
         model: Folder of another training of it.
+        dry_run: Print what would be measured, and do nothing.
+        json: Print one JSON object.
     """
     from diffcore.zoo.check import check as measure
 
-    return _tell(measure(_known(name), model or shipped_folder(name), runtime), output.json)
+    known = _known(name)
+    if dry_run:
+        print(f"measures {known} from the weights in {model or shipped_folder(known).name}, and writes nothing")
+        return 0
+    return _tell(measure(known, model or shipped_folder(known), runtime), json)
 
 
 @zoo_app.command

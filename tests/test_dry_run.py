@@ -1,0 +1,131 @@
+"""`--dry-run` tells and does nothing, in every command of every script that offers it."""
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cyclopts import App
+from PIL import Image
+
+from diffcore.cli import main
+from diffcore.run import Run
+from diffcore.testing import tiny
+
+APPS = {
+    "diffcore": "diffcore.commands",
+    "immiscible-noise": "immiscible_noise.cli",
+    "nemo-localize": "nemo_localize.cli",
+}
+# What each such command needs at least; a command that is not here fails the test that walks them.
+WORDS = {
+    "diffcore info": ["model", "--out", "page"],
+    "diffcore sample": ["model", "a cat", "--steps", "2"],
+    "diffcore metrics": ["images", "images"],
+    "diffcore zoo samples": ["digits8-edm"],
+    "diffcore zoo check": ["digits8-edm"],
+    "diffcore zoo train": ["digits8-edm", "--steps", "2"],
+    "immiscible-noise train": ["images", "--steps", "2"],
+    "immiscible-noise evaluate": ["trained", "images"],
+    "immiscible-noise compare": ["images", "--steps", "2"],
+    "immiscible-noise diagnose": ["images"],
+    "nemo-localize statistics": ["model", "captions.txt"],
+    "nemo-localize calibrate": ["model", "captions.txt"],
+    "nemo-localize detect": ["model", "captions.txt", "--calibration", "calibration.json", "--num-seeds", "2"],
+    "nemo-localize localize": [
+        "model",
+        "captions.txt",
+        "--statistics",
+        "statistics",
+        "--calibration",
+        "calibration.json",
+        "--num-seeds",
+        "2",
+    ],
+    "nemo-localize generate": ["model", "captions.txt", "--neurons", "neurons.json"],
+    "nemo-localize evaluate": ["model", "captions.txt", "--neurons", "neurons.json"],
+    "nemo-localize prove": [
+        "model",
+        "captions.txt",
+        "--neurons",
+        "neurons.json",
+        "--controls",
+        "controls.txt",
+        "--calibration",
+        "calibration.json",
+        "--num-seeds",
+        "2",
+    ],
+    "nemo-localize audit": ["model", "captions.txt", "--references", "controls.txt"],
+    "nemo-localize apply": ["model", "neurons.json"],
+}
+
+
+def commands(app: App, path: str) -> Iterator[tuple[str, App]]:
+    """Yields every command with the words that call it."""
+    for name in app:
+        if name.startswith("-"):
+            continue
+        if app[name].default_command is None:
+            yield from commands(app[name], f"{path} {name}")
+        else:
+            yield f"{path} {name}", app[name]
+
+
+def offering() -> list[str]:
+    """Returns the commands that have the option."""
+    apps = {script: importlib.import_module(module).app for script, module in APPS.items()}
+    return [
+        words
+        for script, app in apps.items()
+        for words, command in commands(app, script)
+        if any("--dry-run" in argument.names for argument in command.assemble_argument_collection())
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder with what the commands read."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny.pipeline("sd15").save_pretrained(folder / "model")
+    (folder / "images").mkdir()
+    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)):
+        Image.fromarray(pixels).save(folder / "images" / f"{number}.png")
+    words = ["cat", "dog", "hat", "cup", "sea", "sky", "map", "pen", "box", "key", "owl", "bee"]
+    (folder / "captions.txt").write_text("\n".join(f"a {word}" for word in words[:4]))
+    (folder / "controls.txt").write_text("\n".join(f"the {word}" for word in words))
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"
+    (folder / "neurons.json").write_text(f'{{"{layer}": [1, 2]}}')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        few = ["--num-seeds", "2"]
+        for words in (
+            ["nemo-localize", "statistics", "model", "controls.txt", "--out", "statistics"],
+            ["nemo-localize", "calibrate", "model", "controls.txt", "--out", "calibrated", *few],
+            ["immiscible-noise", "train", "images", "--steps", "2", "--batch-size", "4", "--out", "trained"],
+        ):
+            assert main(importlib.import_module(APPS[words[0]]).app, words[1:]) == 0
+        (folder / "calibrated" / "calibration.json").rename(folder / "calibration.json")
+    return folder
+
+
+def test_every_command_that_offers_it_is_walked():
+    assert set(offering()) == set(WORDS)
+
+
+@pytest.mark.parametrize("command", WORDS)
+def test_a_dry_run_tells_and_does_nothing(
+    command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a dry run opened a run folder or ran a network")
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(Run, "open", refuse)
+    monkeypatch.setattr("diffcore.denoiser.NetworkDenoiser.forward", refuse)
+    before = sorted(folder.rglob("*"))
+    script, *words = command.split()
+    assert main(importlib.import_module(APPS[script]).app, [*words, *WORDS[command], "--dry-run"]) == 0
+    assert capsys.readouterr().out.strip()
+    assert sorted(folder.rglob("*")) == before

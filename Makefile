@@ -45,7 +45,7 @@ help: ## show this list
 .uv/bin/uv:
 	@test -n "$(PYTHON)" || { echo "diffcore-lab needs Python 3.11 or newer on the PATH"; exit 1; }
 	$(PYTHON) -m venv .uv
-	.uv/bin/pip install --quiet --disable-pip-version-check uv
+	.uv/bin/pip install --quiet --quiet --disable-pip-version-check uv
 
 sync: $(filter .uv/%,$(UV)) ## install everything into .venv (brings uv where it is missing)
 	@$(UV) sync --quiet --all-packages --all-extras

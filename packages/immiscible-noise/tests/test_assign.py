@@ -1,11 +1,13 @@
 """What the assignment promises: rows moved bit for bit, the right optimum, invariances, blocks, masks, strength."""
 
 import itertools
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
+from torch._dynamo.utils import counters
 
 from immiscible_noise import assign_noise, immiscible_noise_like
 
@@ -61,7 +63,8 @@ def test_any_data_shape(shape):
 def test_nothing_to_exchange(size):
     x, noise = make_pair(size)
     assigned, info = assign_noise(x, noise, labels=["a"] * size, return_info=True)
-    assert assigned is noise
+    assert torch.equal(assigned, noise)
+    assert assigned is not noise
     assert (info.solver, info.reduction, info.gap_bound) == ("none", 0.0, 0.0)
 
 
@@ -182,11 +185,6 @@ def test_blocks_keep_their_rows_and_are_optimal(kind, solver):
         assert torch.equal(permutation[rows], rows[alone])
 
 
-def test_labels_all_different_leave_the_noise_alone():
-    x, noise = make_pair(16)
-    assert torch.equal(assign_noise(x, noise, labels=range(16)), noise)
-
-
 def test_ignoring_labels_is_the_plain_assignment_and_warns():
     x, noise = make_pair(32)
     with pytest.warns(UserWarning, match="condition='ignore'"):
@@ -236,7 +234,9 @@ def test_strength_zero_is_the_input_and_calls_no_solver(monkeypatch):
     x, noise = make_pair()
     generator = torch.Generator().manual_seed(0)
     state = generator.get_state()
-    assert assign_noise(x, noise, strength=0.0, generator=generator) is noise
+    untouched = assign_noise(x, noise, strength=0.0, generator=generator)
+    assert torch.equal(untouched, noise)
+    assert untouched.data_ptr() != noise.data_ptr()
     assert torch.equal(generator.get_state(), state)
 
 
@@ -298,11 +298,68 @@ def test_bfloat16_costs_lose_almost_nothing():
     assert 0.99 * gain <= rounded.cost_before - rounded.cost_after <= gain * (1 + 1e-6)
 
 
+LABELS = {
+    "none": None,
+    "tensor": torch.arange(16) % 3,
+    "rows": torch.arange(32).reshape(16, 2) // 8,
+    "array": np.arange(16) % 3,
+    "strings": [str(i % 3) for i in range(16)],
+    "tuples": tuple((i % 3, "x") for i in range(16)),
+    "bools": torch.arange(16) % 2 == 0,
+}
+
+
 @pytest.mark.usefixtures("as_shipped")
-def test_compiled_step_gives_the_same_noise():
+@pytest.mark.parametrize("kind", LABELS)
+@pytest.mark.parametrize(
+    "options", [{}, {"strength": 0.5}, {"mask": torch.ones(16, 1, 1, 1)}], ids=["all", "half", "mask"]
+)
+def test_a_compiled_step_breaks_once_and_gives_the_same_noise(kind, options):
     x, noise = make_pair(16)
-    step = torch.compile(lambda x, n: x + assign_noise(x, n), backend="eager")
-    torch.testing.assert_close(step(x, noise), x + assign_noise(x, noise))
+    torch._dynamo.reset()
+    counters.clear()
+
+    def step(x, noise):
+        torch.manual_seed(0)
+        return 2 * (x + assign_noise(x, noise, labels=LABELS[kind], **options))
+
+    compiled = torch.compile(step, backend="eager")
+    torch.testing.assert_close(compiled(x, noise), step(x, noise))
+    reasons = [reason for reason in counters["graph_break"] if "manual_seed" not in reason]
+    assert len(reasons) == 1
+
+
+@pytest.mark.usefixtures("as_shipped")
+def test_a_compiled_draw_breaks_once():
+    x = make_pair(16)[0]
+    counters.clear()
+    compiled = torch.compile(lambda x: immiscible_noise_like(x) + x, backend="eager")
+    assert compiled(x).shape == x.shape
+    assert len(counters["graph_break"]) == 1
+
+
+@pytest.mark.parametrize(
+    "labels", [[f"a photo of {i}" for i in range(8)], torch.arange(8), np.arange(16).reshape(8, 2)]
+)
+def test_labels_that_all_differ_are_said_plainly(labels):
+    x, noise = make_pair(8)
+    with pytest.warns(UserWarning, match=r"all 8 labels of this batch differ.*nothing is assigned.*leave labels out"):
+        assigned, info = assign_noise(x, noise, labels=labels, return_info=True)
+    assert torch.equal(assigned, noise)
+    assert assigned.data_ptr() != noise.data_ptr()
+    assert (info.solver, info.reduction) == ("none", 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert assign_noise(x, noise, labels=[0, 0, *range(1, 7)], return_info=True)[1].solver != "none"
+
+
+@pytest.mark.parametrize("count", [0, 1])
+@pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
+def test_what_comes_back_is_never_the_callers_own(count, strength):
+    noise = make_pair(4)[1][:count]
+    assigned = assign_noise(torch.zeros_like(noise), noise, strength=strength)
+    assigned += 1
+    assert torch.equal(assigned, noise + 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -17,6 +17,7 @@ from torch import Tensor
 from .blocks import Labels, label_table
 from .cost import Cost, Precision, pair_costs
 from .draw import draw_noise
+from .graphs import outside_graphs
 from .info import AssignmentInfo
 from .match import match
 from .solvers import Solver, choose_solver
@@ -55,6 +56,7 @@ def assign_noise(
     generator: torch.Generator | None = ...,
     return_info: Literal[True],
 ) -> tuple[Float[Tensor, "b *data"], AssignmentInfo]: ...
+@outside_graphs
 def assign_noise(
     x: Float[Tensor, "b *data"],
     noise: Float[Tensor, "b *data"],
@@ -73,14 +75,16 @@ def assign_noise(
 
     Call it after everything that makes the clean sample (latent scaling, normalisation) and before noise offsets, and
     build both the noisy sample and the training target from what it returns. Evaluation losses use unassigned noise.
-    No gradient flows through it. Several modalities: pass ``torch.cat([a.flatten(1), b.flatten(1)], 1)`` for each
-    argument and index their noises with ``info.permutation``.
+    No gradient flows through it, the tensor is a new one, and inside `torch.compile` it costs one graph break. Several
+    modalities: pass ``torch.cat([a.flatten(1), b.flatten(1)], 1)`` for each argument and index their noises with
+    ``info.permutation``.
 
     Args:
         x: Clean batch, any floating type.
         noise: Independent Gaussian noise of the same shape on the same device.
         labels: Conditions, compared for equality: an integer tensor (one label, or a row of them, per image) or a
-            sequence of hashable values. Give the labels the network sees, after classifier-free dropout.
+            sequence of hashable values. Give the labels the network sees, after classifier-free dropout. Where all
+            labels of a batch differ, as captions do, no row may exchange its noise: a warning says so.
         mask: Nonzero where ``x`` is data, zero where it is padding; shaped like ``x`` or its leading dimensions, or
             broadcastable to it. What the padding holds never matters.
         cost: "sq", the squared L2 distance (optimal transport; fastest; ignores the images' mean and scale); "l2", as
@@ -116,7 +120,8 @@ def assign_noise(
         flat_x, flat_noise = _flatten(x), _flatten(noise)
         rows = _choose_rows(len(x), strength, generator)
         if len(rows) < 2:
-            permutation, solved, assigned, chosen = torch.arange(len(x), device=x.device), (), noise, "none"
+            permutation, solved, chosen = torch.arange(len(x), device=x.device), (), "none"
+            assigned = noise.detach().clone()
         else:
             try:
                 columns, solved = match(
@@ -130,6 +135,14 @@ def assign_noise(
                 )
             except FloatingPointError:
                 raise ValueError(non_finite_message(x=x, noise=noise)) from None
+            if all(len(found) == 1 for _, found in solved):
+                chosen = "none"
+                warnings.warn(
+                    f"all {len(rows)} labels of this batch differ, so no row may exchange its noise and nothing is "
+                    "assigned. With a caption per image, give the class or cluster of each, or leave labels out and "
+                    "measure the leak with immiscible_noise.diagnose; with many classes, use larger batches",
+                    stacklevel=3,
+                )
             permutation = _embed(columns, rows, x)
             assigned = _move_rows(noise, permutation)
         ms = (time.perf_counter() - start) * 1000
@@ -199,7 +212,7 @@ def _blocks_of(labels: Labels | None, condition: Condition, num_rows: int) -> Te
     warnings.warn(
         "condition='ignore' makes the noise depend on the labels in training but not in sampling; "
         "immiscible_noise.diagnose measures how much, condition='block' avoids it",
-        stacklevel=3,
+        stacklevel=4,
     )
     return None
 

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffcore.models.added_tokens import added_tokens
 from diffcore.models.catalog import CONFIG_FILES, ROLES, SAME_CLASS, Role, current_class
 from diffcore.models.configcheck import cleaned, num_layers, refuse_code
 from diffcore.models.inventory import Component
 from diffcore.models.refusal import about, refusal
 from diffcore.models.weightfiles import find_weights
-from diffcore.strictjson import read_foreign_object
+from diffcore.strictjson import StrictError, read_foreign_object
 
 TOKENIZER_BYTES = 64 * 2**20
 _VOCABULARIES = {
@@ -96,18 +97,27 @@ def _read_tokenizer(folder: Path, sizes: Mapping[str, int], name: str, library: 
     # Older folders correct their padding in the map of special tokens; newer ones say all in one file.
     merged = special | own if "added_tokens_decoder" in own else own | special
     config = {key: merged[key] for key in ("pad_token", "model_max_length") if key in merged}
+    pad = config.get("pad_token")
+    pad = pad.get("content") if isinstance(pad, dict) else pad
     files = tuple(folder / file for file in vocabulary)
     for file in files:
         if sizes[file.name] > TOKENIZER_BYTES:
             raise refusal(file, f"has {sizes[file.name]:,} bytes; the limit is {TOKENIZER_BYTES:,}")
-    return Component(name, "tokenizer", library, kind, config, folder, files=files)
+    numbers = _tokenizer_settings(folder, sizes, "added_tokens.json")
+    whole = _tokenizer_settings(folder, sizes, "tokenizer.json") if vocabulary == ("tokenizer.json",) else {}
+    with about(folder):
+        listed = whole.get("added_tokens") or []
+        if not isinstance(listed, list):
+            raise StrictError("has a tokenizer.json whose added_tokens are no list")
+        added = added_tokens(merged, numbers, listed, pad)
+    return Component(name, "tokenizer", library, kind, config, folder, files=files, added=added)
 
 
 def _tokenizer_settings(folder: Path, sizes: Mapping[str, int], file: str) -> dict[str, Any]:
     if file not in sizes:
         return {}
     # Tokenizers without a limit say so with a length of 1e30.
-    content = read_foreign_object(folder / file, parse_int=lambda text: int(text[:40]))
+    content = read_foreign_object(folder / file, max_bytes=TOKENIZER_BYTES, parse_int=lambda text: int(text[:40]))
     with about(folder / file):
         refuse_code(content)
     return content

@@ -57,6 +57,8 @@ def apply(
             run.finish({key: manifest[key] for key in ("num_neurons", "files", "left_out", "lora")})
         emit(run.result, output.json)
     print(f"checkpoint: {checkpoint_in(folder)}", file=sys.stderr)
+    if call := manifest_in(folder).get("load"):
+        print(f"diffusers loads it with {call}", file=sys.stderr)
     return 0
 
 

@@ -72,7 +72,7 @@ def test_it_is_refused(base, tmp_path, name):
         ("tensors: a second text encoder", "2 of 7 adapter tensors that do not fit tiny-sd; first: 'lora_te2_"),
         ("tensors: nothing but a second text encoder", "it changes text_encoder_2, which the model lacks"),
         ("tensors: another family", "holds nothing that fits tiny-sd: it changes 'single_transformer_blocks.0"),
-        ("tensor of a middle factor", "lora_mid.weight', of a LoCon with a middle factor, which is not supported"),
+        ("tensor of a middle factor", "lora_mid.weight', of a LoCon with a middle factor (Tucker), which is not supported"),
         ("tensor of DoRA of kohya", ", of DoRA, which is not supported"),
         ("tensor of a layer that is not there", "without its partner (up)"),
         ("disguise in .bin: GGUF", "is a pickle, which can run code when read"),

@@ -6,7 +6,7 @@ so be left out, and fall into pieces, is an error here.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -56,7 +56,7 @@ class Added:
 
 
 def added_tokens(
-    settings: Mapping[str, Any], numbers: Mapping[str, Any], vocabulary: Sequence[Any], pad: Any
+    settings: Mapping[str, Any], numbers: Mapping[str, Any], vocabulary: Any, pad: Any
 ) -> tuple[Added, ...]:
     """Returns the tokens that a tokenizer has beyond those of its class: neither marks nor padding, in order of number.
 
@@ -74,19 +74,21 @@ def added_tokens(
     listed = settings.get(LISTED, {})
     if not isinstance(listed, dict):
         raise StrictError(f"has {LISTED} that is no object")
+    if not isinstance(vocabulary, list):
+        raise StrictError("has a tokenizer.json whose added_tokens are no list")
     found = {token.content: token for token in (_added(value, number) for number, value in listed.items())}
     others = [
         _added({"content": name, "special": name in special, "normalized": name not in special}, number)
         for name, number in numbers.items()
     ]
     others += [_added(value, value.get("id") if isinstance(value, dict) else None) for value in vocabulary]
-    for token in others:
+    for token in filter(lambda token: _is_beyond_class(token, pad), others):
         known = found.get(token.content)
         if known is not None and known.number != token.number:
             raise StrictError(f"numbers the added token {_shown(token.content)} {known.number} and {token.number}")
         if LISTED not in settings:
             found[token.content] = token
-        elif known is None and _is_beyond_class(token, pad):
+        elif known is None:
             raise StrictError(
                 f"adds the token {_shown(token.content)}, which the tokenizer_config.json beside it does not list; "
                 "save the tokenizer again"

@@ -10,7 +10,7 @@ from diffcore.models.configcheck import cleaned, num_layers, refuse_code
 from diffcore.models.inventory import Component
 from diffcore.models.refusal import about, refusal
 from diffcore.models.weightfiles import find_weights
-from diffcore.strictjson import StrictError, read_foreign_object
+from diffcore.strictjson import read_foreign_object
 
 TOKENIZER_BYTES = 64 * 2**20
 _VOCABULARIES = {
@@ -104,20 +104,23 @@ def _read_tokenizer(folder: Path, sizes: Mapping[str, int], name: str, library: 
         if sizes[file.name] > TOKENIZER_BYTES:
             raise refusal(file, f"has {sizes[file.name]:,} bytes; the limit is {TOKENIZER_BYTES:,}")
     numbers = _tokenizer_settings(folder, sizes, "added_tokens.json")
-    whole = _tokenizer_settings(folder, sizes, "tokenizer.json") if vocabulary == ("tokenizer.json",) else {}
+    whole = {}
+    if vocabulary == ("tokenizer.json",):
+        whole = read_foreign_object(files[0], max_bytes=TOKENIZER_BYTES, parse_int=_short)
     with about(folder):
-        listed = whole.get("added_tokens") or []
-        if not isinstance(listed, list):
-            raise StrictError("has a tokenizer.json whose added_tokens are no list")
-        added = added_tokens(merged, numbers, listed, pad)
+        added = added_tokens(merged, numbers, whole.get("added_tokens") or [], pad)
     return Component(name, "tokenizer", library, kind, config, folder, files=files, added=added)
 
 
 def _tokenizer_settings(folder: Path, sizes: Mapping[str, int], file: str) -> dict[str, Any]:
     if file not in sizes:
         return {}
-    # Tokenizers without a limit say so with a length of 1e30.
-    content = read_foreign_object(folder / file, max_bytes=TOKENIZER_BYTES, parse_int=lambda text: int(text[:40]))
+    content = read_foreign_object(folder / file, parse_int=_short)
     with about(folder / file):
         refuse_code(content)
     return content
+
+
+def _short(text: str) -> int:
+    """Reads an integer: tokenizers without a limit say so with a length of 1e30."""
+    return int(text[:40])

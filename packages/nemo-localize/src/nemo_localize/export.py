@@ -121,6 +121,13 @@ def checkpoint_in(out: Path) -> Path | None:
     return next((path for path in (out / _FILE, out / _FOLDER) if path.exists()), None)
 
 
+def how_to_load(out: Path) -> str | None:
+    """Returns a line that says how diffusers loads the folder that `apply` wrote; None where it wrote none."""
+    checkpoint = checkpoint_in(out)
+    call = manifest_in(out).get("load") if checkpoint is not None and (out / MANIFEST).is_file() else None
+    return call and f"checkpoint: {checkpoint}; diffusers loads it with {call}"
+
+
 def manifest_in(out: Path) -> dict[str, Any]:
     """Returns the manifest that `apply` wrote beside its checkpoint."""
     return read_object(out / MANIFEST)

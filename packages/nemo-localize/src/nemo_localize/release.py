@@ -13,7 +13,7 @@ from nemo_localize.calibration import Calibration, calibrate
 from nemo_localize.confirm import confirm
 from nemo_localize.evaluate import Judges, evaluate
 from nemo_localize.export import apply as write_edit
-from nemo_localize.export import checkpoint_in, manifest_in
+from nemo_localize.export import checkpoint_in
 from nemo_localize.first_step import FirstStep
 from nemo_localize.generate import generate
 from nemo_localize.global_edit import minimal_set, within_budget
@@ -178,7 +178,6 @@ def _edit(
         "neurons_of_union": len(common.union.neurons),
         "damage": common.chosen.damage,
         "needed_all_candidates": stubborn,
-        "load": manifest_in(run.folder).get("load") if run.leading else None,
     }
 
 

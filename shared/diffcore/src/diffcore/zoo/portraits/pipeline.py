@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffcore.files import make_folder
-from diffcore.models.origin import forget_origins
+from diffcore.jsonfile import read_object, write_json
 from diffcore.zoo.portraits.network import build_scheduler
 
 
@@ -40,7 +40,8 @@ def write_pipeline(
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder)
-    forget_origins(folder)
+    for part in ("unet", "vae", "text_encoder"):
+        _forget_origin(folder / part / "config.json")
 
 
 def write_variant(folder: Path, base: Path, unet: UNet2DConditionModel) -> None:
@@ -51,10 +52,14 @@ def write_variant(folder: Path, base: Path, unet: UNet2DConditionModel) -> None:
         shutil.copytree(base / part, folder / part, dirs_exist_ok=True)
     half: Any = copy.deepcopy(unet)
     half.to(dtype=torch.float16).save_pretrained(folder / "unet")
-    forget_origins(folder)
+    _forget_origin(folder / "unet" / "config.json")
 
 
 def read_pipeline(folder: Path) -> tuple[UNet2DConditionModel, CLIPTextModel, CLIPTokenizer]:
     """Returns U-Net, text encoder and tokenizer of a pipeline, in float32, for training on."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
     return pipeline.unet, pipeline.text_encoder, pipeline.tokenizer
+
+
+def _forget_origin(config: Path) -> None:
+    write_json(config, {name: value for name, value in read_object(config).items() if name != "_name_or_path"})

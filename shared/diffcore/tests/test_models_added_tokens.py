@@ -26,6 +26,8 @@ TOKENS = {
     "capital letters": "<CatToy>",
     "capital letters as written": AddedToken("<CatToy>", normalized=False),
     "special": AddedToken("<cat-toy>", special=True),
+    "special with capital letters": AddedToken("<CatToy>", special=True, normalized=False),
+    "of another class": "<extra_id_0>",
     "blanks inside": "cat toy",
     "blanks inside, as written": AddedToken("my  Cat", normalized=False),
     "swallows blanks on its left": AddedToken("<cat-toy>", lstrip=True),
@@ -43,7 +45,7 @@ PROMPTS = [
     "my  Cat, my cat, a cat toy, a cattoy, a Cat  Toy",
     "toys and a toy",
     "a Cafe\u0301 and a caf\u00e9",
-    "none of them",
+    "none of them, <extra_id_0>",
     "<cat-toy> " * 60,
 ]
 
@@ -114,7 +116,7 @@ def test_ids_are_those_of_transformers_in_older_folders(tmp_path, name, way):
     if way == "listed":
         (folder / "tokenizer_config.json").write_text(json.dumps({**SETTINGS, "added_tokens_decoder": tokens}))
     if way == "numbered and special":
-        special = {"additional_special_tokens": ["<another>"], "bos_token": {"content": "<|startoftext|>"}}
+        special = {"additional_special_tokens": list(numbers), "bos_token": {"content": "<|startoftext|>"}}
         (folder / "special_tokens_map.json").write_text(json.dumps(special))
     (folder / "added_tokens.json").write_text(json.dumps(numbers))
     same_ids(folder, ours(folder))
@@ -217,7 +219,7 @@ def edited_list(folder, change):
         (lambda tokens: tokens[-1].update(content=""), "which is no text of 1 to 512 characters"),
         (lambda tokens: tokens[-1].update(content="\ud83e"), "which is no text"),
         (lambda tokens: tokens[-1].update(lstrip="yes"), "neither true nor false"),
-        (lambda tokens: tokens.append({**tokens[-1], "id": 515}), "514 and 515"),
+        (lambda tokens: tokens.append({**tokens[-1], "id": 515}), "with the number 515"),
     ],
 )
 def test_impossible_tokens_are_refused(tmp_path, change, reason):
@@ -227,11 +229,27 @@ def test_impossible_tokens_are_refused(tmp_path, change, reason):
         ours(tmp_path)
 
 
+def test_files_that_number_a_token_differently_are_refused(tmp_path):
+    saved(tmp_path, "<cat-toy>")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<cat-toy>": 515}))
+    with pytest.raises(IncompatibleModelError, match="numbers the added token '<cat-toy>' 515 and 514"):
+        ours(tmp_path)
+
+
 def test_a_token_beyond_the_rows_of_the_text_encoder_is_refused(tmp_path):
     pipeline = grown("sd15", "<cat-toy>")
     pipeline.tokenizer.add_tokens(["<dog-toy>"])
     pipeline.save_pretrained(tmp_path)
     with pytest.raises(IncompatibleModelError, match="the tokenizer has 516 entries, its text encoder 515"):
+        load(tmp_path, CPU)
+
+
+def test_rows_without_a_token_are_told(tmp_path):
+    """The tokenizer that was trained with the text encoder was not saved with it."""
+    pipeline = grown("sd15", "<cat-toy>")
+    pipeline.tokenizer = tiny.tokenizer()
+    pipeline.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="rows for 515 tokens, its tokenizer has 514"):
         load(tmp_path, CPU)
 
 

@@ -6,7 +6,7 @@ so be left out, and fall into pieces, is an error here.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,7 +19,10 @@ _EXTRA = ("extra_special_tokens", "additional_special_tokens")
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-_OWN = re.compile(re.escape(START) + "|" + re.escape(END) + r"|<pad>|</s>|<unk>|<extra_id_\d+>")
+_OWN = {
+    "CLIPTokenizer": re.compile(f"{re.escape(START)}|{re.escape(END)}"),
+    "T5Tokenizer": re.compile(r"<pad>|</s>|<unk>|<extra_id_\d+>"),
+}
 _MOST, _LONGEST, _MOST_ROWS = 65_536, 512, 2**31
 
 
@@ -56,12 +59,19 @@ class Added:
 
 
 def added_tokens(
-    settings: Mapping[str, Any], numbers: Mapping[str, Any], vocabulary: Any, pad: Any
+    kind: str,
+    settings: Mapping[str, Any],
+    special: Mapping[str, Any],
+    numbers: Mapping[str, Any],
+    vocabulary: Any,
+    pad: Any,
 ) -> tuple[Added, ...]:
     """Returns the tokens that a tokenizer has beyond those of its class: neither marks nor padding, in order of number.
 
     Args:
-        settings: Of `tokenizer_config.json` and `special_tokens_map.json` together.
+        kind: The class.
+        settings: Of `tokenizer_config.json`.
+        special: Of `special_tokens_map.json`.
         numbers: Of `added_tokens.json`.
         vocabulary: What `tokenizer.json` lists.
         pad: The padding token.
@@ -69,39 +79,40 @@ def added_tokens(
     Raises:
         StrictError: A token is no text, has an impossible number or setting, or the files contradict each other.
     """
-    extra = list(_extra(settings))
-    special = {token.content for token in extra}
+
+    def beyond(tokens: Iterable[Added]) -> dict[str, Added]:
+        own = _OWN[kind]
+        return {token.content: token for token in tokens if token.content != pad and not own.fullmatch(token.content)}
+
     listed = settings.get(LISTED, {})
     if not isinstance(listed, dict):
         raise StrictError(f"has {LISTED} that is no object")
     if not isinstance(vocabulary, list):
         raise StrictError("has a tokenizer.json whose added_tokens are no list")
-    found = {token.content: token for token in (_added(value, number) for number, value in listed.items())}
-    others = [
-        _added({"content": name, "special": name in special, "normalized": name not in special}, number)
-        for name, number in numbers.items()
-    ]
-    others += [_added(value, value.get("id") if isinstance(value, dict) else None) for value in vocabulary]
-    for token in filter(lambda token: _is_beyond_class(token, pad), others):
-        known = found.get(token.content)
-        if known is not None and known.number != token.number:
-            raise StrictError(f"numbers the added token {_shown(token.content)} {known.number} and {token.number}")
-        if LISTED not in settings:
-            found[token.content] = token
-        elif known is None:
-            raise StrictError(
-                f"adds the token {_shown(token.content)}, which the tokenizer_config.json beside it does not list; "
-                "save the tokenizer again"
-            )
-    found |= {token.content: token for token in extra if token.content not in found}
-    beyond = [token for token in found.values() if _is_beyond_class(token, pad)]
-    if len(beyond) > _MOST:
-        raise StrictError(f"adds {len(beyond):,} tokens; the limit is {_MOST:,}")
-    return tuple(sorted(beyond, key=lambda token: _MOST_ROWS if token.number is None else token.number))
+    extra = list(_extra(settings))
+    found = beyond(_added(value, number) for number, value in listed.items())
+    for others in (
+        beyond(_numbered(numbers, {token.content for token in extra})),
+        beyond(_added(value, value.get("id") if isinstance(value, dict) else None) for value in vocabulary),
+    ):
+        for name, token in others.items():
+            if name in found and found[name].number != token.number:
+                raise StrictError(f"numbers the added token {_shown(name)} {found[name].number} and {token.number}")
+            if LISTED in settings and name not in found:
+                raise StrictError(
+                    f"adds the token {_shown(name)}, which the tokenizer_config.json beside it does not list; "
+                    "save the tokenizer again"
+                )
+        found = others | found if LISTED in settings else found | others
+    found = beyond(extra or (() if LISTED in settings else _extra(special))) | found
+    if len(found) > _MOST:
+        raise StrictError(f"adds {len(found):,} tokens; the limit is {_MOST:,}")
+    return tuple(sorted(found.values(), key=lambda token: _MOST_ROWS if token.number is None else token.number))
 
 
-def _is_beyond_class(token: Added, pad: Any) -> bool:
-    return token.content != pad and not _OWN.fullmatch(token.content)
+def _numbered(numbers: Mapping[str, Any], special: Collection[str]) -> Iterator[Added]:
+    for name, number in numbers.items():
+        yield _added({"content": name, "special": name in special, "normalized": name not in special}, number)
 
 
 def _extra(settings: Mapping[str, Any]) -> Iterator[Added]:

@@ -162,5 +162,11 @@ def _tower(tokenizer: Any, encoder: nn.Module, num_text_tokens: int, *, expands:
             f"the tokenizer has {entries:,} entries, its text encoder {places:,}; they do not belong together"
         )
     longest = getattr(encoder.config, "max_position_embeddings", None)
+    if longest and entries < places:  # a T5 has spare rows in any case
+        warnings.warn(
+            f"the text encoder has rows for {places:,} tokens, its tokenizer has {entries:,}: tokens that were trained "
+            "with it and are not in the tokenizer fall into pieces; save both together",
+            stacklevel=2,
+        )
     length = min(tokenizer.model_max_length, longest) if longest else num_text_tokens
     return TextTower(tokenizer, encoder, length, expands=expands)

@@ -108,7 +108,7 @@ def _read_tokenizer(folder: Path, sizes: Mapping[str, int], name: str, library: 
     if vocabulary == ("tokenizer.json",):
         whole = read_foreign_object(files[0], max_bytes=TOKENIZER_BYTES, parse_int=_short)
     with about(folder):
-        added = added_tokens(merged, numbers, whole.get("added_tokens") or [], pad)
+        added = added_tokens(kind, own, special, numbers, whole.get("added_tokens") or [], pad)
     return Component(name, "tokenizer", library, kind, config, folder, files=files, added=added)
 
 

@@ -297,6 +297,83 @@ def test_every_precision_is_edited_and_pickles_stay_behind(source: Path, tmp_pat
     assert not layer.backbone.get_submodule(MIDDLE).weight[0].any()
 
 
+def test_paths_of_the_machine_that_saved_the_source_are_left_out(source: Path, tmp_path: Path):
+    from diffusers import StableDiffusionPipeline
+
+    folder = tmp_path / "as saved by a trainer"
+    loaded: Any = StableDiffusionPipeline.from_pretrained(source, local_files_only=True)
+    loaded.save_pretrained(folder)
+    words = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())
+    words = {"first": 1, **words, "name_or_path": 'C:\\Users\\somebody\\"quoted"'}
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(words))
+    (folder / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps(
+            json.loads((folder / "scheduler" / "scheduler_config.json").read_text()) | {"_name_or_path": "/home/x"}
+        )
+    )
+    before = contents(folder)
+    named = {name for name, data in before.items() if name.endswith(".json") and b"name_or_path" in data}
+    assert named >= {"model_index.json", "unet/config.json", "vae/config.json"}
+    apply(folder, NEURONS, tmp_path / "out")
+    for path in (tmp_path / "out").rglob("*.json"):
+        if path.parent.name != "out":
+            assert 'name_or_path": "' not in path.read_text(), path
+    after = contents(tmp_path / "out" / "model")
+    for name in named:
+        kept = {key: value for key, value in json.loads(before[name]).items() if key.lstrip("_") != "name_or_path"}
+        assert json.loads(after[name]) == kept
+    assert {name for name in before if before[name] != after[name]} == named | {WEIGHTS}
+    again: Any = StableDiffusionPipeline.from_pretrained(tmp_path / "out" / "model", local_files_only=True)
+    assert not again.unet.get_submodule(MIDDLE).weight[0].any()
+    revert(tmp_path / "out" / "model", tmp_path / "out" / "delta.safetensors", tmp_path / "restored")
+    assert contents(tmp_path / "restored") == before
+
+
+@pytest.mark.parametrize("kind", ["all in half", "variants in half", "text encoder whole", "bfloat16", "U-Net alone"])
+def test_the_manifest_says_how_plain_diffusers_loads_it(tmp_path: Path, kind: str):
+    import diffusers
+
+    pipeline = tiny.pipeline("sd15")
+    pipeline.to(dtype=torch.bfloat16 if kind == "bfloat16" else torch.float16)
+    if kind == "text encoder whole":
+        pipeline.text_encoder.float()
+    folder = tmp_path / "half"
+    variant = "fp16" if kind == "variants in half" else None
+    saved = pipeline.unet if kind == "U-Net alone" else pipeline
+    saved.save_pretrained(folder, variant=variant)
+    call = apply(folder, NEURONS, tmp_path / "out", lora=False)["load"]
+    named = {
+        "all in half": "torch_dtype=torch.float16",
+        "variants in half": 'variant="fp16", torch_dtype=torch.float16',
+    }
+    named |= {"bfloat16": "torch_dtype=torch.bfloat16"}
+    name = "UNet2DConditionModel" if kind == "U-Net alone" else "StableDiffusionPipeline"
+    assert call == f'{name}.from_pretrained("model"{", " if kind in named else ""}{named.get(kind, "")})'
+    call = call.replace('"model"', repr(str(tmp_path / "out" / "model")))
+    loaded = eval(call, {"torch": torch, **{name: getattr(diffusers, name)}})
+    if kind != "U-Net alone":
+        loaded.set_progress_bar_config(disable=True)
+        loaded("a cat", height=16, width=16, num_inference_steps=1, output_type="latent")
+
+
+def test_of_a_whole_file_and_shards_the_lora_takes_those_in_use(source: Path, tmp_path: Path):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(source, folder)
+    other = tiny.backbone("sd15", seed=1, cross_attention_dim=32)
+    other.save_pretrained(tmp_path / "other", max_shard_size="1MB")
+    for path in (tmp_path / "other").glob("diffusion_pytorch_model*"):
+        path.rename(folder / "unet" / path.name)
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    # A name that sorts before those of the shards.
+    save_file(tensors, folder / "unet" / "a.safetensors")
+    apply(folder, NEURONS, tmp_path / "out")
+    lora = tmp_path / "out" / "lora" / "diffusers.safetensors"
+    layer = load(folder, Runtime(device="cpu")).with_adapter(lora).backbone.get_submodule(MIDDLE)
+    assert not layer.weight[0].any()
+    assert load_file(tmp_path / "out" / "model" / "unet" / "a.safetensors")[f"{MIDDLE}.weight"][0].abs().sum() == 0
+
+
 def test_a_single_file_keeps_its_layout(tmp_path: Path):
     path = tmp_path / "sd15.safetensors"
     first = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2"

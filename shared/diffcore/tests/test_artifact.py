@@ -19,6 +19,7 @@ from diffcore.errors import CorruptArtifactError, MachineError, UserError
 from diffcore.jsonfile import jsonable, read_json, write_json, write_text
 from diffcore.testing.disk import Killed, faulty_disk
 from diffcore.testing.distributed import run_forked
+from diffcore.testing.sockets import make_socket
 
 SCHEMA = "diffcore/thing@2"
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
@@ -93,7 +94,7 @@ def test_mode_follows_the_umask_and_no_temporary_stays(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["thing.json", "thing.safetensors"]
 
 
-@pytest.mark.parametrize("kind", ["symlink", "folder", "fifo"])
+@pytest.mark.parametrize("kind", ["symlink", "folder", "socket"])
 def test_only_regular_files_are_replaced(tmp_path, kind):
     target = tmp_path / "thing.safetensors"
     if kind == "symlink":
@@ -102,7 +103,7 @@ def test_only_regular_files_are_replaced(tmp_path, kind):
     elif kind == "folder":
         target.mkdir()
     else:
-        os.mkfifo(target)
+        make_socket(target)
     with pytest.raises(UserError, match="not a regular file"):
         save(tmp_path)
     if kind == "symlink":

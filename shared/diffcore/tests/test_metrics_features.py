@@ -71,7 +71,14 @@ def test_preprocessing_is_that_of_transformers(height, width):
         ({"crop_size": 400}, r"crops \(400, 400\) out of \(224, 224\)"),
         ({"image_std": [0.5, 0.5, 0.0]}, "image_std of"),
         ({"image_mean": None}, "no image_mean"),
-        ({"do_normalize": False}, "does not resize and normalise"),
+        ({"do_normalize": False}, "sets do_normalize to False"),
+        ({"do_rescale": False}, "sets do_rescale to False"),
+        ({"rescale_factor": 1 / 127.5}, r"a rescale_factor of 0\.0078"),
+        ({"do_flip_channel_order": True}, "sets do_flip_channel_order"),
+        ({"do_pad": True}, "sets do_pad"),
+        ({"crop_pct": 0.875}, "sets crop_pct"),
+        ({"size": {"longest_edge": 224}}, "gives the size"),
+        ({"size": {"shortest_edge": 224, "longest_edge": 448}}, "gives the size"),
     ],
 )
 def test_preprocessing_of_other_kinds_is_refused(change, message):
@@ -233,8 +240,79 @@ def test_what_is_unsafe_or_incomplete_is_refused(torchscript, folders, tmp_path)
     assert "lacks 1 tensors; first: embeddings.cls_token" in damaged("tensor", lose_a_tensor)
     assert "auto_map; diffcore never runs code" in damaged("code", ask_for_code)
     assert "is a pickle" in damaged("pickle", pickled)
-    assert "has no preprocessor_config.json" in damaged("plain", lambda f: (f / "preprocessor_config.json").unlink())
+    assert "has neither preprocessor_config.json" in damaged(
+        "plain", lambda f: (f / "preprocessor_config.json").unlink()
+    )
     assert "is an adapter" in damaged("adapter", lambda f: (f / "adapter_config.json").write_text("{}"))
+
+
+NESTED = {"processor_class": "CLIPProcessor", "image_processor": "here"}
+FORMS = {  # file -> its content; "here" stands for the settings
+    "transformers 4": {"preprocessor_config.json": "here"},
+    "transformers 5": {"processor_config.json": NESTED},
+    "of both": {"processor_config.json": NESTED, "preprocessor_config.json": "here"},
+    "of both, one without images": {
+        "processor_config.json": {"processor_class": "CLIPProcessor", "image_seq_length": 5},
+        "preprocessor_config.json": "here",
+    },
+}
+
+
+def written(folder, form, settings):
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (folder / name).unlink(missing_ok=True)
+    for name, content in form.items():
+        text = json.dumps(content).replace('"here"', json.dumps(settings))
+        (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("kind", ["CLIPImageProcessorPil", "BitImageProcessorPil", "ViTImageProcessorPil"])
+def test_settings_for_images_are_found_where_either_transformers_writes_them(folders, tmp_path, name, kind):
+    import shutil
+
+    import transformers
+    from PIL import Image
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    folder = tmp_path / "model"
+    shutil.copytree(folders[0] / "dino", folder)
+    settings = getattr(transformers, kind)(**IMAGENET).to_dict()
+    settings |= {"do_pad": None, "device": None, "size": {"longest_edge": None, **settings["size"]}}  # as 4.57 has them
+    written(folder, FORMS[name], settings)
+    found = feature_extractor(f"dino:{folder}", CPU).preprocessing
+    read, _ = ImageProcessingMixin.get_image_processor_dict(folder, local_files_only=True)
+    theirs = getattr(transformers, kind)(**{k: v for k, v in read.items() if v is not None and k != "size"})
+    picture = Image.effect_noise((300, 260), 60).convert("RGB")
+    ours = found(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255)
+    expected = theirs(picture, return_tensors="pt").pixel_values
+    assert ours.shape == expected.shape
+    assert (ours - expected).abs().mean() < 0.01  # they round to 8 bits after resizing
+
+
+def test_folders_that_transformers_5_saves_are_read(folders, tmp_path):
+    import transformers
+
+    from diffcore.testing import tiny
+
+    folders[1]["clip"].save_pretrained(tmp_path)
+    images = transformers.CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32})
+    transformers.CLIPProcessor(image_processor=images, tokenizer=tiny.tokenizer()).save_pretrained(tmp_path)
+    assert not (tmp_path / "preprocessor_config.json").exists()
+    assert feature_extractor(f"clip:{tmp_path}", CPU).preprocessing.crop == (32, 32)
+    images.save_pretrained(tmp_path)  # as AutoImageProcessor leaves it
+    assert feature_extractor(f"clip:{tmp_path}", CPU).preprocessing.size == 40
+
+
+def test_two_files_that_prepare_images_otherwise_are_refused(folders, tmp_path):
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(folders[0] / "dino", folder)
+    settings = json.loads((folder / "preprocessor_config.json").read_text()) | {"resample": 2}
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    with pytest.raises(IncompatibleModelError, match="prepares images otherwise in"):
+        feature_extractor(f"dino:{folder}", CPU)
 
 
 # --- reference statistics ---------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 import struct
 
 import numpy as np
@@ -20,6 +21,7 @@ from diffcore.strictjson import StrictError, parse, read_foreign_object
 from diffcore.tensorfile import read_header, what_it_is
 from diffcore.testing import tiny
 from diffcore.testing.checkpoints import sharded
+from diffcore.testing.sockets import make_socket
 
 DTYPES = [
     torch.float32,
@@ -289,3 +291,14 @@ def test_the_gate_needs_no_torch():
 
     code = "import sys; import diffcore.models.inspect; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(stat.S_IFIFO, "a pipe"), (stat.S_IFBLK, "a device"), (0, "no regular file")]
+)
+def test_what_is_no_file_is_called_what_it_is(tmp_path, monkeypatch, kind, name):
+    """Reading a pipe waits for whoever writes into it: a socket stands for it, and the system's answer is made up."""
+    make_socket(tmp_path / "odd")
+    monkeypatch.setattr(stat, "S_IFMT", lambda mode: kind)
+    with pytest.raises(IncompatibleModelError, match=f"holds odd, which is {name}"):
+        walk(tmp_path)

@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 import warnings
+from fractions import Fraction
 
 import diffusers
 import pytest
@@ -13,7 +14,6 @@ from diffcore.errors import UserError
 from diffcore.models import inspect_model, load
 from diffcore.runtime import Runtime
 from diffcore.testing.malformed import cases, make_bases
-from diffcore.testing.malformed.case import Evil
 from diffcore.testing.sentinel import listing, sentinel
 
 CPU = Runtime(device="cpu")
@@ -69,9 +69,9 @@ def test_it_is_refused(bases, tmp_path, name):
     assert message.isprintable()
     assert len(message) < 900
     assert ";" in message  # what was wrong; what to do
-    named = source.name if hasattr(source, "name") else "evil"
+    named = source.name if hasattr(source, "name") else "missing"
     assert any(
-        part in message for part in (named, "a\\x00b", "\\x1b[31m", "/dev/zero", *(c.name for c in tmp_path.rglob("*")))
+        part in message for part in (named, "a\\x00b", "\\x1b[31m", os.devnull, *(c.name for c in tmp_path.rglob("*")))
     )
 
 
@@ -80,14 +80,14 @@ def test_it_is_refused(bases, tmp_path, name):
     [
         ("header: metadata: half a character", "has metadata that is not Unicode"),
         ("header text: minus zero", "has the number -0 in its header"),
-        ("config: an address", "sets activation_fn to 'https://example.org/evil.py', which is no setting"),
-        ("config: a repository", "sets activation_fn to 'stranger/evil', which is no setting"),
-        ("config: kernel from a hub", "sets _attn_implementation to stranger/evil-kernel; only eager and sdpa"),
+        ("config: an address", "sets activation_fn to 'https://example.org/missing', which is no setting"),
+        ("config: a repository", "sets activation_fn to 'stranger/missing', which is no setting"),
+        ("config: another attention", "sets _attn_implementation to another; only eager and sdpa"),
         ("config: 256 layers and two in the file", "asks for 256 layers or more, but there are"),
-        ("index names a pickle", "'pytorch_model.bin', which is no safetensors file of its folder"),
-        ("index names an absolute path", "'/etc/passwd', which is no safetensors file of its folder"),
-        ("index: os.system", "asks for os.system for unet, a class of its own"),
-        ("folder: a pipe beside the weights", "holds pipe, which is a pipe"),
+        ("index names a missing file of another kind", "'missing.bin', which is no safetensors file of its folder"),
+        ("index names a missing file by its whole path", "'/missing.safetensors', which is no safetensors file of"),
+        ("index: a library that is not there", "asks for missing.Missing for unet, a class of its own"),
+        ("folder: a socket beside the weights", "holds s, which is a socket"),
     ],
 )
 def test_the_gate_alone_refuses_for_the_right_reason(bases, tmp_path, name, reason):
@@ -99,10 +99,10 @@ def test_the_gate_alone_refuses_for_the_right_reason(bases, tmp_path, name, reas
 def test_the_sentinel_would_have_seen_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with sentinel(tmp_path) as events:
-        pickle.loads(pickle.dumps(Evil()))
+        pickle.loads(pickle.dumps(Fraction(1, 2)))
+        os.system("true")
         (tmp_path / "x").write_text("x")
-        exec(compile("1", str(tmp_path / "evil.py"), "exec"))
-    assert (tmp_path / "sentinel-was-here").exists()
+        exec(compile("1", str(tmp_path / "own.py"), "exec"))
     assert any(event.startswith("os.system") for event in events)
     assert any(event.startswith("pickle.find_class") for event in events)
     assert any(event.startswith("open for writing") for event in events)
@@ -122,7 +122,7 @@ def test_scripts_and_pickles_beside_good_weights_are_never_opened(bases, tmp_pat
     from diffcore.testing.malformed.case import copied
 
     model = copied(bases.pipeline, tmp_path)
-    for name in ("None.py", "unet/evil.py", "unet/diffusion_pytorch_model.bin"):
+    for name in ("None.py", "unet/own.py", "unet/diffusion_pytorch_model.bin"):
         (model / name).write_text("raise SystemExit")
         os.chmod(model / name, 0)
     with sentinel(tmp_path) as events, pytest.warns(UserWarning, match="3 files are never opened: None.py"):

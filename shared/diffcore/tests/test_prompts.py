@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,6 +12,7 @@ from diffcore.data import load_prompts
 from diffcore.errors import UserError
 from diffcore.testing.malformed.prompts import prompt_cases
 from diffcore.testing.sentinel import listing, sentinel
+from diffcore.testing.sockets import make_socket
 
 CASES = {case.name: case for case in prompt_cases()}
 
@@ -92,10 +92,10 @@ def test_the_sum_follows_the_content_alone(tmp_path):
 
 
 def test_what_is_no_file_is_refused_and_never_opened(tmp_path):
-    os.mkfifo(tmp_path / "pipe.txt")
+    make_socket(tmp_path / "socket.txt")
     (tmp_path / "folder.csv").mkdir()
     for name, message in (
-        ("pipe.txt", "not a regular file"),
+        ("socket.txt", "not a regular file"),
         ("folder.csv", "is empty; expected images"),
         ("no.txt", "exist"),
     ):

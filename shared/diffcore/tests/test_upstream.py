@@ -8,7 +8,6 @@ import csv
 import inspect
 import io
 import json
-import os
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -354,12 +353,12 @@ def test_upstream_torch_resizes_with_aliasing_unless_told():
         assert float(plain.std()) > 2 * float(smooth.std())
 
 
-def test_upstream_torch_loads_a_small_file_into_a_huge_tensor(tmp_path):
-    torch.save(torch.zeros(1).expand(1000, 1_000_000), tmp_path / "x.pt")
+def test_upstream_torch_loads_a_tensor_larger_than_its_bytes(tmp_path):
+    torch.save(torch.zeros(1).expand(10, 10), tmp_path / "x.pt")
     with library("torch"):
         found = torch.load(tmp_path / "x.pt", weights_only=True, map_location="cpu")
-        assert found.shape == (1000, 1_000_000)
-        assert os.path.getsize(tmp_path / "x.pt") < 10_000
+        assert found.shape == (10, 10)
+        assert found.untyped_storage().nbytes() == 4  # whoever makes it contiguous asks for more
 
 
 # --- text: Python, jinja2, rich, yaml ---------------------------------------------------------------------------------
@@ -377,13 +376,13 @@ def test_upstream_python_breaks_captions_and_hides_climbing_members(tmp_path):
     text, table = "one\u2028two\x85three\x0bfour", io.StringIO()
     csv.writer(table).writerow(["=1+1"])
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
-        archive.writestr("../../evil.txt", "x")
+        archive.writestr("../../up.txt", "x")
     with zipfile.ZipFile(tmp_path / "x.zip") as archive:
-        taken = archive.extract("../../evil.txt", tmp_path / "out")
+        taken = archive.extract("../../up.txt", tmp_path / "out")
     with library("diffcore"):
         assert len(text.splitlines()) == 4
         assert table.getvalue().startswith("=1+1")
-        assert taken == str(tmp_path / "out" / "evil.txt")
+        assert taken == str(tmp_path / "out" / "up.txt")
 
 
 def test_upstream_jinja2_escapes_only_when_told():

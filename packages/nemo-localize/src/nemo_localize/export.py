@@ -9,10 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from diffcore import artifact, files
 from diffcore.errors import CorruptArtifactError, UserError, printable
 from diffcore.jsonfile import read_object, write_json
 from diffcore.models import inspect_model
+from diffcore.models.origin import forget_origins
+from diffcore.models.plain_loading import plain_call
 from diffcore.models.walk import walk
 from diffcore.record import versions
 from nemo_localize.checkpoint import copy_file, copy_model, finish, partial_of, refuse_taken
@@ -38,7 +42,8 @@ def apply(
     `out/model` (or `out/model.safetensors`) is the checkpoint, in the layout of its source; `out/delta.safetensors`
     the removed rows: keep those to yourself, they are what was memorised with. Every file of the backbone that holds a
     copy of the weights is edited, whatever its precision; pickles and further checkpoints beside the folders are left
-    out, for they would carry the memory along.
+    out, for they would carry the memory along. `_name_or_path`, a path of the machine that saved the source, is removed
+    from the configurations; the delta keeps it.
 
     Args:
         source: A diffusers pipeline folder, the folder of one U-Net, or a single safetensors file.
@@ -68,6 +73,7 @@ def apply(
     saved = {file: read_rows(_member(source, file), [run for run in runs if run.file == file]) for file in edited}
     partial = partial_of(target)
     left_out = copy_model(source, partial, inventory)
+    origins = forget_origins(partial) if partial.is_dir() else {}
     for run in runs:
         overwrite(_member(partial, run.file), run.offset, bytes(run.length))
     record = {
@@ -78,9 +84,16 @@ def apply(
         }
         for file in edited
     }
+    for file, data in origins.items():
+        saved[file] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        record[file] = {
+            "sha256_before": files.sha256(source / file),
+            "sha256_after": files.sha256(partial / file),
+            "runs": None,
+        }
     artifact.save(
         out / DELTA,
-        {f"file{place}": saved[file] for place, file in enumerate(edited)},
+        {f"file{place}": saved[file] for place, file in enumerate(record)},
         schema=_DELTA,
         neurons=neurons.to_json(),
         files=record,
@@ -93,6 +106,7 @@ def apply(
         "captions": {prompt: found.to_json() for prompt, found in (reasons or {}).items()},
         "files": {file: {key: row[key] for key in ("sha256_before", "sha256_after")} for file, row in record.items()},
         "left_out": left_out,
+        "load": plain_call(inventory, target.name),
         "lora": sorted(path.relative_to(out).as_posix() for path in (out / LORA).glob("*")) if lora else [],
         "versions": versions("nemo-localize"),
         "created": artifact.utc_now(),
@@ -105,6 +119,13 @@ def apply(
 def checkpoint_in(out: Path) -> Path | None:
     """Returns the checkpoint that `apply` wrote; None where it was interrupted or never called."""
     return next((path for path in (out / _FILE, out / _FOLDER) if path.exists()), None)
+
+
+def how_to_load(out: Path) -> str | None:
+    """Returns a line that says how diffusers loads the folder that `apply` wrote; None where it wrote none."""
+    checkpoint = checkpoint_in(out)
+    call = manifest_in(out).get("load") if checkpoint is not None and (out / MANIFEST).is_file() else None
+    return call and f"checkpoint: {checkpoint}; diffusers loads it with {call}"
 
 
 def manifest_in(out: Path) -> dict[str, Any]:
@@ -144,7 +165,9 @@ def revert(edited: Path, delta: Path, out: Path) -> dict[str, Any]:
             copy_file(edited / name, partial / name)
     for place, (file, row) in enumerate(record.items()):
         data = found.tensors[f"file{place}"].numpy().tobytes()
-        for offset, length in row["runs"]:
+        if row["runs"] is None:  # a configuration, which is kept whole
+            files.write_whole(_member(partial, file), data)
+        for offset, length in row["runs"] or ():
             overwrite(_member(partial, file), offset, data[:length])
             data = data[length:]
         if files.sha256(_member(partial, file)) != row["sha256_before"]:

@@ -34,11 +34,12 @@ class StoredRow:
 
 
 def backbone_headers(inventory: Inventory) -> dict[str, TensorHeader]:
-    """Returns the headers of all files that hold the backbone's weights, in every precision that is there."""
+    """Returns the headers of all files that hold the backbone's weights, in every precision, those in use first."""
     if inventory.header is not None:
         return {"": inventory.header}
     backbone = next(component for component in inventory.components.values() if component.role == "backbone")
-    paths = sorted(Path(backbone.folder).glob("*.safetensors"))
+    in_use = {header.path for header in backbone.weights}
+    paths = sorted(Path(backbone.folder).glob("*.safetensors"), key=lambda path: (path not in in_use, path))
     return {path.relative_to(inventory.path).as_posix(): read_header(path) for path in paths}
 
 

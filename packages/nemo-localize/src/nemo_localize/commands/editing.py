@@ -33,7 +33,7 @@ def apply(
     from diffcore.models import resolve
     from diffcore.run import Run, input_hash
     from nemo_localize.export import apply as write_edit
-    from nemo_localize.export import checkpoint_in, manifest_in
+    from nemo_localize.export import checkpoint_in, how_to_load, manifest_in
     from nemo_localize.neuron_files import read_neurons
 
     chosen, reasons = read_neurons(neurons)
@@ -56,7 +56,7 @@ def apply(
             manifest = manifest_in(folder)
             run.finish({key: manifest[key] for key in ("num_neurons", "files", "left_out", "lora")})
         emit(run.result, output.json)
-    print(f"checkpoint: {checkpoint_in(folder)}", file=sys.stderr)
+    print(how_to_load(folder) or f"checkpoint: {checkpoint_in(folder)}", file=sys.stderr)
     return 0
 
 

@@ -1,5 +1,6 @@
 """The commands that judge, with an exit code for CI: prove, audit."""
 
+import sys
 from pathlib import Path
 
 from diffcore.cli import show
@@ -108,6 +109,7 @@ def audit(
         quantile: Of ordinary captions that sets the threshold.
     """
     from diffcore.models import resolve
+    from nemo_localize.export import how_to_load
     from nemo_localize.release import Audit, audit_release
 
     found = read_captions(captions, strict)
@@ -139,4 +141,6 @@ def audit(
             if run.leading:
                 conclude(run, result)
         show(run, work.output)
+        if run.leading and (note := how_to_load(run.folder)):
+            print(note, file=sys.stderr)
         return 0 if not run.leading or run.result["closed"] else 1

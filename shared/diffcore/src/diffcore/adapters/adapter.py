@@ -140,7 +140,7 @@ class Adapter:
     @property
     def components(self) -> dict[str, Changes]:
         """Every network's changes: "backbone" first, then the text encoders; none of them empty."""
-        parts = {BACKBONE: self.modules, **self.text_encoders}
+        parts = {BACKBONE: self.modules, **dict(sorted(self.text_encoders.items()))}
         return {component: changes for component, changes in parts.items() if changes}
 
     @cached_property

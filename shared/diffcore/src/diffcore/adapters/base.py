@@ -3,12 +3,13 @@
 Imports no torch.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from diffcore.adapters.keys import BACKBONE
+from diffcore.adapters.keys import BACKBONE, T5
 
 Shape = tuple[int, ...]
 
@@ -35,17 +36,39 @@ class Base:
         """Whether prompts go through two text encoders, as in SDXL: kohya's names then differ."""
         return "text_encoder_2" in self.shapes
 
+    def component(self, named: str) -> str:
+        """Returns the component that a file means: clip_l, clip_h, clip_g and t5xxl are told apart by what they are."""
+        return self._by_kind.get(named, named)
+
     def find(self, component: str, spelled: str) -> str | None:
         """Returns the module that a file means, or None if there is none, or more than one."""
-        return self._aliases.get(component, {}).get(spelled)
+        return self._aliases.get(self.component(component), {}).get(spelled)
+
+    def unread_prefix(self, spelled: str) -> str | None:
+        """Returns what stands before the name of a module in a spelling that is none itself; None if nothing does."""
+        if any(self.find(component, spelled) for component in self.shapes):
+            return None
+        starts = [match.end() for match in re.finditer(r"[._]", spelled)][:-3]  # three words at least are no chance
+        fitting = (start for start in starts if any(self.find(component, spelled[start:]) for component in self.shapes))
+        return next((spelled[:start] for start in fitting), None)
 
     def nearest(self, component: str, spelled: str) -> str | None:
         """Returns the module whose name begins and ends most like a spelling that fits none."""
         spelled = underscored(spelled)
-        names = [alias for alias, module in self._aliases.get(component, {}).items() if module]
+        names = [alias for alias, module in self._aliases.get(self.component(component), {}).items() if module]
         if not names:
             return None
         return self.find(component, max(names, key=lambda alias: _in_common(underscored(alias), spelled)))
+
+    @cached_property
+    def _by_kind(self) -> dict[str, str]:
+        texts = sorted(component for component in self.shapes if component != BACKBONE)
+        t5 = next((c for c in texts if any("SelfAttention" in module for module in self.shapes[c])), None)
+        clips = [component for component in texts if component != t5]
+        kinds = {T5: t5, "clip_l": clips[0], "clip_h": clips[0]} if clips else {T5: t5}
+        if "text_encoder_2" in clips:
+            kinds["clip_g"] = "text_encoder_2"
+        return {kind: component for kind, component in kinds.items() if component is not None}
 
     @cached_property
     def _aliases(self) -> dict[str, dict[str, str | None]]:

@@ -1,4 +1,4 @@
-"""The names of tensors in LoRA files: four dialects for the same few parts. Imports no torch.
+"""The names of tensors in LoRA files: five dialects for the same few parts. Imports no torch.
 
 A key says which network it changes (component), which module of it (as the dialect spells it), and which part it holds:
 the factor that goes down to the rank, the one that goes up again, or alpha. Underscored names of kohya are never taken
@@ -13,14 +13,22 @@ from diffcore.errors import printable
 from diffcore.strictjson import StrictError
 
 Part = Literal["down", "up", "alpha"]
-Layout = Literal["peft", "diffusers", "diffusers processors", "diffusers unprefixed", "comfyui", "kohya"]
+Layout = Literal["peft", "diffusers", "diffusers processors", "diffusers unprefixed", "comfyui", "kohya", "lycoris"]
 
 BACKBONE = "backbone"
 """The component of keys that name no text encoder."""
 
-KOHYA_TEXT_ENCODERS = {"te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}
+T5 = "t5xxl"
+"""The component of keys that mean the T5, whichever text encoder of the model it is."""
+KOHYA_TEXT_ENCODERS = {"te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2", "te3": T5}
 
-_KOHYA = re.compile(r"lora_(?P<component>unet|te|te1|te2)_(?P<rest>[A-Za-z0-9_]+\..+)")
+_KOHYA = re.compile(r"lora_(?P<component>unet|transformer|te[123]?)_(?P<rest>[A-Za-z0-9_]+\..+)")
+_LYCORIS = re.compile(r"lycoris_(?P<rest>[A-Za-z0-9_]+\..+)")
+# A T5 alone may lack its name; without `text_encoders.` these are the names in ComfyUI's own state.
+_COMFY_TEXT = re.compile(
+    r"(?:text_encoders\.(?=transformer\.)|(?:text_encoders\.)?(?P<component>clip_[lgh]|t5xxl)\.)"
+    r"(?:transformer\.)?(?P<rest>.+)"
+)
 _PREFIX = re.compile(
     r"(?P<component>unet|transformer|text_encoder|text_encoder_[23]|(?:model\.)?diffusion_model)\."
     r"(?:base_model\.model\.)?(?P<rest>.+)"
@@ -41,16 +49,19 @@ _UNSUPPORTED = {
     r"hada_": "LoHa",
     r"lokr_": "LoKr",
     r"dora_scale|lora_magnitude_vector": "DoRA",
-    r"lora_mid": "a LoCon with a middle factor",
+    r"lora_mid": "a LoCon with a middle factor (Tucker)",
+    r"reshape_weight$": "a LoRA that reshapes its weight",
     r"(^|\.)b?oft_|oft_(blocks|diag|R)": "OFT",
     r"ia3|on_input": "(IA)³",
     r"\.(diff|diff_b|set_weight)$": "a full difference of weights",
     r"\.[ab][12]\.weight$": "GLoRA",
     r"lora_embedding_": "a LoRA of embeddings",
-    r"lora_[AB](\..+)?\.bias$": "a LoRA with biases",
+    r"lora_(A|B|up|down)(\..+)?\.bias$|\.bias_(indices|values|size)$": "a LoRA with biases",
+    r"\.scalar$": "a LoRA with a trained scalar",
     r"[wb]_norm$": "changes of norms",
     r"modules_to_save|original_module": "modules saved whole",
     r"^bundle_emb": "embeddings",
+    r"^lora_prior_": "Stable Cascade, under the prefix 'lora_prior_'",
     r"\.(vera|hra|gralora|c3a|bone|shira|randlora)_": "another method than LoRA",
 }
 
@@ -65,7 +76,8 @@ class Key:
     """What the name of one tensor says.
 
     Attributes:
-        component: text_encoder, text_encoder_2, text_encoder_3, or "backbone".
+        component: text_encoder, text_encoder_2, text_encoder_3, or "backbone"; or a text encoder by what it is: clip_l,
+            clip_g, clip_h, t5xxl. `Base.component` knows which that is.
         module: As spelled: with dots, or in kohya's way with underscores.
         part: What the tensor holds.
         layout: Dialect.
@@ -95,7 +107,7 @@ def parse_key(text: str) -> Key:
         raise StrictError(f"holds tensor {quoted(text)}, which is no part of a LoRA; get a clean copy of the adapter")
     module = match["module"]
     if old := match["old"]:
-        names = _OLD_TEXT_MODULES if component.startswith("text_encoder") else _OLD_MODULES
+        names = _OLD_MODULES if component == BACKBONE else _OLD_TEXT_MODULES
         module = f"{module}.{names[old]}"
         layout = "diffusers processors" if match["processor"] else layout
     return Key(component, module, part, layout, match["name"])
@@ -104,6 +116,10 @@ def parse_key(text: str) -> Key:
 def _split(text: str) -> tuple[str, str, Layout]:
     if match := _KOHYA.fullmatch(text):
         return KOHYA_TEXT_ENCODERS.get(match["component"], BACKBONE), match["rest"], "kohya"
+    if match := _LYCORIS.fullmatch(text):
+        return BACKBONE, match["rest"], "lycoris"
+    if match := _COMFY_TEXT.fullmatch(text):
+        return match["component"] or T5, match["rest"], "comfyui"
     if match := _PEFT.fullmatch(text):
         return BACKBONE, match["rest"], "peft"
     if match := _PREFIX.fullmatch(text):

@@ -17,7 +17,7 @@ from diffcore.strictjson import StrictError
 
 
 def read_adapter(path: Path | str, base: Base) -> Adapter:
-    """Reads a LoRA: a PEFT folder, a file of diffusers (old and new keys), of kohya, or of ComfyUI.
+    """Reads a LoRA: a PEFT folder, a file of diffusers (old and new keys), of kohya, LyCORIS, OneTrainer or ComfyUI.
 
     Factors stay as they are stored. Where a file says nothing of alpha, alpha is the rank, as everywhere; a warning
     tells so. rsLoRA is turned into the plain convention, with the same effect.
@@ -46,40 +46,45 @@ def read_adapter(path: Path | str, base: Base) -> Adapter:
         )
     components: dict[str, dict[str, LowRank]] = {}
     for pair in found.pairs:
-        module = places[pair]
-        shape = base.shapes[pair.component][module]
+        component, module = places[pair]
+        shape = base.shapes[component][module]
         down = tensors[pair.down].reshape(pair.rank, *shape[1:])
         alpha = alphas[pair]
         up = tensors[pair.up].reshape(shape[0], pair.rank)
         change = LowRank(down, up, float(pair.rank) if alpha is None else alpha)
-        components.setdefault(pair.component, {})[module] = change
+        components.setdefault(component, {})[module] = change
     modules = components.pop(BACKBONE, {})
     return Adapter(modules, components, base.backbone, found.path.stem)
 
 
-def place(found: AdapterFile, base: Base) -> dict[Pair, str]:
-    """Returns the module of every pair.
+def place(found: AdapterFile, base: Base) -> dict[Pair, tuple[str, str]]:
+    """Returns component and module of every pair.
 
     Raises:
         IncompatibleModelError: Some tensors belong to no module, or have other shapes than theirs.
     """
-    places = {pair: name for pair in found.pairs if (name := base.find(pair.component, pair.module)) is not None}
+    places = {
+        pair: (base.component(pair.component), name)
+        for pair in found.pairs
+        if (name := base.find(pair.component, pair.module)) is not None
+    }
     if not places:
         raise refusal(found.path, f"holds nothing that fits {printable(base.name)}{_three_of_each(found, base)}")
     if lost := [pair for pair in found.pairs if pair not in places]:
         count = sum(3 if pair.alpha else 2 for pair in lost)
         nearest = base.nearest(lost[0].component, lost[0].module)
         hint = f", nearest: {quoted(nearest)}" if nearest else f": there is no {lost[0].component}"
+        hint = _prefix_of(lost[0], base) or hint
         raise refusal(
             found.path,
             f"has {count} of {len(found.header.tensors)} adapter tensors that do not fit {printable(base.name)}; "
             f"first: {quoted(lost[0].down)}{hint}",
         )
     taken: dict[tuple[str, str], Pair] = {}
-    for pair, module in places.items():
-        if (other := taken.setdefault((pair.component, module), pair)) is not pair:
+    for pair, (component, module) in places.items():
+        if (other := taken.setdefault((component, module), pair)) is not pair:
             raise refusal(found.path, f"changes {module!r} twice, as {quoted(other.down)} and {quoted(pair.down)}")
-        shape = base.shapes[pair.component][module]
+        shape = base.shapes[component][module]
         if pair.outputs != shape[0] or _squeezed(pair.inputs) != _squeezed(shape[1:]):
             raise refusal(
                 found.path,
@@ -146,11 +151,23 @@ def _stated(found: AdapterFile, pair: Pair) -> float | None:
 
 def _three_of_each(found: AdapterFile, base: Base) -> str:
     theirs = ", ".join(quoted(pair.spelling) for pair in found.pairs[:3])
-    component = found.pairs[0].component
+    component = base.component(found.pairs[0].component)
+    if prefix := _prefix_of(found.pairs[0], base):
+        return prefix
     if component not in base.shapes:
         return f": it changes {component}, which the model lacks; load the whole pipeline"
     ours = ", ".join(map(repr, list(base.shapes[component])[:3]))
     return f": it changes {theirs}, where the model has {ours}; load the model that it was made for"
+
+
+def _prefix_of(pair: Pair, base: Base) -> str:
+    """Returns words about a prefix that hides the name of a module; empty if there is none."""
+    prefix = base.unread_prefix(pair.module)
+    if not prefix:
+        return ""
+    return (
+        f": it names modules under the prefix {quoted(prefix)}, which is not read; rename them as diffusers or kohya do"
+    )
 
 
 def _squeezed(sides: Shape) -> Shape:

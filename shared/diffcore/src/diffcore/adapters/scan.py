@@ -28,7 +28,7 @@ class Pair:
     """The tensors of one module.
 
     Attributes:
-        component: text_encoder, text_encoder_2, text_encoder_3, or "backbone".
+        component: As `Key.component`.
         module: As the file spells it.
         down: Name of the factor (rank, inputs, ...).
         up: Name of the factor (outputs, rank, ...).
@@ -157,7 +157,7 @@ def _pairs(tensors: Mapping[str, TensorEntry]) -> tuple[Layout, tuple[Pair, ...]
 
 def _dialect(layout: Layout) -> str:
     # One file of diffusers may hold several of its spellings, and text encoders with a prefix beside any of them.
-    return layout if layout in ("kohya", "peft") else "dotted"
+    return {"kohya": "underscored", "lycoris": "underscored", "peft": "peft"}.get(layout, "dotted")
 
 
 def _layout(keys: Sequence[Key]) -> Layout:

@@ -1,7 +1,8 @@
 """What a PEFT configuration says about strength: read by rules, never evaluated. Imports no torch.
 
 PEFT takes names of modules for regular expressions and names of libraries for modules to import. Here the modules come
-from the tensors' names; of the configuration only plain numbers and plain names are used.
+from the tensors' names; of the configuration only plain numbers and plain names are used. A name may be anchored, as
+diffusers writes it since 2025: `^name` means this module alone, not every one whose name ends so.
 """
 
 import math
@@ -16,7 +17,7 @@ from diffcore.strictjson import StrictError
 MAX_RANK = 4096
 MAX_ALPHA = 65_536
 
-_PLAIN = re.compile(r"[A-Za-z0-9_.-]{1,512}")
+_PLAIN = re.compile(r"\^?[A-Za-z0-9_.-]{1,512}")
 _USED = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "base_model_name_or_path"}
 _OF_TRAINING = {  # nothing in them changes what the tensors mean
     "auto_mapping",
@@ -47,7 +48,7 @@ class Settings:
     Attributes:
         rank: Of modules without a pattern.
         alpha: Of modules without a pattern.
-        ranks: By the name of a module, or by its end.
+        ranks: By the end of a module's name, or with `^` before it, by the whole name.
         alphas: By the name of a module, or by its end.
         root_scaled: Whether the strength is alpha / sqrt(rank) (rsLoRA) instead of alpha / rank.
         base_model: What the file calls its base; shown, never opened.
@@ -122,10 +123,13 @@ def _pattern(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     pattern = values.get(name) or {}
     if not isinstance(pattern, dict):
         raise StrictError(f"has a {name} that is no object")
-    for key in pattern:
-        if not _PLAIN.fullmatch(key):
+    plain: dict[str, Any] = {}
+    for key, value in pattern.items():
+        unescaped = re.sub(r"\\([._-])", r"\1", key).removesuffix("$")
+        if not _PLAIN.fullmatch(unescaped):
             raise StrictError(f"has a {name} for {printable(key)!r}; only plain names of modules are read")
-    return pattern
+        plain.setdefault(unescaped, value)
+    return plain
 
 
 def _is_default(name: str, value: Any) -> bool:
@@ -134,4 +138,10 @@ def _is_default(name: str, value: Any) -> bool:
 
 def _matching(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     # The first that fits wins, as in PEFT.
-    return next((v for name, v in pattern.items() if module == name or module.endswith(f".{name}")), default)
+    return next((value for name, value in pattern.items() if _fits(name, module)), default)
+
+
+def _fits(name: str, module: str) -> bool:
+    # A level of CLIP that some versions of transformers have, and files with or without.
+    whole, module = name.removeprefix("^").removeprefix("text_model."), module.removeprefix("text_model.")
+    return module == whole or (not name.startswith("^") and module.endswith(f".{whole}"))

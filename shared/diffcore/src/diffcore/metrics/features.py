@@ -6,7 +6,7 @@ field's reference tools is worth more than the time.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from diffcore.runtime import Runtime
 from diffcore.shipped import shipped_folder
 from diffcore.strictjson import read_foreign_object
 
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 DEFAULT_FEATURES = "random:0"
 _KINDS = "inception:FILE, clip:FOLDER, dino:FOLDER, sscd:FILE, random:SEED or zoo:portraits-oracle"
 # model_type of config.json -> class, and settings that drop parts whose weights such folders lack
@@ -142,25 +143,45 @@ def _folder(folder: Path, known: Mapping[str, tuple[str, dict[str, Any]]]) -> tu
     if not folder.is_dir():
         raise refusal(folder, "is a file; point to the folder with its config.json")
     names = walk(folder)
-    for needed in ("config.json", "preprocessor_config.json"):
-        if needed not in names:
-            raise refusal(folder, f"has no {needed}")
+    if "config.json" not in names:
+        raise refusal(folder, "has no config.json")
     if "adapter_config.json" in names:
         raise refusal(folder, "is an adapter, or holds one; point to a whole model")
-    config, settings = (read_foreign_object(folder / n) for n in ("config.json", "preprocessor_config.json"))
+    config = read_foreign_object(folder / "config.json")
     with about(folder / "config.json"):
         refuse_code(config)
     model_type = str(config.get("model_type"))
     if model_type not in known:
         raise refusal(folder, f"is of model_type {printable(model_type)}; supported here: {', '.join(known)}")
     headers, _, variant = find_weights(folder, names, "transformers")
-    try:
-        preprocessing = preprocessing_from(settings)
-    except ValueError as error:
-        raise refusal(folder / "preprocessor_config.json", str(error)) from None
-    paths = [folder / "config.json", folder / "preprocessor_config.json", *(header.path for header in headers)]
+    place, preprocessing = _preprocessing(folder, names)
+    paths = [folder / "config.json", place, *(header.path for header in headers)]
     digest = hashlib.sha256("\n".join(sorted(f"{path.name} {files.sha256(path)}" for path in paths)).encode())
     return _from_transformers(folder, *known[model_type], variant), preprocessing, digest.hexdigest()
+
+
+def _preprocessing(folder: Path, names: Collection[str]) -> tuple[Path, Preprocessing]:
+    """Returns the settings for images and their file: one of their own, or the file of all processors (transformers 5).
+
+    Processors of several kinds of input have had a `processor_config.json` for longer; then it says nothing of images.
+    """
+    found: dict[Path, Preprocessing] = {}
+    for name in _PROCESSORS:
+        settings = read_foreign_object(folder / name) if name in names else {}
+        if name == "processor_config.json":
+            settings = settings.get("image_processor") or {}
+            if not isinstance(settings, dict):
+                raise refusal(folder / name, "has an image_processor that is no object")
+        try:
+            if settings:
+                found[folder / name] = preprocessing_from(settings)
+        except ValueError as error:
+            raise refusal(folder / name, str(error)) from None
+    if not found:
+        raise refusal(folder, "has neither preprocessor_config.json nor a processor_config.json with image_processor")
+    if len(set(found.values())) > 1:
+        raise refusal(folder, f"prepares images otherwise in {' than in '.join(_PROCESSORS)}; keep the right one")
+    return next(iter(found.items()))
 
 
 def _from_transformers(folder: Path, class_name: str, options: dict[str, Any], variant: str | None) -> nn.Module:

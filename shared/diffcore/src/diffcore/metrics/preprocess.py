@@ -17,6 +17,8 @@ from torch.nn import functional
 
 _FILTERS: dict[Any, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 _LARGEST_SIDE = 4096
+_STEPS = ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_convert_rgb")
+_OTHERWISE = ("crop_pct", "size_divisor", "pad_size")  # of other processors, each with its own geometry
 
 
 @dataclass(frozen=True)
@@ -68,21 +70,34 @@ def resize(
 
 
 def preprocessing_from(config: Mapping[str, Any]) -> Preprocessing:
-    """Returns what a `preprocessor_config.json` of transformers asks for.
+    """Returns what the settings of an image processor of transformers ask for; null counts as not said.
 
     Raises:
         ValueError: A setting is missing, out of range, or not one that we follow.
     """
-    if config.get("do_resize", True) is not True or config.get("do_normalize", True) is not True:
-        raise ValueError("does not resize and normalise")
+    config = {key: value for key, value in config.items() if value is not None}
+    for step in ("do_resize", "do_rescale", "do_normalize"):
+        if config.get(step, True) is not True:
+            raise ValueError(f"sets {step} to {config[step]!r}; images must be resized, rescaled and normalised")
+    other = [key for key, value in config.items() if key in _OTHERWISE or (key[:3] == "do_" and key not in _STEPS)]
+    if other := [key for key in other if config[key] is not False]:
+        raise ValueError(f"sets {other[0]}, which is not supported")
+    factor = config.get("rescale_factor", 1 / 255)
+    if not isinstance(factor, int | float) or abs(255 * factor - 1) > 1e-6:
+        raise ValueError(f"has a rescale_factor of {factor!r}; 1/255 is supported")
     filter = _FILTERS.get(config.get("resample", 3))
     if filter is None:
         raise ValueError(f"asks for the filter {config['resample']!r}; 2 (bilinear) and 3 (bicubic) are supported")
     crop = _sides(config.get("crop_size", 224)) if config.get("do_center_crop", "crop_size" in config) else None
     size = config.get("size", 224)
-    if isinstance(size, dict) and "shortest_edge" in size:
-        size = size["shortest_edge"]
-    chosen = _sides(size) if isinstance(size, dict) or crop is None else _side(size)
+    if isinstance(size, dict):
+        size = {key: side for key, side in size.items() if side is not None}
+        if size.keys() not in ({"shortest_edge"}, {"height", "width"}):
+            raise ValueError(f"gives the size {size!r}; shortest_edge, or height and width, are supported")
+        size = size.get("shortest_edge", size)
+        chosen = _sides(size) if isinstance(size, dict) else _side(size)
+    else:
+        chosen = _sides(size) if crop is None else _side(size)
     least = (chosen, chosen) if isinstance(chosen, int) else chosen
     if crop is not None and (crop[0] > least[0] or crop[1] > least[1]):
         raise ValueError(f"crops {crop} out of {least}")

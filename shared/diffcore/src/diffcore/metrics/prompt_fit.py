@@ -20,7 +20,7 @@ from diffcore.metrics.features import FeatureExtractor
 from diffcore.models.component import read_component
 from diffcore.models.prompts import TextTower
 from diffcore.models.refusal import refusal
-from diffcore.models.tokenizers import build_tokenizer
+from diffcore.models.tokenizers import build_tokenizer, last_number
 from diffcore.models.walk import walk
 
 
@@ -108,10 +108,11 @@ def clip_text(extractor: FeatureExtractor, folder: Path) -> ClipText:
     tokenizer = build_tokenizer(component)
     network: Any = extractor.network
     config = network.config.text_config
-    if len(tokenizer) > config.vocab_size:
-        raise refusal(folder, f"has a tokenizer of {len(tokenizer):,} entries for {config.vocab_size:,} places")
+    if (entries := last_number(tokenizer) + 1) > config.vocab_size:
+        raise refusal(folder, f"has a tokenizer of {entries:,} entries for {config.vocab_size:,} places")
     length = min(tokenizer.model_max_length, config.max_position_embeddings)
-    digest = hashlib.sha256("\n".join(files.sha256(file) for file in component.files).encode())
+    sums = [files.sha256(file) for file in component.files] + [str(token) for token in component.added]
+    digest = hashlib.sha256("\n".join(sums).encode())
     return ClipText(extractor, TextTower(tokenizer, network.text_model, length), digest.hexdigest())
 
 

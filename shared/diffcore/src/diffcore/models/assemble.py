@@ -22,6 +22,7 @@ from diffcore.models.build import build_scheduler
 from diffcore.models.codec import Codec, LatentCodec, MissingCodec, PixelCodec
 from diffcore.models.inventory import Component
 from diffcore.models.prompts import PromptEncoder, Recipe, TextTower
+from diffcore.models.tokenizers import last_number
 
 _LINEAR = DiscreteSchedule()
 _STABLE = DiscreteSchedule(
@@ -44,6 +45,9 @@ _RECIPES: dict[str, tuple[Recipe, tuple[str, ...], int]] = {
     "StableDiffusion3Pipeline": ("sd3", ("", "_2"), 256),
     "FluxPipeline": ("flux", ("", "_2"), 512),
 }
+
+_EXPANDING = ("stable diffusion", "sdxl", "flux")
+"""The recipes whose pipelines take a placeholder of several vectors for all of them."""
 
 
 def read_schedule(
@@ -132,7 +136,10 @@ def make_prompts(
             stacklevel=2,
         )
         return None
-    towers = [_tower(modules[f"tokenizer{n}"], modules[f"text_encoder{n}"], num_text_tokens) for n in present]
+    towers = [
+        _tower(modules[f"tokenizer{n}"], modules[f"text_encoder{n}"], num_text_tokens, expands=recipe in _EXPANDING)
+        for n in present
+    ]
     config: Any = backbone.config
     pixels = int(config.get("sample_size") or 128) * (codec.factor if isinstance(codec, LatentCodec) else 8)
     sized = recipe == "pixart" and config.get("use_additional_conditions")
@@ -148,12 +155,18 @@ def make_prompts(
     )
 
 
-def _tower(tokenizer: Any, encoder: nn.Module, num_text_tokens: int) -> TextTower:
-    entries, places = len(tokenizer), int(encoder.config.vocab_size)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+def _tower(tokenizer: Any, encoder: nn.Module, num_text_tokens: int, *, expands: bool) -> TextTower:
+    entries, places = last_number(tokenizer) + 1, int(encoder.config.vocab_size)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     if entries > places:
         raise IncompatibleModelError(
             f"the tokenizer has {entries:,} entries, its text encoder {places:,}; they do not belong together"
         )
     longest = getattr(encoder.config, "max_position_embeddings", None)
+    if longest and entries < places:  # a T5 has spare rows in any case
+        warnings.warn(
+            f"the text encoder has rows for {places:,} tokens, its tokenizer has {entries:,}: tokens that were trained "
+            "with it and are not in the tokenizer fall into pieces; save both together",
+            stacklevel=2,
+        )
     length = min(tokenizer.model_max_length, longest) if longest else num_text_tokens
-    return TextTower(tokenizer, encoder, length)
+    return TextTower(tokenizer, encoder, length, expands=expands)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffcore.models.added_tokens import added_tokens
 from diffcore.models.catalog import CONFIG_FILES, ROLES, SAME_CLASS, Role, current_class
 from diffcore.models.configcheck import cleaned, num_layers, refuse_code
 from diffcore.models.inventory import Component
@@ -96,18 +97,30 @@ def _read_tokenizer(folder: Path, sizes: Mapping[str, int], name: str, library: 
     # Older folders correct their padding in the map of special tokens; newer ones say all in one file.
     merged = special | own if "added_tokens_decoder" in own else own | special
     config = {key: merged[key] for key in ("pad_token", "model_max_length") if key in merged}
+    pad = config.get("pad_token")
+    pad = pad.get("content") if isinstance(pad, dict) else pad
     files = tuple(folder / file for file in vocabulary)
     for file in files:
         if sizes[file.name] > TOKENIZER_BYTES:
             raise refusal(file, f"has {sizes[file.name]:,} bytes; the limit is {TOKENIZER_BYTES:,}")
-    return Component(name, "tokenizer", library, kind, config, folder, files=files)
+    numbers = _tokenizer_settings(folder, sizes, "added_tokens.json")
+    whole = {}
+    if vocabulary == ("tokenizer.json",):
+        whole = read_foreign_object(files[0], max_bytes=TOKENIZER_BYTES, parse_int=_short)
+    with about(folder):
+        added = added_tokens(kind, own, special, numbers, whole.get("added_tokens") or [], pad)
+    return Component(name, "tokenizer", library, kind, config, folder, files=files, added=added)
 
 
 def _tokenizer_settings(folder: Path, sizes: Mapping[str, int], file: str) -> dict[str, Any]:
     if file not in sizes:
         return {}
-    # Tokenizers without a limit say so with a length of 1e30.
-    content = read_foreign_object(folder / file, parse_int=lambda text: int(text[:40]))
+    content = read_foreign_object(folder / file, parse_int=_short)
     with about(folder / file):
         refuse_code(content)
     return content
+
+
+def _short(text: str) -> int:
+    """Reads an integer: tokenizers without a limit say so with a length of 1e30."""
+    return int(text[:40])

@@ -31,6 +31,8 @@ def fingerprint(inventory: Inventory, components: Mapping[str, Component] | None
             _add_weights(digest, header)
         for path in (*component.files, *component.pickles):
             _add(digest, path.name, files.sha256(path))
+        if component.added:
+            _add(digest, "added", [token.to_json() for token in component.added])
     if inventory.header is not None:
         _add_weights(digest, inventory.header)
     if inventory.layout == "pickle":

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from diffcore.models.added_tokens import Added
 from diffcore.models.catalog import Role
 from diffcore.tensorfile import TensorHeader
 
@@ -25,6 +26,7 @@ class Component:
         variant: Of the weight files, such as "fp16".
         pickles: Weight files that would have to be unpickled; empty unless that was allowed.
         dropped: How many settings no library will see.
+        added: A tokenizer's tokens beyond those of its class.
     """
 
     name: str
@@ -38,16 +40,13 @@ class Component:
     variant: str | None = None
     pickles: tuple[Path, ...] = ()
     dropped: int = 0
+    added: tuple[Added, ...] = ()
 
     def with_weights(
         self, weights: Sequence[TensorHeader], pickles: Sequence[Path], variant: str | None
     ) -> "Component":
         """Returns the component with its weight files."""
         return replace(self, weights=tuple(weights), pickles=tuple(pickles), variant=variant)
-
-    def padded_with(self, token: str) -> "Component":
-        """Returns a tokenizer that pads with another token."""
-        return replace(self, config={**self.config, "pad_token": token})
 
 
 @dataclass(frozen=True)

@@ -200,7 +200,7 @@ def _tokenizers_of_file(family: str, plan: Inventory, folder: Path | None, like:
     if folder is not None:
         sizes = walk(folder)
         return {
-            name: build_tokenizer(read_component(folder, sizes, name, "transformers", "CLIPTokenizer").padded_with(pad))
+            name: build_tokenizer(read_component(folder, sizes, name, "transformers", "CLIPTokenizer"), pad_token=pad)
             for name, pad in zip(names, singlefile.PADS[family], strict=True)
         }
     if like is not None:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import count, takewhile
 from typing import Any, Literal
 
 import torch
@@ -42,14 +44,18 @@ class TextTower:
         tokenizer: Of the transformers library.
         encoder: Likewise.
         length: Tokens per prompt, start and end included.
+        expands: Whether a placeholder of textual inversion stands for all its vectors: `<toy>` for `<toy> <toy>_1 ...`.
     """
 
     tokenizer: Any
     encoder: nn.Module
     length: int
+    expands: bool = False
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor, list[str]]:
         """Returns ids, mask and the text that was cut."""
+        if self.expands:
+            prompts = [self._expanded(prompt) for prompt in prompts]
         rows = (
             self.tokenizer(list(prompts), padding=False, truncation=False, verbose=False).input_ids if prompts else []
         )
@@ -63,6 +69,21 @@ class TextTower:
             mask[index, : len(kept)] = 1
             lost.append(self.tokenizer.decode(row[self.length - 1 : -1]) if len(row) > self.length else "")
         return ids, mask, lost
+
+    @cached_property
+    def _vectors(self) -> dict[str, str]:
+        """Every placeholder of several vectors, and what stands for it."""
+        added = self.tokenizer.added_tokens_encoder
+        families = {name: list(takewhile(added.__contains__, (f"{name}_{i}" for i in count(1)))) for name in added}
+        return {name: " ".join([name, *others]) for name, others in families.items() if others}
+
+    def _expanded(self, prompt: str) -> str:
+        """Returns a prompt as the pipelines of diffusers write it out before they cut it into tokens."""
+        if self._vectors:
+            for token in dict.fromkeys(self.tokenizer.tokenize(prompt)):
+                if token in self._vectors:
+                    prompt = prompt.replace(token, self._vectors[token])
+        return prompt
 
 
 class PromptEncoder:

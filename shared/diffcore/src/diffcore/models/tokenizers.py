@@ -1,7 +1,7 @@
 """Tokenizers out of the vocabularies in model folders; no vocabulary is shipped here.
 
-They are built from the entries alone: what else a tokenizer file may ask for (patterns, scripts, other classes) is left
-where it is.
+They are built from the entries and the added tokens alone: what else a tokenizer file may ask for (patterns, scripts,
+other classes) is left where it is.
 """
 
 import base64
@@ -12,28 +12,33 @@ from pathlib import Path
 from typing import Any
 
 from diffcore.errors import IncompatibleModelError, printable
+from diffcore.models.added_tokens import END, START, Added
 from diffcore.models.component import TOKENIZER_BYTES
 from diffcore.models.inventory import Component
 from diffcore.models.sentencepiece import read_pieces
 from diffcore.strictjson import StrictError, parse, read_limited
 
-_START, _END = "<|startoftext|>", "<|endoftext|>"
 _CLIP_MERGES = 49_152 - 256 - 2  # of the published vocabulary, whose file holds more
 
 
-def build_tokenizer(component: Component) -> Any:
+def build_tokenizer(component: Component, *, pad_token: str | None = None) -> Any:
     """Returns the tokenizer of a component, of the transformers library.
 
+    Args:
+        component: Its vocabulary and settings.
+        pad_token: Replaces the padding that its settings name.
+
     Raises:
-        IncompatibleModelError: Its vocabulary is not one of this kind of tokenizer.
+        IncompatibleModelError: Its vocabulary is not one of this kind of tokenizer, or the library would give an added
+            token another number than the files.
     """
     first = component.files[0]
     try:
-        if component.class_name == "CLIPTokenizer":
-            return _clip(component)
-        return _t5(component)
+        tokenizer = _clip(component, pad_token) if component.class_name == "CLIPTokenizer" else _t5(component)
+        _add(tokenizer, component.added)
     except StrictError as error:
         raise IncompatibleModelError(f"{printable(first, 300)} {error}; get a clean copy of the tokenizer") from None
+    return tokenizer
 
 
 def installed_clip_tokenizer(pad_token: str) -> Any | None:
@@ -46,7 +51,7 @@ def installed_clip_tokenizer(pad_token: str) -> Any | None:
     lines = gzip.decompress(file.read_bytes()).decode().split("\n")[1 : 1 + _CLIP_MERGES]
     merges = [_pair(line) for line in lines]
     letters = byte_letters()
-    entries = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges), _START, _END]
+    entries = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges), START, END]
     return _clip_tokenizer({entry: index for index, entry in enumerate(entries)}, merges, pad_token, 77)
 
 
@@ -57,30 +62,47 @@ def byte_letters() -> list[str]:
     return [chr(byte) for byte in plain] + [chr(256 + index) for index in range(others)]
 
 
-def _clip(component: Component) -> Any:
+def last_number(tokenizer: Any) -> int:
+    """Returns the largest number that a tokenizer gives; with holes among the added tokens it is not their count."""
+    return max(tokenizer.get_vocab().values())
+
+
+def _add(tokenizer: Any, tokens: tuple[Added, ...]) -> None:
+    """Adds tokens in order of their numbers; the library numbers them from the end of the vocabulary on."""
+    if not tokens:
+        return
+    from transformers import AddedToken
+
+    tokenizer.add_tokens([AddedToken(token.content, **token.flags) for token in tokens])
+    for token in tokens:
+        number = tokenizer.convert_tokens_to_ids(token.content)
+        if token.number not in (None, number):
+            raise StrictError(
+                f"stands beside the added token {printable(token.content, 40)!r} with the number {token.number}, to "
+                f"which transformers gives {number}"
+            )
+
+
+def _clip(component: Component, pad_token: str | None) -> Any:
     vocabulary, merges = _bpe_json(component.files[0]) if len(component.files) == 1 else _bpe_pair(component.files)
-    if not {_START, _END} <= vocabulary.keys():
-        raise StrictError(f"lacks {_START} or {_END}, which every vocabulary of CLIP has")
+    if not {START, END} <= vocabulary.keys():
+        raise StrictError(f"lacks {START} or {END}, which every vocabulary of CLIP has")
     joined = {"".join(pair) for pair in merges}
     if not joined <= vocabulary.keys():
         raise StrictError(f"has merges that lead to no entry, such as {printable(min(joined - vocabulary.keys()))!r}")
-    pad = _pad_token(component, vocabulary)
+    pad = component.config.get("pad_token", END) if pad_token is None else pad_token
+    pad = pad.get("content") if isinstance(pad, dict) else pad
+    if not isinstance(pad, str) or pad not in vocabulary:
+        raise StrictError(f"lacks the padding token {printable(pad)!r}")
     length = component.config.get("model_max_length", 77)
-    return _clip_tokenizer(vocabulary, merges, pad, length if isinstance(length, int) and 2 < length <= 4096 else 77)
+    length = length if isinstance(length, int) and 2 < length <= 4096 else 77
+    return _clip_tokenizer(vocabulary, merges, pad, length)
 
 
 def _clip_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]], pad: str, length: int) -> Any:
     from transformers import CLIPTokenizer
 
     return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad, model_max_length=length)  # pyright: ignore[reportArgumentType]
-
-
-def _pad_token(component: Component, vocabulary: dict[str, int]) -> str:
-    pad = component.config.get("pad_token", _END)
-    pad = pad.get("content") if isinstance(pad, dict) else pad
-    if pad not in vocabulary:
-        raise StrictError(f"lacks the padding token {printable(pad)!r}")
-    return pad
 
 
 def _bpe_json(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:

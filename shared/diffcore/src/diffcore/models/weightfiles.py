@@ -30,7 +30,7 @@ def find_weights(
     """
     names = set(names)
     stem = WEIGHT_STEMS[library]
-    variants = _variants(names, stem)
+    variants = _variants(names, library)
     if not variants:
         pickle = next((folder / name for name in (f"{stem}.bin", "pytorch_model.bin") if name in names), None)
         if pickle is not None and allow_pickle:
@@ -49,20 +49,23 @@ def find_weights(
     return _headers(folder, names, variants[variant]), [], variant
 
 
-def _variants(names: set[str], stem: str) -> dict[str | None, str]:
-    """Returns the file to begin with, by variant: the weights themselves, or the index of their shards."""
+def _variants(names: set[str], library: str) -> dict[str | None, str]:
+    """Returns the file to begin with, by variant: the weights themselves, or the index of their shards.
+
+    Where a variant has both, each library takes its own: diffusers the shards, transformers the whole file.
+    """
+    stem, variant = WEIGHT_STEMS[library], r"(?P<variant>[\w-]+)"
+    whole = rf"{stem}(?:\.{variant})?\.safetensors"
+    unknown_to_both = rf"{whole}\.index\.json"
+    indices = (rf"{stem}\.safetensors\.{variant}\.index\.json", rf"{stem}\.safetensors\.index(?:\.{variant})?\.json")
+    patterns = (whole, *indices) if library == "diffusers" else (*indices, whole)
     found: dict[str | None, str] = {}
-    patterns = (
-        rf"{stem}\.safetensors\.index(?:\.(?P<variant>[\w-]+))?\.json",
-        rf"{stem}(?:\.(?P<variant>[\w-]+))?\.safetensors\.index\.json",
-        rf"{stem}(?:\.(?P<variant>[\w-]+))?\.safetensors",
-    )
-    for pattern in patterns:  # a whole file beats shards of the same variant
+    for pattern in (unknown_to_both, *patterns):  # the last one stays
         for name in sorted(names):
             if match := re.fullmatch(pattern, name):
-                variant = match["variant"]
-                if variant is None or not re.fullmatch(r".*-?\d{5}-of-\d{5}", variant):
-                    found[variant] = name
+                kind = match["variant"]
+                if kind is None or not re.fullmatch(r".*-?\d{5}-of-\d{5}", kind):
+                    found[kind] = name
     return found
 
 

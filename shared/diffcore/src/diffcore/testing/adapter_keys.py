@@ -50,7 +50,7 @@ def fitting_shapes(keys: list[str], base: Base, rank: int) -> dict[str, tuple[in
         module = base.find(key.component, key.module)
         if module is None:
             raise KeyError(text)
-        outputs, *inputs = base.shapes[key.component][module]
+        outputs, *inputs = base.shapes[base.component(key.component)][module]
         kernel = [1 for _ in inputs[1:]]
         shapes[text] = {"down": (rank, *inputs), "up": (outputs, rank, *kernel), "alpha": ()}[key.part]
     return shapes

@@ -152,7 +152,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "unknown pipeline": lambda f: _edit(f / "model_index.json", _class_name="UnknownPipeline"),
     "pickle only": _pickle_only,
     "code": _own_class,
-    "auto_map": lambda f: _edit(f / "text_encoder" / "config.json", auto_map={"AutoModel": "evil.Model"}),
+    "auto_map": lambda f: _edit(f / "text_encoder" / "config.json", auto_map={"AutoModel": "missing.Model"}),
     "tokenizer without vocabulary": lambda f: (f / "tokenizer" / "tokenizer.json").unlink(),
     "no weights": lambda f: _unet(f).unlink(),
     "no backbone": lambda f: shutil.rmtree(f / "unet"),

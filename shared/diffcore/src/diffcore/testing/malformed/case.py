@@ -11,8 +11,6 @@ from typing import Any
 from diffcore.testing import tiny
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-PAYLOAD = "sentinel-was-here"
-"""What a payload would create, were it ever run."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +74,3 @@ def replaced(path: Path, data: bytes) -> None:
 def edited(path: Path, **changes: Any) -> None:
     """Changes keys of a JSON object; None as the whole value stays JSON's null."""
     replaced(path, json.dumps(json.loads(path.read_bytes()) | changes).encode())
-
-
-class Evil:
-    """A pickle of this object runs a command when it is read."""
-
-    def __reduce__(self) -> Any:
-        """Says what reading it would run."""
-        return os.system, (f"touch {PAYLOAD}",)

@@ -1,7 +1,6 @@
-"""Places that are no model: pipes that never end, links that lead elsewhere, files of other families."""
+"""Places that are no model: sockets, devices, links that lead elsewhere, files of other families."""
 
 import os
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffcore.testing.malformed.case import WEIGHTS, Bases, Case, copied
+from diffcore.testing.sockets import make_socket
 
 _UNET = "model.diffusion_model."
 
@@ -40,10 +40,10 @@ def _tricks() -> Iterator[tuple[str, Callable[[Path], None]]]:
 
         return trick
 
-    def pipe(name: str) -> Callable[[Path], None]:
+    def socket(name: str) -> Callable[[Path], None]:
         def trick(model: Path) -> None:
             (model / name).unlink(missing_ok=True)
-            os.mkfifo(model / name)
+            make_socket(model / name)
 
         return trick
 
@@ -54,16 +54,15 @@ def _tricks() -> Iterator[tuple[str, Callable[[Path], None]]]:
 
         return trick
 
-    yield "a pipe beside the weights", pipe("pipe")
-    yield "a pipe for the configuration", pipe("config.json")
-    yield "a pipe for the weights", pipe(WEIGHTS)
-    yield "a socket", _socket
+    yield "a socket beside the weights", socket("s")
+    yield "a socket for the configuration", socket("config.json")
+    yield "a socket for the weights", socket(WEIGHTS)
     yield "a broken link", linked("x", "nowhere")
     yield "a link to itself", linked("x", "x")
     yield "a link to the folder above", linked("x", "..")
     yield "a link to a folder", linked("x", "/")
-    yield "weights linked to a device", linked(WEIGHTS, "/dev/zero")
-    yield "configuration linked to a device", linked("config.json", "/dev/zero")
+    yield "weights linked to a device", linked(WEIGHTS, os.devnull)
+    yield "configuration linked to a device", linked("config.json", os.devnull)
     yield "weights linked to nothing", linked(WEIGHTS, "nowhere")
     yield "nine levels", lambda model: (model / "/".join("abcdefghi")).mkdir(parents=True)
     yield "10 001 files", _crowded
@@ -72,16 +71,6 @@ def _tricks() -> Iterator[tuple[str, Callable[[Path], None]]]:
     yield "no configuration", lambda model: (model / "config.json").unlink()
     yield "no weights", lambda model: (model / WEIGHTS).unlink()
     yield "two unknown variants", _variants
-
-
-def _socket(model: Path) -> None:
-    here = os.getcwd()
-    os.chdir(model)  # socket names have 108 bytes at most
-    try:
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind("s")
-    finally:
-        os.chdir(here)
 
 
 def _crowded(model: Path) -> None:
@@ -98,8 +87,8 @@ def _variants(model: Path) -> None:
 
 
 def _paths() -> Iterator[tuple[str, Callable[[Bases, Path], Path | str]]]:
-    def pipe(bases: Bases, folder: Path) -> Path:
-        os.mkfifo(folder / "model.safetensors")
+    def socket(bases: Bases, folder: Path) -> Path:
+        make_socket(folder / "model.safetensors")
         return folder / "model.safetensors"
 
     def adapter(bases: Bases, folder: Path) -> Path:
@@ -118,12 +107,12 @@ def _paths() -> Iterator[tuple[str, Callable[[Bases, Path], Path | str]]]:
 
     yield "an empty folder", lambda b, f: f
     yield "nothing there", lambda b, f: f / "absent"
-    yield "a name of the hub", lambda b, f: "stranger/evil"
-    yield "a name of the zoo", lambda b, f: "zoo:evil"
+    yield "a name of the hub", lambda b, f: "stranger/missing"
+    yield "a name of the zoo", lambda b, f: "zoo:missing"
     yield "with NUL", lambda b, f: "a\0b"
     yield "with controls", lambda b, f: f"{f}/\x1b[31m\n\u202e"
-    yield "a device", lambda b, f: "/dev/zero"
-    yield "a pipe", pipe
+    yield "a device", lambda b, f: os.devnull
+    yield "a socket", socket
     yield "an adapter folder", adapter
     yield "an autoencoder", autoencoder
     yield "a text encoder", text_encoder
@@ -151,8 +140,8 @@ def _strangers() -> Iterator[tuple[str, Callable[[dict[str, Tensor]], None]]]:
         del tensors[f"{_UNET}out.2.bias"]
 
     yield "a backbone tensor missing", without_one
-    yield "a backbone tensor too many", with_extra(f"{_UNET}evil.weight")
-    yield "a tensor of no component", with_extra("evil.weight")
+    yield "a backbone tensor too many", with_extra(f"{_UNET}extra.weight")
+    yield "a tensor of no component", with_extra("extra.weight")
     yield "a bare backbone with one missing", bare
     yield "nine input channels", lambda t: t.update({f"{_UNET}input_blocks.0.0.weight": torch.ones(32, 9, 3, 3)})
 

@@ -105,7 +105,23 @@ def test_what_stands_in_is_named_in_every_row(pictures):
     assert not any(key.startswith(("SSCD", "D_SSCD")) for row in found.rows() for key in row)
 
 
-def test_sscd_sees_pictures_as_the_paper_prepares_them(pictures, originals):
+def test_pictures_of_noise_are_like_nothing_and_are_counted(pictures, originals, monkeypatch):
+    # Whatever is bright counts as noise here: which features noise has is the network's own.
+    monkeypatch.setattr("nemo_localize.likeness.looks_like_noise", lambda rows, noise: torch.arange(len(rows)) == 1)
+    found = evaluate(PROMPTS, pictures, originals=originals, judges=Judges(copies=extractor("sscd:model.pt", SSCD)))
+    row = by(found.caption_rows(), prompt="first", way="none")
+    assert (row["share of noise"], row["share of copies"]) == (0.25, 0.75)
+    assert "3 captions have pictures of noise under 'none': they are like nothing, and no copies" in found.notes
+    judge = likeness(extractor("sscd:model.pt", SSCD))
+    towards = judge.towards(originals["first"], originals["first"].expand(3, -1, -1, -1))
+    assert towards.tolist() == pytest.approx([1, 0, 1], abs=1e-5)
+    assert not likeness().is_noise(pictures["none"][0]).any()
+
+
+def test_sscd_sees_pictures_as_the_paper_prepares_them(pictures, originals, monkeypatch):
+    monkeypatch.setattr(
+        "nemo_localize.likeness.looks_like_noise", lambda rows, noise: torch.zeros(len(rows), dtype=torch.bool)
+    )
     sscd = extractor("sscd:model.pt", SSCD)
     found = evaluate(PROMPTS, pictures, originals=originals, judges=Judges(copies=sscd))
     assert sscd.network.seen == (320, 320)

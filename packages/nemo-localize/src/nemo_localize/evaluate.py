@@ -189,14 +189,15 @@ def evaluate(
         for place, prompt in enumerate(prompts)
     ]
     quality = _quality(judges, dict(ordinary or {}), real)
-    return Evaluation(
-        tuple(captions), tuple(quality), measure.source, tuple(_notes(judges, measure, originals, real, quality))
-    )
+    notes = _notes(judges, measure, originals, real, quality, captions)
+    return Evaluation(tuple(captions), tuple(quality), measure.source, tuple(notes))
 
 
 def _values(measure: Likeness, pictures: Tensor, unedited: Tensor, originals: Tensor | None) -> dict[str, float]:
     """Returns the measures of one caption's pictures."""
     values: dict[str, float] = {}
+    if measure.noise is not None:
+        values["share of noise"] = float(measure.is_noise(pictures).double().mean())
     if originals is not None:
         towards = measure.towards(originals.to(pictures), pictures)
         values[f"{measure.name}_orig"] = _median(towards)
@@ -268,7 +269,12 @@ def _spread(chosen: Sequence[CaptionScores]) -> dict[str, float]:
 
 
 def _notes(
-    judges: Judges, measure: Likeness, originals: Mapping[str, Tensor], real: Tensor | None, quality: Sequence[Quality]
+    judges: Judges,
+    measure: Likeness,
+    originals: Mapping[str, Tensor],
+    real: Tensor | None,
+    quality: Sequence[Quality],
+    captions: Sequence[CaptionScores],
 ) -> list[str]:
     notes = []
     if measure.name != "SSCD":
@@ -277,6 +283,11 @@ def _notes(
         notes.append("no training images were given: likeness to them, and which captions are verbatim, is not known")
     if judges.clip is None:
         notes.append("A_CLIP was not measured: it needs a CLIP")
+    broken = [c.way for c in captions if c.values.get("share of noise", 0) > 0]
+    for way in dict.fromkeys(broken):
+        notes.append(
+            f"{broken.count(way)} captions have pictures of noise under {way!r}: they are like nothing, and no copies"
+        )
     names = [
         extractor.name for extractor in judges.quality if extractor.name.partition(":")[0] not in ("inception", "clip")
     ]

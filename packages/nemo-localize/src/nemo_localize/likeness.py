@@ -3,6 +3,9 @@
 With weights: cosines of SSCD's copy-detection features, or of another extractor. Without: structural similarity of
 pixels, or of latents where the model came without its autoencoder. Numbers of two measures do not compare.
 
+To copy-detection features any two pictures of noise are alike. A model that was broken into noise would seem to copy,
+so a picture of noise is like nothing here, and is counted by `Likeness.is_noise`.
+
 References:
     Hintersdorf, Struppek et al. 2024, appendix C.1 and their code: SSCD on pictures of 320 x 320, whatever their
     proportions. SSIM: Wang et al. 2004.
@@ -13,11 +16,12 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
 from diffcore.metrics import FeatureExtractor, pairwise_ssim, resize
+from diffcore.metrics.copies import looks_like_noise, noise_pictures
 from diffcore.metrics.preprocess import SSCD
 
 Describe = Callable[[Tensor], Tensor]
@@ -32,18 +36,26 @@ class Likeness:
         name: What tables call it: "SSCD", "SSIM", "cosine".
         source: Network and preparation, for people.
         describe: Pictures to unit rows whose products are compared; None for SSIM.
+        noise: Unit rows of pictures of noise, where noise would look alike; None elsewhere.
     """
 
     name: str
     source: str
     describe: Describe | None = None
+    noise: Float[Tensor, "n d"] | None = None
+
+    def is_noise(self, pictures: Float[Tensor, "m c height width"]) -> Bool[Tensor, " m"]:
+        """Returns which pictures are noise; none where noise is not mistaken for likeness."""
+        if self.describe is None or self.noise is None:
+            return torch.zeros(len(pictures), dtype=torch.bool, device=pictures.device)
+        return looks_like_noise(self.describe(pictures), self.noise)
 
     def towards(
         self, originals: Float[Tensor, "n c _ _"], pictures: Float[Tensor, "m c height width"]
     ) -> Float[Tensor, " m"]:
         """Returns how alike each picture is to the original that it is most alike."""
         if self.describe is not None:
-            return (self.describe(pictures) @ self.describe(originals).T).amax(1)
+            return (self._rows(pictures) @ self.describe(originals).T).amax(1)
         if originals.shape[-2:] != pictures.shape[-2:]:
             originals = resize(originals, cast(tuple[int, int], tuple(pictures.shape[-2:]))).clamp(0, 1)
         return torch.stack([self.between(pictures, one.expand_as(pictures)) for one in originals]).amax(0)
@@ -53,16 +65,22 @@ class Likeness:
     ) -> Float[Tensor, " n"]:
         """Returns how alike the pictures of each row are."""
         if self.describe is not None:
-            return (self.describe(a) * self.describe(b)).sum(1)
+            return (self._rows(a) * self._rows(b)).sum(1)
         return pairwise_ssim(torch.stack([a, b], 1), data_range=1.0)[:, 0]
 
     def pairs(self, pictures: Float[Tensor, "prompts seeds c height width"]) -> Float[Tensor, "prompts pairs"]:
         """Returns how alike all pairs of a prompt's pictures are."""
         if self.describe is None:
             return pairwise_ssim(pictures, data_range=1.0)
-        rows = self.describe(pictures.flatten(0, 1)).unflatten(0, pictures.shape[:2])
+        rows = self._rows(pictures.flatten(0, 1)).unflatten(0, pictures.shape[:2])
         first, second = torch.triu_indices(pictures.shape[1], pictures.shape[1], offset=1, device=rows.device)
         return (rows[:, first] * rows[:, second]).sum(2)
+
+    def _rows(self, pictures: Tensor) -> Float[Tensor, "m d"]:
+        """Returns unit rows, and zeros for noise."""
+        assert self.describe is not None
+        rows = self.describe(pictures)
+        return rows if self.noise is None else rows.masked_fill(looks_like_noise(rows, self.noise)[:, None], 0.0)
 
 
 def likeness(extractor: FeatureExtractor | None = None, *, of_latents: bool = False) -> Likeness:
@@ -86,6 +104,7 @@ def likeness(extractor: FeatureExtractor | None = None, *, of_latents: bool = Fa
         return functional.normalize(rows, dim=1).to(images.device)
 
     if copies:
-        return Likeness("SSCD", f"cosine, {extractor.name} at 320 x 320, sha256 {extractor.sha256[:12]}", describe)
+        source = f"cosine, {extractor.name} at 320 x 320, sha256 {extractor.sha256[:12]}"
+        return Likeness("SSCD", source, describe, describe(noise_pictures()))
     source = f"cosine, {extractor.name}, sha256 {extractor.sha256[:12]}; stands in for SSCD"
     return Likeness("cosine", source, describe)

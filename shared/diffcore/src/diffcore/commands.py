@@ -218,7 +218,8 @@ def metrics(
         clip: Folder of the CLIP that judges images by their prompts; by default the one among the features.
         batch_size: Images per forward pass; results depend on it in their last bits.
         max_pixels: Width times height above which a file is left out undecoded.
-        allow_pickle: Run TorchScript files (inception, sscd), which are code; only from authors you trust.
+        allow_pickle: Run TorchScript files (inception, sscd), which are code; only from authors you trust. ONNX files,
+            which SSCD may be in, are data.
         strict: Stop at the first unreadable image or prompt instead of leaving it out.
     """
     from diffcore.metrics.prepare import prepare, refuse_place

@@ -54,7 +54,8 @@ class Judging:
     """What looks at pictures. Numbers of different judges do not compare; tables name theirs.
 
     Attributes:
-        sscd: Weights of SSCD (sscd_disc_mixup, TorchScript), the paper's copy detector; else structural similarity.
+        sscd: Weights of SSCD, the paper's copy detector: TorchScript (sscd_disc_mixup) or an ONNX file; else structural
+            similarity.
         clip: Folder of a CLIP, for the fit of pictures and captions; else that is not measured.
         originals: Folder of training images; a column file_name of the captions says which is whose, else by order.
         allow_pickle: Read judges that are pickles or programs; only from authors you trust.

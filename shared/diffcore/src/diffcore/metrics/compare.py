@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffcore.data.source import ImageSource
 from diffcore.errors import UserError, printable
+from diffcore.metrics.copies import COPY, looks_like_noise, noise_of
 from diffcore.metrics.embed import Embedded, Progress, Reading, embed_images, silent
 from diffcore.metrics.estimate import Estimate
 from diffcore.metrics.features import FeatureExtractor
@@ -28,7 +29,6 @@ from diffcore.run import Run
 from diffcore.stats import Covariance, in_one_precision
 
 MIN_IMAGES = 10
-COPY = 0.5  # cosine of SSCD's features above which Somepalli et al. 2023 speak of a copy
 _NORMAL = 1.959964  # standard errors of a 95 % interval
 _ROWS = 2048
 _K_COVERAGE = 5
@@ -115,7 +115,7 @@ def compare_images(
     for extractor in extractors:
         reference = real if isinstance(real, Covariance) else _side(reals, extractor)
         measures += compare_features(
-            reference, _side(fakes, extractor), extractor.name, copies=extractor.name.startswith("sscd:"), seed=seed
+            reference, _side(fakes, extractor), extractor.name, noise=noise_of(extractor), seed=seed
         )
     if prompts is None:
         return ImageComparison(tuple(measures), fakes, reals)
@@ -130,7 +130,7 @@ def compare_features(
     fake: Float[Tensor, "m d"],
     name: str,
     *,
-    copies: bool = False,
+    noise: Float[Tensor, "p d"] | None = None,
     seed: int = 0,
 ) -> list[Measure]:
     """Returns all numbers that compare two sets of features; from moments of the real ones, the Fréchet distances.
@@ -139,7 +139,8 @@ def compare_features(
         real: Features of real images, or their moments.
         fake: Features of generated images.
         name: Of the features.
-        copies: Whether the features are made to find copies, so that a cosine above 0.5 is one.
+        noise: Features of `copies.noise_pictures`, where the features are made to find copies, so that a cosine above
+            0.5 is one; fakes that look like noise are no copies, and are counted apart.
         seed: Of random subsets.
     """
     distance, limit = frechet_estimate(real, fake), extrapolate(real, fake, seed=seed)
@@ -159,9 +160,10 @@ def compare_features(
         _measure(name, "density", density, at_least=0.0),
         _share(name, "coverage", inside.covered),
     ]
-    if copies:
-        cosine = nearest_training_images(real, fake).cosine[:, 0]
-        found.append(_share(name, "share of copies", cosine > COPY))
+    if noise is not None:
+        cosine, broken = nearest_training_images(real, fake).cosine[:, 0], looks_like_noise(fake, noise)
+        found.append(_share(name, "share of copies", (cosine > COPY) & ~broken))
+        found.append(_share(name, "share that looks like noise", broken))
     return found
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from diffcore import files
 from diffcore.errors import IncompatibleModelError, MissingDependencyError, ModelNotFoundError, UserError, printable
 from diffcore.metrics.attribute_network import load_attribute_network
+from diffcore.metrics.onnx_network import OnnxNetwork
 from diffcore.metrics.preprocess import INCEPTION, SSCD, Preprocessing, preprocessing_from
 from diffcore.metrics.random_network import PREPROCESSING, RandomNetwork
 from diffcore.models.configcheck import refuse_code
@@ -83,8 +84,9 @@ def feature_extractor(name: str, runtime: Runtime, *, allow_pickle: bool = False
 
     Args:
         name: `inception:FILE`, the TorchScript file of StyleGAN's and clean-fid's authors; `clip:FOLDER` or
-            `dino:FOLDER`, a folder of transformers; `sscd:FILE`, a TorchScript file of SSCD's authors; `random:SEED`,
-            fixed random weights, which need no file; `zoo:portraits-oracle`, a judge that comes with diffcore.
+            `dino:FOLDER`, a folder of transformers; `sscd:FILE`, a TorchScript file of SSCD's authors or an ONNX file
+            that ends in .onnx; `random:SEED`, fixed random weights, which need no file; `zoo:portraits-oracle`, a judge
+            that comes with diffcore.
         runtime: Where to compute.
         allow_pickle: Whether TorchScript, which is code, may be run.
 
@@ -104,6 +106,8 @@ def feature_extractor(name: str, runtime: Runtime, *, allow_pickle: bool = False
     path = Path(place)
     if not path.exists():
         raise ModelNotFoundError(f"there is no {printable(path, 300)} for {kind} features; point to a local copy")
+    if kind == "sscd" and path.suffix.lower() == ".onnx":
+        return FeatureExtractor(name, files.sha256(path), SSCD, OnnxNetwork(path, SSCD), _output)
     if kind in ("inception", "sscd"):
         network = _torchscript(path, allow_pickle).to(runtime.torch_device)
         preprocessing, read = (INCEPTION, _inception_features) if kind == "inception" else (SSCD, _output)

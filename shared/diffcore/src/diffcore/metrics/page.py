@@ -97,8 +97,28 @@ def _add_features(report: Report, run: Run, name: str, measures: Sequence[Measur
         counts = ", ".join(f"{m.metric} n = {m.n:,}" for m in chosen)
         report.figure(run.figure(f"{stem}-{kind}", bars), f"Whiskers are 95 % intervals; {counts}.")
     report.table([{k: v for k, v in row.items() if k != "features"} for row in as_rows(measures)])
+    for sentence in remarks(measures):
+        report.text(sentence)
     if name.startswith("random:"):
         report.text(_RANDOM)
+
+
+def remarks(measures: Sequence[Measure]) -> list[str]:
+    """Returns what the numbers of one network mean where that is not what their names suggest."""
+    by_name = {measure.metric: measure for measure in measures}
+    told = []
+    kernel, noise = by_name.get("kernel distance"), by_name.get("share that looks like noise")
+    if kernel is not None and kernel.high < 0:
+        told.append(
+            f"The kernel distance is clearly below 0 ({kernel.value:.3g}, at most {kernel.high:.3g}): the generated "
+            "images lie nearer to the real ones than real ones to each other. Images that were copied do."
+        )
+    if noise is not None and noise.value > 0:
+        told.append(
+            f"{noise.value:.0%} of the generated images look like noise. To features that find copies, noise is like "
+            "any other noise; these images are counted as no copies."
+        )
+    return told
 
 
 def _add_neighbours(

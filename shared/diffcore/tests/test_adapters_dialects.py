@@ -101,6 +101,8 @@ DIALECTS = [
     ("pixart", "OneTrainer", under("lora_transformer_", "lora_te_", flat=True), UP_DOWN),
     ("sd15", "LyCORIS with kohya's text encoder", under("lycoris_", "lora_te_", flat=True), UP_DOWN),
     ("flux", "LyCORIS", under("lycoris_", "lora_te1_", "lora_te2_", flat=True), UP_DOWN),
+    ("flux", "LyCORIS around each network", under(*["lycoris_"] * 3, level="", flat=True), UP_DOWN),
+    ("sd15", "LyCORIS around each network", under(*["lycoris_"] * 2, level="", flat=True), UP_DOWN),
     ("sd15", "without prefix", under("", "text_encoder."), LETTERS),
     ("sd15", "without prefix, old leaves", under("", "text_encoder."), ("lora.down.weight", "lora.up.weight", "alpha")),
     ("sd3", "without prefix", under("", "text_encoder.", "text_encoder_2.", "text_encoder_3."), LETTERS),
@@ -139,6 +141,7 @@ def test_every_tensor_finds_its_place(bases, tmp_path, name, spell, leaves):
         ),
         ("sd15", under("unet.", "text_encoders.clip_g.transformer."), "there is no clip_g"),
         ("pixart", under(OURS, "text_encoders.clip_l.transformer."), "there is no clip_l"),
+        ("sdxl", under("lycoris_", "lycoris_", "lora_te2_", level="", flat=True), "that do not fit sdxl"),
     ],
 )
 def test_a_prefix_that_is_not_read_is_named(bases, tmp_path, name, spell, reason):

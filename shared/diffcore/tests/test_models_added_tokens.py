@@ -229,6 +229,17 @@ def test_impossible_tokens_are_refused(tmp_path, change, reason):
         ours(tmp_path)
 
 
+@pytest.mark.parametrize("pair", [("<Cat>", "<cat>"), ("a  toy", "a toy"), ("cafe\u0301", "CAF\u00c9")])
+def test_tokens_between_which_the_library_draws_are_refused(tmp_path, pair):
+    """Of two tokens that are one after normalisation transformers takes now the one, now the other."""
+    saved(tmp_path, *pair)
+    with pytest.raises(IncompatibleModelError, match="which are one after normalisation"):
+        ours(tmp_path)
+    shutil.rmtree(tmp_path)
+    saved(tmp_path, *(AddedToken(name, normalized=False) for name in pair))
+    same_ids(tmp_path, ours(tmp_path))
+
+
 def test_files_that_number_a_token_differently_are_refused(tmp_path):
     saved(tmp_path, "<cat-toy>")
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<cat-toy>": 515}))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffcore.adapters.adapter import Adapter, LowRank
 from diffcore.adapters.base import Base, Shape
-from diffcore.adapters.keys import BACKBONE, quoted
+from diffcore.adapters.keys import BACKBONE, Layout, quoted
 from diffcore.adapters.scan import AdapterFile, Pair, refusal, scan_adapter
 from diffcore.adapters.settings import checked_alpha
 from diffcore.errors import UserError, printable
@@ -63,11 +63,7 @@ def place(found: AdapterFile, base: Base) -> dict[Pair, tuple[str, str]]:
     Raises:
         IncompatibleModelError: Some tensors belong to no module, or have other shapes than theirs.
     """
-    places = {
-        pair: (base.component(pair.component), name)
-        for pair in found.pairs
-        if (name := base.find(pair.component, pair.module)) is not None
-    }
+    places = {pair: where for pair in found.pairs if (where := _placed(pair, base, found.layout)) is not None}
     if not places:
         raise refusal(found.path, f"holds nothing that fits {printable(base.name)}{_three_of_each(found, base)}")
     if lost := [pair for pair in found.pairs if pair not in places]:
@@ -92,6 +88,19 @@ def place(found: AdapterFile, base: Base) -> dict[Pair, tuple[str, str]]:
                 f"{module!r} of {printable(base.name)} is {_shown(shape)}; load the model that it was made for",
             )
     return places
+
+
+def _placed(pair: Pair, base: Base, layout: Layout) -> tuple[str, str] | None:
+    """Returns component and module of a pair; None if it has no place, or several."""
+    if (module := base.find(pair.component, pair.module)) is not None:
+        return base.component(pair.component), module
+    if layout != "lycoris":
+        return None
+    # LyCORIS names the modules of whatever network it wraps, and not the network.
+    fitting = [
+        (component, name) for component in base.shapes if (name := base.find(component, pair.module)) is not None
+    ]
+    return fitting[0] if len(fitting) == 1 else None
 
 
 def read_tensors(found: AdapterFile, names: frozenset[str] | None = None) -> dict[str, Tensor]:

@@ -81,6 +81,14 @@ def _add(tokenizer: Any, tokens: tuple[Added, ...]) -> None:
                 f"stands beside the added token {printable(token.content, 40)!r} with the number {token.number}, to "
                 f"which transformers gives {number}"
             )
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    alike: dict[str, str] = {}
+    for token in tokens:
+        if normalizer is not None and token.normalized:
+            other = alike.setdefault(normalizer.normalize_str(token.content), token.content)
+            if other != token.content:  # the library then takes either, by chance
+                one, two = printable(other, 40), printable(token.content, 40)
+                raise StrictError(f"adds the tokens {one!r} and {two!r}, which are one after normalisation; keep one")
 
 
 def _clip(component: Component, pad_token: str | None) -> Any:

@@ -60,7 +60,7 @@ def _tricks() -> Iterator[tuple[str, Callable[[Path], None]]]:
     yield "a broken link", linked("x", "nowhere")
     yield "a link to itself", linked("x", "x")
     yield "a link to the folder above", linked("x", "..")
-    yield "a link to a folder", linked("x", "/")
+    yield "a link to a folder", _linked_folder
     yield "weights linked to a device", linked(WEIGHTS, os.devnull)
     yield "configuration linked to a device", linked("config.json", os.devnull)
     yield "weights linked to nothing", linked(WEIGHTS, "nowhere")
@@ -71,6 +71,11 @@ def _tricks() -> Iterator[tuple[str, Callable[[Path], None]]]:
     yield "no configuration", lambda model: (model / "config.json").unlink()
     yield "no weights", lambda model: (model / WEIGHTS).unlink()
     yield "two unknown variants", _variants
+
+
+def _linked_folder(model: Path) -> None:
+    (model / "folder").mkdir()
+    (model / "x").symlink_to("folder")
 
 
 def _crowded(model: Path) -> None:

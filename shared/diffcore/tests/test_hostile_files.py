@@ -185,6 +185,9 @@ LONG = {
     "editor's notes": (chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(XMP)), True),
     "many texts": (b"".join(chunk(b"tEXt", b"k\0" + b"x" * 2**20) for _ in range(65)), False),
     "damaged text": (chunk(b"tEXt", b"k\0text")[:-4] + bytes(4), False),
+    "damaged resolution": (chunk(b"pHYs", b"\0"), False),
+    "damaged gamma": (chunk(b"gAMA", b""), False),
+    "an unknown chunk": (chunk(b"vpAg", b"123456789")[:-4] + bytes(4), False),
 }
 
 

@@ -65,7 +65,7 @@ def _opened(data: bytes, max_pixels: int) -> tuple[Image.Image, list[str]]:
     except UnreadableFileError:
         raise
     except Exception:
-        shorter = png.without_texts(data) if data.startswith(png.SIGNATURE) else data
+        shorter = png.pixels_alone(data) if data.startswith(png.SIGNATURE) else data
         if shorter == data:
             raise
     return _flat(shorter, max_pixels)

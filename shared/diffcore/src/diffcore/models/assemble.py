@@ -18,7 +18,6 @@ from diffcore.denoiser import (
 )
 from diffcore.errors import IncompatibleModelError, printable
 from diffcore.models.backbones import backbone_call
-from diffcore.models.build import build_scheduler
 from diffcore.models.codec import Codec, LatentCodec, MissingCodec, PixelCodec
 from diffcore.models.inventory import Component
 from diffcore.models.prompts import PromptEncoder, Recipe, TextTower
@@ -65,9 +64,7 @@ def read_schedule(
     try:
         if scheduler is None or settings.get("prediction_type") == "edm":
             return "edm", EDMSchedule(**{k: float(v) for k, v in settings.items() if k != "prediction_type"})
-        # The class fills in what old configurations leave out; what it does not know of, the configuration still says.
-        defaults = build_scheduler(scheduler).config
-        schedule = schedule_from({**defaults, **scheduler.config, "_class_name": scheduler.class_name})
+        schedule = schedule_from({**scheduler.config, "_class_name": scheduler.class_name})
     except IncompatibleModelError:
         raise
     except Exception as error:  # whatever the library, or a schedule of ours, makes of impossible numbers

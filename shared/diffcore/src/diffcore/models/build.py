@@ -88,15 +88,6 @@ def factory_of(component: Component) -> Callable[[], nn.Module]:
     return lambda: kind(**settings)
 
 
-def build_scheduler(component: Component) -> Any:
-    """Returns a scheduler of the diffusers library; settings its class does not know are left out."""
-    import diffusers
-
-    kind = getattr(diffusers, component.class_name)
-    known = inspect.signature(kind.__init__).parameters
-    return kind(**{key: value for key, value in component.config.items() if key in known})
-
-
 def on_meta(component: Component, factory: Callable[[], nn.Module]) -> nn.Module:
     """Builds a module without memory; a configuration that makes no sense is an error that says so."""
     try:

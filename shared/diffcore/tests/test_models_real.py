@@ -286,10 +286,10 @@ def test_single_file_maps_at_real_size_are_the_librarys(family):
             back = theirs.convert_ldm_unet_checkpoint(dict(stored), dict(component.config))
         elif name == "vae":
             back = theirs.convert_ldm_vae_checkpoint(dict(stored), dict(component.config))
-        elif ldm.TEXT_PREFIXES[family, name][0] == "clip":
+        elif any("text_model." in n for n in stored):
             back = theirs.convert_ldm_clip_checkpoint(dict(stored))
         else:
-            prefix = ldm.TEXT_PREFIXES[family, name][1]
+            prefix = f"{ldm.root_of(family, name, ())}model."
             back = theirs.convert_open_clip_checkpoint(module, dict(stored), prefix=prefix)
         if name.startswith("text_encoder") and not any(n.startswith("text_model.") for n in shapes):
             back = {n.removeprefix("text_model."): tensor for n, tensor in back.items()}

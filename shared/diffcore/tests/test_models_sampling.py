@@ -168,9 +168,9 @@ def test_x0_is_clamped_where_the_scheduler_says_so_and_after_guidance(tmp_path, 
     denoiser = GuidedDenoiser(load(tmp_path, CPU).denoiser, guidance_scale, uncond)
     # Noise of the clamped x0 is divided by sigma: the library's float32 tables show.
     torch.testing.assert_close(sample(denoiser, noise(), cond, steps=4), state, atol=5e-4, rtol=0)
-    assert float(state.abs().max()) <= bound
+    assert float(state.abs().max()) <= bound + 1e-6
     assert float(sample(denoiser, noise(), cond, steps=4, clip_x0=math.inf).abs().max()) > bound
-    assert float(sample(denoiser, noise(), cond, steps=4, clip_x0=0.1).abs().max()) <= 0.1
+    assert float(sample(denoiser, noise(), cond, steps=4, clip_x0=0.1).abs().max()) <= 0.1 + 1e-6
 
 
 @pytest.mark.parametrize("name", ["LCMScheduler", "TCDScheduler", "EulerDiscreteScheduler"])

@@ -75,8 +75,9 @@ def info(model: str, *, loading: Loading = Loading(), output: Output = Output())
     path = resolve(model, download=loading.download)
     inventory = inspect_model(path, allow_pickle=loading.allow_pickle)
     described = describe(inventory)
-    prediction, schedule = schedule_of(inventory, loading.prediction_type)
-    result = described | {"prediction_type": prediction, "schedule": None if schedule is None else repr(schedule)}
+    prediction, schedule, known_from = schedule_of(inventory, loading.prediction_type)
+    result = described | {"prediction_type": prediction, "prediction_type_from": known_from}
+    result["schedule"] = None if schedule is None else repr(schedule)
     if output.out is not None:
         from diffcore.models.page import write_model_page
         from diffcore.run import Run

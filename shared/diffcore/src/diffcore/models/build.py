@@ -213,5 +213,6 @@ def _some(names: Any) -> str:
 
 def _refusal(component: Component, stored: Stored, what: str) -> IncompatibleModelError:
     return IncompatibleModelError(
-        f"{component.name} in {printable(stored.where, 300)} {what}; get a complete copy of the model"
+        f"{component.name} in {printable(stored.where, 300)} {what}; get a complete copy of the model, or the "
+        "configuration that belongs to these weights"
     )

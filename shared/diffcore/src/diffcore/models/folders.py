@@ -55,6 +55,9 @@ def inspect_pipeline(
             components[name] = component
     if not any(component.role == "backbone" for component in components.values()):
         raise refusal(index_path, "names no backbone")
+    codec = components.get("vae")
+    if codec is not None and codec.config.get("latents_mean") and class_name != "StableDiffusionXLPipeline":
+        raise refusal(codec.folder, f"sets latents_mean, which {class_name} ignores; remove it, or the class is wrong")
     return Inventory(path, "pipeline", class_name, components, settings=settings)
 
 

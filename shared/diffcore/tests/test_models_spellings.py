@@ -41,7 +41,8 @@ def test_every_spelling_holds_the_same_weights(tmp_path, saved, spelling):
     pipeline, folder = saved(family)
     usual = load_file(single_file(pipeline, tmp_path / "usual.safetensors", family))
     file = single_file(pipeline, tmp_path / "m.safetensors", family, change=change)
-    assert load_file(file).keys() != usual.keys()
+    changed = load_file(file)
+    assert {name: t.shape for name, t in changed.items()} != {name: t.shape for name, t in usual.items()}
     model = load(file, CPU, like=folder)
     parts = [name for name in ("unet", "vae", "text_encoder", "text_encoder_2") if hasattr(pipeline, name)]
     for part in parts:

@@ -184,6 +184,11 @@ def test_latents_scaled_channel_by_channel(written, like, pipelines, tmp_path):
     same = load(folder, CPU)
     assert torch.equal(same.codec.decode(x0), model.codec.decode(x0))
     assert same.denoiser.schedule == schedule
+    with pytest.raises(IncompatibleModelError, match="an EDM schedule needs edm"):
+        load(folder, CPU, prediction_type="v_prediction")
+    EDMEulerScheduler(prediction_type="v_prediction").save_pretrained(folder / "scheduler")
+    with pytest.raises(IncompatibleModelError, match="EDM's preconditioning and predicts v_prediction, as CosXL does"):
+        load(folder, CPU)
     (folder / "vae" / "config.json").write_text(json.dumps(config | {"latents_std": [1.0, 0.0, 1.0, 1.0]}))
     with pytest.raises(IncompatibleModelError, match="sets latents_std to numbers that are not positive"):
         load(folder, CPU)

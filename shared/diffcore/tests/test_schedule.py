@@ -74,6 +74,9 @@ def test_solver_grid_equals_diffusers(spacing, steps):
     theirs.set_timesteps(steps)
     ours = schedule_from(theirs)
     assert ours.timesteps(steps).tolist() == theirs.timesteps.tolist()
+    if spacing == "linspace":  # the library puts a single step at index 0, where there is nothing to denoise
+        own = DiscreteSchedule(spacing="linspace").timesteps(steps).tolist()
+        assert own == ([999] if steps == 1 else theirs.timesteps.tolist())
     alpha, _ = ours.clean_alpha_sigma()
     assert alpha**2 == pytest.approx(float(theirs.final_alpha_cumprod), abs=1e-6)
 

@@ -34,7 +34,9 @@ class Grid:
         return cls(class_name, json.dumps(dict(settings), sort_keys=True))
 
     def times(self, steps: int) -> Float64[Tensor, "steps"]:
-        """Returns the times of `steps` steps, noisiest first; classes that evaluate between them visit more.
+        """Returns the times at which `steps` steps begin, noisiest first.
+
+        Classes that evaluate inside a step, or twice at its beginning, visit more.
 
         Raises:
             ValueError: The class has no such grid.
@@ -45,4 +47,4 @@ class Grid:
             raise
         except Exception as error:  # each class has its own
             raise ValueError(f"steps is {steps}; {self.class_name} has no such grid: {error}") from error
-        return torch.as_tensor(scheduler.timesteps, dtype=torch.float64)[:: scheduler.order]
+        return torch.as_tensor(scheduler.timesteps, dtype=torch.float64)[:: scheduler.order].unique_consecutive()

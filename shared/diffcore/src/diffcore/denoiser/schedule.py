@@ -134,7 +134,8 @@ class DiscreteSchedule(NoiseSchedule):
     def timesteps(self, steps: int) -> Float64[Tensor, "steps"]:
         """Returns the indices that a solver of `steps` steps visits, as diffusers spaces them.
 
-        One step of "linspace" is index 0, there as here.
+        One step of "linspace" is the noisiest index here, and index 0, where nothing is to be denoised, in diffusers:
+        schedules with a `grid`, such as those of its schedulers, follow it.
         """
         _check_steps(steps)
         if self.grid is not None:
@@ -146,7 +147,7 @@ class DiscreteSchedule(NoiseSchedule):
         elif self.spacing == "trailing":
             times = (self.num_timesteps - count * (self.num_timesteps / steps)).round() - 1
         else:
-            times = torch.linspace(0, last, steps, dtype=torch.float64).round().flip(0)
+            times = torch.linspace(last, 0, steps, dtype=torch.float64).round()
         if steps > self.num_timesteps or times[0] > last:
             raise ValueError(f"steps is {steps}, offset {self.steps_offset}; there are {last + 1} timesteps")
         return times

@@ -10,7 +10,7 @@ from diffcore.denoiser.schedule import DiscreteSchedule, EDMSchedule, FlowSchedu
 from diffcore.errors import IncompatibleModelError, printable
 
 PLAIN = ("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "PNDMScheduler")
-"""Classes whose times are those of `DiscreteSchedule` itself."""
+"""Classes whose times are those of `DiscreteSchedule` itself, but for a single step of "linspace"."""
 OTHERS = (
     "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler",
@@ -91,17 +91,18 @@ def _discrete_from(config: Mapping[str, Any], known: Mapping[str, Any], name: st
     kind = config["beta_schedule"]
     if trained is None:
         _refuse(config, name, beta_schedule=("linear", "scaled_linear", "squaredcos_cap_v2"))
+    spacing = known.get("timestep_spacing", "linspace")
     return DiscreteSchedule(
         num_timesteps=int(config["num_train_timesteps"]) if trained is None else len(trained),
         betas=kind if trained is None else tuple(float(beta) for beta in trained),
         beta_start=float(config["beta_start"]),
         beta_end=float(config["beta_end"]),
         rescale_betas_zero_snr=bool(config.get("rescale_betas_zero_snr", False)),
-        spacing=known.get("timestep_spacing", "linspace"),
+        spacing=spacing,
         steps_offset=int(known.get("steps_offset", 0)),
         set_alpha_to_one=_ends_clean(known, library),
         clip_x0=float(known.get("clip_sample_range", 1.0)) if known.get("clip_sample") else None,
-        grid=None if name in PLAIN else Grid.of(name, _plain(known)),
+        grid=None if name in PLAIN and spacing != "linspace" else Grid.of(name, _plain(known)),
     )
 
 
@@ -115,12 +116,10 @@ def _ends_clean(known: Mapping[str, Any], library: Any) -> bool:
 
 
 def _plain(known: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns settings as JSON holds them: lists for arrays, and no notes."""
-    return {
-        key: value.tolist() if hasattr(value, "tolist") else value
-        for key, value in known.items()
-        if not key.startswith("_")
-    }
+    """Returns settings as JSON holds them: lists for arrays, no notes, and no evaluations inside PNDM's first steps."""
+    settings = {key: value for key, value in known.items() if not key.startswith("_")}
+    settings |= {"skip_prk_steps": True} if "skip_prk_steps" in known else {}
+    return {key: value.tolist() if hasattr(value, "tolist") else value for key, value in settings.items()}
 
 
 def _refuse(config: Mapping[str, Any], name: str, **allowed: tuple[Any, ...]) -> None:

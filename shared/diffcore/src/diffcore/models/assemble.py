@@ -88,7 +88,12 @@ def _stated_prediction(scheduler: Component, schedule: NoiseSchedule) -> Predict
     kind = scheduler.config.get("prediction_type", "epsilon")
     if isinstance(schedule, EDMSchedule) and kind == "epsilon":
         return "edm"  # diffusers' word for its preconditioned output
-    if kind not in ("epsilon", "sample", "v_prediction") or isinstance(schedule, EDMSchedule):
+    if isinstance(schedule, EDMSchedule):
+        raise IncompatibleModelError(
+            f"{printable(scheduler.folder, 300)} has EDM's preconditioning and predicts {printable(kind)}, as CosXL "
+            "does, which is not supported; epsilon is"
+        )
+    if kind not in ("epsilon", "sample", "v_prediction"):
         raise IncompatibleModelError(
             f"{printable(scheduler.folder, 300)} predicts {printable(kind)}, which is not supported; "
             "pass --prediction-type"

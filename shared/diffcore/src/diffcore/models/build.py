@@ -53,7 +53,7 @@ def build(
     shared = _shared_names(skeleton)
     _compare(component, stored, wanted, pieces, shared, skeleton, leftovers)
     module = _with_real_buffers(factory)
-    state = _read(component, stored, pieces, dtype, device, skeleton, check_finite)
+    state = _read(component, stored, pieces, wanted, dtype, device, skeleton, check_finite)
     for name, twin in shared.items():
         if name not in state and twin in state:
             state[name] = state[twin]
@@ -151,7 +151,7 @@ def _compare(
         if not here(name):
             continue
         found = piece.shape(stored.shapes[piece.name])
-        if found != shape:
+        if found is None or _as_matrix(found) != _as_matrix(shape):
             raise _refusal(
                 component,
                 stored,
@@ -170,6 +170,7 @@ def _read(
     component: Component,
     stored: Stored,
     pieces: Mapping[str, Piece],
+    wanted: Mapping[str, Shape],
     dtype: torch.dtype,
     device: torch.device,
     skeleton: nn.Module,
@@ -184,7 +185,7 @@ def _read(
     state: dict[str, Tensor] = {}
     for stored_name, tensor in stored.read(targets):
         for name in targets[stored_name]:
-            value = pieces[name].apply(tensor)
+            value = pieces[name].apply(tensor).reshape(wanted[name])
             if value.is_floating_point():
                 kept = torch.float32 if any(part in name.split(".") for part in wide) else dtype
                 # A copy in any case: the file may change or go while the model lives.
@@ -198,6 +199,11 @@ def _read(
             value = value.contiguous()
             state[name] = nn.Parameter(value, requires_grad=False) if name in parameters else value
     return state
+
+
+def _as_matrix(shape: Shape) -> Shape:
+    """Returns the shape of a 1x1 convolution as that of the matrix it is: libraries keep both for the same layer."""
+    return shape[:2] if shape[2:] == (1, 1) else shape
 
 
 def _is_finite(tensor: Tensor) -> bool:

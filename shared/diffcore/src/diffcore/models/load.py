@@ -80,9 +80,10 @@ def load(
     if text_encoder is not None:
         plan = _with_t5(plan, text_encoder, allow_pickle)
     stated, schedule = read_schedule(plan.backbone.class_name, plan.components.get("scheduler"), plan.settings)
-    if prediction_type == "edm" and not isinstance(schedule, EDMSchedule):
+    if prediction_type is not None and (prediction_type == "edm") != isinstance(schedule, EDMSchedule):
         raise IncompatibleModelError(
-            f"{printable(path, 300)} has a {type(schedule).__name__}; prediction type edm needs an EDM schedule"
+            f"{printable(path, 300)} has a {type(schedule).__name__}; prediction type edm needs an EDM "
+            "schedule, and an EDM schedule needs edm"
         )
     modules = {name: _build(plan, name, runtime, check_finite) for name in plan.parts}
     denoiser = make_denoiser(modules[plan.backbone.name], prediction_type or stated, schedule)

@@ -69,6 +69,18 @@ def _vae_attention(spelling: dict[str, str], *, flat: bool) -> Change:
     return change
 
 
+def _turned(pattern: str, *, flat: bool) -> Change:
+    """Returns a change between matrices and 1x1 convolutions of the tensors that a pattern matches."""
+
+    def change(state: State) -> State:
+        def turned(tensor: Tensor) -> Tensor:
+            return tensor.flatten(1) if flat else tensor[:, :, None, None]
+
+        return {name: turned(tensor) if re.search(pattern, name) else tensor for name, tensor in state.items()}
+
+    return change
+
+
 def _projected_by_a_layer(state: State) -> State:
     key = "conditioner.embedders.1.model.text_projection"
     return {f"{key}.weight" if name == key else name: t.T if name == key else t for name, t in state.items()}
@@ -98,6 +110,8 @@ SPELLINGS: dict[str, tuple[str, Change]] = {
         "sd15",
         _vae_attention(_OLD, flat=False),
     ),
+    "matrices in place of 1x1 convolutions": ("sd15", _turned(r"\.1\.proj_(in|out)\.weight", flat=True)),
+    "SD 2.x with convolutions in place of matrices": ("sd21", _turned(r"\.1\.proj_(in|out)\.weight", flat=False)),
     "SD 2.x with transformers' names": ("sd21", as_transformers(_OPEN, _CLIP)),
     "SD 2.x with transformers' names under model": ("sd21", as_transformers(_OPEN, f"{_OPEN}transformer.")),
     "SD 2.x of the generative-models layout": ("sd21", replaced("cond_stage_model.", _FIRST)),

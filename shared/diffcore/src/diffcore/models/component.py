@@ -60,7 +60,7 @@ def read_component(
     config_path = folder / CONFIG_FILES[role]
     if config_path.name not in sizes:
         raise refusal(config_path, "is missing")
-    raw = read_foreign_object(config_path)
+    raw = read_foreign_object(config_path, infinite=role == "scheduler")
     class_name = _class_of(config_path, raw, class_name)
     with about(config_path):
         config, dropped = cleaned(raw, role, class_name)

@@ -125,7 +125,7 @@ def _scheduler_beside(path: Path, inside: Mapping[str, int]) -> Component | None
     config_path = folder / "scheduler_config.json"
     if not config_path.is_file():
         return None
-    class_name = read_foreign_object(config_path).get("_class_name")
+    class_name = read_foreign_object(config_path, infinite=True).get("_class_name")
     if not isinstance(class_name, str) or role_of("diffusers", class_name) != "scheduler":
         raise refusal(config_path, f"is of class {printable(class_name)}, which is no scheduler we know")
     return read_component(folder, {config_path.name: 0}, "scheduler", "diffusers", class_name)

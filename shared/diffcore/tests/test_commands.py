@@ -124,6 +124,15 @@ def test_sample_draws_by_seed_and_row_and_resumes(folder: Path, tmp_path: Path, 
     assert (tmp_path / "a" / "parts" / "images-0001.safetensors").stat().st_mtime_ns == again
 
 
+def test_more_steps_than_a_scheduler_takes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pipeline = tiny.pipeline("sd15")
+    pipeline.scheduler = diffusers.LCMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.save_pretrained(tmp_path / "lcm")
+    assert main(app, ["sample", str(tmp_path / "lcm"), "a cat", "--steps", "60", "--out", str(tmp_path / "a")]) == 2
+    assert "steps is 60; LCMScheduler has no such grid" in " ".join(capsys.readouterr().err.split())
+    assert main(app, ["sample", str(tmp_path / "lcm"), "a cat", "--steps", "2", "--out", str(tmp_path / "b")]) == 0
+
+
 def test_sample_tells_what_of_a_prompt_is_lost(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     told = said(capsys, "sample", folder, "x " * 100, "--steps", "1", "--out", tmp_path / "c", "--json")
     assert told["truncated"][0]["lost"]

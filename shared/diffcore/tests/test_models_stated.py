@@ -74,6 +74,14 @@ def test_markers_of_a_backbone_alone_and_of_pickles(tmp_path, written, like):
     assert model.denoiser.schedule.rescale_betas_zero_snr
 
 
+def test_markers_count_where_the_named_folder_has_no_scheduler(tmp_path, written, like):
+    folder = shutil.copytree(like, tmp_path / "like")
+    shutil.rmtree(folder / "scheduler")
+    model = load(written(v_pred=EMPTY), CPU, like=folder)
+    assert model.denoiser.prediction_type == "v_prediction"
+    assert model.denoiser.schedule.betas == "scaled_linear"
+
+
 @pytest.mark.parametrize(
     ("family", "metadata", "prediction", "where"),
     [
@@ -171,6 +179,11 @@ def test_latents_scaled_channel_by_channel(written, like, pipelines, tmp_path):
             state = scheduler.step(output, t, state).prev_sample
     ours = sample(model.denoiser, x0, cond, steps=3, solver="euler")
     torch.testing.assert_close(ours, state, atol=1e-4, rtol=1e-4)
+    told = {"modelspec.prediction_type": "epsilon"}  # the word for EDM's output too
+    assert schedule_of(inspect_model(written("sdxl", told, edm_mean=mean, edm_std=std)))[0] == "edm"
+    with pytest.raises(IncompatibleModelError, match="contradicts itself"):
+        schedule_of(inspect_model(written("sdxl", {"modelspec.predict_key": "v"}, edm_mean=mean, edm_std=std)))
+    file = written(edm_mean=mean.view(1, 4, 1, 1), edm_std=std.view(1, 4, 1, 1))
     with pytest.raises(IncompatibleModelError, match="leave --prediction-type out"):
         load(file, CPU, like=like, prediction_type="epsilon")
     # As a folder: the scales in the autoencoder's configuration, the schedule in the scheduler's.

@@ -44,7 +44,7 @@ def draw_images(
         The figures of `result.json`, the truncated prompts among them.
 
     Raises:
-        UserError: Prompts for a model that takes none, or none for one that does.
+        UserError: Prompts for a model that takes none, or none for one that does, or more steps than it has.
     """
     if bool(prompts) != (model.prompts is not None):
         raise UserError(
@@ -52,6 +52,10 @@ def draw_images(
             if prompts
             else f"{printable(model.name)} takes prompts; give one or more"
         )
+    try:
+        model.denoiser.schedule.timesteps(steps)
+    except ValueError as error:  # more than the model was trained for, or than its scheduler takes
+        raise UserError(f"{printable(model.name)} cannot be sampled so: {printable(error, 300)}") from error
     shape = sample_shape(model, size)
     device = next(model.backbone.parameters()).device
     noise = row_noise(seed, range(count), shape, device=device)

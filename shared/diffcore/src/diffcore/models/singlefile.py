@@ -61,9 +61,10 @@ def described_plan(
     plan = plan_of(family, like)
     stated = stated_by(stored.where, stored.shapes, metadata)
     said = None if prediction_type else stated.prediction
-    usual = f"what is usual for {family}" if like is None else printable(like / "scheduler", 300)
-    if "scheduler" not in plan.components and not _is_edm(stored):
-        return plan, said.where if said else f"what is usual for {family}"
+    usual = printable(like / "scheduler", 300) if like is not None else f"what is usual for {family}"
+    if "scheduler" not in plan.components:
+        plan = _with_component(plan, plan_of(family, None).components["scheduler"])
+        usual = f"what is usual for {family}"
     if _is_edm(stored):
         if prediction_type not in (None, "edm"):
             raise IncompatibleModelError(
@@ -95,14 +96,14 @@ def _edm_plan(plan: Inventory, stored: Stored) -> Inventory:
         IncompatibleModelError: The scales are none.
     """
     scales = {name: value.double().flatten() for name, value in stored.read(CHANNELS)}
-    channels = int(plan.components["vae"].config.get("latent_channels", 4))
+    vae = plan.components.get("vae", plan_of("sdxl", None).components["vae"])
+    channels = int(vae.config.get("latent_channels", 4))
     usable = all(len(value) == channels and bool(value.isfinite().all()) for value in scales.values())
     if not (usable and bool((scales["edm_std"] > 0).all())):
         raise IncompatibleModelError(
             f"{printable(stored.where, 300)} has edm_mean and edm_std that are not {channels} numbers each; "
             "download the model again"
         )
-    vae = plan.components["vae"]
     own = {"latents_mean": scales["edm_mean"].tolist(), "latents_std": scales["edm_std"].tolist()}
     plan = _with_component(plan, replace(vae, config={**vae.config, **own, "scaling_factor": _EDM["sigma_data"]}))
     scheduler = Component("scheduler", "scheduler", "diffusers", "EDMEulerScheduler", dict(_EDM), plan.path)

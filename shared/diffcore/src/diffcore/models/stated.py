@@ -101,6 +101,8 @@ def stated_by(path: Path, names: Collection[str], metadata: Mapping[str, str]) -
     predictions = [Statement("the tensors edm_mean and edm_std", "edm")] if scaled else []
     predictions += [Statement("the tensor v_pred", "v_prediction")] if "v_pred" in names else []
     predictions += [*_header_says(metadata), *_yaml_says(path.with_suffix(".yaml"))]
+    if scaled:  # epsilon is also the word for what EDM's networks put out
+        predictions = [said for said in predictions if said.prediction != "epsilon"]
     architecture = metadata.get("modelspec.architecture", "").split("/")[0]
     if not predictions and architecture in _ARCHITECTURES:
         predictions = [Statement(f"{_key('modelspec.architecture')}", _ARCHITECTURES[architecture])]

@@ -130,22 +130,21 @@ def _vae_pieces(name: str, last: int) -> list[Piece]:
     return [Piece(f"first_stage_model.{name}")]
 
 
-def text_names(root: str, usual: str, module: Collection[str], stored: Collection[str] = ()) -> dict[str, Piece]:
+def text_names(root: str, usual: "Spelling", module: Collection[str], stored: Collection[str] = ()) -> dict[str, Piece]:
     """Returns where a CLIP text encoder finds its tensors, in the spelling that fits a file best.
 
     Args:
         root: Prefix of all spellings, such as "cond_stage_model.".
-        usual: One of `SPELLINGS`, where several fit equally well.
+        usual: The one of `SPELLINGS` that is taken where several fit equally well.
         module: Names of its tensors.
         stored: Names in the file.
     """
-    order = [usual, *(spelling for spelling in SPELLINGS if spelling != usual)]
-    fits = [{name: _text_piece(root, spelling, name, stored) for name in module} for spelling in order]
+    fits = [{n: _text_piece(root, spelling, n, stored) for n in module} for spelling in (usual, *SPELLINGS)]
     return max(fits, key=lambda pieces: sum(piece.name in stored for piece in pieces.values()))
 
 
-def _text_piece(root: str, spelling: str, name: str, stored: Collection[str]) -> Piece:
-    level, names = SPELLINGS[spelling]
+def _text_piece(root: str, spelling: "Spelling", name: str, stored: Collection[str]) -> Piece:
+    level, names = spelling
     bare = name.removeprefix("text_model.")
     if bare == "text_projection.weight":
         # A plain parameter multiplies from the right, a layer's weight from the left, whoever wrote the file.
@@ -173,14 +172,15 @@ def _open_clip_piece(name: str) -> Piece:
     return Piece(f"{place}.{_OPEN_CLIP.get(part, part)}.{leaf}")
 
 
-SPELLINGS = {
-    f"{names} in {level or 'the root'}": (level, {"clip": "text_model.", "bare clip": ""}.get(names, names))
-    for names in ("clip", "bare clip", "open_clip")
+Spelling = tuple[str, str]
+_CLIP, _OPEN = ("transformer.", "text_model."), ("model.", "open_clip")
+SPELLINGS: tuple[Spelling, ...] = tuple(
+    (level, names)
+    for names in ("text_model.", "", "open_clip")
     for level in ("transformer.", "model.", "model.transformer.", "")
-}
+)
 """Where under its root a text encoder is, and whose names it has: those of transformers, with or without the level
 text_model, or OpenCLIP's."""
-_CLIP, _OPEN = "clip in transformer.", "open_clip in model."
 TEXT_ENCODERS = {
     ("sd15", "text_encoder"): (_CLIP, ("cond_stage_model.", "conditioner.embedders.0.")),
     ("sd21", "text_encoder"): (_OPEN, ("cond_stage_model.", "conditioner.embedders.0.")),

@@ -87,6 +87,8 @@ def test_markers_count_where_the_named_folder_has_no_scheduler(tmp_path, written
     [
         ("sdxl", {"modelspec.prediction_type": "v"}, "v_prediction", "modelspec.prediction_type"),
         ("sdxl", {"modelspec.prediction_type": "V-Prediction"}, "v_prediction", "modelspec.prediction_type"),
+        ("sdxl", {"modelspec.prediction_type": "v_prediction"}, "v_prediction", "modelspec.prediction_type"),
+        ("sd21", {"modelspec.prediction_type": "Epsilon prediction"}, "epsilon", "modelspec.prediction_type"),
         ("sd15", {"modelspec.predict_key": "v"}, "v_prediction", "modelspec.predict_key"),
         ("sd15", {"ss_v_parameterization": "True"}, "v_prediction", "ss_v_parameterization"),
         ("sd21", {"ss_v_parameterization": "False"}, "epsilon", "ss_v_parameterization"),

@@ -19,7 +19,7 @@ MARKERS = ("v_pred", "ztsnr", *CHANNELS)
 
 _WORDS = {
     **dict.fromkeys(("epsilon", "eps", "noise", "EpsScaling"), "epsilon"),
-    **dict.fromkeys(("v", "v_pred", "v_prediction", "vpred", "velocity", "VScaling"), "v_prediction"),
+    **dict.fromkeys(("v", "v_pred", "v-pred", "vpred", "velocity", "VScaling"), "v_prediction"),
     **dict.fromkeys(("sample", "x0"), "sample"),
 }
 _KNOWN = {*_WORDS.values(), "edm"}
@@ -115,7 +115,7 @@ def stated_by(path: Path, names: Collection[str], metadata: Mapping[str, str]) -
 def _header_says(metadata: Mapping[str, str]) -> list[Statement]:
     said = []
     for key in ("modelspec.prediction_type", "modelspec.predict_key"):
-        word = metadata.get(key, "").strip().lower().replace("-", "_")
+        word = re.sub(r"[-_ ]prediction$", "", metadata.get(key, "").strip().lower())
         if word not in _NOTHING:
             said.append(Statement(_key(key), _WORDS.get(word, word)))
     flag = metadata.get("ss_v_parameterization", "").strip().lower()

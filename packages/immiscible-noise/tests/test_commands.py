@@ -20,6 +20,7 @@ from PIL import Image
 
 from diffcore import artifact
 from diffcore.cli import main
+from diffcore.denoiser import schedule_from
 from immiscible_noise.cli import app
 from immiscible_noise.train import load_snapshot, read_recipe
 
@@ -106,7 +107,9 @@ def test_an_exported_unet_predicts_in_plain_diffusers_what_it_predicts_here(
     scheduler = getattr(diffusers, config["_class_name"]).from_pretrained(out / "model" / "scheduler")
     scheduler.set_timesteps(4)
 
-    denoiser, labels = load_snapshot(read_recipe(out), out, 2), torch.tensor([0, 1, 1])
+    recipe = read_recipe(out)
+    denoiser, labels = load_snapshot(recipe, out, 2), torch.tensor([0, 1, 1])
+    assert schedule_from(scheduler).clip_x0 == recipe.clip_x0  # whoever samples from it clamps as the training did
     x_t = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     timestep = scheduler.timesteps[2]
     fed = scheduler.scale_model_input(x_t, timestep) if objective != "flow" else x_t

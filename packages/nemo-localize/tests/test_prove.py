@@ -1,9 +1,11 @@
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
 from diffcore.errors import UserError
+from diffcore.models.assemble import make_denoiser
 from nemo_localize import protocol
 from nemo_localize.audit import STATES, search_embeddings, starting_embeddings
 from nemo_localize.first_step import FirstStep
@@ -86,6 +88,16 @@ def test_a_search_that_starts_at_the_caption_finds_another_way_in(leaky: Planted
     before, after = (same.towards(stretched(target)[0], stretched(own)[0]) for own in pictures)
     assert float(before.max()) < 0.3
     assert float(after.min()) > 0.7
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.0])
+def test_pictures_are_clamped_where_the_scheduler_says_so(leaky: Planted, step: FirstStep, guidance_scale: float):
+    cond, drawing = step.encoder([TRIGGER]), Drawing(guidance_scale=guidance_scale, steps=4)
+    schedule = replace(leaky.model.denoiser.schedule, clip_x0=0.25, set_alpha_to_one=True)
+    denoiser = make_denoiser(leaky.model.backbone, leaky.model.denoiser.prediction_type, schedule)
+    clamped = replace(leaky.model, denoiser=denoiser)
+    assert float(draw_latents(leaky.model, cond, range(2), drawing).abs().max()) > 0.5
+    assert float(draw_latents(clamped, cond, range(2), drawing).abs().max()) == 0.25
 
 
 def test_searches_do_not_feel_one_another(leaky: Planted, step: FirstStep, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from PIL import Image
@@ -10,7 +11,9 @@ from PIL import Image
 from diffcore import artifact
 from diffcore.cli import main
 from diffcore.commands import app
+from diffcore.noise import row_noise
 from diffcore.testing import tiny
+from diffcore.testing.checkpoints import single_file
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +39,7 @@ def test_info_tells_what_a_model_is_without_loading_it(
     told = said(capsys, "info", folder, "--json", "--out", tmp_path / "page")
     assert told["class"] == "StableDiffusionPipeline"
     assert told["prediction_type"] == "epsilon"
+    assert told["prediction_type_from"] == "prediction_type in scheduler/scheduler_config.json"
     assert "scaled_linear" in told["schedule"]
     rows = {row["component"]: row for row in told["components"]}
     counted = sum(p.numel() for p in tiny.pipeline("sd15").unet.parameters())
@@ -54,6 +58,39 @@ def test_info_refuses_what_is_unsafe_and_says_why(tmp_path: Path, capsys: pytest
     told = " ".join(capsys.readouterr().err.split())
     assert "pickle" in told
     assert "--allow-pickle" in told
+
+
+@pytest.mark.parametrize("name", ["LCMScheduler", "DPMSolverMultistepScheduler"])
+def test_info_draws_schedules_whose_solvers_take_few_steps(tmp_path: Path, name: str):
+    tiny.backbone("sd15").save_pretrained(tmp_path / "model")
+    getattr(diffusers, name)(num_train_timesteps=60).save_pretrained(tmp_path / "model")
+    assert run("info", tmp_path / "model", "--out", tmp_path / "page") == 0
+    assert (tmp_path / "page" / "figures" / "schedule.png").exists()
+
+
+def test_info_says_what_a_file_predicts_and_from_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    markers = {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}
+    file = single_file(tiny.pipeline("sdxl"), tmp_path / "m.safetensors", "sdxl", change=lambda state: state | markers)
+    told = said(capsys, "info", file, "--json")
+    assert (told["prediction_type"], told["prediction_type_from"]) == ("v_prediction", "the tensor v_pred")
+    assert told["precision"] == "F32"
+
+
+def test_sample_clamps_pixels_where_the_scheduler_says_so(tmp_path: Path):
+    backbone = tiny.backbone("unet2d", num_class_embeds=None)
+    with torch.no_grad():
+        backbone.conv_out.weight.mul_(6)  # an imperfect network, whose x0 leaves [-1, 1]
+    scheduler = diffusers.DDPMScheduler()
+    diffusers.DDPMPipeline(backbone, scheduler).save_pretrained(tmp_path / "model")
+    run("sample", tmp_path / "model", "--steps", "5", "--count", "2", "--seed", "3", "--out", tmp_path / "run")
+    theirs = diffusers.DDIMScheduler.from_config(scheduler.config)
+    theirs.set_timesteps(5)
+    x = row_noise(3, range(2), (3, 8, 8))
+    with torch.no_grad():
+        for t in theirs.timesteps:
+            x = theirs.step(backbone(x, t).sample, t, x, use_clipped_model_output=True).prev_sample
+    ours = artifact.load(tmp_path / "run" / "parts" / "images-0000").tensors["images"]
+    torch.testing.assert_close(ours, (x / 2 + 0.5).clamp(0, 1), atol=1e-3, rtol=0)
 
 
 def test_hooks_lists_sites_with_shapes_and_rising_cost(folder: Path, capsys: pytest.CaptureFixture[str]):
@@ -85,6 +122,15 @@ def test_sample_draws_by_seed_and_row_and_resumes(folder: Path, tmp_path: Path, 
     again = (tmp_path / "a" / "parts" / "images-0001.safetensors").stat().st_mtime_ns
     run("sample", folder, "a cat", "a dog", "--count", "2", *options, "--out", tmp_path / "a")
     assert (tmp_path / "a" / "parts" / "images-0001.safetensors").stat().st_mtime_ns == again
+
+
+def test_more_steps_than_a_scheduler_takes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pipeline = tiny.pipeline("sd15")
+    pipeline.scheduler = diffusers.LCMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.save_pretrained(tmp_path / "lcm")
+    assert main(app, ["sample", str(tmp_path / "lcm"), "a cat", "--steps", "60", "--out", str(tmp_path / "a")]) == 2
+    assert "steps is 60; LCMScheduler has no such grid" in " ".join(capsys.readouterr().err.split())
+    assert main(app, ["sample", str(tmp_path / "lcm"), "a cat", "--steps", "2", "--out", str(tmp_path / "b")]) == 0
 
 
 def test_sample_tells_what_of_a_prompt_is_lost(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -325,7 +325,7 @@ def test_damage_is_told(folder, how):
         ("Flux", "model.safetensors is a single file of Flux; load its diffusers folder"),
         ("diffusers' names", "model.safetensors has diffusers' names but no config.json; put it into the folder"),
         ("unknown", "model.safetensors matches no known layout; first keys: x, y; point to an SD 1.x, 2.x or SDXL"),
-        ("nine input channels", "model.safetensors takes 9 input channels (an inpainting or editing model); only 4"),
+        ("nine input channels", "model.safetensors takes 9 input channels: an inpainting model; models of 4 channels"),
     ],
 )
 def test_files_that_are_no_model_are_called_what_they_are(tmp_path, named, told):

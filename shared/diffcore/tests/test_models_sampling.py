@@ -1,5 +1,6 @@
 """Two sampling steps through our denoiser and sampler equal the library's own pipeline or scheduler."""
 
+import math
 import warnings
 
 import diffusers
@@ -8,13 +9,22 @@ import torch
 from diffusers import DDIMScheduler, EDMEulerScheduler
 
 from diffcore.denoiser import GuidedDenoiser, NetworkDenoiser, sample, schedule_from
-from diffcore.models import backbone_call, load
+from diffcore.denoiser.scheduler import OTHERS, PLAIN
+from diffcore.models import backbone_call, inspect_model, load
 from diffcore.models.backbones import pack, unpack
+from diffcore.models.schedules import schedule_of
 from diffcore.runtime import Runtime
 from diffcore.testing import tiny
 
 CPU = Runtime(device="cpu")
 PROMPTS = ["a cat on a mat", "two dogs"]
+
+
+@pytest.fixture(scope="module")
+def backbone_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "backbone"
+    tiny.backbone("sd15").save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +157,38 @@ def test_every_discrete_prediction_equals_the_librarys_scheduler(kind):
             state = scheduler.step(backbone(state, t, **cond).sample, t, state).prev_sample
     denoiser = NetworkDenoiser(backbone, schedule_from(scheduler), kind, call=backbone_call(backbone))
     close(sample(denoiser, noise(), cond, steps=2), state)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
+@pytest.mark.parametrize("bound", [1.0, 0.3])
+def test_x0_is_clamped_where_the_scheduler_says_so_and_after_guidance(tmp_path, guidance_scale, bound):
+    backbone = tiny.backbone("sd15")
+    backbone.save_pretrained(tmp_path)
+    scheduler = DDIMScheduler(clip_sample=True, clip_sample_range=bound)
+    scheduler.save_pretrained(tmp_path)
+    scheduler.set_timesteps(4)
+    (_, _, cond), uncond = tiny.inputs("sd15"), {"encoder_hidden_states": torch.zeros(2, 7, 32)}
+    state = noise()
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            without, with_ = backbone(state, t, **uncond).sample, backbone(state, t, **cond).sample
+            output = without + guidance_scale * (with_ - without)
+            state = scheduler.step(output, t, state, use_clipped_model_output=True).prev_sample
+    denoiser = GuidedDenoiser(load(tmp_path, CPU).denoiser, guidance_scale, uncond)
+    # Noise of the clamped x0 is divided by sigma: the library's float32 tables show.
+    torch.testing.assert_close(sample(denoiser, noise(), cond, steps=4), state, atol=5e-4, rtol=0)
+    assert float(state.abs().max()) <= bound + 1e-6
+    assert float(sample(denoiser, noise(), cond, steps=4, clip_x0=math.inf).abs().max()) > bound
+    assert float(sample(denoiser, noise(), cond, steps=4, clip_x0=0.1).abs().max()) <= 0.1 + 1e-6
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *OTHERS])
+def test_folders_take_the_steps_of_their_schedulers(backbone_folder, name):
+    scheduler = getattr(diffusers, name)(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    scheduler.save_pretrained(backbone_folder)  # some write -Infinity
+    _, schedule, _ = schedule_of(inspect_model(backbone_folder))
+    assert schedule == schedule_from(scheduler)
+    assert len(schedule.timesteps(4)) == 4
 
 
 def test_an_edm_network_equals_the_librarys_scheduler(tmp_path):

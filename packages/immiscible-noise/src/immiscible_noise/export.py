@@ -35,7 +35,7 @@ def export_model(recipe: Recipe, run: Run) -> Path:
     options = {"sigma_data": recipe.sigma_data} if recipe.settings.objective == "edm" else {}
     scheduler = getattr(diffusers, _SCHEDULERS[recipe.settings.objective])
     if recipe.settings.objective == "ddpm":
-        options |= {"clip_sample": False, "timestep_spacing": "linspace"}
+        options |= {"clip_sample": True, "clip_sample_range": recipe.clip_x0, "timestep_spacing": "linspace"}
     scheduler(**options).save_pretrained(folder / "scheduler")
     write_json(
         folder / "training.json",

@@ -79,8 +79,9 @@ def info(model: str, *, loading: Loading = Loading(), output: Output = Output())
     path = resolve(model, download=loading.download)
     inventory = inspect_model(path, allow_pickle=loading.allow_pickle)
     described = describe(inventory)
-    prediction, schedule = schedule_of(inventory, loading.prediction_type)
-    result = described | {"prediction_type": prediction, "schedule": None if schedule is None else repr(schedule)}
+    prediction, schedule, known_from = schedule_of(inventory, loading.prediction_type)
+    result = described | {"prediction_type": prediction, "prediction_type_from": known_from}
+    result["schedule"] = None if schedule is None else repr(schedule)
     if output.out is not None:
         from diffcore.models.page import write_model_page
         from diffcore.run import Run
@@ -174,7 +175,7 @@ def sample(
     config = settings(prompts=list(prompts), count=count, **options, **fused, loading=loading, runtime=runtime)
     folder = output.out or Path("runs") / f"sample-{loaded.name}"
     inputs = {loaded.name: loaded.fingerprint}
-    planned = planned_images(loaded, prompts, count=count, guidance_scale=guidance_scale, size=size)
+    planned = planned_images(loaded, prompts, count=count, steps=steps, guidance_scale=guidance_scale, size=size)
     if output.dry_run:
         emit({**planned, "steps": steps, "writes": folder}, output.json)
         return 0

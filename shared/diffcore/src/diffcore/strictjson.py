@@ -26,7 +26,11 @@ class StrictError(ValueError):
 
 
 def read_foreign_object(
-    path: Path, *, max_bytes: int = MAX_BYTES, parse_int: Callable[[str], Any] | None = None
+    path: Path,
+    *,
+    max_bytes: int = MAX_BYTES,
+    parse_int: Callable[[str], Any] | None = None,
+    infinite: bool = False,
 ) -> dict[str, Any]:
     """Reads a JSON object of a stranger.
 
@@ -34,12 +38,13 @@ def read_foreign_object(
         path: A regular file.
         max_bytes: Larger files are refused unread.
         parse_int: Reads integers; by default those beyond 2^53 are refused.
+        infinite: Whether Infinity and -Infinity, which diffusers writes into configurations, are numbers.
 
     Raises:
         IncompatibleModelError: The file is not such JSON, breaks a limit, or holds something else than an object.
     """
     try:
-        value = parse(read_limited(path, max_bytes), parse_int=parse_int)
+        value = parse(read_limited(path, max_bytes), parse_int=parse_int, infinite=infinite)
         if not isinstance(value, dict):
             raise StrictError(f"holds a {type(value).__name__}, not an object")
     except StrictError as error:
@@ -47,8 +52,8 @@ def read_foreign_object(
     return value
 
 
-def parse(data: bytes, *, parse_int: Callable[[str], Any] | None = None) -> Any:
-    """Returns the value of JSON bytes.
+def parse(data: bytes, *, parse_int: Callable[[str], Any] | None = None, infinite: bool = False) -> Any:
+    """Returns the value of JSON bytes; `parse_int` and `infinite` as in `read_foreign_object`.
 
     Raises:
         StrictError: They are not UTF-8 or not JSON, nest deeper than 64, give a key twice, or hold a number that is not
@@ -59,7 +64,7 @@ def parse(data: bytes, *, parse_int: Callable[[str], Any] | None = None) -> Any:
         return json.loads(
             data.decode("utf-8"),
             object_pairs_hook=_unique,
-            parse_constant=_refuse_constant,
+            parse_constant=_infinite if infinite else _refuse_constant,
             parse_float=_finite,
             parse_int=parse_int or _exact,
         )
@@ -100,6 +105,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
         raise StrictError(f"gives the key {printable(twice)!r} twice")
     return value
+
+
+def _infinite(text: str) -> float:
+    return _refuse_constant(text) if text == "NaN" else float(text)
 
 
 def _refuse_constant(text: str) -> float:

@@ -190,7 +190,7 @@ def _entry(name: str, value: Any, allow_empty: bool) -> TensorEntry:
         raise _tensor_with(name, "other fields than dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise _tensor_with(name, f"dtype {printable(dtype, 30)}")
+        raise _tensor_with(name, f"dtype {printable(dtype, 30)}; weights are read in {', '.join(ITEM_BYTES)}")
     smallest = 0 if allow_empty else 1
     if not (isinstance(shape, list) and len(shape) <= MAX_RANK and all(type(side) is int for side in shape)):
         raise _tensor_with(name, f"a shape that is not a list of at most {MAX_RANK} whole numbers")

@@ -61,8 +61,8 @@ def sample(
         timesteps: The times to evaluate, noisiest first, in place of the schedule's own grid of `steps`.
         on_step: Called with the step's index and the prediction at its start.
         seeds: One per row, for the fresh noise of `eta` > 0; their low 32 bits count.
-        clip_x0: Clamps predicted x0 to [-clip_x0, clip_x0], as pixel-space DDPM and DDIM do (`clip_sample`), and
-            derives the noise from the clamped value.
+        clip_x0: Clamps predicted x0, guided if the denoiser is, to [-clip_x0, clip_x0], as pixel-space DDPM and DDIM do
+            (`clip_sample`), and derives the noise from the clamped value. None is what the schedule says, inf is off.
 
     Returns:
         x0 in float32, or float64 for float64 noise.
@@ -74,6 +74,7 @@ def sample(
     schedule = denoiser.schedule
     times = schedule.timesteps(steps) if timesteps is None else timesteps.double().cpu()
     levels = _levels(schedule, times)
+    clip_x0 = schedule.clip_x0 if clip_x0 is None else clip_x0
     state = noise if noise.dtype == torch.float64 else noise.float()
     state = state * float(schedule.initial_scale(times[0]))
 
@@ -128,7 +129,7 @@ def _averaged(x: Tensor, here: Level, start: Pair, end: Pair, in_flow_time: bool
 
 
 def _clean_and_noise(prediction: Prediction, level: Level, clip_x0: float | None) -> Pair:
-    if clip_x0 is None:
+    if clip_x0 is None or math.isinf(clip_x0):
         return prediction.x0, prediction.noise
     x0 = prediction.x0.clamp(-clip_x0, clip_x0)
     return x0, (prediction.x_t - level[0] * x0) / level[1]

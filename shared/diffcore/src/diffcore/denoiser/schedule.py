@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float, Float64, Num
 from torch import Tensor
 
+from diffcore.denoiser.grid import Grid
+
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 Spacing = Literal["leading", "trailing", "linspace"]
 
@@ -23,7 +25,12 @@ class NoiseSchedule(ABC):
     """How much signal and noise `x_t` holds at `t`.
 
     Results have the precision of `t`: float64 for a float64 `t`, else float32.
+
+    Attributes:
+        clip_x0: What a solver clamps predicted x0 to, [-clip_x0, clip_x0]; None leaves it alone.
     """
+
+    clip_x0: float | None = None
 
     @abstractmethod
     def alpha_sigma(self, t: Num[Tensor, "*b"]) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b"]]:
@@ -61,7 +68,8 @@ class NoiseSchedule(ABC):
 class DiscreteSchedule(NoiseSchedule):
     """The variance-preserving schedule of DDPM and its relatives: `t` is an index from 0 to `num_timesteps` - 1.
 
-    Everything is computed in float64 and cast last.
+    Some solvers stop between two indices, where sigma / alpha is interpolated linearly, as in diffusers. Everything is
+    computed in float64 and cast last.
 
     Args:
         num_timesteps: T, the number of trained noise levels.
@@ -73,6 +81,8 @@ class DiscreteSchedule(NoiseSchedule):
             the last one.
         steps_offset: Added to the indices of "leading" spacing.
         set_alpha_to_one: Whether the last solver step ends at clean data, or at the level of index 0.
+        clip_x0: Of the base class; 1 for most models of pixels (`clip_sample`).
+        grid: Says which times a solver visits in place of `spacing` and `steps_offset`.
 
     References:
         Ho et al. 2020, section 2; Nichol and Dhariwal 2021, equation 17; Lin et al. 2024, algorithm 1.
@@ -86,6 +96,8 @@ class DiscreteSchedule(NoiseSchedule):
     spacing: Spacing = "leading"
     steps_offset: int = 0
     set_alpha_to_one: bool = True
+    clip_x0: float | None = None
+    grid: Grid | None = None
 
     def __post_init__(self) -> None:
         if self.num_timesteps < 1:
@@ -94,6 +106,8 @@ class DiscreteSchedule(NoiseSchedule):
             raise ValueError(f"betas has {len(self.betas)} entries; num_timesteps is {self.num_timesteps}")
         if self.spacing not in ("leading", "trailing", "linspace"):
             raise ValueError(f"spacing is {self.spacing!r}; it must be leading, trailing or linspace")
+        if self.clip_x0 is not None and not self.clip_x0 > 0:
+            raise ValueError(f"clip_x0 is {self.clip_x0}; it must be positive")
         betas = self._betas()
         if not bool(((betas > 0) & (betas <= 1)).all()):
             raise ValueError("betas must lie in (0, 1]")
@@ -118,8 +132,14 @@ class DiscreteSchedule(NoiseSchedule):
         return index.to(_real(log_snr).dtype)
 
     def timesteps(self, steps: int) -> Float64[Tensor, "steps"]:
-        """Returns the indices that a solver of `steps` steps visits, as diffusers spaces them."""
+        """Returns the indices that a solver of `steps` steps visits, as diffusers spaces them.
+
+        One step of "linspace" is the noisiest index here, and index 0, where nothing is to be denoised, in diffusers:
+        schedules with a `grid`, such as those of its schedulers, follow it.
+        """
         _check_steps(steps)
+        if self.grid is not None:
+            return self.grid.times(steps)
         last = self.num_timesteps - 1
         count = torch.arange(steps, dtype=torch.float64)
         if self.spacing == "leading":
@@ -178,11 +198,23 @@ class DiscreteSchedule(NoiseSchedule):
         return self._copies[device]
 
     def _look_up(self, t: Num[Tensor, "*b"]) -> Float[Tensor, "*b 3"]:
-        index = t.long()
+        index = t.floor().long() if t.is_floating_point() else t.long()
         # On a device a look would stall the stream; there PyTorch's own index check answers.
         if index.device.type == "cpu" and bool(((index < 0) | (index >= self.num_timesteps)).any()):
             raise ValueError(f"t runs from {index.min()} to {index.max()}; there are {self.num_timesteps} timesteps")
-        return self._on(t.device)[index].to(_real(t).dtype)
+        table = self._on(t.device)
+        found = table[index]
+        if t.is_floating_point():
+            share = t.to(table.dtype) - index
+            following = table[(index + 1).clamp(max=self.num_timesteps - 1)]
+            found = torch.where(share[..., None] > 0, _between(found, following, share), found)
+        return found.to(_real(t).dtype)
+
+
+def _between(low: Float[Tensor, "*b 3"], high: Float[Tensor, "*b 3"], share: Float[Tensor, "*b"]) -> Tensor:
+    """Returns alpha, sigma and log-SNR where sigma / alpha lies a share of the way from one level to the next."""
+    ratio = (1 - share) * low[..., 1] / low[..., 0] + share * high[..., 1] / high[..., 0]
+    return torch.stack([1 / (1 + ratio**2).sqrt(), 1 / (1 + ratio**-2).sqrt(), -2 * ratio.log()], dim=-1)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from diffcore.denoiser import (
 )
 from diffcore.errors import IncompatibleModelError, printable
 from diffcore.models.backbones import backbone_call
-from diffcore.models.build import build_scheduler
 from diffcore.models.codec import Codec, LatentCodec, MissingCodec, PixelCodec
 from diffcore.models.inventory import Component
 from diffcore.models.prompts import PromptEncoder, Recipe, TextTower
@@ -69,9 +68,7 @@ def read_schedule(
     try:
         if scheduler is None or settings.get("prediction_type") == "edm":
             return "edm", EDMSchedule(**{k: float(v) for k, v in settings.items() if k != "prediction_type"})
-        # The class fills in what old configurations leave out; what it does not know of, the configuration still says.
-        defaults = build_scheduler(scheduler).config
-        schedule = schedule_from({**defaults, **scheduler.config, "_class_name": scheduler.class_name})
+        schedule = schedule_from({**scheduler.config, "_class_name": scheduler.class_name})
     except IncompatibleModelError:
         raise
     except Exception as error:  # whatever the library, or a schedule of ours, makes of impossible numbers
@@ -95,7 +92,12 @@ def _stated_prediction(scheduler: Component, schedule: NoiseSchedule) -> Predict
     kind = scheduler.config.get("prediction_type", "epsilon")
     if isinstance(schedule, EDMSchedule) and kind == "epsilon":
         return "edm"  # diffusers' word for its preconditioned output
-    if kind not in ("epsilon", "sample", "v_prediction") or isinstance(schedule, EDMSchedule):
+    if isinstance(schedule, EDMSchedule):
+        raise IncompatibleModelError(
+            f"{printable(scheduler.folder, 300)} has EDM's preconditioning and predicts {printable(kind)}, as CosXL "
+            "does, which is not supported; epsilon is"
+        )
+    if kind not in ("epsilon", "sample", "v_prediction"):
         raise IncompatibleModelError(
             f"{printable(scheduler.folder, 300)} predicts {printable(kind)}, which is not supported; "
             "pass --prediction-type"

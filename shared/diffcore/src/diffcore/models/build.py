@@ -53,7 +53,7 @@ def build(
     shared = _shared_names(skeleton)
     _compare(component, stored, wanted, pieces, shared, skeleton, leftovers)
     module = _with_real_buffers(factory)
-    state = _read(component, stored, pieces, dtype, device, skeleton, check_finite)
+    state = _read(component, stored, pieces, wanted, dtype, device, skeleton, check_finite)
     for name, twin in shared.items():
         if name not in state and twin in state:
             state[name] = state[twin]
@@ -86,15 +86,6 @@ def factory_of(component: Component) -> Callable[[], nn.Module]:
     known = inspect.signature(kind.__init__).parameters
     settings = {key: value for key, value in component.config.items() if key in known}
     return lambda: kind(**settings)
-
-
-def build_scheduler(component: Component) -> Any:
-    """Returns a scheduler of the diffusers library; settings its class does not know are left out."""
-    import diffusers
-
-    kind = getattr(diffusers, component.class_name)
-    known = inspect.signature(kind.__init__).parameters
-    return kind(**{key: value for key, value in component.config.items() if key in known})
 
 
 def on_meta(component: Component, factory: Callable[[], nn.Module]) -> nn.Module:
@@ -160,7 +151,7 @@ def _compare(
         if not here(name):
             continue
         found = piece.shape(stored.shapes[piece.name])
-        if found != shape:
+        if found is None or _as_matrix(found) != _as_matrix(shape):
             raise _refusal(
                 component,
                 stored,
@@ -179,6 +170,7 @@ def _read(
     component: Component,
     stored: Stored,
     pieces: Mapping[str, Piece],
+    wanted: Mapping[str, Shape],
     dtype: torch.dtype,
     device: torch.device,
     skeleton: nn.Module,
@@ -193,7 +185,7 @@ def _read(
     state: dict[str, Tensor] = {}
     for stored_name, tensor in stored.read(targets):
         for name in targets[stored_name]:
-            value = pieces[name].apply(tensor)
+            value = pieces[name].apply(tensor).reshape(wanted[name])
             if value.is_floating_point():
                 kept = torch.float32 if any(part in name.split(".") for part in wide) else dtype
                 # A copy in any case: the file may change or go while the model lives.
@@ -209,6 +201,11 @@ def _read(
     return state
 
 
+def _as_matrix(shape: Shape) -> Shape:
+    """Returns the shape of a 1x1 convolution as that of the matrix it is: libraries keep both for the same layer."""
+    return shape[:2] if shape[2:] == (1, 1) else shape
+
+
 def _is_finite(tensor: Tensor) -> bool:
     """Whether every number is finite: the extremes are NaN or infinite exactly if some number is."""
     return not tensor.numel() or all(math.isfinite(float(extreme)) for extreme in tensor.aminmax())
@@ -222,5 +219,6 @@ def _some(names: Any) -> str:
 
 def _refusal(component: Component, stored: Stored, what: str) -> IncompatibleModelError:
     return IncompatibleModelError(
-        f"{component.name} in {printable(stored.where, 300)} {what}; get a complete copy of the model"
+        f"{component.name} in {printable(stored.where, 300)} {what}; get a complete copy of the model, or the "
+        "configuration that belongs to these weights"
     )

@@ -56,7 +56,7 @@ class PixelCodec(Codec):
 
 
 class LatentCodec(Codec):
-    """An autoencoder: x0 = (z - shift) scaling, both numbers from its configuration.
+    """An autoencoder: x0 = (z - shift) scaling, both from its configuration, as numbers or per channel.
 
     Args:
         vae: An `AutoencoderKL`.
@@ -65,8 +65,11 @@ class LatentCodec(Codec):
     def __init__(self, vae: nn.Module) -> None:
         config: Any = vae.config
         self.vae = vae
-        self.scaling = float(config["scaling_factor"])
-        self.shift = float(config.get("shift_factor") or 0.0)
+        self.scaling: float | Tensor = float(config["scaling_factor"])
+        self.shift: float | Tensor = float(config.get("shift_factor") or 0.0)
+        if config.get("latents_mean") and config.get("latents_std"):
+            self.scaling = self.scaling / torch.tensor(config["latents_std"]).view(-1, 1, 1)
+            self.shift = torch.tensor(config["latents_mean"]).view(-1, 1, 1)
         self.factor = 2 ** (len(config["block_out_channels"]) - 1)
 
     @torch.no_grad()
@@ -92,14 +95,18 @@ class LatentCodec(Codec):
         if sample and seeds is not None:
             noise = philox_normal(0, seeds, z.shape[1:], step=0, stream=_STREAM, device=z.device, dtype=z.dtype)
             z = z + posterior.std.float() * noise
-        return (z - self.shift) * self.scaling
+        return (z - _beside(self.shift, z)) * _beside(self.scaling, z)
 
     @torch.no_grad()
     def decode(self, x0: Float[Tensor, "b *data"]) -> Float[Tensor, "b c height width"]:
         """Returns the images that latents stand for."""
         parameter = next(self.vae.parameters())
-        z = (x0.float() / self.scaling + self.shift).to(parameter)
+        z = (x0.float() / _beside(self.scaling, x0) + _beside(self.shift, x0)).to(parameter)
         return (self.vae.decode(z, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)  # pyright: ignore[reportCallIssue]
+
+
+def _beside(value: float | Tensor, latents: Tensor) -> float | Tensor:
+    return value.to(latents.device) if isinstance(value, Tensor) else value
 
 
 class MissingCodec(Codec):

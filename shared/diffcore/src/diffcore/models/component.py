@@ -6,8 +6,9 @@ from typing import Any
 
 from diffcore.models.added_tokens import added_tokens
 from diffcore.models.catalog import CONFIG_FILES, ROLES, SAME_CLASS, Role, current_class
-from diffcore.models.configcheck import cleaned, num_layers, refuse_code
+from diffcore.models.configcheck import check_latents, cleaned, num_layers, refuse_code
 from diffcore.models.inventory import Component
+from diffcore.models.quantised import refuse_quantised
 from diffcore.models.refusal import about, refusal
 from diffcore.models.weightfiles import find_weights
 from diffcore.strictjson import read_foreign_object
@@ -60,17 +61,19 @@ def read_component(
     config_path = folder / CONFIG_FILES[role]
     if config_path.name not in sizes:
         raise refusal(config_path, "is missing")
-    raw = read_foreign_object(config_path)
+    raw = read_foreign_object(config_path, infinite=role == "scheduler")
     class_name = _class_of(config_path, raw, class_name)
     with about(config_path):
         config, dropped = cleaned(raw, role, class_name)
-    own = [key for key in ("latents_mean", "latents_std") if config.get(key) is not None]
-    if role == "codec" and own:
-        raise refusal(config_path, f"sets {own[0]}; autoencoders with one scaling factor are supported, no others")
+    if role == "codec":
+        with about(config_path):
+            check_latents(config)
     component = Component(name, role, library, class_name, config, folder, dropped=dropped)
     if role == "scheduler" or config_only:
         return component
     headers, pickles, variant = find_weights(folder, sizes, library, allow_pickle=allow_pickle)
+    for header in headers:
+        refuse_quantised(header)
     count = sum(len(header.tensors) for header in headers)
     if headers and num_layers(config) > count:
         raise refusal(config_path, f"asks for {num_layers(config)} layers or more, but there are {count} tensors")

@@ -1,5 +1,6 @@
 """Configurations of strangers: what is refused in them, and what a library gets to see. Imports no torch."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -51,6 +52,23 @@ def refuse_code(value: Any) -> None:
             raise StrictError(f"sets {key}; diffcore never runs code from model folders")
         if _IMPLEMENTATION.fullmatch(key) and setting not in (None, "eager", "sdpa"):
             raise StrictError(f"sets {printable(key)} to {printable(setting)}; only eager and sdpa are allowed")
+
+
+def check_latents(config: Mapping[str, Any]) -> None:
+    """Raises StrictError where an autoencoder's scales per channel are not a mean and a deviation of each."""
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None and std is None:
+        return
+    channels = config.get("latent_channels", 4)
+    for key, values in (("latents_mean", mean), ("latents_std", std)):
+        if not (isinstance(values, list) and len(values) == channels and all(_is_real(value) for value in values)):
+            raise StrictError(f"sets {key} to {printable(values)}, not to a number for each of {channels} channels")
+        if key == "latents_std" and min(values) <= 0:
+            raise StrictError("sets latents_std to numbers that are not positive")
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def num_layers(settings: Mapping[str, Any]) -> int:

@@ -19,6 +19,7 @@ def describe(inventory: Inventory) -> dict[str, Any]:
         "parameters": _parameters(inventory.headers),
         "megabytes": round(inventory.num_bytes / 1e6, 3),
         "tensors": inventory.num_tensors,
+        "precision": _precision(inventory.headers),
         "fingerprint": fingerprint(inventory),
         "warnings": list(inventory.warnings),
         "components": [_row(component) for component in inventory.components.values()],
@@ -33,7 +34,7 @@ def _row(component: Component) -> dict[str, Any]:
         "class": component.class_name,
         "parameters": _parameters(headers) or None,
         "megabytes": round(sum(header.size for header in headers) / 1e6, 3) or None,
-        "precision": ", ".join(sorted({entry.dtype for header in headers for entry in header.tensors.values()})),
+        "precision": _precision(headers),
         "files": len(headers) or len(component.files) or None,
         "variant": component.variant,
     }
@@ -41,3 +42,7 @@ def _row(component: Component) -> dict[str, Any]:
 
 def _parameters(headers: Sequence[TensorHeader]) -> int:
     return sum(math.prod(entry.shape) for header in headers for entry in header.tensors.values())
+
+
+def _precision(headers: Sequence[TensorHeader]) -> str:
+    return ", ".join(sorted({entry.dtype for header in headers for entry in header.tensors.values()}))

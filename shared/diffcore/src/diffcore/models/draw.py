@@ -46,7 +46,7 @@ def draw_images(
     Raises:
         UserError: As `planned_images`.
     """
-    planned_images(model, prompts, count=count, guidance_scale=guidance_scale, size=size)
+    planned_images(model, prompts, count=count, steps=steps, guidance_scale=guidance_scale, size=size)
     shape = sample_shape(model, size)
     device = next(model.backbone.parameters()).device
     noise = row_noise(seed, range(count), shape, device=device)
@@ -70,12 +70,13 @@ def draw_images(
 
 
 def planned_images(
-    model: DiffusionModel, prompts: Sequence[str], *, count: int, guidance_scale: float, size: int | None
+    model: DiffusionModel, prompts: Sequence[str], *, count: int, steps: int, guidance_scale: float, size: int | None
 ) -> dict[str, Any]:
     """Returns how many images `draw_images` would make, and of which shape; arguments as there.
 
     Raises:
-        UserError: Prompts for a model that takes none, or none for one that does, or guidance without prompts.
+        UserError: Prompts for a model that takes none, or none for one that does, guidance without prompts, or more
+            steps than the model has.
     """
     if bool(prompts) != (model.prompts is not None):
         raise UserError(
@@ -85,6 +86,10 @@ def planned_images(
         )
     if guidance_scale != 1 and model.prompts is None:
         raise UserError("--guidance-scale needs a model that takes prompts; leave it out")
+    try:
+        model.denoiser.schedule.timesteps(steps)
+    except ValueError as error:  # more than the model was trained for, or than its scheduler takes
+        raise UserError(f"{printable(model.name)} cannot be sampled so: {printable(error, 300)}") from error
     shape = sample_shape(model, size)
     return {"images": max(len(prompts), 1) * count, "shape_of_x0": "x".join(map(str, shape))}
 

@@ -55,6 +55,9 @@ def inspect_pipeline(
             components[name] = component
     if not any(component.role == "backbone" for component in components.values()):
         raise refusal(index_path, "names no backbone")
+    codec = components.get("vae")
+    if codec is not None and codec.config.get("latents_mean") and class_name != "StableDiffusionXLPipeline":
+        raise refusal(codec.folder, f"sets latents_mean, which {class_name} ignores; remove it, or the class is wrong")
     return Inventory(path, "pipeline", class_name, components, settings=settings)
 
 
@@ -122,7 +125,7 @@ def _scheduler_beside(path: Path, inside: Mapping[str, int]) -> Component | None
     config_path = folder / "scheduler_config.json"
     if not config_path.is_file():
         return None
-    class_name = read_foreign_object(config_path).get("_class_name")
+    class_name = read_foreign_object(config_path, infinite=True).get("_class_name")
     if not isinstance(class_name, str) or role_of("diffusers", class_name) != "scheduler":
         raise refusal(config_path, f"is of class {printable(class_name)}, which is no scheduler we know")
     return read_component(folder, {config_path.name: 0}, "scheduler", "diffusers", class_name)

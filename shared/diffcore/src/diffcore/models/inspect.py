@@ -15,6 +15,8 @@ from diffcore.errors import IncompatibleModelError, ModelNotFoundError, printabl
 from diffcore.models.families import family_of
 from diffcore.models.folders import inspect_backbone, inspect_pipeline
 from diffcore.models.inventory import Inventory
+from diffcore.models.quantised import refuse_quantised
+from diffcore.models.stated import stated_by
 from diffcore.models.walk import walk
 from diffcore.models.weightfiles import PICKLE_SUFFIXES
 from diffcore.tensorfile import read_header, refusal_of_pickle
@@ -46,9 +48,11 @@ def inspect_model(path: str | Path, *, allow_pickle: bool = False) -> Inventory:
         return Inventory(path, "pickle", "", {})
     if path.suffix != ".safetensors":
         raise IncompatibleModelError(f"{printable(path, 300)} is no model; point to a folder or a .safetensors file")
-    header = read_header(path)
+    header = read_header(path, allow_empty=True)  # markers are empty tensors
+    refuse_quantised(header)
     family = family_of({name: entry.shape for name, entry in header.tensors.items()}, path)
-    return Inventory(path, "single_file", family, {}, header=header)
+    stated = stated_by(path, header.tensors, header.metadata)
+    return Inventory(path, "single_file", family, {}, header=header, warnings=stated.warnings)
 
 
 def _mode(path: Path) -> int:

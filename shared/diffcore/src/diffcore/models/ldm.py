@@ -11,12 +11,12 @@ from diffcore.models.families import PREFIX
 from diffcore.models.pieces import Change, Piece
 
 HARMLESS = re.compile(
-    r"model_ema\..*|loss\..*|first_stage_model\.loss\..*|(.*\.)?position_ids|(.*\.)?logit_scale|(.*\.)?attn_mask|v_pred|ztsnr|edm_.*|"
-    r"(denoiser\.)?sigmas|log_sigmas|betas|alphas_cumprod\w*|sqrt_\w+|log_one_minus_\w+|posterior_\w+|logvar|"
-    r"lvlb_weights|scale_factor|global_step|cond_stage_model\.model\.text_projection|"
-    r"first_stage_model\.quantize\..*|model\.diffusion_model\.(num_updates|decay)"
+    r"(first_stage_model\.)?model_ema\..*|(first_stage_model\.)?loss\..*|(.*\.)?position_ids|"
+    r"(.*\.)?logit_scale|(.*\.)?attn_mask|alphas_cumprod_prev|sqrt_recip\w*|log_one_minus_\w+|posterior_\w+|logvar|"
+    r"lvlb_weights|global_step|model\.diffusion_model\.(num_updates|decay)|"
+    r"(cond_stage_model|conditioner\.embedders\.0)\.(.+\.)?text_projection(\.weight)?"
 )
-"""Tensors of the training that no component needs."""
+"""Tensors of the training, and projections of text encoders whose pooled state no component uses."""
 
 _RESNET = {
     "norm1": "in_layers.0",
@@ -40,7 +40,14 @@ _UNET_PART = re.compile(
     r"(?P<part>resnets|attentions|downsamplers|upsamplers)\.(?P<index>\d+)\.(?P<tail>.+)"
 )
 _MIDDLE = {"resnets.0": "0", "attentions.0": "1", "resnets.1": "2"}
-_VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+_VAE_ATTENTION = {
+    "group_norm": ("norm", "group_norm"),
+    "to_q": ("q", "to_q", "query"),
+    "to_k": ("k", "to_k", "key"),
+    "to_v": ("v", "to_v", "value"),
+    "to_out.0": ("proj_out", "to_out.0", "proj_attn"),
+}
+"""The layout's own names first, then those that converters of several years left in their place."""
 _OPEN_CLIP = {
     "layer_norm1": "ln_1",
     "layer_norm2": "ln_2",
@@ -58,7 +65,6 @@ _OPEN_CLIP_ENDS = {
     "embeddings.position_embedding.weight": Piece("positional_embedding"),
     "final_layer_norm.weight": Piece("ln_final.weight"),
     "final_layer_norm.bias": Piece("ln_final.bias"),
-    "text_projection.weight": Piece("text_projection", "transpose"),
 }
 
 
@@ -103,38 +109,54 @@ def _inner(part: str, tail: str) -> str:
     return f"{_RESNET.get(layer, layer)}.{leaf}"
 
 
-def vae_names(module: Collection[str]) -> dict[str, Piece]:
+def vae_names(module: Collection[str], stored: Collection[str] = ()) -> dict[str, Piece]:
     """Returns where an `AutoencoderKL` finds its tensors in an original file."""
     last = max((int(m[1]) for n in module if (m := re.match(r"decoder\.up_blocks\.(\d+)", n))), default=0)
-    return {name: _vae_piece(name, last) for name in module}
+    return {name: _present(_vae_pieces(name, last), stored) for name in module}
 
 
-def _vae_piece(name: str, last: int) -> Piece:
+def _vae_pieces(name: str, last: int) -> list[Piece]:
     if match := re.fullmatch(r"(\w+)\.mid_block\.attentions\.0\.(.+)\.(\w+)", name):
         half, layer, leaf = match.groups()
         change = "none" if layer == "group_norm" or leaf == "bias" else "flatten"
-        return Piece(f"first_stage_model.{half}.mid.attn_1.{_VAE_ATTENTION.get(layer, layer)}.{leaf}", change)
+        spellings = _VAE_ATTENTION.get(layer, (layer,))
+        return [Piece(f"first_stage_model.{half}.mid.attn_1.{spelling}.{leaf}", change) for spelling in spellings]
     name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
     name = re.sub(r"down_blocks\.(\d+)", r"down.\1", name)
     name = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{last - int(m[1])}", name)
     name = re.sub(r"resnets\.(\d+)", r"block.\1", name)
     name = name.replace("downsamplers.0", "downsample").replace("upsamplers.0", "upsample")
     name = name.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
-    return Piece(f"first_stage_model.{name}")
+    return [Piece(f"first_stage_model.{name}")]
 
 
-def clip_names(prefix: str, module: Collection[str]) -> dict[str, Piece]:
-    """Returns where a CLIP text encoder finds its tensors under a prefix, with transformers' names."""
-    return {name: Piece(f"{prefix}text_model.{name.removeprefix('text_model.')}") for name in module}
+def text_names(root: str, usual: "Spelling", module: Collection[str], stored: Collection[str] = ()) -> dict[str, Piece]:
+    """Returns where a CLIP text encoder finds its tensors, in the spelling that fits a file best.
+
+    Args:
+        root: Prefix of all spellings, such as "cond_stage_model.".
+        usual: The one of `SPELLINGS` that is taken where several fit equally well.
+        module: Names of its tensors.
+        stored: Names in the file.
+    """
+    fits = [{n: _text_piece(root, spelling, n, stored) for n in module} for spelling in (usual, *SPELLINGS)]
+    return max(fits, key=lambda pieces: sum(piece.name in stored for piece in pieces.values()))
 
 
-def open_clip_names(prefix: str, module: Collection[str]) -> dict[str, Piece]:
-    """Returns where a CLIP text encoder finds its tensors under a prefix, with OpenCLIP's names."""
-    return {name: _prefixed(prefix, _open_clip_piece(name.removeprefix("text_model."))) for name in module}
+def _text_piece(root: str, spelling: "Spelling", name: str, stored: Collection[str]) -> Piece:
+    level, names = spelling
+    bare = name.removeprefix("text_model.")
+    if bare == "text_projection.weight":
+        # A plain parameter multiplies from the right, a layer's weight from the left, whoever wrote the file.
+        both = [Piece("text_projection", "transpose"), Piece("text_projection.weight")]
+        found = [Piece(place + piece.name, piece.change) for place in (root + level, root) for piece in both]
+        return _present(found if names == "open_clip" else [found[1], found[0], *found[2:]], stored)
+    piece = _open_clip_piece(bare) if names == "open_clip" else Piece(f"{names}{bare}")
+    return Piece(root + level + piece.name, piece.change)
 
 
-def _prefixed(prefix: str, piece: Piece) -> Piece:
-    return Piece(prefix + piece.name, piece.change)
+def _present(pieces: list[Piece], stored: Collection[str]) -> Piece:
+    return next((piece for piece in pieces if piece.name in stored), pieces[0])
 
 
 def _open_clip_piece(name: str) -> Piece:
@@ -150,13 +172,28 @@ def _open_clip_piece(name: str) -> Piece:
     return Piece(f"{place}.{_OPEN_CLIP.get(part, part)}.{leaf}")
 
 
-TEXT_PREFIXES = {
-    ("sd15", "text_encoder"): ("clip", "cond_stage_model.transformer."),
-    ("sd21", "text_encoder"): ("open_clip", "cond_stage_model.model."),
-    ("sdxl", "text_encoder"): ("clip", "conditioner.embedders.0.transformer."),
-    ("sdxl", "text_encoder_2"): ("open_clip", "conditioner.embedders.1.model."),
+Spelling = tuple[str, str]
+_CLIP, _OPEN = ("transformer.", "text_model."), ("model.", "open_clip")
+SPELLINGS: tuple[Spelling, ...] = tuple(
+    (level, names)
+    for names in ("text_model.", "", "open_clip")
+    for level in ("transformer.", "model.", "model.transformer.", "")
+)
+"""Where under its root a text encoder is, and whose names it has: those of transformers, with or without the level
+text_model, or OpenCLIP's."""
+TEXT_ENCODERS = {
+    ("sd15", "text_encoder"): (_CLIP, ("cond_stage_model.", "conditioner.embedders.0.")),
+    ("sd21", "text_encoder"): (_OPEN, ("cond_stage_model.", "conditioner.embedders.0.")),
+    ("sdxl", "text_encoder"): (_CLIP, ("conditioner.embedders.0.",)),
+    ("sdxl", "text_encoder_2"): (_OPEN, ("conditioner.embedders.1.",)),
 }
-"""Where each family keeps its text encoders, and whose names they use."""
+"""The usual spelling of each family's text encoders, and the roots they are found under, the usual one first."""
+
+
+def root_of(family: str, component: str, stored: Collection[str]) -> str:
+    """Returns the prefix under which a file keeps a text encoder."""
+    _, roots = TEXT_ENCODERS[family, component]
+    return next((root for root in roots if any(name.startswith(root) for name in stored)), roots[0])
 
 
 def component_names(family: str, component: str, module: Collection[str], stored: Collection[str]) -> dict[str, Piece]:
@@ -171,6 +208,6 @@ def component_names(family: str, component: str, module: Collection[str], stored
     if component == "unet":
         return unet_names(module, stored)
     if component == "vae":
-        return vae_names(module)
-    grammar, prefix = TEXT_PREFIXES[family, component]
-    return clip_names(prefix, module) if grammar == "clip" else open_clip_names(prefix, module)
+        return vae_names(module, stored)
+    usual, _ = TEXT_ENCODERS[family, component]
+    return text_names(root_of(family, component, stored), usual, module, stored)

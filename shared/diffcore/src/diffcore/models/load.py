@@ -80,9 +80,10 @@ def load(
     if text_encoder is not None:
         plan = _with_t5(plan, text_encoder, allow_pickle)
     stated, schedule = read_schedule(plan.backbone.class_name, plan.components.get("scheduler"), plan.settings)
-    if prediction_type == "edm" and not isinstance(schedule, EDMSchedule):
+    if prediction_type is not None and (prediction_type == "edm") != isinstance(schedule, EDMSchedule):
         raise IncompatibleModelError(
-            f"{printable(path, 300)} has a {type(schedule).__name__}; prediction type edm needs an EDM schedule"
+            f"{printable(path, 300)} has a {type(schedule).__name__}; prediction type edm needs an EDM "
+            "schedule, and an EDM schedule needs edm"
         )
     modules = {name: _build(plan, name, runtime, check_finite) for name in plan.parts}
     denoiser = make_denoiser(modules[plan.backbone.name], prediction_type or stated, schedule)
@@ -171,16 +172,13 @@ def _plan_of_file(
     else:
         stored = unpickled(inventory.path)
         family = family_of(stored.shapes, inventory.path)
-    plan = singlefile.plan_of(family, like)
-    stated = singlefile.described_prediction(stored)
-    if stated is None and prediction_type is None and family == "sd21" and like is None:
+    metadata = {} if inventory.header is None else inventory.header.metadata
+    plan, known_from = singlefile.described_plan(stored, metadata, family, like, prediction_type)
+    if prediction_type is None and family == "sd21" and known_from.startswith("what is usual"):
         warnings.warn(
             "the weights of SD 2.x do not say what they predict; v_prediction is taken, --prediction-type replaces it",
             stacklevel=3,
         )
-    if "scheduler" in plan.components and (stated is not None or "ztsnr" in stored.shapes):
-        usual = plan.components["scheduler"].config.get("prediction_type", "epsilon")
-        plan = singlefile.with_prediction(plan, stated or usual, zero_snr="ztsnr" in stored.shapes)
     parts = singlefile.parts_of(stored, family)
     return _Plan(
         inventory=inventory,

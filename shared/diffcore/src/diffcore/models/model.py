@@ -12,9 +12,9 @@ from torch import nn
 from diffcore.adapters import Adapter, Base, fuse, read_adapter
 from diffcore.adapters.keys import BACKBONE
 from diffcore.denoiser import DiscreteSchedule, NetworkDenoiser
+from diffcore.denoiser.library import built
 from diffcore.models.assemble import make_codec, make_denoiser, make_prompts
 from diffcore.models.bases import base_of
-from diffcore.models.build import build_scheduler
 from diffcore.models.catalog import PIPELINES
 from diffcore.models.codec import Codec
 from diffcore.models.inventory import Component
@@ -129,4 +129,4 @@ class DiffusionModel:
         if isinstance(self.denoiser.schedule, DiscreteSchedule):  # the user may have said what is predicted
             config = {**scheduler.config, "prediction_type": self.denoiser.prediction_type}
             scheduler = replace(scheduler, config=config)
-        return build_scheduler(scheduler)
+        return built(scheduler.class_name, scheduler.config)

@@ -1,36 +1,49 @@
 """The schedule and prediction type of a model, read from its configurations alone."""
 
-from dataclasses import replace
+from collections.abc import Mapping
+from typing import Any
 
 from diffcore.denoiser import NoiseSchedule, PredictionType
+from diffcore.errors import printable
 from diffcore.models import singlefile
 from diffcore.models.assemble import read_schedule
-from diffcore.models.inventory import Inventory
+from diffcore.models.inventory import Component, Inventory
 from diffcore.models.stored import stored_in
 
 
 def schedule_of(
     inventory: Inventory, prediction_type: PredictionType | None = None
-) -> tuple[PredictionType | None, NoiseSchedule | None]:
-    """Returns what the backbone predicts and under which schedule.
+) -> tuple[PredictionType | None, NoiseSchedule | None, str | None]:
+    """Returns what the backbone predicts, under which schedule, and from where it is known what it predicts.
 
     Args:
         inventory: Of the gate.
         prediction_type: Replaces what the files say.
 
     Returns:
-        (None, None) for pickled single files, whose family only loading tells.
+        (None, None, None) for pickled single files, whose family only loading tells.
     """
+    known_from = None
     if inventory.header is not None:
         stored = stored_in([inventory.header], inventory.path)
-        plan = singlefile.plan_of(inventory.class_name, None)
-        stated = prediction_type or singlefile.described_prediction(stored)
-        usual = plan.components["scheduler"].config.get("prediction_type", "epsilon")
-        plan = singlefile.with_prediction(plan, stated or usual, zero_snr="ztsnr" in stored.shapes)
-        inventory = replace(plan, header=None)
+        metadata = inventory.header.metadata
+        inventory, known_from = singlefile.described_plan(stored, metadata, inventory.class_name, None, prediction_type)
     backbone = next((c for c in inventory.components.values() if c.role == "backbone"), None)
     if backbone is None:
-        return None, None
+        return None, None, None
     scheduler = next((c for c in inventory.components.values() if c.role == "scheduler"), None)
-    stated_type, schedule = read_schedule(backbone.class_name, scheduler, inventory.settings)
-    return prediction_type or stated_type, schedule
+    stated, schedule = read_schedule(backbone.class_name, scheduler, inventory.settings)
+    if prediction_type is not None:
+        return prediction_type, schedule, "--prediction-type"
+    return stated, schedule, known_from or _source(backbone, scheduler, inventory.settings)
+
+
+def _source(backbone: Component, scheduler: Component | None, settings: Mapping[str, Any]) -> str:
+    """Returns from where the prediction type of a folder is known."""
+    if settings.get("prediction_type") == "edm":
+        return "denoiser.json"
+    if scheduler is None:
+        return f"what is usual for {backbone.class_name}"
+    if "prediction_type" in scheduler.config:
+        return f"prediction_type in {printable(scheduler.folder.name)}/scheduler_config.json"
+    return f"{scheduler.class_name}, which predicts it where nothing is said"

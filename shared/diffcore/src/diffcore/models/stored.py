@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from diffcore.errors import IncompatibleModelError, MachineError, UserError, printable
+from diffcore.models.stated import MARKERS
 from diffcore.tensorfile import TensorHeader
 
-_FLOATS = {"F64", "F32", "F16", "BF16"}
+_FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,9 @@ def unpickled(path: Path) -> Stored:
     tensors: dict[str, Tensor] = {}
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            if isinstance(tensor, int | float) and name in MARKERS:
+                tensors[name] = torch.tensor(tensor)
+                continue
             if isinstance(tensor, int | float | str):
                 continue  # counters of the training
             raise IncompatibleModelError(

@@ -14,8 +14,18 @@ from torch import Tensor, nn
 from diffcore.models import ldm
 from diffcore.models.pieces import Piece
 
+State = dict[str, Tensor]
 
-def single_file(pipeline: Any, path: Path, family: str, *, extra: bool = False) -> Path:
+
+def single_file(
+    pipeline: Any,
+    path: Path,
+    family: str,
+    *,
+    extra: bool = False,
+    change: Callable[[State], State] | None = None,
+    metadata: dict[str, str] | None = None,
+) -> Path:
     """Writes a pipeline of diffusers as one file in the original layout of its family.
 
     Args:
@@ -23,21 +33,24 @@ def single_file(pipeline: Any, path: Path, family: str, *, extra: bool = False) 
         path: Of the file.
         family: sd15, sd21 or sdxl.
         extra: Adds the tensors that training leaves behind in published files.
+        change: Of all tensors by name, as other tools write them; see `spellings`.
+        metadata: Of the header.
     """
-    state: dict[str, Tensor] = {}
-    for name in ("unet", "vae", *(part for of, part in ldm.TEXT_PREFIXES if of == family)):
+    state: State = {}
+    for name in ("unet", "vae", *(part for of, part in ldm.TEXT_ENCODERS if of == family)):
         state |= _renamed(
             getattr(pipeline, name), lambda names, name=name: ldm.component_names(family, name, names, ())
         )
     if extra:
         state |= {
-            "betas": torch.ones(4),
+            "betas": torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2,
             "model_ema.decay": torch.tensor(0.9),
             "model_ema.diffusion_modelinput_blocks00weight": torch.ones(2),
             "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
             "first_stage_model.loss.logvar": torch.zeros(1),
         }
-    save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, path)
+    state = state if change is None else change(state)
+    save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, path, metadata=metadata)
     return path
 
 

@@ -1,0 +1,50 @@
+"""The times that a scheduler of diffusers visits: the class itself is asked."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from diffcore.denoiser.library import spaced
+from diffcore.errors import MissingDependencyError
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A scheduler class with its settings, as a value.
+
+    Classes space their times differently under one name of a spacing: some count the clean end as a step, some round,
+    some follow a list of noise levels of their own.
+
+    Attributes:
+        class_name: Of the diffusers library.
+        settings: Of the class, as JSON.
+    """
+
+    class_name: str
+    settings: str = field(repr=False)
+
+    @classmethod
+    def of(cls, class_name: str, settings: Mapping[str, Any]) -> "Grid":
+        """Returns the grid of a class under settings, which JSON can hold."""
+        return cls(class_name, json.dumps(dict(settings), sort_keys=True))
+
+    def times(self, steps: int) -> Float64[Tensor, "steps"]:
+        """Returns the times at which `steps` steps begin, noisiest first.
+
+        Classes that evaluate inside a step, or twice at its beginning, visit more.
+
+        Raises:
+            ValueError: The class has no such grid.
+        """
+        try:
+            scheduler = spaced(self.class_name, json.loads(self.settings), steps)
+        except MissingDependencyError:
+            raise
+        except Exception as error:  # each class has its own
+            raise ValueError(f"steps is {steps}; {self.class_name} has no such grid: {error}") from error
+        return torch.as_tensor(scheduler.timesteps, dtype=torch.float64)[:: scheduler.order].unique_consecutive()

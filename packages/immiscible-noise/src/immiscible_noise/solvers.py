@@ -7,6 +7,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 
+from .sparse import SMALLEST, solve_sparse
+
 HostSolver = Literal["scipy", "lapx"]
 Solver = Literal["auto", "scipy", "lapx", "potentials+scipy", "potentials+lapx"]
 
@@ -41,6 +43,10 @@ def solve(costs: Float[np.ndarray, "n n"], solver: HostSolver) -> Int[np.ndarray
     """
     if len(costs) < 2:
         return np.arange(len(costs))
+    if solver == "scipy" and len(costs) >= SMALLEST and costs.dtype == np.float32:
+        columns = solve_sparse(costs)
+        if columns is not None:
+            return _order_duplicates(costs, columns)
     # Without row and column minima the optimum is the same and the search a third shorter; float64 keeps it exact.
     reduced = costs - costs.min(axis=1, keepdims=True).astype(np.float64)
     reduced -= reduced.min(axis=0)

@@ -1,0 +1,83 @@
+"""The sparse solver: the optimum of the dense one, or no answer."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from immiscible_noise import assign_noise, sparse
+from immiscible_noise.solvers import solve
+from immiscible_noise.sparse import solve_sparse
+
+
+def costs_of(kind: str, n: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    smooth = rng.normal(size=(n, 12)) @ rng.normal(size=(12, 192))
+    tables = {
+        "images": lambda: -2 * (smooth + 0.3 * rng.normal(size=(n, 192))) @ rng.normal(size=(192, n)),
+        "noise": lambda: rng.normal(size=(n, n)),
+        "far from 0": lambda: 1e4 + rng.normal(size=(n, n)),
+        "one bright image": lambda: (
+            -2 * (rng.normal(size=(n, 64)) * np.r_[100, np.ones(n - 1)][:, None]) @ rng.normal(size=(64, n))
+        ),
+        "heavy tails": lambda: rng.standard_cauchy(size=(n, n)),
+        "a grid": lambda: rng.integers(0, 9, size=(n, n)),
+        "repeated rows": lambda: np.repeat(rng.normal(size=(n // 8, n)), 8, 0),
+        "rank one": lambda: np.outer(rng.normal(size=n), rng.normal(size=n)),
+    }
+    return np.ascontiguousarray(tables[kind]().astype(np.float32))
+
+
+@pytest.mark.parametrize("n", [64, 304, 704])
+@pytest.mark.parametrize(
+    "kind",
+    ["images", "noise", "far from 0", "one bright image", "heavy tails", "a grid", "repeated rows", "rank one"],
+)
+def test_the_total_is_the_dense_solvers(kind, n):
+    costs = costs_of(kind, n)
+    columns = solve_sparse(costs)
+    exact = costs.astype(np.float64)
+    best = exact[linear_sum_assignment(exact)].sum()
+    if columns is None:  # no proof, so no answer; the dense solver takes over
+        columns = solve(costs, "scipy")
+    assert sorted(columns) == list(range(n))
+    assert exact[np.arange(n), columns].sum() == pytest.approx(best, rel=1e-9, abs=1e-9 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("kind", ["images", "noise", "one bright image"])
+def test_ordinary_batches_get_a_proof(kind):
+    assert solve_sparse(costs_of(kind, 600)) is not None
+
+
+def test_pairs_that_were_missed_are_found_by_the_proof(monkeypatch):
+    costs, looked = costs_of("images", 400), []
+    below = sparse._below_zero
+    monkeypatch.setattr(sparse, "_PER_ROW", 1)
+    monkeypatch.setattr(sparse, "_SWEEPS", 1)
+    monkeypatch.setattr(sparse, "_below_zero", lambda *given: looked.append(below(*given)) or looked[-1])
+    columns = solve_sparse(costs)
+    assert len(looked[0])
+    assert not len(looked[-1])
+    assert np.array_equal(columns, linear_sum_assignment(costs)[1])
+
+
+@pytest.mark.parametrize(("name", "value"), [("_ROUNDS", 0), ("_MOST_SWEEPS", 1), ("_MOST_PAIRS", 1)])
+def test_without_a_proof_there_is_no_answer(name, value, monkeypatch):
+    costs = costs_of("images", 600)
+    monkeypatch.setattr(sparse, name, value)
+    assert solve_sparse(costs) is None
+    assert np.array_equal(solve(costs, "scipy"), linear_sum_assignment(costs)[1])
+
+
+def test_equal_costs_have_no_temperature():
+    costs = np.ones((600, 600), dtype=np.float32)
+    assert solve_sparse(costs) is None
+    assert sorted(solve(costs, "scipy")) == list(range(600))
+
+
+def test_large_batches_are_certified():
+    generator = torch.Generator().manual_seed(0)
+    x, noise = (torch.randn(640, 48, generator=generator) for _ in range(2))
+    info = assign_noise(x, noise, solver="scipy", return_info=True)[1]
+    assert info.gap_bound <= 1e-5
+    assert sorted(info.permutation.tolist()) == list(range(640))

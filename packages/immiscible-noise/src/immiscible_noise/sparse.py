@@ -67,7 +67,7 @@ def _prices(table: Tensor) -> tuple[Tensor, Float64[np.ndarray, "n"], Float64[np
         return None
     low = table.amin(1)
     kernel = torch.sub(low[:, None], table).div_(temperature).clamp_(min=_LEAST_EXPONENT).exp_()
-    u = torch.ones(n)
+    u, v = torch.ones(n), torch.ones(n)
     for _ in range(_SWEEPS):
         v = 1 / (u @ kernel)
         u = 1 / (kernel @ v)

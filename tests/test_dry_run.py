@@ -10,8 +10,11 @@ from cyclopts import App
 from PIL import Image
 
 from diffcore.cli import main
+from diffcore.data import load_images
 from diffcore.run import Run
 from diffcore.testing import tiny
+from immiscible_noise.settings import Arm, TrainSettings
+from immiscible_noise.train import recipe_for
 
 APPS = {
     "diffcore": "diffcore.commands",
@@ -103,9 +106,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for words in (
             ["nemo-localize", "statistics", "model", "controls.txt", "--out", "statistics"],
             ["nemo-localize", "calibrate", "model", "controls.txt", "--out", "calibrated", *few],
-            ["immiscible-noise", "train", "images", "--steps", "2", "--batch-size", "4", "--out", "trained"],
         ):
             assert main(importlib.import_module(APPS[words[0]]).app, words[1:]) == 0
+        with Run.open(Path("trained"), command="immiscible-noise train", config={}, inputs={}) as run:
+            run.save("recipe", {}, **recipe_for(load_images("images"), Arm(), TrainSettings(), 0).as_fields())
         (folder / "calibrated" / "calibration.json").rename(folder / "calibration.json")
     return folder
 

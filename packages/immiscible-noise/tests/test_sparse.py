@@ -54,6 +54,8 @@ def test_pairs_that_were_missed_are_found_by_the_proof(monkeypatch):
     below = sparse._below_zero
     monkeypatch.setattr(sparse, "_PER_ROW", 1)
     monkeypatch.setattr(sparse, "_SWEEPS", 1)
+    monkeypatch.setattr(sparse, "_ROUNDS", 20)
+    monkeypatch.setattr(sparse, "_MOST_PAIRS", 400)
     monkeypatch.setattr(sparse, "_below_zero", lambda *given: looked.append(below(*given)) or looked[-1])
     columns = solve_sparse(costs)
     assert len(looked[0])

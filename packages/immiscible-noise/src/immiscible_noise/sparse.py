@@ -22,8 +22,8 @@ _SWEEPS = 8
 _TEMPERATURE = 0.1  # in standard deviations of the costs
 _LEAST_EXPONENT = -80.0  # exp of it is no denormal number, which processors are slow with
 _PER_ROW = 16  # pairs that are kept, on average
-_MOST_PAIRS = 256  # per row; beyond, the dense solver is faster
-_ROUNDS, _MOST_SWEEPS = 6, 2000
+_MOST_PAIRS = 64  # per row; beyond, the dense solver is faster
+_ROUNDS, _MOST_SWEEPS = 3, 500
 _EXACT = 1e-12  # of the largest cost: what float64 sums of float32 costs may be off by
 _ROUNDING = 1e-5  # of the largest cost: what float32 differences may be off by
 

@@ -10,9 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffcore.metrics import resize
 from diffcore.report import Report, bar_with_interval, histogram
 from diffcore.run import Run
 from nemo_localize.activations import mean_activations
+from nemo_localize.evidence import Evidence
 from nemo_localize.first_step import FirstStep
 from nemo_localize.neuron_files import RESULTS
 from nemo_localize.proof import Proof
@@ -69,6 +71,11 @@ def save_localization(
     """Keeps what localisation found for the report: the ranking, and how the neurons stand out; returns the summary."""
     rows = [{"prompt": r.prompt, "consistency": r.consistency, "error": r.error} for r in results.distinct()]
     save_detection(run, rows, tau)
+    return {**save_neurons(run, results, step, statistics), "tau": tau}
+
+
+def save_neurons(run: Run, results: Results, step: FirstStep, statistics: Statistics) -> dict[str, Any]:
+    """Keeps how the found neurons stand out for the report; returns the summary of the results."""
     sites, z = step.sites, _z_scores(results, step, statistics)
     found = [z[row, sorted(sites.numbers(r.refined))] for row, r in enumerate(localised(results)) if r.refined]
     run.save(
@@ -77,7 +84,56 @@ def save_localization(
         modules=[site.module for site in sites.sites],
         widths=list(sites.widths),
     )
-    return {**results.summary(), "tau": tau}
+    return results.summary()
+
+
+def save_evidence(
+    run: Run,
+    evidence: Evidence,
+    pictures: Mapping[str, Float[Tensor, "seeds c height width"]],
+    originals: Mapping[str, Float[Tensor, "_ c height width"]] | None = None,
+) -> None:
+    """Keeps for the report how an audit judged each caption, and the pictures of those that it has most evidence of.
+
+    Args:
+        run: Of the audit.
+        evidence: All of it.
+        pictures: Of the captions to show, in their order.
+        originals: Training images by caption, where they are known.
+    """
+    looks = {look.prompt: look for look in evidence.found.looks}
+    rows = [
+        {
+            "number": number,
+            "caption": prompt,
+            "verdict": verdict,
+            "likeness": looks[prompt].typical if prompt in looks and looks[prompt].error is None else None,
+            "upper tenth": looks[prompt].upper if prompt in looks and looks[prompt].error is None else None,
+            "consistency": evidence.consistency[prompt],
+        }
+        for number, (prompt, verdict) in enumerate(evidence.verdicts.items(), 1)
+    ]
+    known = {
+        f"original-{place}": originals[prompt][:1]
+        for place, prompt in enumerate(pictures)
+        if originals and prompt in originals
+    }
+    usual, calibration = evidence.found.usual, evidence.calibration
+    run.save(
+        "evidence",
+        {**{f"seeds-{place}": images for place, images in enumerate(pictures.values())}, **known},
+        rows=rows,
+        shown=list(pictures),
+        ordinary=[look.typical for look in usual.looks],
+        memorised_above=usual.memorised_above,
+        undecided_above=usual.undecided_above,
+        telling=usual.telling,
+        tau=calibration.tau,
+        interval=calibration.interval,
+        references=calibration.num_prompts,
+        source=evidence.source,
+    )
+    run.table("captions", rows)
 
 
 def localised(results: Results) -> list[CaptionResult]:
@@ -135,6 +191,7 @@ def write_page(run: Run) -> Path:
         report.answer(_answer(verb, run.result))
     elif _has(run, "gallery"):
         report.answer("This run goes on; type its command again if it was interrupted.")
+    _add_evidence(report, run)
     _add_gallery(report, run)
     _add_table(report, run, "proof", "Proof")
     _add_table(report, run, "evaluation", "Measured")
@@ -170,6 +227,69 @@ def _answer(verb: str, result: Mapping[str, Any]) -> str:
     if verb == "generate":
         return f"{result['captions']} captions, {result['images']} images each, under {len(result['methods'])} ways."
     return ""
+
+
+def _add_evidence(report: Report, run: Run) -> None:
+    if not _has(run, "evidence"):
+        return
+    part = run.load("evidence")
+    rows, told = part.fields["rows"], part.fields
+    report.section("Captions, by evidence")
+    pictures = [part.tensors[f"seeds-{place}"] for place in range(len(told["shown"]))]
+    originals = [part.tensors.get(f"original-{place}") for place in range(len(pictures))]
+    columns = [f"seed {number}" for number in range(1, len(pictures[0]) + 1)]
+    if any(original is not None for original in originals):
+        blank = torch.ones_like(pictures[0][:1])
+        pictures = [
+            torch.cat([own, _sized(original, own) if original is not None else blank])
+            for own, original in zip(pictures, originals, strict=True)
+        ]
+        columns.append("training image")
+    report.images(
+        _visible(torch.cat(pictures)),
+        "The captions of most evidence, numbered as in the table: what the model draws for each from other seeds, in "
+        "few steps. Seeds of a memorised caption agree.",
+        row_labels=[str(number) for number in range(1, len(pictures) + 1)],
+        column_labels=columns,
+    )
+    report.table(
+        [
+            {
+                "": row["number"],
+                "caption": row["caption"],
+                "verdict": row["verdict"],
+                "pictures alike": row["likeness"],
+                "a tenth of them": row["upper tenth"],
+                "first steps alike": row["consistency"],
+            }
+            for row in rows
+        ],
+        _told(told),
+    )
+
+
+def _told(told: Mapping[str, Any]) -> str:
+    """Returns what the columns of the captions mean, and what decides."""
+    text = (
+        "Pictures alike: what half of the pairs of seeds reach, or half of the seeds to the training image; beside it "
+        f"what a tenth of them reach. Measured in {told['source']}. Memorised: the first is above "
+        f"{told['memorised_above']:.3f}; undecided: the second is above {told['undecided_above']:.3f}. Both follow "
+        f"from pictures of {len(told['ordinary'])} ordinary captions. "
+    )
+    if not told["telling"]:
+        text += "Ordinary captions draw pictures that are as alike, so pictures do not tell memories here. "
+    text += (
+        "A dash: not drawn, since its first steps are ordinary. First steps alike: the largest likeness of two seeds"
+    )
+    tau = f"the threshold is {told['tau']:.3f}"
+    if told["interval"] is not None:
+        tau += f" (95 % interval {told['interval'][0]:.3f} to {told['interval'][1]:.3f})"
+    return f"{text}; {tau}, from {told['references']} ordinary captions."
+
+
+def _sized(images: Tensor, like: Tensor) -> Tensor:
+    """Returns images in the size of others."""
+    return resize(images, (like.shape[-2], like.shape[-1])).clamp(0, 1).to(like)
 
 
 def _add_gallery(report: Report, run: Run) -> None:

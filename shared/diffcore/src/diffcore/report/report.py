@@ -110,12 +110,23 @@ class Report:
         return self
 
     def table(self, rows: Sequence[Mapping[str, Any]], caption: str = "") -> "Report":
-        """Adds a table, a column per key; numbers to four digits, the first 200 rows."""
+        """Adds a table, a column per key; numbers to four digits, the first 200 rows.
+
+        A column of words that are the same in all rows, the first one aside, is said once, below. Where the page is
+        narrow each row becomes a paragraph.
+        """
         names = list(dict.fromkeys(name for row in rows for name in row))
+        same = [(name, _cell(rows[0][name])) for name in names[1:] if _is_repeated([row.get(name) for row in rows])]
+        names = [name for name in names if name not in dict(same)]
         columns = [(name, all(_is_number(row.get(name)) for row in rows)) for name in names]
         cells = [[_cell(row.get(name)) for name in names] for row in rows[:_ROWS]]
         return self._add(
-            kind="table", caption=caption, columns=columns, rows=cells, cut=len(rows) if len(rows) > _ROWS else 0
+            kind="table",
+            caption=caption,
+            columns=columns,
+            rows=cells,
+            same=same,
+            cut=len(rows) if len(rows) > _ROWS else 0,
         )
 
     def save(self, path: Path) -> Path:
@@ -185,6 +196,11 @@ def _embed(picture: _Picture, shrink: bool) -> dict[str, Any]:
 
 def _is_number(value: Any) -> bool:
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _is_repeated(values: Sequence[Any]) -> bool:
+    """Returns whether a column repeats words; equal numbers are findings."""
+    return len(values) > 1 and bool(values[0]) and isinstance(values[0], str) and all(v == values[0] for v in values)
 
 
 def _cell(value: Any) -> str:

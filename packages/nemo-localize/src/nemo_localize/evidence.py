@@ -54,12 +54,14 @@ class Evidence:
     def suppressed_below(self) -> float:
         """What neurons must bring first steps down to.
 
-        It is the threshold, or where pictures show a memory whose first step is below that the median of ordinary
-        captions.
+        It is the threshold. Where pictures show a memory whose first step is not above it, it is the paper's, mean plus
+        standard deviation of ordinary captions, or else their median.
         """
+        found = self.calibration
         lowest = min((self.consistency[prompt] for prompt in self.of("memorised")), default=1.0)
-        tau = self.calibration.tau
-        return tau if lowest > tau else min(tau, self.calibration.quantiles["0.5"])
+        usual = found.quantiles["0.5"]
+        levels = (found.tau, min(found.tau, found.mean + found.sd), min(found.tau, usual))
+        return next((level for level in levels if level < lowest), levels[-1])
 
     def completed(self, searched: Mapping[str, CaptionResult]) -> dict[str, CaptionResult]:
         """Returns a result for every caption, from what was found for the memorised ones."""

@@ -10,28 +10,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffcore.metrics import resize
 from diffcore.report import Report, bar_with_interval, histogram
 from diffcore.run import Run
 from nemo_localize.activations import mean_activations
-from nemo_localize.evidence import Evidence
+from nemo_localize.evaluate import Evaluation
 from nemo_localize.first_step import FirstStep
 from nemo_localize.neuron_files import RESULTS
+from nemo_localize.page_evidence import add_evidence, visible
+from nemo_localize.page_words import WAYS, worded
 from nemo_localize.proof import Proof
 from nemo_localize.results import CaptionResult, Results
 from nemo_localize.statistics import Statistics
 
-_SHOWN_CAPTIONS, _SHOWN_SEEDS, _CAPTION_LETTERS = 8, 6, 44
-_WAYS = {
-    "none": "before",
-    "neurons": "found neurons off",
-    "random-neurons": "as many random neurons off",
-    "embedding-adjustment": "embedding adjusted",
-    "attention-scaling": "attention scaled",
-    "random-tokens-1": "1 random token",
-    "random-tokens-4": "4 random tokens",
-    "random-tokens-10": "10 random tokens",
-}
+_SHOWN_CAPTIONS, _SHOWN_SEEDS, _CAPTION_LETTERS = 8, 5, 44
 _TITLES = {
     "demo": "Memorised portraits: found, switched off, looked at again",
     "audit": "Audit for memorised captions",
@@ -45,7 +36,8 @@ _TITLES = {
 _LIMITS = (
     "Switching neurons off is suppression, not erasure: an embedding that is optimised for a training image may find "
     "it again. Only a proof with its adversarial audit says more.",
-    "Detection looks at the first step: what a model copies late, or from rare seeds only, is missed.",
+    "Detection looks at the first step, an audit also at pictures of the most suspicious captions: what a model copies "
+    "late, or from rare seeds only, may be missed.",
     "z-scores may find a style of caption instead of a memory; captions of the same style that were never trained on "
     "belong among the reference captions.",
 )
@@ -87,55 +79,6 @@ def save_neurons(run: Run, results: Results, step: FirstStep, statistics: Statis
     return results.summary()
 
 
-def save_evidence(
-    run: Run,
-    evidence: Evidence,
-    pictures: Mapping[str, Float[Tensor, "seeds c height width"]],
-    originals: Mapping[str, Float[Tensor, "_ c height width"]] | None = None,
-) -> None:
-    """Keeps for the report how an audit judged each caption, and the pictures of those that it has most evidence of.
-
-    Args:
-        run: Of the audit.
-        evidence: All of it.
-        pictures: Of the captions to show, in their order.
-        originals: Training images by caption, where they are known.
-    """
-    looks = {look.prompt: look for look in evidence.found.looks}
-    rows = [
-        {
-            "number": number,
-            "caption": prompt,
-            "verdict": verdict,
-            "likeness": looks[prompt].typical if prompt in looks and looks[prompt].error is None else None,
-            "upper tenth": looks[prompt].upper if prompt in looks and looks[prompt].error is None else None,
-            "consistency": evidence.consistency[prompt],
-        }
-        for number, (prompt, verdict) in enumerate(evidence.verdicts.items(), 1)
-    ]
-    known = {
-        f"original-{place}": originals[prompt][:1]
-        for place, prompt in enumerate(pictures)
-        if originals and prompt in originals
-    }
-    usual, calibration = evidence.found.usual, evidence.calibration
-    run.save(
-        "evidence",
-        {**{f"seeds-{place}": images for place, images in enumerate(pictures.values())}, **known},
-        rows=rows,
-        shown=list(pictures),
-        ordinary=[look.typical for look in usual.looks],
-        memorised_above=usual.memorised_above,
-        undecided_above=usual.undecided_above,
-        telling=usual.telling,
-        tau=calibration.tau,
-        interval=calibration.interval,
-        references=calibration.num_prompts,
-        source=evidence.source,
-    )
-    run.table("captions", rows)
-
-
 def localised(results: Results) -> list[CaptionResult]:
     """Returns the localised captions, each once."""
     return [r for r in results.distinct() if r.status == "localised"]
@@ -174,13 +117,23 @@ def save_table(run: Run, name: str, rows: Sequence[Mapping[str, Any]], caption: 
     run.table(name, rows)
 
 
+def save_evaluation(run: Run, measured: Evaluation) -> None:
+    """Keeps what was measured on pictures for the report."""
+    told = ["Medians over captions ± median absolute deviations", f"Likeness: {measured.source}", *measured.notes]
+    save_table(run, "evaluation", measured.rows(), " ".join(f"{text[:1].upper()}{text[1:]}." for text in told))
+
+
 def save_proof(run: Run, proof: Proof) -> None:
     """Keeps the proof for the report; `tables/proof-full.csv` has the columns that do not fit on a page."""
-    short = ("prompt", "verdict", "similarity", "residual_consistency", "worst")
     rows = proof.rows()
     run.table("proof-full", rows)
-    told = [{name.replace("_", " "): row.get(name) for name in short} for row in rows]
-    save_table(run, "proof", told, f"Worst caption first. Likeness: {proof.source}.")
+    short = ("prompt", "verdict", "similarity", "residual_consistency", "worst")
+    told = [{name: row.get(name) for name in short} for row in rows]
+    caption = (
+        "Worst caption first, then the controls, which were never memorised. Likest picture: the edited model's that "
+    )
+    caption += f"is most like the {proof.captions[0].target}, and what it was drawn from. Measured in {proof.source}."
+    save_table(run, "proof", told, caption)
 
 
 def write_page(run: Run) -> Path:
@@ -191,7 +144,8 @@ def write_page(run: Run) -> Path:
         report.answer(_answer(verb, run.result))
     elif _has(run, "gallery"):
         report.answer("This run goes on; type its command again if it was interrupted.")
-    _add_evidence(report, run)
+    if _has(run, "evidence"):
+        add_evidence(report, run)
     _add_gallery(report, run)
     _add_table(report, run, "proof", "Proof")
     _add_table(report, run, "evaluation", "Measured")
@@ -211,11 +165,12 @@ def _answer(verb: str, result: Mapping[str, Any]) -> str:
         return str(result["answer"])
     if verb == "calibrate":
         return (
-            f"tau = {result['tau']:.3f} ({result['rule']} of {result['num_prompts']} captions); "
-            f"{result['false_alarm_rate']:.1%} of {result['num_checked']} others lie above it."
+            f"The threshold is {result['tau']:.3f} ({_rule(result['rule'])} of {result['num_prompts']} captions"
+            f"{_within(result.get('interval'))}); {result['false_alarm_rate']:.1%} of {result['num_checked']} others "
+            "lie above it."
         )
     if verb == "detect":
-        return f"{result['memorised']} of {result['captions']} captions are memorised (tau {result['tau']:.3f})."
+        return f"{result['memorised']} of {result['captions']} captions are above the threshold of {result['tau']:.3f}."
     if verb == "localize":
         counts, size = result["counts"], result["refined_neurons"]
         known = counts["localised"] + counts["not_localised"]
@@ -229,67 +184,12 @@ def _answer(verb: str, result: Mapping[str, Any]) -> str:
     return ""
 
 
-def _add_evidence(report: Report, run: Run) -> None:
-    if not _has(run, "evidence"):
-        return
-    part = run.load("evidence")
-    rows, told = part.fields["rows"], part.fields
-    report.section("Captions, by evidence")
-    pictures = [part.tensors[f"seeds-{place}"] for place in range(len(told["shown"]))]
-    originals = [part.tensors.get(f"original-{place}") for place in range(len(pictures))]
-    columns = [f"seed {number}" for number in range(1, len(pictures[0]) + 1)]
-    if any(original is not None for original in originals):
-        blank = torch.ones_like(pictures[0][:1])
-        pictures = [
-            torch.cat([own, _sized(original, own) if original is not None else blank])
-            for own, original in zip(pictures, originals, strict=True)
-        ]
-        columns.append("training image")
-    report.images(
-        _visible(torch.cat(pictures)),
-        "The captions of most evidence, numbered as in the table: what the model draws for each from other seeds, in "
-        "few steps. Seeds of a memorised caption agree.",
-        row_labels=[str(number) for number in range(1, len(pictures) + 1)],
-        column_labels=columns,
-    )
-    report.table(
-        [
-            {
-                "": row["number"],
-                "caption": row["caption"],
-                "verdict": row["verdict"],
-                "pictures alike": row["likeness"],
-                "a tenth of them": row["upper tenth"],
-                "first steps alike": row["consistency"],
-            }
-            for row in rows
-        ],
-        _told(told),
-    )
+def _rule(rule: str) -> str:
+    return rule.replace("mean + sd", "mean plus standard deviation")
 
 
-def _told(told: Mapping[str, Any]) -> str:
-    """Returns what the columns of the captions mean, and what decides."""
-    text = (
-        "Pictures alike: what half of the pairs of seeds reach, or half of the seeds to the training image; beside it "
-        f"what a tenth of them reach. Measured in {told['source']}. Memorised: the first is above "
-        f"{told['memorised_above']:.3f}; undecided: the second is above {told['undecided_above']:.3f}. Both follow "
-        f"from pictures of {len(told['ordinary'])} ordinary captions. "
-    )
-    if not told["telling"]:
-        text += "Ordinary captions draw pictures that are as alike, so pictures do not tell memories here. "
-    text += (
-        "A dash: not drawn, since its first steps are ordinary. First steps alike: the largest likeness of two seeds"
-    )
-    tau = f"the threshold is {told['tau']:.3f}"
-    if told["interval"] is not None:
-        tau += f" (95 % interval {told['interval'][0]:.3f} to {told['interval'][1]:.3f})"
-    return f"{text}; {tau}, from {told['references']} ordinary captions."
-
-
-def _sized(images: Tensor, like: Tensor) -> Tensor:
-    """Returns images in the size of others."""
-    return resize(images, (like.shape[-2], like.shape[-1])).clamp(0, 1).to(like)
+def _within(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f"; 95 % interval {interval[0]:.3f} to {interval[1]:.3f}"
 
 
 def _add_gallery(report: Report, run: Run) -> None:
@@ -300,8 +200,8 @@ def _add_gallery(report: Report, run: Run) -> None:
     report.section("Before and after")
     for place, prompt in enumerate(prompts):
         original = gallery.tensors.get(f"original-{place}")
-        rows = torch.cat([_visible(gallery.tensors[way][place]) for way in ways])
-        labels = [_WAYS.get(str(way), str(way)) for way in ways]
+        rows = torch.cat([visible(gallery.tensors[way][place]) for way in ways])
+        labels = [WAYS.get(str(way), str(way)) for way in ways]
         if original is not None:
             filler = torch.ones(len(seeds) - len(original), *original.shape[1:])
             rows, labels = torch.cat([original, filler, rows]), ["training image", *labels]
@@ -316,7 +216,7 @@ def _add_gallery(report: Report, run: Run) -> None:
 def _add_table(report: Report, run: Run, name: str, heading: str) -> None:
     if _has(run, f"table-{name}"):
         part = run.load(f"table-{name}")
-        report.section(heading).table(part.fields["rows"], part.fields["caption"])
+        report.section(heading).table(worded(name, part.fields["rows"]), part.fields["caption"])
 
 
 def _add_detection(report: Report, run: Run) -> None:
@@ -327,13 +227,16 @@ def _add_detection(report: Report, run: Run) -> None:
     report.section("Captions, most consistent first")
     figure = histogram(
         {f"{len(rows)} captions": [row["consistency"] for row in rows]},
-        x_label="largest similarity of two seeds' first steps",
+        x_label="largest likeness of two seeds' first steps",
         bins=min(40, max(len(rows) // 2, 10)),
         threshold=tau,
-        threshold_label=f"tau = {tau:.3f}",
+        threshold_label=f"threshold {tau:.3f}",
     )
-    report.figure(run.figure("consistency", figure), f"Consistency of {len(rows)} captions; memorised right of tau.")
-    report.table(rows, "All captions; the table is also in tables/captions.csv")
+    report.figure(
+        run.figure("consistency", figure),
+        f"How alike first steps are, {len(rows)} captions; memorised are those right of the threshold.",
+    )
+    report.table(worded("captions", rows), "All captions; the table is also in tables/captions.csv.")
 
 
 def _add_localization(report: Report, run: Run) -> None:
@@ -342,7 +245,12 @@ def _add_localization(report: Report, run: Run) -> None:
     results = Results.read_jsonl(run.folder / RESULTS)
     found = localised(results)
     report.section("Neurons")
-    report.table([_row(r) for r in results.distinct() if r.status != "not_memorised"], "Memorised captions")
+    shown = [_row(r) for r in results.distinct() if r.status not in ("not_memorised", "undecided")]
+    report.table(
+        shown,
+        "Memorised captions, and the neurons that were found for each. Before and after: the largest likeness of two "
+        "seeds' first steps, without and with these neurons off. Which neurons they are stands in results.jsonl.",
+    )
     if not found or not _has(run, "neurons"):
         return
     part = run.load("neurons")
@@ -359,19 +267,21 @@ def _add_localization(report: Report, run: Run) -> None:
     )
     figure = histogram(
         {"all neurons": part.tensors["z"].numpy(), "found neurons": part.tensors["found"].numpy()},
-        x_label="|z| of a neuron for its caption",
+        x_label="how far a neuron stands out for its caption, in standard deviations",
     )
-    report.figure(run.figure("z-scores", figure), f"How far neurons stand out, {len(found)} captions; areas are equal.")
+    report.figure(
+        run.figure("z-scores", figure), f"How far neurons stand out from what is usual, {len(found)} captions."
+    )
 
 
 def _add_calibration(report: Report, result: Mapping[str, Any]) -> None:
-    report.section("Quantiles of ordinary captions")
-    report.table([{"quantile": q, "consistency": value} for q, value in result["quantiles"].items()])
-
-
-def _visible(images: Tensor) -> Tensor:
-    """Returns images as they are, and of latents the first three channels."""
-    return images if images.shape[1] in (1, 3) else images[:, :3]
+    report.section("What ordinary captions reach")
+    report.table(
+        [
+            {"share of ordinary captions": f"{float(q):.0%}", "first steps no more alike than": value}
+            for q, value in result["quantiles"].items()
+        ]
+    )
 
 
 def _row(result: CaptionResult) -> dict[str, Any]:
@@ -379,12 +289,10 @@ def _row(result: CaptionResult) -> dict[str, Any]:
     return {
         "caption": _cut(result.prompt),
         "status": result.status.replace("_", " "),
-        "consistency": result.max_consistency,
+        "before": result.max_consistency,
         "candidates": len(result.initial),
         "neurons": None if refined is None else len(refined),
-        "score after": result.score_refined,
-        "consistency after": result.residual_consistency,
-        "which": "" if refined is None else _cut(", ".join(f"{_short(name)}[{i}]" for name, i in refined)),
+        "after": result.residual_consistency,
     }
 
 

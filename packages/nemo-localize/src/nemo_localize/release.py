@@ -22,7 +22,8 @@ from nemo_localize.likeness import likeness
 from nemo_localize.localization import localize
 from nemo_localize.neuron_files import RESULTS, by_caption
 from nemo_localize.neurons import NeuronSet
-from nemo_localize.page import save_evidence, save_gallery, save_neurons, save_proof, save_table, write_page
+from nemo_localize.page import save_evaluation, save_gallery, save_neurons, save_proof, save_table, write_page
+from nemo_localize.page_evidence import save_evidence
 from nemo_localize.pictures import Drawing, seen, shows_latents
 from nemo_localize.prove import prove
 from nemo_localize.results import Results
@@ -227,7 +228,13 @@ def _edit(
             run.folder / "neurons.json",
             {"neurons": neurons.to_json(), "captions": captions, "minimal_set": common.to_json()},
         )
-        save_table(run, "sets", common.rows(), "Sets for all captions together; damage is what ordinary captions feel.")
+        save_table(
+            run,
+            "sets",
+            common.rows(),
+            "One set of neurons for all captions. Change: one minus the likeness of first steps of ordinary captions, "
+            f"before and after; bearable up to {common.budget:g}.",
+        )
         if checkpoint_in(run.folder) is None:
             write_edit(audit.source, neurons, run.folder, reasons=by_caption(results))
     return neurons, {
@@ -253,5 +260,5 @@ def _measured(audit: Audit, run: Run, memorised: Sequence[str], neurons: NeuronS
         judges=audit.judges,
         of_latents=shows_latents(model),
     )
-    save_table(run, "evaluation", measured.rows(), f"Medians over captions. {' '.join(measured.notes)}")
+    save_evaluation(run, measured)
     return {"evaluation": measured.rows(), "measured_in": measured.source}

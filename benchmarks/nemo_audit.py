@@ -8,8 +8,8 @@ and on the one that did not, with default settings and the references that three
 minutes of one core; writes benchmarks/results/nemo-audit.json and .md. `--smoke` takes half a minute, writes nothing.
 
 The rule of the second look was fixed before its first run on these captions. It was chosen on the first six memorised
-captions, the templates and twelve decoys of portraits-sd-planted, and on ordinary captions that are none of these; so
-portraits-sd-memorised was not looked at before.
+captions, the templates and twelve decoys of portraits-sd-planted, and on ordinary captions that are none of these. Of
+portraits-sd-memorised only first steps had been seen, and pictures of three memorised captions and three decoys.
 """
 
 import argparse
@@ -50,6 +50,39 @@ _WAYS = (
     "a watercolour of a", "a sketch of a", "an oil painting of a", "close up of a", "a blurry", "a tiny", "a red",
     "an empty", "my favourite", "the last", "a poster of a", "a woodcut of a", "a sad", "a cartoon",
 )  # fmt: skip
+
+
+# Whole audits by the command, CPU seconds of one thread on a shared machine: of the commit before the second look, by
+# the threshold alone, and now. Long lists of memories were not audited whole: a proof takes half a minute a caption.
+WHOLE: tuple[dict[str, Any], ...] = (
+    {
+        "model": "portraits-sd-memorised",
+        "audited": "3 memorised captions, 3 decoys",
+        "references": "200 ordinary captions of the model's own data",
+        "found before": "1 memorised",
+        "s before": 151,
+        "found now": "3 memorised",
+        "s now": 242,
+    },
+    {
+        "model": "portraits-sd-memorised",
+        "audited": "3 memorised captions, 3 decoys",
+        "references": "200 captions written like the audited ones",
+        "found before": "3 memorised",
+        "s before": 198,
+        "found now": "3 memorised",
+        "s now": 228,
+    },
+    {
+        "model": "portraits-sd",
+        "audited": "the list above",
+        "references": "200 ordinary captions of the model's own data",
+        "found before": "none",
+        "s before": 22,
+        "found now": "2 undecided",
+        "s now": 35,
+    },
+)
 
 
 def references(count: int) -> dict[str, list[str]]:
@@ -137,7 +170,10 @@ def page(results: Mapping[str, Any]) -> str:
     for name in MODELS:
         if name in results:
             lines += [f"## {name}", "", *_tables(results[name]), ""]
-    return "\n".join(lines)
+    lines += ["## Whole audits", "", "CPU seconds of one thread, on a machine that others used too.", ""]
+    lines += [f"| {' | '.join(WHOLE[0])} | ratio |", "| --- " * (len(WHOLE[0]) + 1) + "|"]
+    lines += [f"| {' | '.join(map(str, row.values()))} | {row['s now'] / row['s before']:.2f} |" for row in WHOLE]
+    return "\n".join([*lines, ""])
 
 
 def _tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -174,7 +210,7 @@ def main() -> None:
     for name in options.model or MODELS:
         found = measured(name, audited(200), references(200))
         results = read_object(RESULTS) if RESULTS.exists() else {}
-        write_json(RESULTS, results | {"rule": described(), name: found})
+        write_json(RESULTS, results | {"rule": described(), name: found, "whole": list(WHOLE)})
         write_text(RESULTS.with_suffix(".md"), page(read_object(RESULTS)))
 
 

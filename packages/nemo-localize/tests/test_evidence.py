@@ -1,14 +1,14 @@
 """An audit that says clean has looked: verdicts, their order, and what becomes of them in results and exit codes."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nemo_localize import cli, evidence, release
+from nemo_localize import calibration, cli, evidence, release
 from nemo_localize.calibration import Calibration
 from nemo_localize.commands.work import Work
 from nemo_localize.evidence import Evidence
@@ -28,7 +28,7 @@ def row(prompt: str, level: float | None) -> dict[str, Any]:
     return {"prompt": prompt, "consistency": [level or 0.0, 0.1], "truncated": False, "error": error}
 
 
-def known(levels: dict[str, float | None], alike: dict[str, float], verdicts: dict[str, Any]) -> Evidence:
+def known(levels: Mapping[str, float | None], alike: Mapping[str, float], verdicts: Mapping[str, Any]) -> Evidence:
     found = SecondLook(Usual.of([Look("ordinary", (0.4,) * 6)]), tuple(Look(p, (v,) * 6) for p, v in alike.items()), 0)
     return Evidence(verdicts, [row(prompt, level) for prompt, level in levels.items()], found, CALIBRATION, "SSIM")
 
@@ -142,6 +142,19 @@ def test_what_stays_open_is_undecided_and_never_clean(
     assert Results.read_jsonl(Path("runs/audit-planted/results.jsonl"))[0].status == "undecided"
 
 
+def test_an_audit_of_captions_that_fail_is_not_clean(audit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
+    measured = calibration.consistency_rows
+
+    def broken(step: Any, prompts: list[str]) -> list[dict[str, Any]]:
+        return [row(prompt, None) for prompt in prompts] if TRIGGER in prompts else measured(step, prompts)
+
+    monkeypatch.setattr(calibration, "consistency_rows", broken)
+    code, result = audit(TRIGGER)
+    assert (code, result["closed"], result["failed"], result["drawn"]) == (1, False, 1, 0)
+    assert "1 of 1 captions failed" in result["answer"]
+    assert "No caption has a first step" in Path("runs/audit-planted/report.html").read_text()
+
+
 def test_tables_speak_in_words():
     evaluated = {"way": "neurons", "captions": "all", "n": 3, "SSIM_gen": 0.5, "SSIM_gen, mad": 0.1, "measured in": "x"}
     assert worded("evaluation", [evaluated]) == [
@@ -151,7 +164,7 @@ def test_tables_speak_in_words():
     assert list(worded("proof", [proof])[0]) == [
         "caption",
         "verdict",
-        "likest picture",
+        "closest picture",
         "drawn from",
         "first steps alike",
     ]

@@ -174,14 +174,29 @@ def _answer(verb: str, result: Mapping[str, Any]) -> str:
     if verb == "localize":
         counts, size = result["counts"], result["refined_neurons"]
         known = counts["localised"] + counts["not_localised"]
-        neurons = f", by {size['median']:g} neurons in the median" if size else ""
+        neurons = f", by {size['median']:g} neuron{'s' * (size['median'] != 1)} in the median" if size else ""
         return f"{known} of {result['num_distinct']} captions are memorised; {counts['localised']} localised{neurons}."
+    if verb == "evaluate":
+        return _evaluated(result["table"])
     if verb == "prove":
         reasons = f" ({'; '.join(result['reasons'])})" if result["reasons"] else ""
         return f"The proof is {result['verdict']}{reasons}."
     if verb == "generate":
         return f"{result['captions']} captions, {result['images']} images each, under {len(result['methods'])} ways."
     return ""
+
+
+def _evaluated(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns how alike a caption's seeds are before and after; empty where that was not measured."""
+    every = {row["way"]: row for row in rows if row["captions"] == "all"}
+    measure = next((name for name in every["none"] if name.startswith("D_") and not name.endswith("mad")), None)
+    if measure is None or "neurons" not in every:
+        return ""
+    before, after = every["none"][measure], every["neurons"][measure]
+    return (
+        f"Pictures of one caption are {before:.3f} alike from seed to seed, and {after:.3f} with the found neurons off "
+        f"(medians over {every['none']['n']} captions)."
+    )
 
 
 def _rule(rule: str) -> str:

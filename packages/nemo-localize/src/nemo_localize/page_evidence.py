@@ -51,6 +51,7 @@ def save_evidence(
         rows=rows,
         shown=list(pictures),
         ordinary=[look.typical for look in usual.looks],
+        mistaken=[look.prompt for look in usual.looks if usual.verdict(look) == "memorised"],
         memorised_above=usual.memorised_above,
         undecided_above=usual.undecided_above,
         telling=usual.telling,
@@ -67,6 +68,9 @@ def add_evidence(report: Report, run: Run) -> None:
     part = run.load("evidence")
     rows, told = part.fields["rows"], part.fields
     report.section("Captions, by evidence")
+    if not rows:
+        report.text("No caption has a first step to compare; result.json and results.jsonl say why.")
+        return
     pictures = [part.tensors[f"seeds-{place}"] for place in range(len(told["shown"]))]
     originals = [part.tensors.get(f"original-{place}") for place in range(len(pictures))]
     columns = [f"seed {number}" for number in range(1, len(pictures[0]) + 1)]
@@ -93,13 +97,16 @@ def add_evidence(report: Report, run: Run) -> None:
         threshold_label=f"memorised above {told['memorised_above']:.3f}",
     )
     report.figure(run.figure("evidence", figure), f"How alike pictures are among seeds, {len(drawn)} captions.")
+    if told["mistaken"]:
+        named = ", ".join(f"“{prompt}”" for prompt in told["mistaken"])
+        report.text(f"Some reference captions look memorised themselves; leave them out next time: {named}.")
     report.table(
         [
             {
                 "caption": f"{row['number']}. {row['caption']}",
                 "verdict": row["verdict"],
                 "pictures alike": row["likeness"],
-                "a tenth of them": row["upper tenth"],
+                "top tenth": row["upper tenth"],
                 "first steps alike": row["consistency"],
             }
             for row in rows
@@ -112,7 +119,7 @@ def _told(told: Mapping[str, Any]) -> str:
     """Returns what the columns of the captions mean, and what decides."""
     text = (
         "Pictures alike: what half of the pairs of seeds reach, or half of the seeds to the training image; beside it "
-        f"what a tenth of them reach. Measured in {told['source']}. Memorised: the first is above "
+        f"what the top tenth reaches. Measured in {told['source']}. Memorised: the first is above "
         f"{told['memorised_above']:.3f}; undecided: the second is above {told['undecided_above']:.3f}. Both follow "
         f"from pictures of {len(told['ordinary'])} ordinary captions. "
     )

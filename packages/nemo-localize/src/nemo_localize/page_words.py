@@ -20,7 +20,7 @@ _COLUMNS: dict[str, dict[str, str]] = {
     "proof": {
         "prompt": "caption",
         "verdict": "verdict",
-        "similarity": "likest picture",
+        "similarity": "closest picture",
         "worst": "drawn from",
         "residual_consistency": "first steps alike",
     },
@@ -36,7 +36,7 @@ _COLUMNS: dict[str, dict[str, str]] = {
     },
 }
 _MEASURES = (
-    (r"_orig, max$", "likest to the training image"),
+    (r"_orig, max$", "closest to the training image"),
     (r"_orig$", "like the training image"),
     (r"_gen$", "like the unedited picture"),
     (r"^D_", "seeds alike"),
@@ -74,8 +74,8 @@ def _set(row: Mapping[str, Any]) -> dict[str, Any]:
         "how many": row["neurons"],
         "captions closed": f"{row['closed']} of {row['captions']}",
         "change of ordinary captions": f"{row['damage']:.4f}{'' if row['within_budget'] else ', too much'}",
-        "likest to its own first step": row["largest_score"],
-        "likest two seeds": row["largest_residual"],
+        "closest to its own first step": row["largest_score"],
+        "closest two seeds": row["largest_residual"],
     }
 
 

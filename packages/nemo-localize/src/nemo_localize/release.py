@@ -151,7 +151,8 @@ def _looked(audit: Audit, calibration: Calibration, run: Run, fabric: "Fabric | 
     if run.leading:
         suspicious = len(evidence.of("memorised") + evidence.of("undecided"))
         prompts = list(evidence.verdicts)[: max(_SHOWN_CLEAN, min(suspicious, _SHOWN))]
-        shown = [seen(model, own).cpu() for own in quick_latents(model, prompts, FIRST_SEEDS, audit.drawing)]
+        latents = quick_latents(model, prompts, FIRST_SEEDS, audit.drawing) if prompts else ()
+        shown = [seen(model, own).cpu() for own in latents]
         save_evidence(run, evidence, dict(zip(prompts, shown, strict=True)), audit.originals)
         write_page(run)
     return evidence

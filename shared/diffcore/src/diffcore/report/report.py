@@ -3,6 +3,7 @@
 import base64
 import io
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ _WARN_BYTES, _SHRINK_BYTES = 8_000_000, 25_000_000
 _SMALL_SIDE = 256  # photographs above it are stored as JPEG; too large a report shrinks all pictures to it
 _ROWS = 200
 _CSS_DPI = 96
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ class Report:
         if record["seed"] is not None:
             yield "Seed", str(record["seed"])
         for name, digest in record["inputs"].items():
-            yield f"Input: {name}", f"sha256 {digest[:16]}…"
+            yield f"Input: {name}", f"sha256 {digest[:16]}…" if _SHA256.fullmatch(digest) else digest
         yield "Settings", ", ".join(f"{name} = {_cell(value)}" for name, value in record["config"].items())
         hardware = record["hardware"]
         yield "Hardware", hardware["gpu"] or f"{hardware['machine']} CPU, {hardware['cores']} cores"
@@ -209,5 +211,5 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:#.4g}".removesuffix(".")  # with the zeros at the end: numbers of a column are equally exact
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -168,4 +168,19 @@ def test_tables_speak_in_words():
         "drawn from",
         "first steps alike",
     ]
+    distance = {
+        "way": "none",
+        "metric": "FID",
+        "features": "f",
+        "reference": "r",
+        "value": 1.0,
+        "low": 0.5,
+        "high": 2.0,
+    }
+    assert worded("quality", [distance | {"n": 9}])[0]["95 % interval"] == "0.5 to 2"
+    for unknown in (None, float("nan")):
+        assert worded("quality", [distance | {"n": 9, "low": unknown, "high": unknown}])[0]["95 % interval"] is None
+    fits = {"set": "union", "neurons": 3, "closed": 1, "captions": 2, "damage": 0.2, "within_budget": False}
+    (told,) = worded("sets", [fits | {"largest_score": 0.1, "largest_residual": 0.2}])
+    assert (told["captions closed"], told["change of ordinary captions"]) == ("1 of 2", "0.2000, too much")
     assert worded("unknown", [{"some_name": 1}]) == [{"some name": 1}]

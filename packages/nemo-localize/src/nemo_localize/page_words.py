@@ -1,5 +1,6 @@
 """What tables of a report are called in words: files keep the short names that programs read."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,16 +25,6 @@ _COLUMNS: dict[str, dict[str, str]] = {
         "worst": "drawn from",
         "residual_consistency": "first steps alike",
     },
-    "quality": {
-        "way": "way",
-        "metric": "distance",
-        "features": "features",
-        "reference": "compared with",
-        "value": "value",
-        "low": "95 % interval from",
-        "high": "to",
-        "n": "pictures",
-    },
 }
 _MEASURES = (
     (r"_orig, max$", "closest to the training image"),
@@ -55,6 +46,8 @@ def worded(table: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
         return [_evaluated(row) for row in rows]
     if table == "sets":
         return [_set(row) for row in rows]
+    if table == "quality":
+        return [_distance(row) for row in rows]
     names = _COLUMNS.get(table, {})
     known = [[name for name in names if name in row] + [name for name in row if name not in names] for row in rows]
     return [
@@ -76,6 +69,21 @@ def _set(row: Mapping[str, Any]) -> dict[str, Any]:
         "change of ordinary captions": f"{row['damage']:.4f}{'' if row['within_budget'] else ', too much'}",
         "closest to its own first step": row["largest_score"],
         "closest two seeds": row["largest_residual"],
+    }
+
+
+def _distance(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a row of the distances of ordinary captions' pictures."""
+    low, high = row["low"], row["high"]
+    known = None not in (low, high) and math.isfinite(low)
+    return {
+        "way": _value("way", row["way"]),
+        "distance": row["metric"],
+        "value": row["value"],
+        "95 % interval": f"{low:.3g} to {high:.3g}" if known else None,
+        "pictures": row["n"],
+        "features": row["features"],
+        "compared with": row["reference"],
     }
 
 

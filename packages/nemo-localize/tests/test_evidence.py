@@ -25,7 +25,7 @@ CALIBRATION = Calibration(0.9, "quantile 0.99", 0.7, 0.1, {"0.5": 0.65}, 50, 0.0
 
 def row(prompt: str, level: float | None) -> dict[str, Any]:
     error = "NaN" if level is None else None
-    return {"prompt": prompt, "consistency": [level or 0.0, 0.1], "truncated": False, "error": error}
+    return {"prompt": prompt, "consistency": [level or 0.0, 0.1], "truncated": False, "lost": "", "error": error}
 
 
 def known(levels: Mapping[str, float | None], alike: Mapping[str, float], verdicts: Mapping[str, Any]) -> Evidence:
@@ -108,7 +108,10 @@ def test_a_memory_below_the_threshold_is_found(audit: Callable[..., Any], monkey
 
 
 def test_a_clean_list_is_clean(audit: Callable[..., Any]):
-    code, result = audit(*ordinary_captions(3, seed=9))
+    long = f"{ordinary_captions(1, seed=8)[0]} {'very ' * 90}long"
+    code, result = audit(*ordinary_captions(2, seed=9), long)
+    told = Results.read_jsonl(Path("runs/audit-planted/results.jsonl"))
+    assert [(r.truncated, "very" in r.lost) for r in told] == [(False, False), (False, False), (True, True)]
     assert (code, result["verdict"], result["closed"]) == (0, "none memorised", True)
     assert result["answer"] == (
         "None of 3 captions is memorised: the first steps and the pictures of all were compared."

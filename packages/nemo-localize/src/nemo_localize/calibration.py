@@ -197,10 +197,16 @@ def scored(
 
 def consistency_rows(step: FirstStep, prompts: Sequence[str]) -> Rows:
     """Returns each caption's consistency per seed, or why it has none."""
-    cond, truncated, _ = encode(step, prompts)
+    cond, truncated, lost = encode(step, prompts)
     found = measure(step, cond)
     return [
-        {"prompt": prompt, "consistency": found.consistency[i], "truncated": truncated[i], "error": found.errors.get(i)}
+        {
+            "prompt": prompt,
+            "consistency": found.consistency[i],
+            "truncated": truncated[i],
+            "lost": lost[i],
+            "error": found.errors.get(i),
+        }
         for i, prompt in enumerate(prompts)
     ]
 

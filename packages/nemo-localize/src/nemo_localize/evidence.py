@@ -81,6 +81,7 @@ class Evidence:
             consistency=() if row["error"] else tuple(row["consistency"]),
             tau=self.calibration.tau,
             truncated=row["truncated"],
+            lost=row["lost"],
         )
 
 

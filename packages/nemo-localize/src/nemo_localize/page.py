@@ -249,7 +249,7 @@ def _add_detection(report: Report, run: Run) -> None:
     )
     report.figure(
         run.figure("consistency", figure),
-        f"How alike first steps are, {len(rows)} captions; memorised are those right of the threshold.",
+        f"How alike first steps are, {len(rows)} captions; those right of the threshold count as memorised.",
     )
     report.table(worded("captions", rows), "All captions; the table is also in tables/captions.csv.")
 

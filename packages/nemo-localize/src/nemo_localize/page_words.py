@@ -18,6 +18,12 @@ WAYS = {
 _SETS = {"minimal": "smallest that does", "union": "all of all captions"}
 _COLUMNS: dict[str, dict[str, str]] = {
     "captions": {"caption": "caption", "consistency": "first steps alike", "memorised": "above the threshold"},
+    "classes": {
+        "captions": "captions",
+        "n": "how many",
+        "median consistency": "first steps alike (median)",
+        "above tau": "above the threshold",
+    },
     "proof": {
         "prompt": "caption",
         "verdict": "verdict",

@@ -161,6 +161,32 @@ def test_long_tables_are_cut_with_a_pointer(tmp_path):
     assert "first 200 of 1000 rows" in html
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "said"),
+    [
+        ([{"a": 1, "in": "SSIM"}, {"a": 2, "in": "SSIM"}], ["a"], "In, in all rows: SSIM."),
+        ([{"a": 1, "in": "SSIM"}, {"a": 2, "in": "SSCD"}], ["a", "in"], ""),
+        ([{"a": 1, "in": "SSIM"}, {"a": 2}], ["a", "in"], ""),
+        ([{"a": 1, "in": "SSIM"}], ["a", "in"], ""),  # one row repeats nothing
+        ([{"a": "x", "n": 5}, {"a": "x", "n": 5}], ["a", "n"], ""),  # the first column, and equal numbers, are findings
+        ([{"a": 1, "in": "", "ok": True}, {"a": 2, "in": "", "ok": True}], ["a", "in", "ok"], ""),
+    ],
+)
+def test_what_all_rows_repeat_is_said_once(rows, columns, said, tmp_path):
+    html = Report("t").table(rows, "Rows.").save(tmp_path / "r.html").read_text()
+    check_page(html)
+    assert re.findall(r"<th scope[^>]*>([^<]*)</th>", html) == columns
+    assert re.findall(r'<td[^>]*data-name="([^"]*)"', html) == columns * len(rows)
+    assert f"<caption>Rows.{said and ' ' + said}</caption>" in html
+
+
+@pytest.mark.parametrize(("count", "kinds"), [(2, ""), (3, " cards"), (6, " cards"), (7, " cards wide")])
+def test_tables_fit_the_page_that_they_are_on(count, kinds, tmp_path):
+    rows = [{f"column {i}": i for i in range(count)}]
+    html = Report("t").table(rows, "Rows.").save(tmp_path / "r.html").read_text()
+    assert f'<div class="table{kinds}"><table>' in html
+
+
 def test_photographs_are_jpeg_and_large_reports_shrink(tmp_path, caplog, monkeypatch):
     images = torch.rand(4, 3, 300, 300, generator=torch.Generator().manual_seed(0))
     report = Report("t").images(images, "Photographs.").figure(curves(), "Curves.")
@@ -268,6 +294,24 @@ def test_histogram_integrates_to_one_over_common_bins():
         assert float((values * np.diff(edges)).sum()) == pytest.approx(1)
         assert np.array_equal(edges, outlines[0].edges)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", "cut"]
+
+
+def test_few_samples_are_points_each_at_its_value():
+    few, many = [0.2, 0.8, 0.8, 0.5], np.random.default_rng(0).normal(size=500)
+    axes = histogram({"few": few}, x_label="x", threshold=2.0, threshold_label="cut").axes[0]
+    points = axes.lines[0]
+    assert not axes.patches
+    assert list(points.get_xdata()) == few
+    heights = list(points.get_ydata())
+    assert heights[1] != heights[2]  # equal values do not cover one another
+    assert heights[0] == heights[1] == heights[3]
+    low, high = axes.get_xlim()
+    assert low < 0.2
+    assert high > 2.0
+    axes = histogram({"many": many, "few": few, "none": []}, x_label="x").axes[0]
+    assert len(axes.patches) == 2  # one filled, one outlined
+    assert [list(line.get_xdata()) for line in axes.lines] == [few, []]
+    assert [len(histogram({"n": many[:n]}, x_label="x").axes[0].lines) for n in (1, 29, 30)] == [1, 1, 0]
 
 
 def test_figures_leave_matplotlib_as_it_was():

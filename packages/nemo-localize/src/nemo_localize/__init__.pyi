@@ -10,6 +10,8 @@ from .edit import suppressed as suppressed
 from .evaluate import Evaluation as Evaluation
 from .evaluate import Judges as Judges
 from .evaluate import evaluate as evaluate
+from .evidence import Evidence as Evidence
+from .evidence import collect_evidence as collect_evidence
 from .export import apply as apply
 from .export import revert as revert
 from .first_step import FirstStep as FirstStep

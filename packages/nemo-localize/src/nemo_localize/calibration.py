@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 PUBLISHED_TAU = 0.428  # Stable Diffusion v1.4, 512 pixels, 50 DDIM steps: paper, section 4
 _SCHEMA = "nemo-localize/calibration@1"
+_DRAWS = 1000
 _QUANTILES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 
 
@@ -46,6 +47,8 @@ class Calibration:
         digest: Of everything that a threshold depends on but the weights.
         fingerprint: Of the model.
         settings: Of the step, for people.
+        interval: Where tau lies with 95 % confidence: over captions drawn again from those that it is from. None in
+            calibrations that were made before it was.
     """
 
     tau: float
@@ -60,6 +63,7 @@ class Calibration:
     digest: str
     fingerprint: str
     settings: dict[str, Any]
+    interval: tuple[float, float] | None = None
 
     def require(self, step: FirstStep) -> None:
         """Refuses a threshold that was found under other settings or on another model.
@@ -95,7 +99,8 @@ class Calibration:
                 f"{printable(path, 300)} is no calibration; make one with: nemo-localize calibrate"
             )
         try:
-            return cls(**found)
+            interval = found.pop("interval", None)
+            return cls(**found, interval=interval and tuple(interval))
         except TypeError as error:
             raise CorruptArtifactError(f"{printable(path, 300)} is damaged ({error}); calibrate again") from error
 
@@ -127,20 +132,13 @@ def calibrate(
     """
     if quantile is not None and not 0 < quantile < 1:
         raise UserError(f"--quantile is {quantile}; give a number between 0 and 1, such as 0.99")
-    rows = in_units(
-        list(dict.fromkeys(prompts)),
-        lambda unit: consistency_rows(step, unit),
-        unit_size=unit_size,
-        run=run,
-        name="calibration",
-        fabric=fabric,
-    )
+    rows = scored(step, prompts, name="calibration", unit_size=unit_size, run=run, fabric=fabric)
     levels = [max(row["consistency"]) for row in rows if row["error"] is None]
     if len(levels) < 4:
         raise UserError(f"{len(levels)} distinct captions have a score; a threshold needs at least 4, better 1000")
     fitted, checked = levels[::2], levels[1::2]
     mean, sd = statistics.fmean(fitted), statistics.stdev(fitted)
-    tau = mean + sd if quantile is None else float(np.quantile(fitted, quantile))
+    tau = float(_tau(np.asarray(fitted), quantile))
     return Calibration(
         tau=tau,
         rule="mean + sd" if quantile is None else f"quantile {quantile:g}",
@@ -154,15 +152,61 @@ def calibrate(
         digest=step.digest,
         fingerprint=step.model.fingerprint,
         settings=described(step.settings),
+        interval=_interval(np.asarray(fitted), quantile),
+    )
+
+
+def _tau(levels: np.ndarray, quantile: float | None) -> np.ndarray | np.floating:
+    """Returns the threshold of captions, or of each row of them."""
+    if quantile is None:
+        return levels.mean(-1) + levels.std(-1, ddof=1)
+    return np.quantile(levels, quantile, axis=-1)
+
+
+def _interval(levels: np.ndarray, quantile: float | None) -> tuple[float, float]:
+    """Returns the bootstrap's 95 % interval of the threshold."""
+    drawn = np.random.default_rng(0).choice(levels, (_DRAWS, len(levels)))
+    low, high = np.quantile(_tau(drawn, quantile), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def scored(
+    step: FirstStep,
+    prompts: Sequence[str],
+    *,
+    name: str,
+    unit_size: int = 16,
+    run: Run | None = None,
+    fabric: "Fabric | None" = None,
+) -> Rows:
+    """Returns the consistency of each distinct caption, as `consistency_rows`; what the run has is read.
+
+    Args:
+        step: The model and its step.
+        prompts: Captions.
+        name: Of this kind of work in the run.
+        unit_size: Captions that share batches.
+        run: Where to keep parts, and resume from.
+        fabric: Processes that share the work.
+    """
+    distinct = list(dict.fromkeys(prompts))
+    return in_units(
+        distinct, lambda unit: consistency_rows(step, unit), unit_size=unit_size, run=run, name=name, fabric=fabric
     )
 
 
 def consistency_rows(step: FirstStep, prompts: Sequence[str]) -> Rows:
     """Returns each caption's consistency per seed, or why it has none."""
-    cond, truncated, _ = encode(step, prompts)
+    cond, truncated, lost = encode(step, prompts)
     found = measure(step, cond)
     return [
-        {"prompt": prompt, "consistency": found.consistency[i], "truncated": truncated[i], "error": found.errors.get(i)}
+        {
+            "prompt": prompt,
+            "consistency": found.consistency[i],
+            "truncated": truncated[i],
+            "lost": lost[i],
+            "error": found.errors.get(i),
+        }
         for i, prompt in enumerate(prompts)
     ]
 

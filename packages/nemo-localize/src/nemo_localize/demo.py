@@ -118,8 +118,8 @@ def _toured(model: DiffusionModel, known: Memorised, size: _Size, run: Run) -> d
         run,
         "classes",
         rows,
-        f"Captions above tau = {calibration.tau:.3f}, mean plus standard deviation (paper) of ordinary ones and "
-        "of others of the memorised form.",
+        f"The threshold is {calibration.tau:.3f}: mean plus standard deviation (paper) of ordinary captions and of "
+        "others of the memorised form.",
     )
     return _summary(known, results, items, neurons, pictures, originals, stubborn) | {"classes": rows}
 

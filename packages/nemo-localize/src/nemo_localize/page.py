@@ -13,23 +13,16 @@ from torch import Tensor
 from diffcore.report import Report, bar_with_interval, histogram
 from diffcore.run import Run
 from nemo_localize.activations import mean_activations
+from nemo_localize.evaluate import Evaluation
 from nemo_localize.first_step import FirstStep
 from nemo_localize.neuron_files import RESULTS
+from nemo_localize.page_evidence import add_evidence, visible
+from nemo_localize.page_words import WAYS, worded
 from nemo_localize.proof import Proof
 from nemo_localize.results import CaptionResult, Results
 from nemo_localize.statistics import Statistics
 
-_SHOWN_CAPTIONS, _SHOWN_SEEDS, _CAPTION_LETTERS = 8, 6, 44
-_WAYS = {
-    "none": "before",
-    "neurons": "found neurons off",
-    "random-neurons": "as many random neurons off",
-    "embedding-adjustment": "embedding adjusted",
-    "attention-scaling": "attention scaled",
-    "random-tokens-1": "1 random token",
-    "random-tokens-4": "4 random tokens",
-    "random-tokens-10": "10 random tokens",
-}
+_SHOWN_CAPTIONS, _SHOWN_SEEDS, _CAPTION_LETTERS = 8, 5, 44
 _TITLES = {
     "demo": "Memorised portraits: found, switched off, looked at again",
     "audit": "Audit for memorised captions",
@@ -43,7 +36,8 @@ _TITLES = {
 _LIMITS = (
     "Switching neurons off is suppression, not erasure: an embedding that is optimised for a training image may find "
     "it again. Only a proof with its adversarial audit says more.",
-    "Detection looks at the first step: what a model copies late, or from rare seeds only, is missed.",
+    "Detection looks at the first step, an audit also at pictures of the most suspicious captions: what a model copies "
+    "late, or from rare seeds only, may be missed.",
     "z-scores may find a style of caption instead of a memory; captions of the same style that were never trained on "
     "belong among the reference captions.",
 )
@@ -69,6 +63,11 @@ def save_localization(
     """Keeps what localisation found for the report: the ranking, and how the neurons stand out; returns the summary."""
     rows = [{"prompt": r.prompt, "consistency": r.consistency, "error": r.error} for r in results.distinct()]
     save_detection(run, rows, tau)
+    return {**save_neurons(run, results, step, statistics), "tau": tau}
+
+
+def save_neurons(run: Run, results: Results, step: FirstStep, statistics: Statistics) -> dict[str, Any]:
+    """Keeps how the found neurons stand out for the report; returns the summary of the results."""
     sites, z = step.sites, _z_scores(results, step, statistics)
     found = [z[row, sorted(sites.numbers(r.refined))] for row, r in enumerate(localised(results)) if r.refined]
     run.save(
@@ -77,7 +76,7 @@ def save_localization(
         modules=[site.module for site in sites.sites],
         widths=list(sites.widths),
     )
-    return {**results.summary(), "tau": tau}
+    return results.summary()
 
 
 def localised(results: Results) -> list[CaptionResult]:
@@ -118,13 +117,23 @@ def save_table(run: Run, name: str, rows: Sequence[Mapping[str, Any]], caption: 
     run.table(name, rows)
 
 
+def save_evaluation(run: Run, measured: Evaluation) -> None:
+    """Keeps what was measured on pictures for the report."""
+    told = ["Medians over captions ± median absolute deviations", f"Likeness: {measured.source}", *measured.notes]
+    save_table(run, "evaluation", measured.rows(), " ".join(f"{text[:1].upper()}{text[1:]}." for text in told))
+
+
 def save_proof(run: Run, proof: Proof) -> None:
     """Keeps the proof for the report; `tables/proof-full.csv` has the columns that do not fit on a page."""
-    short = ("prompt", "verdict", "similarity", "residual_consistency", "worst")
     rows = proof.rows()
     run.table("proof-full", rows)
-    told = [{name.replace("_", " "): row.get(name) for name in short} for row in rows]
-    save_table(run, "proof", told, f"Worst caption first. Likeness: {proof.source}.")
+    short = ("prompt", "verdict", "similarity", "residual_consistency", "worst")
+    told = [{name: row.get(name) for name in short} for row in rows]
+    caption = (
+        "Worst caption first, then the controls, which were never memorised. Likest picture: the edited model's that "
+    )
+    caption += f"is most like the {proof.captions[0].target}, and what it was drawn from. Measured in {proof.source}."
+    save_table(run, "proof", told, caption)
 
 
 def write_page(run: Run) -> Path:
@@ -135,6 +144,8 @@ def write_page(run: Run) -> Path:
         report.answer(_answer(verb, run.result))
     elif _has(run, "gallery"):
         report.answer("This run goes on; type its command again if it was interrupted.")
+    if _has(run, "evidence"):
+        add_evidence(report, run)
     _add_gallery(report, run)
     _add_table(report, run, "proof", "Proof")
     _add_table(report, run, "evaluation", "Measured")
@@ -154,22 +165,46 @@ def _answer(verb: str, result: Mapping[str, Any]) -> str:
         return str(result["answer"])
     if verb == "calibrate":
         return (
-            f"tau = {result['tau']:.3f} ({result['rule']} of {result['num_prompts']} captions); "
-            f"{result['false_alarm_rate']:.1%} of {result['num_checked']} others lie above it."
+            f"The threshold is {result['tau']:.3f} ({_rule(result['rule'])} of {result['num_prompts']} captions"
+            f"{_within(result.get('interval'))}); {result['false_alarm_rate']:.1%} of {result['num_checked']} others "
+            "lie above it."
         )
     if verb == "detect":
-        return f"{result['memorised']} of {result['captions']} captions are memorised (tau {result['tau']:.3f})."
+        return f"{result['memorised']} of {result['captions']} captions are above the threshold of {result['tau']:.3f}."
     if verb == "localize":
         counts, size = result["counts"], result["refined_neurons"]
         known = counts["localised"] + counts["not_localised"]
-        neurons = f", by {size['median']:g} neurons in the median" if size else ""
+        neurons = f", by {size['median']:g} neuron{'s' * (size['median'] != 1)} in the median" if size else ""
         return f"{known} of {result['num_distinct']} captions are memorised; {counts['localised']} localised{neurons}."
+    if verb == "evaluate":
+        return _evaluated(result["table"])
     if verb == "prove":
         reasons = f" ({'; '.join(result['reasons'])})" if result["reasons"] else ""
         return f"The proof is {result['verdict']}{reasons}."
     if verb == "generate":
         return f"{result['captions']} captions, {result['images']} images each, under {len(result['methods'])} ways."
     return ""
+
+
+def _evaluated(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns how alike a caption's seeds are before and after; empty where that was not measured."""
+    every = {row["way"]: row for row in rows if row["captions"] == "all"}
+    measure = next((name for name in every["none"] if name.startswith("D_") and not name.endswith("mad")), None)
+    if measure is None or "neurons" not in every:
+        return ""
+    before, after = every["none"][measure], every["neurons"][measure]
+    return (
+        f"Pictures of one caption are {before:.3f} alike from seed to seed, and {after:.3f} with the found neurons off "
+        f"(medians over {every['none']['n']} captions)."
+    )
+
+
+def _rule(rule: str) -> str:
+    return rule.replace("mean + sd", "mean plus standard deviation")
+
+
+def _within(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f"; 95 % interval {interval[0]:.3f} to {interval[1]:.3f}"
 
 
 def _add_gallery(report: Report, run: Run) -> None:
@@ -180,8 +215,8 @@ def _add_gallery(report: Report, run: Run) -> None:
     report.section("Before and after")
     for place, prompt in enumerate(prompts):
         original = gallery.tensors.get(f"original-{place}")
-        rows = torch.cat([_visible(gallery.tensors[way][place]) for way in ways])
-        labels = [_WAYS.get(str(way), str(way)) for way in ways]
+        rows = torch.cat([visible(gallery.tensors[way][place]) for way in ways])
+        labels = [WAYS.get(str(way), str(way)) for way in ways]
         if original is not None:
             filler = torch.ones(len(seeds) - len(original), *original.shape[1:])
             rows, labels = torch.cat([original, filler, rows]), ["training image", *labels]
@@ -196,7 +231,7 @@ def _add_gallery(report: Report, run: Run) -> None:
 def _add_table(report: Report, run: Run, name: str, heading: str) -> None:
     if _has(run, f"table-{name}"):
         part = run.load(f"table-{name}")
-        report.section(heading).table(part.fields["rows"], part.fields["caption"])
+        report.section(heading).table(worded(name, part.fields["rows"]), part.fields["caption"])
 
 
 def _add_detection(report: Report, run: Run) -> None:
@@ -207,13 +242,16 @@ def _add_detection(report: Report, run: Run) -> None:
     report.section("Captions, most consistent first")
     figure = histogram(
         {f"{len(rows)} captions": [row["consistency"] for row in rows]},
-        x_label="largest similarity of two seeds' first steps",
+        x_label="largest likeness of two seeds' first steps",
         bins=min(40, max(len(rows) // 2, 10)),
         threshold=tau,
-        threshold_label=f"tau = {tau:.3f}",
+        threshold_label=f"threshold {tau:.3f}",
     )
-    report.figure(run.figure("consistency", figure), f"Consistency of {len(rows)} captions; memorised right of tau.")
-    report.table(rows, "All captions; the table is also in tables/captions.csv")
+    report.figure(
+        run.figure("consistency", figure),
+        f"How alike first steps are, {len(rows)} captions; those right of the threshold count as memorised.",
+    )
+    report.table(worded("captions", rows), "All captions; the table is also in tables/captions.csv.")
 
 
 def _add_localization(report: Report, run: Run) -> None:
@@ -222,7 +260,12 @@ def _add_localization(report: Report, run: Run) -> None:
     results = Results.read_jsonl(run.folder / RESULTS)
     found = localised(results)
     report.section("Neurons")
-    report.table([_row(r) for r in results.distinct() if r.status != "not_memorised"], "Memorised captions")
+    shown = [_row(r) for r in results.distinct() if r.status not in ("not_memorised", "undecided")]
+    report.table(
+        shown,
+        "Memorised captions, and the neurons that were found for each. Before and after: the largest likeness of two "
+        "seeds' first steps, without and with these neurons off. Which neurons they are stands in results.jsonl.",
+    )
     if not found or not _has(run, "neurons"):
         return
     part = run.load("neurons")
@@ -239,19 +282,21 @@ def _add_localization(report: Report, run: Run) -> None:
     )
     figure = histogram(
         {"all neurons": part.tensors["z"].numpy(), "found neurons": part.tensors["found"].numpy()},
-        x_label="|z| of a neuron for its caption",
+        x_label="how far a neuron stands out for its caption, in standard deviations",
     )
-    report.figure(run.figure("z-scores", figure), f"How far neurons stand out, {len(found)} captions; areas are equal.")
+    report.figure(
+        run.figure("z-scores", figure), f"How far neurons stand out from what is usual, {len(found)} captions."
+    )
 
 
 def _add_calibration(report: Report, result: Mapping[str, Any]) -> None:
-    report.section("Quantiles of ordinary captions")
-    report.table([{"quantile": q, "consistency": value} for q, value in result["quantiles"].items()])
-
-
-def _visible(images: Tensor) -> Tensor:
-    """Returns images as they are, and of latents the first three channels."""
-    return images if images.shape[1] in (1, 3) else images[:, :3]
+    report.section("What ordinary captions reach")
+    report.table(
+        [
+            {"share of ordinary captions": f"{float(q):.0%}", "first steps no more alike than": value}
+            for q, value in result["quantiles"].items()
+        ]
+    )
 
 
 def _row(result: CaptionResult) -> dict[str, Any]:
@@ -259,12 +304,10 @@ def _row(result: CaptionResult) -> dict[str, Any]:
     return {
         "caption": _cut(result.prompt),
         "status": result.status.replace("_", " "),
-        "consistency": result.max_consistency,
+        "before": result.max_consistency,
         "candidates": len(result.initial),
         "neurons": None if refined is None else len(refined),
-        "score after": result.score_refined,
-        "consistency after": result.residual_consistency,
-        "which": "" if refined is None else _cut(", ".join(f"{_short(name)}[{i}]" for name, i in refined)),
+        "after": result.residual_consistency,
     }
 
 

@@ -12,6 +12,7 @@ from diffcore.run import Run
 from nemo_localize.calibration import Calibration, calibrate
 from nemo_localize.confirm import confirm
 from nemo_localize.evaluate import Judges, evaluate
+from nemo_localize.evidence import Evidence, collect_evidence
 from nemo_localize.export import apply as write_edit
 from nemo_localize.export import checkpoint_in
 from nemo_localize.first_step import FirstStep
@@ -19,12 +20,14 @@ from nemo_localize.generate import generate
 from nemo_localize.global_edit import minimal_set, within_budget
 from nemo_localize.likeness import likeness
 from nemo_localize.localization import localize
-from nemo_localize.neuron_files import by_caption
+from nemo_localize.neuron_files import RESULTS, by_caption
 from nemo_localize.neurons import NeuronSet
-from nemo_localize.page import save_gallery, save_localization, save_proof, save_table, write_page
-from nemo_localize.pictures import Drawing, shows_latents
+from nemo_localize.page import save_evaluation, save_gallery, save_neurons, save_proof, save_table, write_page
+from nemo_localize.page_evidence import save_evidence
+from nemo_localize.pictures import Drawing, seen, shows_latents
 from nemo_localize.prove import prove
 from nemo_localize.results import Results
+from nemo_localize.second_look import FIRST_SEEDS, quick_latents
 from nemo_localize.settings import Method, SearchSettings
 from nemo_localize.statistics import Statistics, collect_statistics, merged
 
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 
 _WAYS: tuple[Method, ...] = ("none", "neurons", "random-neurons")
 _DAMAGE_CAPTIONS, _CONTROLS = 48, 4
+_SHOWN, _SHOWN_CLEAN = 12, 4  # captions whose pictures the report shows, where some are suspicious and where none is
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,9 @@ class Audit:
 def audit_release(audit: Audit, run: Run, fabric: "Fabric | None" = None) -> dict[str, Any]:
     """Finds what is memorised, edits the model, and proves; returns the summary, with `closed` as its verdict.
 
-    The run folder ends up with the statistics, the threshold, `results.jsonl`, `neurons.json`, the edited checkpoint
-    as `apply` writes it, pictures, tables and the proof.
+    `closed` says that nothing is memorised, undecided or failed, or that the leak is proven closed and nothing else is
+    undecided or failed. The run folder ends up with the statistics, the threshold, `results.jsonl`, `neurons.json`, the
+    edited checkpoint as `apply` writes it, pictures, tables and the proof.
 
     Args:
         audit: What and how.
@@ -83,20 +88,24 @@ def audit_release(audit: Audit, run: Run, fabric: "Fabric | None" = None) -> dic
     """
     step = audit.step
     statistics, calibration = _usual(audit, run, fabric)
-    tau = calibration.tau
-    results = localize(
-        step, audit.prompts, tau=tau, statistics=statistics, settings=audit.search, run=run, fabric=fabric
-    )
-    summary = save_localization(run, results, tau, step, statistics)
-    memorised = [r.prompt for r in results.distinct() if r.status in ("localised", "not_localised")]
-    failed = summary["counts"]["error"]
-    found = {"captions": len(results.distinct()), "memorised": len(memorised), "failed": failed, "tau": tau}
-    found["false_alarm_rate"] = calibration.false_alarm_rate
+    evidence = _looked(audit, calibration, run, fabric)
+    memorised, tau = evidence.of("memorised"), evidence.suppressed_below
+    searched = localize(step, memorised, tau=tau, statistics=statistics, settings=audit.search, run=run, fabric=fabric)
+    by_prompt = evidence.completed({result.prompt: result for result in searched})
+    results = Results(tuple(by_prompt[prompt] for prompt in audit.prompts))
+    if run.leading:
+        results.write_jsonl(run.folder / RESULTS)
+    counts = save_neurons(run, results, step, statistics)["counts"]
+    found = _counted(evidence) | {"failed": counts["error"]}
+    unsettled = found["undecided"] + found["failed"] > 0
     if not memorised:
-        answer = f"None of {found['captions']} captions is memorised (tau {tau:.3f})."
-        return found | {"verdict": "none memorised", "closed": not failed, "answer": answer}
-    if not summary["counts"]["localised"]:
-        answer = f"{len(memorised)} of {found['captions']} captions are memorised, and no neurons were found for any."
+        verdict = "undecided" if unsettled else "none memorised"
+        answer = _none_certain(found, telling=evidence.found.usual.telling)
+        return found | {"verdict": verdict, "closed": not unsettled, "answer": answer}
+    answer = f"{len(memorised)} of {found['captions']} captions are memorised"
+    others = f" {found['undecided']} more are undecided." if found["undecided"] else ""
+    if not counts["localised"]:
+        answer += f", and no neurons were found for any.{others}"
         return found | {"verdict": "open", "closed": False, "answer": answer}
     neurons, chosen = _edit(audit, run, results, memorised, tau)
     found |= _measured(audit, run, memorised, neurons)
@@ -115,17 +124,68 @@ def audit_release(audit: Audit, run: Run, fabric: "Fabric | None" = None) -> dic
     )
     write_json(run.folder / "proof.json", proof.to_json())
     save_proof(run, proof)
-    counts = proof.summary()
-    answer = (
-        f"{len(memorised)} of {found['captions']} captions are memorised. With {len(neurons)} neurons off the proof is "
-        f"{proof.verdict}: {counts['closed']} closed, {counts['open']} open, {counts['inconclusive']} undecided."
+    summary = proof.summary()
+    answer += (
+        f". With {len(neurons)} neurons off the proof is {proof.verdict}: {summary['closed']} closed, "
+        f"{summary['open']} open, {summary['inconclusive']} inconclusive.{others}"
     )
-    return (
-        found
-        | chosen
-        | {"verdict": proof.verdict, "closed": proof.exit_code == 0 and not failed, "answer": answer}
-        | {"proof": counts}
+    closed = proof.exit_code == 0 and not unsettled
+    return found | chosen | {"verdict": proof.verdict, "closed": closed, "answer": answer, "proof": summary}
+
+
+def _looked(audit: Audit, calibration: Calibration, run: Run, fabric: "Fabric | None") -> Evidence:
+    """Returns the evidence on each caption, and keeps it for the report with the pictures of those that have most."""
+    model = audit.step.model
+    judge = likeness(audit.judges.copies, of_latents=shows_latents(model))
+    evidence = collect_evidence(
+        audit.step,
+        audit.prompts,
+        audit.ordinary,
+        calibration,
+        audit.drawing,
+        judge,
+        run,
+        originals=audit.originals,
+        fabric=fabric,
     )
+    if run.leading:
+        suspicious = len(evidence.of("memorised") + evidence.of("undecided"))
+        prompts = list(evidence.verdicts)[: max(_SHOWN_CLEAN, min(suspicious, _SHOWN))]
+        latents = quick_latents(model, prompts, FIRST_SEEDS, audit.drawing) if prompts else ()
+        shown = [seen(model, own).cpu() for own in latents]
+        save_evidence(run, evidence, dict(zip(prompts, shown, strict=True)), audit.originals)
+        write_page(run)
+    return evidence
+
+
+def _counted(evidence: Evidence) -> dict[str, Any]:
+    """Returns the summary of what was looked at and found."""
+    calibration = evidence.calibration
+    return {
+        "captions": len(evidence.first),
+        "memorised": len(evidence.of("memorised")),
+        "undecided": len(evidence.of("undecided")),
+        "drawn": len(evidence.found.looks),
+        "tau": calibration.tau,
+        "tau_interval": calibration.interval,
+        "false_alarm_rate": calibration.false_alarm_rate,
+    }
+
+
+def _none_certain(found: Mapping[str, Any], *, telling: bool) -> str:
+    """Returns the answer of an audit that found no certain memory."""
+    count = found["captions"]
+    looked = f"the first steps of all were compared, and pictures of the {found['drawn']} most consistent ones"
+    if found["drawn"] == count:
+        looked = "the first steps and the pictures of all were compared"
+    if found["undecided"]:
+        why = "seeds draw pictures that are alike, but not most of them"
+        if not telling:
+            why = "seeds draw pictures that are alike, and so they do for ordinary captions of this model"
+        return f"Undecided for {found['undecided']} of {count} captions: {why}. No other is memorised: {looked}."
+    if found["failed"]:
+        return f"{found['failed']} of {count} captions failed. No other is memorised: {looked}."
+    return f"None of {count} captions is memorised: {looked}."
 
 
 def _usual(audit: Audit, run: Run, fabric: "Fabric | None") -> tuple[Statistics, Calibration]:
@@ -169,7 +229,13 @@ def _edit(
             run.folder / "neurons.json",
             {"neurons": neurons.to_json(), "captions": captions, "minimal_set": common.to_json()},
         )
-        save_table(run, "sets", common.rows(), "Sets for all captions together; damage is what ordinary captions feel.")
+        save_table(
+            run,
+            "sets",
+            common.rows(),
+            "One set of neurons for all captions. Change: one minus the likeness of first steps of ordinary captions, "
+            f"before and after; bearable up to {common.budget:g}.",
+        )
         if checkpoint_in(run.folder) is None:
             write_edit(audit.source, neurons, run.folder, reasons=by_caption(results))
     return neurons, {
@@ -195,5 +261,5 @@ def _measured(audit: Audit, run: Run, memorised: Sequence[str], neurons: NeuronS
         judges=audit.judges,
         of_latents=shows_latents(model),
     )
-    save_table(run, "evaluation", measured.rows(), f"Medians over captions. {' '.join(measured.notes)}")
+    save_evaluation(run, measured)
     return {"evaluation": measured.rows(), "measured_in": measured.source}

@@ -14,7 +14,7 @@ from diffcore.strictjson import StrictError, parse
 from nemo_localize.neurons import NO_NEURONS, NeuronSet
 
 _NESTED = ("initial", "refined", "consistency", "kept_seeds")
-Status = Literal["not_memorised", "localised", "not_localised", "error"]
+Status = Literal["not_memorised", "undecided", "localised", "not_localised", "error"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class CaptionResult:
         prompt: The caption.
         prompt_hash: What names it in files.
         status: not_memorised: no seed is consistent; localised: switching `initial` off takes every consistent seed to
-            tau; not_localised: no candidate set does.
+            tau; not_localised: no candidate set does. In an audit pictures decide what is memorised, and undecided
+            says that they do not.
         error: Why there is no result.
         consistency: Of each seed, in order.
         kept_seeds: Seeds above tau.

@@ -95,7 +95,7 @@ def evaluate(
     from nemo_localize.evaluate import evaluate as measure
     from nemo_localize.generate import generate as draw
     from nemo_localize.neuron_files import read_neurons
-    from nemo_localize.page import save_gallery, save_table
+    from nemo_localize.page import save_evaluation, save_gallery, save_table
     from nemo_localize.pictures import shows_latents
 
     ways: tuple[Method, ...] = tuple(dict.fromkeys(("none", *methods)))
@@ -131,7 +131,7 @@ def evaluate(
                 of_latents=shows_latents(loaded),
             )
             save_gallery(run, found.distinct, pictures, drawing.seeds, originals)
-            save_table(run, "evaluation", result.rows(), f"Medians over captions. {' '.join(result.notes)}")
+            save_evaluation(run, result)
             if result.quality:
                 save_table(run, "quality", result.quality_rows(), "Pictures of ordinary captions.")
             conclude(run, result.to_json())

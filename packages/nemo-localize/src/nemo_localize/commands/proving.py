@@ -99,8 +99,10 @@ def audit(
 
     Shortest form: nemo-localize audit MODEL CAPTIONS --references ORDINARY
 
-    Exit code 0 means that nothing is memorised, or that the leak is proven closed in the edited model, which lies in
-    RUN/model; 1 that it is open or that the proof is inconclusive.
+    What first steps leave open is drawn from several seeds, and the pictures decide: memorised, undecided or clean.
+
+    Exit code 0 means that nothing is memorised or undecided, or that the leak is proven closed in the edited model,
+    which lies in RUN/model; 1 that it is open, that a caption is undecided or that the proof is inconclusive.
 
     Args:
         captions: What to audit; captions of the training set, say.

@@ -96,7 +96,7 @@ def _add_features(report: Report, run: Run, name: str, measures: Sequence[Measur
         )
         counts = ", ".join(f"{m.metric} n = {m.n:,}" for m in chosen)
         report.figure(run.figure(f"{stem}-{kind}", bars), f"Whiskers are 95 % intervals; {counts}.")
-    report.table([{k: v for k, v in row.items() if k != "features"} for row in as_rows(measures)])
+    report.table([{"measure": m.metric, "value": m.value, "95 % interval": _range(m), "images": m.n} for m in measures])
     for sentence in remarks(measures):
         report.text(sentence)
     if name.startswith("random:"):
@@ -192,4 +192,8 @@ def _pictures(source: ImageSource, indices: Sequence[int]) -> Float[Tensor, "b 3
 
 
 def _interval(measure: Measure) -> str:
-    return f" (95 %: {measure.low:.3g} to {measure.high:.3g})" if math.isfinite(measure.low) else ""
+    return f" (95 %: {_range(measure)})" if math.isfinite(measure.low) else ""
+
+
+def _range(measure: Measure) -> str | None:
+    return f"{measure.low:.3g} to {measure.high:.3g}" if math.isfinite(measure.low) else None

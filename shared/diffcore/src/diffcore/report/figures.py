@@ -19,7 +19,9 @@ from diffcore.report.style import DASHES, DPI, FAINT, INK, RULE, color, drawing
 
 _TILE_PIXELS = 96  # tiny images are enlarged to about this side
 _GAP_PIXELS = 6
-_LEGEND_LETTERS = 96  # that fit a figure's width
+_FEW = 30  # samples below it are drawn one by one
+_POINTS = 65  # that fit a figure's width side by side
+_LEGEND_LETTERS = 80  # that fit a figure's width
 
 
 @dataclass(frozen=True)
@@ -159,8 +161,10 @@ def histogram(
 ) -> Figure:
     """Draws distributions over the same bins, as densities, with an optional threshold.
 
+    A distribution of few samples is drawn as points, one for each, stacked where they would cover one another.
+
     Args:
-        distributions: Samples by name; each integrates to one.
+        distributions: Samples by name; each that is not drawn as points integrates to one.
         x_label: What the samples are, with their unit.
         title: Above the figure.
         bins: Number of bins over the range of all samples.
@@ -168,9 +172,15 @@ def histogram(
         threshold_label: What lies there.
     """
     samples = {name: np.asarray(values, dtype=float).ravel() for name, values in distributions.items()}
-    edges = np.histogram_bin_edges(np.concatenate(list(samples.values())), bins=bins)
-    with drawing(height=3.2) as (figure, axes):
+    few = [name for name, values in samples.items() if len(values) < _FEW]
+    everything = np.concatenate(list(samples.values()))
+    ends = everything if threshold is None else np.append(everything, threshold)
+    with drawing(height=1.2 + 0.5 * len(few) if len(few) == len(samples) else 3.2) as (figure, axes):
+        edges = np.histogram_bin_edges(everything, bins=bins)
         for place, (name, values) in enumerate(samples.items()):
+            if name in few:
+                _points(axes, values, ends, color(place), name, base=0.08 + few.index(name) / max(len(few), 1))
+                continue
             density, _ = np.histogram(values, bins=edges, density=True)
             axes.stairs(density, edges, fill=True, color=color(place), alpha=0.16)
             axes.stairs(density, edges, color=color(place), linewidth=1.5, label=name)
@@ -178,11 +188,32 @@ def histogram(
             axes.axvline(threshold, color=INK, linewidth=1, linestyle=DASHES[1], label=threshold_label or None)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
-        axes.margins(x=0.01)
+        axes.margins(x=0.01 if len(few) < len(samples) else 0.06)
         axes.set_ylim(bottom=0)
         _label(axes, x_label, "", title)
         _legend(figure, [*samples, *([threshold_label] if threshold_label else [])])
     return figure
+
+
+def _points(axes: Axes, values: np.ndarray, ends: np.ndarray, shade: str, label: str, *, base: float) -> None:
+    """Draws samples as points above `base`, a share of the height."""
+    width = max(float(np.ptp(ends)) if len(ends) else 0.0, 1e-12) / _POINTS
+    columns = np.round(values / width).astype(int)
+    stacked = [int((columns[:index] == column).sum()) for index, column in enumerate(columns)]
+    heights = base + 0.07 * np.asarray(stacked, dtype=float)
+    across = axes.get_xaxis_transform()
+    axes.plot(
+        values,
+        heights,
+        linestyle="",
+        marker="o",
+        markersize=5.5,
+        markeredgewidth=0,
+        color=shade,
+        alpha=0.8,
+        transform=across,
+        label=label,
+    )
 
 
 def image_grid(

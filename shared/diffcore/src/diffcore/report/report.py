@@ -3,6 +3,7 @@
 import base64
 import io
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ _WARN_BYTES, _SHRINK_BYTES = 8_000_000, 25_000_000
 _SMALL_SIDE = 256  # photographs above it are stored as JPEG; too large a report shrinks all pictures to it
 _ROWS = 200
 _CSS_DPI = 96
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -110,12 +112,23 @@ class Report:
         return self
 
     def table(self, rows: Sequence[Mapping[str, Any]], caption: str = "") -> "Report":
-        """Adds a table, a column per key; numbers to four digits, the first 200 rows."""
+        """Adds a table, a column per key; numbers to four digits, the first 200 rows.
+
+        A column of words that are the same in all rows, the first one aside, is said once, below. Where the page is
+        narrow each row becomes a paragraph.
+        """
         names = list(dict.fromkeys(name for row in rows for name in row))
+        same = [(name, _cell(rows[0][name])) for name in names[1:] if _is_repeated([row.get(name) for row in rows])]
+        names = [name for name in names if name not in dict(same)]
         columns = [(name, all(_is_number(row.get(name)) for row in rows)) for name in names]
         cells = [[_cell(row.get(name)) for name in names] for row in rows[:_ROWS]]
         return self._add(
-            kind="table", caption=caption, columns=columns, rows=cells, cut=len(rows) if len(rows) > _ROWS else 0
+            kind="table",
+            caption=caption,
+            columns=columns,
+            rows=cells,
+            same=same,
+            cut=len(rows) if len(rows) > _ROWS else 0,
         )
 
     def save(self, path: Path) -> Path:
@@ -160,7 +173,7 @@ class Report:
         if record["seed"] is not None:
             yield "Seed", str(record["seed"])
         for name, digest in record["inputs"].items():
-            yield f"Input: {name}", f"sha256 {digest[:16]}…"
+            yield f"Input: {name}", f"sha256 {digest[:16]}…" if _SHA256.fullmatch(digest) else digest
         yield "Settings", ", ".join(f"{name} = {_cell(value)}" for name, value in record["config"].items())
         hardware = record["hardware"]
         yield "Hardware", hardware["gpu"] or f"{hardware['machine']} CPU, {hardware['cores']} cores"
@@ -187,11 +200,16 @@ def _is_number(value: Any) -> bool:
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
+def _is_repeated(values: Sequence[Any]) -> bool:
+    """Returns whether a column repeats words; equal numbers are findings."""
+    return len(values) > 1 and bool(values[0]) and isinstance(values[0], str) and all(v == values[0] for v in values)
+
+
 def _cell(value: Any) -> str:
     if value is None or (isinstance(value, float) and value != value):
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:#.4g}".removesuffix(".")  # with the zeros at the end: numbers of a column are equally exact
     return f"{value:,}" if isinstance(value, int) else str(value)

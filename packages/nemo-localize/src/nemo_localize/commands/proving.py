@@ -5,7 +5,7 @@ from pathlib import Path
 
 from diffcore.cli import show
 from nemo_localize.commands.inputs import digest_of, load_judges, load_originals, read_calibration, read_captions
-from nemo_localize.commands.options import Files, Judging, Strict, UnchangedModel
+from nemo_localize.commands.options import Files, Judging, Strict, Tau, UnchangedModel
 from nemo_localize.commands.work import Work, conclude
 from nemo_localize.settings import DrawSettings, SearchSettings, StepSettings
 
@@ -19,6 +19,7 @@ def prove(
     neurons: Path,
     controls: Path,
     calibration: Path | None = None,
+    tau: Tau = None,
     judging: Judging = Judging(),
     step: StepSettings = StepSettings(),
     drawing: DrawSettings = DrawSettings(),
@@ -46,11 +47,11 @@ def prove(
     from nemo_localize.prove import prove as find_proof
 
     found, harmless = read_captions(captions, strict), read_captions(controls, strict)
-    chosen, separate = read_neurons(neurons)
     innocent = harmless.distinct[:_CONTROLS]
     loaded = work.load(model)
+    chosen, separate = read_neurons(neurons, backbone=loaded.backbone)
     first = work.first_step(loaded, step)
-    tau = threshold(first, read_calibration(calibration))
+    tau = threshold(first, read_calibration(calibration), tau=tau)
     judges, originals = load_judges(judging, work), load_originals(judging, found)
     if work.output.dry_run:
         folder = work.folder("prove", loaded)

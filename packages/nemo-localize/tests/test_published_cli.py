@@ -32,7 +32,7 @@ def command(leaky: Planted, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     """Runs a command on a model with two memories, with a list of both and one neuron for each on disk."""
     monkeypatch.setattr(Work, "load", lambda *_: leaky.model)
     monkeypatch.chdir(tmp_path)
-    Path("captions.csv").write_text(f"Caption;URL;type\n{FIRST};u;VM\n{SECOND};v;TM\n{FIRST};w;VM\n")
+    Path("captions.csv").write_text(f"Caption;URL;Type\n{FIRST};u;VM\n{SECOND};v;TM\n{FIRST};w;VM\n")
     own = {FIRST: leaky.carriers(FIRST), SECOND: leaky.carriers(SECOND)}
     together = own[FIRST].union(own[SECOND])
     Path("all.json").write_text(json.dumps({"neurons": together.to_json(), "captions": {FIRST: own[FIRST].to_json()}}))
@@ -85,6 +85,9 @@ def test_pictures_are_drawn_as_the_published_code_draws_them(command: Callable[.
     assert not half["neurons"].equal(ours["neurons"])
     with pytest.raises(UserError, match="two choices"):
         drawn("both", "--per-caption", "--most-frequent", "1")
+    Path("all.json").write_text(json.dumps(leaky.carriers(FIRST).to_json()))
+    with pytest.raises(UserError, match="told by caption"):
+        drawn("untold", "--per-caption")
 
 
 def test_published_noise_is_one_draw_of_the_first_seed():
@@ -118,6 +121,8 @@ def test_localize_takes_thresholds_and_factors(
         return Results.read_jsonl(Path(name, "results.jsonl"))[0]
 
     plain = found("plain", "--tau", "0.45", "--k", "2")
+    replayed = ["captions.csv", "--config", "plain/config.yaml", "--out", "plain"]
+    assert cli.app(["localize", "m", *replayed]) == 0  # the same run, its threshold included
     assert (plain.tau, plain.tau_ref, plain.refined) == (0.45, 0.45, simple.carriers(FIRST))
     assert len(plain.initial) > 1
     low = found("low", "--tau", "0.45", "--k", "2", "--tau-refinement", "1e-6")

@@ -87,6 +87,17 @@ def test_sample_draws_by_seed_and_row_and_resumes(folder: Path, tmp_path: Path, 
     assert (tmp_path / "a" / "parts" / "images-0001.safetensors").stat().st_mtime_ns == again
 
 
+def test_no_guidance_is_said_in_two_ways(folder: Path, tmp_path: Path):
+    """The formula would draw the empty prompt at 0."""
+    images = []
+    for scale in ("0", "1"):
+        out = tmp_path / scale
+        run("sample", folder, "a cat", "a dog", "--steps", "1", "--guidance-scale", scale, "--out", out)
+        images.append([artifact.load(out / "parts" / f"images-000{place}").tensors["images"] for place in range(2)])
+    assert all(a.equal(b) for a, b in zip(*images, strict=True))
+    assert not images[0][0].equal(images[0][1])
+
+
 def test_sample_tells_what_of_a_prompt_is_lost(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     told = said(capsys, "sample", folder, "x " * 100, "--steps", "1", "--out", tmp_path / "c", "--json")
     assert told["truncated"][0]["lost"]

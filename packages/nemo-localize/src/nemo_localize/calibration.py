@@ -80,7 +80,7 @@ class Calibration:
             differing = [name for name in now if then.get(name) != now[name]]
             what = ", ".join(f"{name} {printable(then.get(name))} -> {now[name]}" for name in differing)
             raise IncompatibleModelError(
-                f"the calibration is of other settings ({what or 'latent size, timestep or precision'}); "
+                f"the calibration is of other settings ({what or 'latent size, timestep, precision or similarity'}); "
                 "calibrate again under these"
             )
         if self.fingerprint != step.model.fingerprint:

@@ -1,12 +1,13 @@
 """The commands that draw, and measure what is drawn: generate, evaluate."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffcore.cli import Flag, show
 from diffcore.errors import UserError
-from nemo_localize.commands.inputs import digest_of, load_judges, load_originals, read_captions
+from nemo_localize.commands.inputs import column, digest_of, load_judges, load_originals, read_captions
 from nemo_localize.commands.options import (
     DrawCompat,
     Judging,
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from nemo_localize.neurons import NeuronSet
+
+_LOG = logging.getLogger("diffcore.nemo_localize")
 
 
 def generate(
@@ -70,6 +73,8 @@ def generate(
     found = read_captions(captions, strict)
     loaded = work.load(model)
     chosen, separate = _none() if neurons is None else read_neurons(neurons, backbone=loaded.backbone, failed=published)
+    if per_caption and not separate:
+        raise UserError("--per-caption needs neurons that are told by caption; give a run of localize, or a table")
     if most_frequent is not None:
         chosen = find_most_frequent(separate, most_frequent)
     known = digest_of(chosen, separate)
@@ -121,8 +126,9 @@ def evaluate(
 
     As in the paper's table each caption has its own neurons off; beside it stands the union of all captions' neurons,
     which is what an edited model has off, and what ordinary captions are drawn with. A column type of the captions (VM
-    or TM) says which are verbatim and which template memories. Without --sscd and --clip the stated substitutes are
-    taken, and named in the tables.
+    or TM) says which are verbatim and which template memories. With --compat reference images are measured as JPEG, and
+    medians are the published code's. Without --sscd and --clip the stated substitutes are taken, and named in the
+    tables.
 
     Args:
         captions: Memorised captions.
@@ -145,7 +151,9 @@ def evaluate(
     published = compat == "reference"
     pictured = _published(drawing, published)
     found = read_captions(captions, strict)
-    kinds = kinds_of(found.prompts, found.columns.get("type", ("",) * len(found)))
+    kinds = kinds_of(found.prompts, types := column(found, "type"))
+    if kinds is None and any(types):
+        _LOG.warning("the column type says something else than VM or TM, and is not used")
     others = None if ordinary is None else read_captions(ordinary, strict)
     loaded = work.load(model)
     chosen, separate = read_neurons(neurons, backbone=loaded.backbone, failed=published)
@@ -195,19 +203,19 @@ def evaluate(
                 kinds=kinds,
                 reference=published,
             )
-            told = " ".join((*result.notes, *_left_alone(found.distinct, separate)))
+            notes = [*result.notes, *(_left_alone(found.distinct, separate) if beside else ())]
             save_gallery(run, found.distinct, pictures, pictured.seeds, originals)
-            save_table(run, "evaluation", result.rows(), f"Medians over captions. {told}")
+            save_table(run, "evaluation", result.rows(), f"Medians over captions. {' '.join(notes)}")
             if result.quality:
                 save_table(run, "quality", result.quality_rows(), "Pictures of ordinary captions.")
-            conclude(run, result.to_json() | {"notes": [*result.notes, *_left_alone(found.distinct, separate)]})
+            conclude(run, result.to_json() | {"notes": notes})
         show(run, work.output)
     return 0
 
 
 def _left_alone(prompts: "Sequence[str]", separate: "Mapping[str, NeuronSet]") -> list[str]:
     """Returns what is to be said of captions that have no neurons of their own where others have."""
-    count = sum(not separate.get(prompt) for prompt in prompts) if separate else 0
+    count = sum(not separate.get(prompt) for prompt in prompts)
     return [f"{count} captions have no neurons of their own: under 'neurons' nothing is off for them"] if count else []
 
 

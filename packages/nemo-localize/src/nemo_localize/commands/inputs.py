@@ -31,6 +31,11 @@ def read_captions(path: Path, strict: bool) -> "PromptSet":
     return found
 
 
+def column(captions: "PromptSet", name: str) -> tuple[str, ...]:
+    """Returns a column of the captions by its name, in any case; empty cells where there is none."""
+    return next((cells for key, cells in captions.columns.items() if key.lower() == name), ("",) * len(captions))
+
+
 def read_calibration(path: Path | None) -> "Calibration | None":
     """Reads a calibration, where one is given."""
     from nemo_localize.calibration import Calibration

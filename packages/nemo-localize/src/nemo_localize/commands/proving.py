@@ -51,14 +51,14 @@ def prove(
     loaded = work.load(model)
     chosen, separate = read_neurons(neurons, backbone=loaded.backbone)
     first = work.first_step(loaded, step)
-    tau = threshold(first, read_calibration(calibration), tau=tau)
+    level = threshold(first, read_calibration(calibration), tau=tau)
     judges, originals = load_judges(judging, work), load_originals(judging, found)
     if work.output.dry_run:
         folder = work.folder("prove", loaded)
         return work.plan(captions=len(found.distinct), controls=len(innocent), writes=folder)
-    options = {"model": model, "neurons": neurons, "controls": controls, "calibration": calibration}
+    options = {"model": model, "neurons": neurons, "controls": controls, "calibration": calibration, "tau": tau}
     options |= {"judging": judging, "step": step, "drawing": drawing}
-    known = {"neurons": digest_of(chosen, separate), "tau": repr(tau)}
+    known = {"neurons": digest_of(chosen, separate), "tau": repr(level)}
     fabric = work.fabric()
     with work.open("prove", loaded, [found, harmless], options, **known) as run:
         if not run.finished:
@@ -67,7 +67,7 @@ def prove(
                 chosen,
                 found.distinct,
                 innocent,
-                tau=tau,
+                tau=level,
                 originals=originals,
                 copies=judges.copies,
                 drawing=work.drawing(drawing),

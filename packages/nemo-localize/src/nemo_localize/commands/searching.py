@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from diffcore.cli import Flag, show
 from diffcore.errors import UserError
 from diffcore.files import sha256
-from nemo_localize.commands.inputs import read_calibration, read_captions, within
+from nemo_localize.commands.inputs import column, read_calibration, read_captions, within
 from nemo_localize.commands.options import (
     AuditedCaptions,
     CalibrationFile,
@@ -141,12 +141,12 @@ def detect(
     found = read_captions(captions, strict)
     loaded = work.load(model)
     first = work.first_step(loaded, step)
-    tau = threshold(first, read_calibration(calibration), tau=tau)
+    level = threshold(first, read_calibration(calibration), tau=tau)
     if work.output.dry_run:
         return work.plan(captions=len(found.distinct), writes=work.folder("detect", loaded))
-    options = {"model": model, "calibration": calibration, "unit_size": unit_size, "step": step}
+    options = {"model": model, "calibration": calibration, "tau": tau, "unit_size": unit_size, "step": step}
     fabric = work.fabric()
-    with work.open("detect", loaded, [found], options, tau=repr(tau)) as run:
+    with work.open("detect", loaded, [found], options, tau=repr(level)) as run:
         if not run.finished:
             rows = in_units(
                 found.distinct,
@@ -156,7 +156,7 @@ def detect(
                 fabric=fabric,
             )
             if run.leading:
-                conclude(run, save_detection(run, rows, tau))
+                conclude(run, save_detection(run, rows, level))
         show(run, work.output)
     return 0
 
@@ -192,22 +192,23 @@ def localize(
     usual = Statistics.load(within(statistics, "statistics.safetensors"))
     loaded = work.load(model)
     first = work.first_step(loaded, step)
-    tau = threshold(first, read_calibration(calibration), tau=tau)
+    level = threshold(first, read_calibration(calibration), tau=tau)
     usual.require(loaded, first.sites)
     for difference in usual.differences(first.encoder.tokenize(found.distinct)):
         _LOG.warning("%s: z-scores may tell style instead of memory", difference)
     if work.output.dry_run:
-        return work.plan(captions=len(found.distinct), tau=tau, writes=work.folder("localize", loaded) / RESULTS)
-    options = {"model": model, "statistics": statistics, "calibration": calibration, "step": step, "search": search}
-    known = {"statistics": usual.fingerprint, "tau": repr(tau)}
+        return work.plan(captions=len(found.distinct), tau=level, writes=work.folder("localize", loaded) / RESULTS)
+    options = {"model": model, "statistics": statistics, "calibration": calibration, "tau": tau}
+    options |= {"step": step, "search": search}
+    known = {"statistics": usual.fingerprint, "tau": repr(level)}
     fabric = work.fabric()
     with work.open("localize", loaded, [found], options, **known) as run:
         if not run.finished:
             results = find_neurons(
-                first, found.prompts, tau=tau, statistics=usual, settings=search, run=run, fabric=fabric
+                first, found.prompts, tau=level, statistics=usual, settings=search, run=run, fabric=fabric
             )
             if run.leading:
-                conclude(run, save_localization(run, results, tau, first, usual))
+                conclude(run, save_localization(run, results, level, first, usual))
         if authors_table and run.leading:
             _write_authors_table(run, first, found)
         show(run, work.output)
@@ -220,7 +221,7 @@ def _write_authors_table(run: "Run", first: "FirstStep", captions: "PromptSet") 
     from nemo_localize.results import Results
 
     # A row for every caption of the list, given twice or not: readers go through both side by side.
-    urls = captions.columns.get("URL", ("",) * len(captions))
+    urls = column(captions, "url")
     results = Results.read_jsonl(run.folder / RESULTS)
     rows = [AuthorsRow.of(result, url) for result, url in zip(results, urls, strict=True)]
     write_authors_table(run.folder / "tables" / "published-form.csv", rows, first.sites)

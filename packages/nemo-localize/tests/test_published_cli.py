@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from diffcore import artifact
 from diffcore.errors import UserError
@@ -159,3 +160,24 @@ def test_a_table_is_applied_to_its_own_model(tmp_path: Path, monkeypatch: pytest
     assert cli.app(["apply", "model", "table.csv", "--no-lora", "--out", "edit"]) == 0
     told = json.loads(Path("edit/manifest.json").read_text())
     assert told["neurons"] == {layers[0].module: [1], layers[-1].module: [0]}
+    assert cli.app(["apply", "model", "table.csv", "--most-frequent", "1", "--no-lora", "--out", "one"]) == 0
+    told = json.loads(Path("one/manifest.json").read_text())
+    assert told["neurons"] == told["captions"]["a"] == {layers[0].module: [1]}
+
+
+def test_a_published_table_is_applied_to_what_cannot_be_loaded_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An edit needs the value layers alone; a table without a model's word is of SD 1.x and 2.x."""
+    monkeypatch.chdir(tmp_path)
+    first = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2"
+    tensors = {
+        "model.diffusion_model.input_blocks.0.0.weight": torch.ones(8, 4, 3, 3),
+        f"{first}.to_k.weight": torch.ones(320, 768),
+        f"{first}.to_v.weight": torch.ones(320, 768),
+    }
+    save_file(tensors, "sd15.safetensors")
+    cell = json.dumps([[25], *[[] for _ in range(6)]])
+    header = "Caption;URL;Initial Neurons;Initial SSIM;Refined Neurons;Refined SSIM"
+    Path("table.csv").write_text(f"{header}\na;;{cell};0.4;{cell};0.4\n")
+    assert cli.app(["apply", "sd15.safetensors", "table.csv", "--no-lora", "--out", "edit"]) == 0
+    rows = load_file("edit/model.safetensors")[f"{first}.to_v.weight"].any(1)
+    assert rows.nonzero().flatten().tolist() == [row for row in range(320) if row != 25]

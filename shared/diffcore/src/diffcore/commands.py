@@ -166,9 +166,7 @@ def sample(
 
     if steps < 1 or count < 1:
         raise UserError(f"--steps is {steps} and --count is {count}; both must be at least 1")
-    guidance_scale = (
-        guidance_scale or 1.0
-    )  # at 0 the formula would leave the prompt out
+    guidance_scale = guidance_scale or 1.0  # at 0 the formula would leave the prompt out
     loaded = _load(model, loading, runtime)
     if adapter is not None:
         loaded = loaded.with_adapter(adapter, adapter_scale)

@@ -48,6 +48,7 @@ def apply(
     chosen, reasons = read_neurons(neurons, backbone=backbone)
     if most_frequent is not None:
         chosen = find_most_frequent(reasons, most_frequent)
+        reasons = {caption: own.minus(own.minus(chosen)) for caption, own in reasons.items()}
     folder = output.out or Path("runs") / f"apply-{source.stem}"
     if output.dry_run:
         emit({"neurons": len(chosen), "layers": len(chosen.layers), "writes": folder / "model"}, output.json)
@@ -70,11 +71,15 @@ def apply(
     return 0
 
 
-def _backbone(source: Path) -> "nn.Module":
+def _backbone(source: Path) -> "nn.Module | None":
+    """Returns the network of a model; None of what can be edited, but not loaded whole."""
     from diffcore.models import load
     from diffcore.runtime import Runtime
 
-    return load(source, Runtime(device="cpu")).backbone
+    try:
+        return load(source, Runtime(device="cpu")).backbone
+    except UserError:
+        return None
 
 
 def revert(edit: Path, *, out: Path, json: Flag = False) -> int:

@@ -113,7 +113,7 @@ def test_localize_takes_thresholds_and_factors(
     monkeypatch.setattr(Work, "load", lambda *_: simple.model)
     monkeypatch.chdir(tmp_path)
     ordinary = ordinary_captions(1, seed=9)[0]
-    Path("captions.csv").write_text(f"Caption;URL\n{FIRST};u\n{ordinary};v\n{FIRST};w\n")
+    Path("captions.csv").write_text(f"Caption;URL;type\n{FIRST};u;VM\n{ordinary};v;TM\n{FIRST};w;VM\n")
     usual.save(Path("s.safetensors"))
 
     def found(name: str, *options: str) -> CaptionResult:
@@ -126,6 +126,9 @@ def test_localize_takes_thresholds_and_factors(
     assert cli.app(["localize", "m", *replayed]) == 0  # the same run, its threshold included
     assert (plain.tau, plain.tau_ref, plain.refined) == (0.45, 0.45, simple.carriers(FIRST))
     assert len(plain.initial) > 1
+    told = json.loads(Path("plain/result.json").read_text())
+    assert (told["verbatim"]["counts"]["localised"], told["template"]["counts"]["not_memorised"]) == (1, 1)
+    assert (told["verbatim"]["refined_neurons"]["median"], told["template"]["refined_neurons"]) == (1, None)
     low = found("low", "--tau", "0.45", "--k", "2", "--tau-refinement", "1e-6")
     assert (low.tau_ref, low.refined) == (1e-6, low.initial)  # nothing goes: no score is as low
     relative = found("relative", "--tau", "0.45", "--k", "2", "--relative-refinement", "0.2")

@@ -1,13 +1,12 @@
 """The commands that draw, and measure what is drawn: generate, evaluate."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffcore.cli import Flag, show
 from diffcore.errors import UserError
-from nemo_localize.commands.inputs import column, digest_of, load_judges, load_originals, read_captions
+from nemo_localize.commands.inputs import digest_of, load_judges, load_originals, read_captions, read_kinds
 from nemo_localize.commands.options import (
     DrawCompat,
     Judging,
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from nemo_localize.neurons import NeuronSet
-
-_LOG = logging.getLogger("diffcore.nemo_localize")
 
 
 def generate(
@@ -138,7 +135,6 @@ def evaluate(
         inception: Weights of Inception (TorchScript), for FID and KID of those; else a random network stands in.
     """
     from nemo_localize.evaluate import evaluate as measure
-    from nemo_localize.evaluate import kinds_of
     from nemo_localize.generate import generate as draw
     from nemo_localize.neuron_files import most_frequent as find_most_frequent
     from nemo_localize.neuron_files import read_neurons
@@ -151,9 +147,7 @@ def evaluate(
     published = compat == "reference"
     pictured = _published(drawing, published)
     found = read_captions(captions, strict)
-    kinds = kinds_of(found.prompts, types := column(found, "type"))
-    if kinds is None and any(types):
-        _LOG.warning("the column type says something else than VM or TM, and is not used")
+    kinds = read_kinds(found)
     others = None if ordinary is None else read_captions(ordinary, strict)
     loaded = work.load(model)
     chosen, separate = read_neurons(neurons, backbone=loaded.backbone, failed=published)

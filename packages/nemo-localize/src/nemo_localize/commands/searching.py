@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from diffcore.cli import Flag, show
 from diffcore.errors import UserError
 from diffcore.files import sha256
-from nemo_localize.commands.inputs import column, read_calibration, read_captions, within
+from nemo_localize.commands.inputs import column, read_calibration, read_captions, read_kinds, within
 from nemo_localize.commands.options import (
     AuditedCaptions,
     CalibrationFile,
@@ -178,6 +178,8 @@ def localize(
 
     Shortest form: nemo-localize localize MODEL CAPTIONS --statistics RUN --calibration RUN
 
+    Where a column type of the captions says VM or TM, verbatim and template memories are also counted apart.
+
     Args:
         statistics: Run of statistics, or its statistics.safetensors.
         authors_table: Write the table of the published code too.
@@ -208,7 +210,8 @@ def localize(
                 first, found.prompts, tau=level, statistics=usual, settings=search, run=run, fabric=fabric
             )
             if run.leading:
-                conclude(run, save_localization(run, results, level, first, usual))
+                summary = save_localization(run, results, level, first, usual)
+                conclude(run, summary | results.by_kind(read_kinds(found) or {}))
         if authors_table and run.leading:
             _write_authors_table(run, first, found)
         show(run, work.output)

@@ -11,7 +11,6 @@ from diffcore.hooks import Site
 from nemo_localize.authors_table import PUBLISHED_SITES, AuthorsRow, read_authors_table, write_authors_table
 from nemo_localize.neuron_files import read_neurons
 from nemo_localize.neurons import NeuronSet
-from nemo_localize.planted import planted_model
 from nemo_localize.results import CaptionResult
 from nemo_localize.sites import ValueSites, value_sites
 
@@ -92,8 +91,8 @@ def test_no_cell_of_neurons_is_empty(tmp_path, result):
 
 
 @pytest.mark.parametrize("up", [False, True])
-def test_tables_of_any_number_of_layers_name_the_neurons(tmp_path, up):
-    backbone = planted_model([]).model.backbone
+def test_tables_of_any_number_of_layers_name_the_neurons(simple, tmp_path, up):
+    backbone = simple.model.backbone
     deep, down = value_sites(backbone, up=True), value_sites(backbone)
     layers = (deep if up else down).sites
     own = NeuronSet.of({layers[0].module: [3], layers[-1].module: [1]})

@@ -121,7 +121,7 @@ def test_localize_takes_thresholds_and_factors(
         assert cli.app(["localize", "m", *given, *options]) == 0
         return Results.read_jsonl(Path(name, "results.jsonl"))[0]
 
-    plain = found("plain", "--tau", "0.45", "--k", "2")
+    plain = found("plain", "--tau", "0.45", "--k", "1")
     replayed = ["captions.csv", "--config", "plain/config.yaml", "--out", "plain"]
     assert cli.app(["localize", "m", *replayed]) == 0  # the same run, its threshold included
     assert (plain.tau, plain.tau_ref, plain.refined) == (0.45, 0.45, simple.carriers(FIRST))
@@ -129,9 +129,9 @@ def test_localize_takes_thresholds_and_factors(
     told = json.loads(Path("plain/result.json").read_text())
     assert (told["verbatim"]["counts"]["localised"], told["template"]["counts"]["not_memorised"]) == (1, 1)
     assert (told["verbatim"]["refined_neurons"]["median"], told["template"]["refined_neurons"]) == (1, None)
-    low = found("low", "--tau", "0.45", "--k", "2", "--tau-refinement", "1e-6")
+    low = found("low", "--tau", "0.45", "--k", "1", "--tau-refinement", "1e-6")
     assert (low.tau_ref, low.refined) == (1e-6, low.initial)  # nothing goes: no score is as low
-    relative = found("relative", "--tau", "0.45", "--k", "2", "--relative-refinement", "0.2")
+    relative = found("relative", "--tau", "0.45", "--k", "1", "--relative-refinement", "0.2")
     assert abs(relative.score_refined / relative.score_initial - 1) < 0.2
     assert relative.refined.minus(simple.carriers(FIRST)) != relative.refined  # what carries the memory stays
     weak = found("weak", "--tau", "0.45", "--scaling-factor", "0.95")

@@ -62,7 +62,7 @@ def study(name: str, parts: Sequence[str], size: Size, out: Path, *, restart: bo
                 rows = with_trial(name, part, PARTS[part](this))
                 run.save(key, {}, rows=rows, minutes=(time.process_time() - start) / 60)
             fields = run.load(key).fields
-            found[part] = {"rows": fields["rows"], "minutes": fields["minutes"]}
+            found[part] = {"rows": fields["rows"], "minutes": fields["minutes"], "timestep": this.step.t}
             print(f"{name}, {part}: {fields['minutes']:.1f} minutes of CPU", flush=True)
             print(table(fields["rows"]), flush=True)
             if size.items == Size.items:
@@ -97,7 +97,8 @@ def page(results: Mapping[str, Any]) -> str:
         lines += [f"## {name}", ""]
         for part, note in NOTES.items():
             if part in parts:
-                minutes = f"{parts[part]['minutes']:.1f} minutes of one core."
+                at = f"Pure noise is shown at timestep {parts[part].get('timestep', 981):g}."  # once always the first
+                minutes = f"{at} {parts[part]['minutes']:.1f} minutes of one core."
                 lines += [f"### {part.capitalize()}", "", f"{note} {minutes}", "", table(parts[part]["rows"]), ""]
     return "\n".join(lines)
 

@@ -1,5 +1,7 @@
 """The published code's table: typed by hand, and round trips."""
 
+import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from nemo_localize.authors_table import PUBLISHED_SITES, AuthorsRow, read_author
 from nemo_localize.neuron_files import read_neurons
 from nemo_localize.neurons import NeuronSet
 from nemo_localize.results import CaptionResult
-from nemo_localize.sites import ValueSites
+from nemo_localize.sites import ValueSites, value_sites
 
 SITES = ValueSites(tuple(Site(f"layer{place}.to_v") for place in range(7)), (320, 320, 640, 640, 1280, 1280, 1280))
 
@@ -66,9 +68,40 @@ def test_results_become_rows():
     found = CaptionResult("a", "", "localised", initial=off, refined=left, score_initial=0.1, score_refined=0.2)
     assert AuthorsRow.of(found, "u") == AuthorsRow("a", "u", off, 0.1, left, 0.2)
     unrefined = CaptionResult("a", "", "not_localised", initial=off, score_initial=0.9)
-    assert AuthorsRow.of(unrefined) == AuthorsRow("a", "", off, 0.9)
-    assert AuthorsRow.of(CaptionResult("a", "", "not_memorised")).refined == NeuronSet()
-    assert AuthorsRow.of(CaptionResult("a", "", "error", error="NaN")) == AuthorsRow("a")
+    assert AuthorsRow.of(unrefined) == AuthorsRow("a", "", off, 0.9, NeuronSet(), 1.0)
+    none = NeuronSet()
+    assert AuthorsRow.of(CaptionResult("a", "", "not_memorised")) == AuthorsRow("a", "", none, 0.0, none, 0.0)
+    assert AuthorsRow.of(CaptionResult("a", "", "error", error="NaN")) == AuthorsRow("a", "", none, None, none, None)
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        CaptionResult("a", "", "not_memorised"),
+        CaptionResult("a", "", "not_localised", initial=NeuronSet.of({"layer0.to_v": [1]}), score_initial=0.9),
+        CaptionResult("a", "", "error", error="NaN"),
+    ],
+    ids=["not memorised", "not refined", "failed"],
+)
+def test_no_cell_of_neurons_is_empty(tmp_path, result):
+    """Readers of these tables take such a cell apart as text; an empty one is none."""
+    path = write_authors_table(tmp_path / "table.csv", [AuthorsRow.of(result)], SITES)
+    (row,) = csv.DictReader(path.open(newline="", encoding="utf-8"), delimiter=";")
+    assert [len(json.loads(row[f"{kind} Neurons"])) for kind in ("Initial", "Refined")] == [7, 7]
+
+
+@pytest.mark.parametrize("up", [False, True])
+def test_tables_of_any_number_of_layers_name_the_neurons(simple, tmp_path, up):
+    backbone = simple.model.backbone
+    deep, down = value_sites(backbone, up=True), value_sites(backbone)
+    layers = (deep if up else down).sites
+    own = NeuronSet.of({layers[0].module: [3], layers[-1].module: [1]})
+    path = write_authors_table(tmp_path / "t.csv", [AuthorsRow("a", "", own, 0.4, own, 0.4)], deep if up else down)
+    assert read_neurons(path, backbone=backbone) == (own, {"a": own})
+    few = ValueSites(down.sites[:2], down.widths[:2])
+    path = write_authors_table(tmp_path / "few.csv", [AuthorsRow("a", "", NeuronSet(), 0.0, NeuronSet(), 0.0)], few)
+    with pytest.raises(IncompatibleModelError, match="neurons of 2 value layers, where this model has 7"):
+        read_neurons(path, backbone=backbone)
 
 
 @pytest.mark.parametrize(

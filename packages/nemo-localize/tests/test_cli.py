@@ -82,7 +82,7 @@ def test_from_captions_to_neurons_and_pictures(
     judged = ["--methods", "random-neurons", "neurons", "--json"]
     assert command("evaluate", "planted", captions, "--neurons", folder, *draw, *judged) == 0
     measured = json.loads(capsys.readouterr().out)
-    assert {row["way"] for row in measured["captions"]} == {"none", "random-neurons", "neurons"}
+    assert {row["way"] for row in measured["captions"]} == {"none", "random-neurons", "neurons", "union"}
     with pytest.raises(UserError, match="no autoencoder"):
         command("evaluate", "planted", captions, "--neurons", folder, "--ordinary", ordinary)
     for verb in ("calibrate", "detect", "localize", "generate", "evaluate"):
@@ -208,7 +208,7 @@ def test_the_exit_code_of_a_proof_is_its_verdict(
         return Proof((CaptionProof(TRIGGER, "training image", 0.1, 0.45, checks),), (control,), "SSIM", "", {})
 
     monkeypatch.setattr(importlib.import_module("nemo_localize.prove"), "prove", prove)
-    monkeypatch.setattr(importlib.import_module("nemo_localize.calibration"), "threshold", lambda *_: 0.45)
+    monkeypatch.setattr(importlib.import_module("nemo_localize.calibration"), "threshold", lambda *_, **__: 0.45)
     Path("neurons.json").write_text(json.dumps(simple.carriers(TRIGGER).to_json()))
     given = ["planted", captions, "--neurons", "neurons.json", "--controls", ordinary]
     assert command("prove", *given, "--json") == code

@@ -11,7 +11,7 @@ from diffcore.metrics.preprocess import SSCD, Preprocessing
 from diffcore.metrics.prompt_fit import ClipText
 from diffcore.models.prompts import TextTower
 from diffcore.runtime import Runtime
-from nemo_localize.evaluate import Judges, evaluate
+from nemo_localize.evaluate import Judges, evaluate, kinds_of
 from nemo_localize.likeness import likeness
 
 PROMPTS = ["first", "second", "third"]
@@ -95,6 +95,32 @@ def test_captions_are_split_by_what_the_unedited_model_copies(pictures, original
     row = by(found.rows(), way="neurons", captions="all")
     assert row["SSIM_gen"] == pytest.approx(values[1])
     assert row["SSIM_gen, mad"] == pytest.approx(sorted(abs(value - values[1]) for value in values)[1])
+
+
+def test_a_column_type_has_the_word(pictures, originals):
+    kinds = kinds_of(PROMPTS, ["TM", "vm", ""])
+    assert kinds == {"first": "template", "second": "verbatim"}
+    found = evaluate(PROMPTS, pictures, originals=originals, kinds=kinds)
+    assert {row["prompt"]: row["kind"] for row in found.caption_rows()} == {**kinds, "third": "no training image"}
+    assert any("as they were given" in note for note in found.notes)
+    assert kinds_of(PROMPTS, ["MV", "TV", "RV"]) == dict(
+        zip(PROMPTS, ("verbatim", "template", "verbatim"), strict=True)
+    )
+    assert kinds_of(PROMPTS, ["VM", "a photo", ""]) is None  # a column of something else
+    assert kinds_of(PROMPTS, ["", "", ""]) is None
+
+
+def test_published_medians_are_the_lower_of_two(pictures):
+    ours, theirs = (evaluate(PROMPTS[:2], {w: p[:2] for w, p in pictures.items()}, reference=r) for r in (False, True))
+    own, before = pictures["neurons"][0], pictures["none"][0]
+    values = pairwise_ssim(torch.stack([own, before], 1), data_range=1.0)[:, 0].sort().values
+    row = by(theirs.caption_rows(), prompt="first", way="neurons")
+    assert row["SSIM_gen"] == pytest.approx(float(values[1]), abs=1e-5)
+    each = sorted(row["SSIM_gen"] for row in theirs.caption_rows() if row["way"] == "neurons")
+    table = by(theirs.rows(), way="neurons", captions="all")
+    assert (table["SSIM_gen"], table["SSIM_gen, mad"]) == (each[0], 0)
+    assert by(ours.rows(), way="neurons", captions="all")["SSIM_gen, mad"] > 0
+    assert any("lower of the two" in note for note in theirs.notes)
 
 
 def test_what_stands_in_is_named_in_every_row(pictures):

@@ -179,14 +179,34 @@ def test_the_published_code_is_reproduced(hard, collect, plain):
     result = localize(step, [TRIGGER], tau=TAU, statistics=statistics)[0]
     modules = [site.module for site in step.sites.sites]
     sd = statistics.var.sqrt()
-    published = plain.PlainLocaliser(hard.model, modules, step.noise, statistics.mean, sd, TAU, used=1, data_range=None)
+    published = plain.PlainLocaliser(hard.model, modules, step.noise, statistics.mean, sd, TAU, data_range=None)
     answer = published.localise(TRIGGER)
     assert (result.status, result.rounds) == (answer.status, answer.rounds) == ("localised", 2)
     assert step.sites.numbers(result.initial) == answer.initial
     assert step.sites.numbers(result.refined) == answer.refined
     assert result.score_refined == pytest.approx(answer.score, abs=1e-5)
-    strict = localize(step, [TRIGGER], tau=0.2, statistics=statistics)[0]
-    assert (strict.status, strict.rounds, strict.theta, strict.k) == ("not_localised", 16, 1.25, 15)
+
+
+def test_what_never_reaches_tau_is_refined_as_published(simple, collect, plain):
+    step, statistics = FirstStep(simple.model, StepSettings(num_seeds=2, compat="reference")), collect(simple)
+    published = plain.PlainLocaliser(
+        simple.model,
+        [site.module for site in step.sites.sites],
+        step.noise,
+        statistics.mean,
+        statistics.var.sqrt(),
+        0.05,
+        data_range=None,
+        refine_failures=True,
+    )
+    answer = published.localise(TRIGGER)
+    result = localize(step, [TRIGGER], tau=0.05, statistics=statistics)[0]
+    assert (result.status, answer.status) == ("not_localised", "not_localised")
+    assert (result.rounds, result.theta, result.k) == (16, 1.25, 15)
+    assert step.sites.numbers(result.initial) == answer.initial
+    assert step.sites.numbers(result.refined) == answer.refined
+    assert result.score_refined == pytest.approx(answer.score, abs=1e-5)
+    assert not result.mitigated
 
 
 def test_guidance_is_the_right_way_round_but_in_compatible_mode(simple):
@@ -231,10 +251,10 @@ def test_memory_that_runs_out_halves_the_batch(simple, monkeypatch):
     step = FirstStep(simple.model, StepSettings(), batch_size=8)
     forward = step._forward
 
-    def limited(cond, rows):
+    def limited(cond, rows, scale):
         if len(rows) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(cond, rows)
+        return forward(cond, rows, scale)
 
     monkeypatch.setattr(step, "_forward", limited)
     deltas, _ = step(simple.model.prompts([TRIGGER]), [Row(0, seed) for seed in range(10)])

@@ -12,8 +12,8 @@ from diffcore.jsonfile import write_json
 from nemo_localize import cli
 from nemo_localize.first_step import FirstStep
 from nemo_localize.global_edit import minimal_set
-from nemo_localize.neuron_files import read_neurons
-from nemo_localize.neurons import NeuronSet
+from nemo_localize.neuron_files import most_frequent, read_neurons
+from nemo_localize.neurons import NO_NEURONS, NeuronSet
 from nemo_localize.planted import Planted, ordinary_captions
 from nemo_localize.results import CaptionResult, Results
 from nemo_localize.settings import StepSettings
@@ -62,6 +62,27 @@ def test_a_plain_object_is_enough(tmp_path: Path):
 def test_other_objects_are_refused(tmp_path: Path, content: dict[str, Any]):
     with pytest.raises(CorruptArtifactError, match=r"mine.json holds no neurons"):
         read_neurons(write_json(tmp_path / "mine.json", content))
+
+
+def test_what_failed_is_a_captions_own_where_it_was_refined_and_asked_for(tmp_path: Path):
+    path = RESULTS.write_jsonl(tmp_path / "results.jsonl")
+    together, captions = read_neurons(path, failed=True)
+    assert together == BOTH  # of localised captions, as ever
+    assert captions == {**BY_CAPTION, "c": BOTH}
+
+
+def test_the_most_frequent_neurons_come_first():
+    third = NeuronSet.of({"mid_block.attn2.to_v": [0, 5]})
+    captions = {"a": FIRST, "b": SECOND, "c": third}
+    twice = NeuronSet.of({"down_blocks.0.attn2.to_v": [1], "mid_block.attn2.to_v": [0]})
+    assert most_frequent(captions, 2) == twice
+    assert most_frequent(captions, 1) == NeuronSet.of({"down_blocks.0.attn2.to_v": [1]})  # of ties the shallower
+    assert most_frequent(captions, 4) == NO_NEURONS.union(*captions.values())
+    for wrong in (0, -1, 5):
+        with pytest.raises(UserError, match="4 different neurons"):
+            most_frequent(captions, wrong)
+    with pytest.raises(UserError, match="not told by caption"):
+        most_frequent({}, 1)
 
 
 def test_nothing_there_is_said(tmp_path: Path):

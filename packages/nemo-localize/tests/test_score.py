@@ -53,6 +53,30 @@ def test_a_pair_does_not_depend_on_its_neighbours():
     assert (reference_similarity(a, b)[:3] - reference_similarity(a[:3], b[:3])).abs().max() > 1e-5
 
 
+# Of torchmetrics 1.3.2, which the published threshold is of: multiscale_structural_similarity_index_measure with
+# kernel_size=11, betas=(0.33,) * scales, reduction="none", of `pictures(3, side)`.
+PUBLISHED = {
+    64: (0.791376, 0.793763, 0.767498),
+    44: (0.771890, 0.802499, 0.800841),
+    43: (0.852263, 0.851797, 0.861784),
+    22: (0.838258, 0.857118, 0.855086),
+}
+
+
+@pytest.mark.parametrize("side", PUBLISHED)
+def test_the_published_score_leaves_the_border_of_the_coarsest_scale_out(side):
+    a, b = pictures(3, side)
+    assert reference_similarity(a, b).tolist() == pytest.approx(PUBLISHED[side], abs=2e-6)
+    later = ms_ssim(a, b, kernel_size=11, betas=(0.33,) * num_scales(side), reduction="none")
+    assert (later - torch.tensor(PUBLISHED[side])).abs().max() > 1e-3
+
+
+def test_where_the_border_is_all_there_is_it_counts():
+    for side in (21, 12, 10):
+        a, b = pictures(2, side)
+        assert ((reference_similarity(a, b) > 0.5) & (reference_similarity(a, b) < 1)).all()
+
+
 def test_nan_is_refused():
     a, b = pictures(2, 16)
     b[1, 2, 3, 3] = torch.nan

@@ -98,6 +98,61 @@ def test_refinement_is_the_sequential_one(plain, together, cases):
     assert removed > cases / 3
 
 
+@pytest.mark.parametrize("reached", [False, True])
+@pytest.mark.parametrize("together", [False, True])
+def test_neurons_that_stand_twice_are_tested_as_published(plain, together, reached):
+    """Where the score is not below the threshold, a neuron that is listed twice stays untested."""
+    rng, removed, kept = random.Random(4), 0, 0
+    for _ in range(150):
+        layers, sets, seeds, threshold, score = random_case(rng)
+        start = sets[-1]
+        if not start:
+            continue
+        layers = [[*layer, *rng.sample(layer, rng.randint(0, len(layer)))] for layer in layers]
+        scores = {seed: score(seed, start) for seed in range(seeds)}
+        if not reached:  # the published threshold of what never fell below tau: the score itself
+            threshold = max(scores.values())
+
+        def worst(off: frozenset[int], score: Score = score, seeds: int = seeds) -> float:
+            return max(score(seed, off) for seed in range(seeds))
+
+        left = plain.refine_plainly(layers, threshold, worst)
+        expected = frozenset(number for layer in left for number in layer)
+        found, _ = drive(refine(Selection(8, reached, scores), layers[::-1], threshold, together=together), score)
+        assert found.neurons == expected
+        once = plain.refine_plainly([list(dict.fromkeys(layer)) for layer in layers], threshold, worst)
+        kept += found.neurons != frozenset(number for layer in once for number in layer)
+        removed += len(start) - len(found.neurons)
+    assert removed > 40
+    assert kept > 3  # to list a neuron twice does make a difference
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_relative_threshold_asks_what_changes(plain, together):
+    rng, removed, emptied = random.Random(5), 0, 0
+    for _ in range(200):
+        layers, sets, seeds, _, score = random_case(rng)
+        start, share = sets[-1], rng.choice([0.05, 0.3, 1.5])
+        if not start:
+            continue
+        whole = {seed: score(seed, start) for seed in range(seeds)}
+
+        def change(off: frozenset[int], score: Score = score, whole: dict[int, float] = whole) -> float:
+            return max(abs(score(seed, off) - level) / (level + 1e-9) for seed, level in whole.items())
+
+        left = plain.refine_plainly(layers, share, change)
+        expected = frozenset(number for layer in left for number in layer)
+        search = refine(Selection(8, True, whole), layers[::-1], 0.5, relative=share, together=together)
+        found, asked = drive(search, score)
+        assert found.neurons == expected
+        assert found.scores == {seed: score(seed, expected) for seed in range(seeds)}
+        assert all(question.off and question.alone != together for question in asked)
+        removed += len(start) - len(expected)
+        emptied += not expected
+    assert removed > 150
+    assert emptied > 3
+
+
 def test_the_last_question_is_about_what_is_left():
     rng = random.Random(3)
     for _ in range(100):

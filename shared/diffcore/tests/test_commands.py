@@ -133,6 +133,17 @@ def test_more_steps_than_a_scheduler_takes_are_refused(tmp_path: Path, capsys: p
     assert main(app, ["sample", str(tmp_path / "lcm"), "a cat", "--steps", "2", "--out", str(tmp_path / "b")]) == 0
 
 
+def test_no_guidance_is_said_in_two_ways(folder: Path, tmp_path: Path):
+    """The formula would draw the empty prompt at 0."""
+    images = []
+    for scale in ("0", "1"):
+        out = tmp_path / scale
+        run("sample", folder, "a cat", "a dog", "--steps", "1", "--guidance-scale", scale, "--out", out)
+        images.append([artifact.load(out / "parts" / f"images-000{place}").tensors["images"] for place in range(2)])
+    assert all(a.equal(b) for a, b in zip(*images, strict=True))
+    assert not images[0][0].equal(images[0][1])
+
+
 def test_sample_tells_what_of_a_prompt_is_lost(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     told = said(capsys, "sample", folder, "x " * 100, "--steps", "1", "--out", tmp_path / "c", "--json")
     assert told["truncated"][0]["lost"]

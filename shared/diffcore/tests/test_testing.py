@@ -6,6 +6,7 @@ import pytest
 import torch
 from torchmetrics import Metric
 
+from diffcore.stats import ExactMetric
 from diffcore.testing.distributed import RankFailedError, run_forked
 from diffcore.testing.fixtures import NetworkRefusedError
 from diffcore.testing.metrics import check_metric
@@ -63,7 +64,7 @@ def test_loopback_is_open():
     assert socket.getaddrinfo("localhost", 80)
 
 
-class Mean(Metric):
+class Mean(ExactMetric):
     """Right by default; each flaw is a mistake that real metrics make."""
 
     def __init__(self, flaw=""):
@@ -72,6 +73,9 @@ class Mean(Metric):
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum" if flaw != "ranks" else None)
         self.add_state("calls", torch.zeros(()), dist_reduce_fx="sum")
+
+    def _apply(self, fn, exclude_state=""):
+        return Metric._apply(self, fn) if self.flaw == "casts" else super()._apply(fn)
 
     def update(self, x, sign):
         x = x.double()
@@ -97,7 +101,7 @@ def test_check_metric_accepts_a_right_metric():
     check_metric(Mean, DATA, (TOTAL / 12, TOTAL), atol=1e-6, half_atol=1e-2)
 
 
-@pytest.mark.parametrize("flaw", ["batches", "order", "compute", "ranks"])
+@pytest.mark.parametrize("flaw", ["batches", "order", "compute", "ranks", "casts"])
 def test_check_metric_finds_the_flaw(flaw):
     with pytest.raises(AssertionError, match="Mean"):
         check_metric(lambda: Mean(flaw), DATA, (TOTAL / 12, TOTAL), atol=1e-6)

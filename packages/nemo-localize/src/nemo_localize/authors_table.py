@@ -19,7 +19,7 @@ from diffcore.errors import IncompatibleModelError, UserError, printable
 from diffcore.hooks import Site
 from diffcore.jsonfile import write_text
 from diffcore.strictjson import StrictError, parse
-from nemo_localize.neurons import NeuronSet
+from nemo_localize.neurons import NO_NEURONS, NeuronSet
 from nemo_localize.results import CaptionResult
 from nemo_localize.sites import ValueSites
 
@@ -60,11 +60,18 @@ class AuthorsRow:
 
     @classmethod
     def of(cls, result: CaptionResult, url: str = "") -> "AuthorsRow":
-        """Returns the row of a result: empty lists for captions that are not memorised, empty cells where it failed."""
+        """Returns the row of a result, with neurons in every cell of neurons: readers of these tables expect them.
+
+        Captions that are not memorised have no neurons and scores of 0, as published. Those that were not refined have
+        no refined neurons and the score of that, 1: nothing is off. Those that failed have no neurons and no scores.
+        """
         if result.status == "error":
-            return cls(result.prompt, url)
-        refined = result.initial if result.status == "not_memorised" else result.refined
-        return cls(result.prompt, url, result.initial, result.score_initial, refined, result.score_refined)
+            return cls(result.prompt, url, NO_NEURONS, None, NO_NEURONS, None)
+        if result.status == "not_memorised":
+            return cls(result.prompt, url, NO_NEURONS, 0.0, NO_NEURONS, 0.0)
+        if result.refined is None:
+            return cls(result.prompt, url, result.initial, result.score_initial, NO_NEURONS, 1.0)
+        return cls(result.prompt, url, result.initial, result.score_initial, result.refined, result.score_refined)
 
 
 def write_authors_table(path: Path, rows: Sequence[AuthorsRow], sites: ValueSites) -> Path:

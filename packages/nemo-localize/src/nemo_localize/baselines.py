@@ -46,6 +46,7 @@ def draw_mitigated(
     method: Method,
     *,
     neurons: NeuronSet = NO_NEURONS,
+    scale: float = 0.0,
     repeat: int = 0,
 ) -> Float[Tensor, "seeds *data"]:
     """Returns latents of one caption under one way of mitigation; the same noise per seed whatever the way.
@@ -57,12 +58,13 @@ def draw_mitigated(
         drawing: How pictures are drawn.
         method: The way.
         neurons: The found ones; "random-neurons" draws as many others.
+        scale: What neurons are multiplied with; 0 is off.
         repeat: Number of the draw, for the ways that draw at random; captions draw independently.
     """
     draw = mix_seed(repeat, int(prompt_hash(prompt), 16))
     if method in ("neurons", "random-neurons"):
         chosen = neurons if method == "neurons" else random_neurons(model, neurons, seed=draw)
-        with suppressed(model, chosen):
+        with suppressed(model, chosen, scale=scale):
             return _drawn(model, prompt, seeds, drawing)
     if method == "embedding-adjustment":
         cond = adjusted_condition(model, prompt_encoder(model)([prompt]), seeds, steps=drawing.steps)

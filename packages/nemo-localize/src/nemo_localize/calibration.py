@@ -18,13 +18,21 @@ from diffcore.jsonfile import read_object, write_json
 from diffcore.run import Run
 from nemo_localize.baseline import encode, measure
 from nemo_localize.first_step import FirstStep
-from nemo_localize.settings import described
+from nemo_localize.settings import described, require_tau
 from nemo_localize.units import Rows, in_units
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 PUBLISHED_TAU = 0.428  # Stable Diffusion v1.4, 512 pixels, 50 DDIM steps: paper, section 4
+_PUBLISHED: dict[str, Any] = {  # what that threshold is of: the defaults of the published code
+    "width of the text": 768,
+    "latent": (4, 64, 64),
+    "steps": 50,
+    "first_seed": 1,
+    "num_seeds": 10,
+    "guidance_scale": 1.0,
+}
 _SCHEMA = "nemo-localize/calibration@1"
 _DRAWS = 1000
 _QUANTILES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
@@ -72,11 +80,11 @@ class Calibration:
             IncompatibleModelError: Names what differs.
         """
         if self.digest != step.digest:
-            now = described(step.settings)
-            differing = [name for name in now if self.settings.get(name) != now[name]]
-            what = ", ".join(f"{name} {printable(self.settings.get(name))} -> {now[name]}" for name in differing)
+            now, then = described(step.settings), {"at_step": 1} | self.settings  # once it was always the first
+            differing = [name for name in now if then.get(name) != now[name]]
+            what = ", ".join(f"{name} {printable(then.get(name))} -> {now[name]}" for name in differing)
             raise IncompatibleModelError(
-                f"the calibration is of other settings ({what or 'latent size, timestep or precision'}); "
+                f"the calibration is of other settings ({what or 'latent size, timestep, precision or similarity'}); "
                 "calibrate again under these"
             )
         if self.fingerprint != step.model.fingerprint:
@@ -211,13 +219,23 @@ def consistency_rows(step: FirstStep, prompts: Sequence[str]) -> Rows:
     ]
 
 
-def threshold(step: FirstStep, calibration: Calibration | None) -> float:
-    """Returns tau: the calibration's, or the published one where the published code is reproduced on its own model.
+def threshold(step: FirstStep, calibration: Calibration | None, *, tau: float | None = None) -> float:
+    """Returns tau: the one asked for, the calibration's, or the published one where its code and model are reproduced.
+
+    Args:
+        step: The model and the settings under which captions will be judged.
+        calibration: Of these.
+        tau: Take this one; whether it fits the model is for the caller to know.
 
     Raises:
         IncompatibleModelError: The calibration is of other settings or of another model.
-        UserError: There is none, and the published one does not apply.
+        UserError: There are both, or neither and the published one does not apply.
     """
+    if tau is not None:
+        if calibration is not None:
+            raise UserError(f"--tau {tau} and --calibration are two thresholds; give one of them")
+        require_tau(tau)
+        return tau
     if calibration is not None:
         calibration.require(step)
         return calibration.tau
@@ -225,11 +243,14 @@ def threshold(step: FirstStep, calibration: Calibration | None) -> float:
     if not step.reference:
         raise UserError(
             "a threshold belongs to a model and its settings; find this one's with: nemo-localize calibrate, "
-            f"or take the published {PUBLISHED_TAU} with --compat reference"
+            f"give one with --tau, or take the published {PUBLISHED_TAU} with --compat reference"
         )
-    if (config["cross_attention_dim"], step.shape, step.settings.steps) != (768, (4, 64, 64), 50):
+    now = {"width of the text": config["cross_attention_dim"], "latent": step.shape, **described(step.settings)}
+    other = [f"{name} {now[name]} instead of {value}" for name, value in _PUBLISHED.items() if now[name] != value]
+    if other:
         raise UserError(
-            f"the published threshold {PUBLISHED_TAU} is of Stable Diffusion 1.4 at 512 pixels and 50 steps alone; "
-            "find this model's with: nemo-localize calibrate"
+            f"the published threshold {PUBLISHED_TAU} is of Stable Diffusion 1.4 at 512 pixels, 50 steps, seed 1, ten "
+            f"seeds and no guidance alone; here it is {', '.join(other)}; find this one's with: nemo-localize "
+            "calibrate, or give one with --tau"
         )
     return PUBLISHED_TAU

@@ -22,25 +22,31 @@ class Candidates:
         rounds: (theta, k) of each round.
         sets: Its neurons; each set contains the one before.
         activation: Mean absolute activations of the caption.
+        magnitude: Its |z|.
         sites: The layers.
     """
 
     rounds: tuple[tuple[float, int], ...]
     sets: tuple[frozenset[int], ...]
     activation: Float64[Tensor, " neurons"]
+    magnitude: Float64[Tensor, " neurons"]
     sites: ValueSites
 
-    def order(self, index: int) -> list[list[int]]:
+    def order(self, index: int, *, twice: bool = False) -> list[list[int]]:
         """Returns the layers of a round, deepest first, each with its neurons in the order in which they are tested.
 
         Outliers that are not among the k most active come first, ascending; then those, by falling activation.
+
+        Args:
+            index: Of the round.
+            twice: List the outliers that are among the k most active in both places, as the published code does.
         """
-        _, k = self.rounds[index]
+        theta, k = self.rounds[index]
         layers = []
         for span in reversed(self.sites.spans):
             top = [span[place] for place in _by_activation(self.activation[span.start : span.stop])[:k]]
-            others = sorted(self.sets[index].intersection(span).difference(top))
-            layers.append(others + top)
+            outliers = [number for number in span if float(self.magnitude[number]) > theta]
+            layers.append([number for number in outliers if twice or number not in top] + top)
         return layers
 
 
@@ -64,7 +70,7 @@ def candidate_sets(
         rank[torch.tensor(order, dtype=torch.long) + span.start] = torch.arange(len(span))
     magnitude = z.abs()
     sets = [frozenset(((magnitude > theta) | (rank < k)).nonzero().flatten().tolist()) for theta, k in rounds]
-    return Candidates(tuple(rounds), tuple(sets), activation, sites)
+    return Candidates(tuple(rounds), tuple(sets), activation, magnitude, sites)
 
 
 def _by_activation(activation: Tensor) -> list[int]:

@@ -9,7 +9,7 @@ References:
     them, here they are measured as they were drawn.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -28,6 +28,10 @@ from nemo_localize.pictures import in_batches
 
 UNEDITED = "none"
 Kind = Literal["verbatim", "template", "no training image"]
+_KINDS: dict[str, Kind] = {  # of the published captions, and of Webster's
+    **{"vm": "verbatim", "verbatim": "verbatim", "mv": "verbatim", "rv": "verbatim"},
+    **{"tm": "template", "template": "template", "tv": "template"},
+}
 _GROUPS: tuple[str, ...] = ("all", "verbatim", "template")
 _DISTANCES = {
     "Fréchet distance": {"inception": "FID", "clip": "CLIP-FID"},
@@ -88,21 +92,23 @@ class Evaluation:
         quality: Distances of ordinary pictures.
         source: What likeness was measured in.
         notes: What stands in for what, and what was not measured.
+        reference: Medians are the published code's.
     """
 
     captions: tuple[CaptionScores, ...]
     quality: tuple[Quality, ...]
     source: str
     notes: tuple[str, ...]
+    reference: bool = False
 
     def rows(self) -> list[dict[str, Any]]:
         """Returns the paper's table: medians with median absolute deviations, by way, for all captions and by kind."""
-        rows = []
+        rows, median = [], _lower_median if self.reference else _median
         for way in dict.fromkeys(caption.way for caption in self.captions):
             for group in _GROUPS:
                 chosen = [c for c in self.captions if c.way == way and group in ("all", c.kind)]
                 if chosen:
-                    rows.append({"way": way, "captions": group, "n": len(chosen)} | _spread(chosen))
+                    rows.append({"way": way, "captions": group, "n": len(chosen)} | _spread(chosen, median))
         return [row | {"measured in": self.source} for row in rows]
 
     def quality_rows(self) -> list[dict[str, Any]]:
@@ -150,6 +156,8 @@ def evaluate(
     ordinary: Mapping[str, Float[Tensor, "n c height width"]] | None = None,
     real: Float[Tensor, "m c _ _"] | None = None,
     of_latents: bool = False,
+    kinds: Mapping[str, Kind] | None = None,
+    reference: bool = False,
 ) -> Evaluation:
     """Returns the measures of every way of mitigation.
 
@@ -161,6 +169,9 @@ def evaluate(
         ordinary: By way, pictures of ordinary captions, at least ten; for what the edit costs elsewhere.
         real: Real images that those are compared with; without them the unedited model's own pictures.
         of_latents: Pictures are latents, stretched to [0, 1].
+        kinds: Which captions are known to be verbatim or template memories; by default their pictures tell.
+        reference: Take the lower of the two values in the middle as the median of an even number, as the published
+            code does, instead of their mean.
 
     Raises:
         UserError: There are no pictures of the unedited model, or too few ordinary ones.
@@ -169,8 +180,11 @@ def evaluate(
     judges, originals = judges or Judges(), dict(originals or {})
     _check(prompts, pictures)
     measure = likeness(judges.copies, of_latents=of_latents)
-    kinds: list[Kind] = [
-        _kind(measure, originals.get(prompt), own) for prompt, own in zip(prompts, pictures[UNEDITED], strict=True)
+    told: dict[str, Kind] = dict(kinds or {})
+    median = _lower_median if reference else _median
+    found: list[Kind] = [
+        told.get(prompt) or _kind(measure, originals.get(prompt), own)
+        for prompt, own in zip(prompts, pictures[UNEDITED], strict=True)
     ]
     fits = (
         None
@@ -181,32 +195,54 @@ def evaluate(
         CaptionScores(
             prompt,
             way,
-            kinds[place],
-            _values(measure, own[place], pictures[UNEDITED][place], originals.get(prompt))
-            | ({} if fits is None else {"A_CLIP": _median(fits[way][place])}),
+            found[place],
+            _values(measure, own[place], pictures[UNEDITED][place], originals.get(prompt), median)
+            | ({} if fits is None else {"A_CLIP": median(fits[way][place])}),
         )
         for way, own in pictures.items()
         for place, prompt in enumerate(prompts)
     ]
     quality = _quality(judges, dict(ordinary or {}), real)
     notes = _notes(judges, measure, originals, real, quality, captions)
-    return Evaluation(tuple(captions), tuple(quality), measure.source, tuple(notes))
+    notes += ["which captions are verbatim or template is as they were given"] if told else []
+    middle = "the lower of the two in the middle" if reference else "their mean, where the published code has the lower"
+    notes.append(f"the median of an even number of values is {middle}")
+    return Evaluation(tuple(captions), tuple(quality), measure.source, tuple(notes), reference)
 
 
-def _values(measure: Likeness, pictures: Tensor, unedited: Tensor, originals: Tensor | None) -> dict[str, float]:
+def kinds_of(prompts: Sequence[str], types: Sequence[str]) -> dict[str, Kind] | None:
+    """Returns which captions a column `type` calls verbatim or template memories; None where it says something else.
+
+    Args:
+        prompts: The captions.
+        types: The column: VM or verbatim, TM or template, Webster's MV, RV and TV, in any case; or empty.
+    """
+    said = [(prompt, cell.strip().lower()) for prompt, cell in zip(prompts, types, strict=True) if cell.strip()]
+    if not said or any(cell not in _KINDS for _, cell in said):
+        return None
+    return {prompt: _KINDS[cell] for prompt, cell in said}
+
+
+def _values(
+    measure: Likeness,
+    pictures: Tensor,
+    unedited: Tensor,
+    originals: Tensor | None,
+    median: Callable[[Tensor], float],
+) -> dict[str, float]:
     """Returns the measures of one caption's pictures."""
     values: dict[str, float] = {}
     if measure.noise is not None:
         values["share of noise"] = float(measure.is_noise(pictures).double().mean())
     if originals is not None:
         towards = measure.towards(originals.to(pictures), pictures)
-        values[f"{measure.name}_orig"] = _median(towards)
+        values[f"{measure.name}_orig"] = median(towards)
         values[f"{measure.name}_orig, max"] = float(towards.max())
         if measure.name in ("SSCD", "SSIM"):  # the threshold is of these
             values["share of copies"] = float((towards > protocol.COPY_ABOVE).double().mean())
-    values[f"{measure.name}_gen"] = _median(measure.between(pictures, unedited))
+    values[f"{measure.name}_gen"] = median(measure.between(pictures, unedited))
     if len(pictures) > 1:
-        values[f"D_{measure.name}"] = _median(measure.pairs(pictures[None]))
+        values[f"D_{measure.name}"] = median(measure.pairs(pictures[None]))
     return values
 
 
@@ -258,13 +294,18 @@ def _median(values: Tensor) -> float:
     return float(values.double().flatten().quantile(0.5))
 
 
-def _spread(chosen: Sequence[CaptionScores]) -> dict[str, float]:
+def _lower_median(values: Tensor) -> float:
+    """Returns the median; of an even number of values the lower of the two in the middle."""
+    return float(values.double().flatten().median())
+
+
+def _spread(chosen: Sequence[CaptionScores], median: Callable[[Tensor], float]) -> dict[str, float]:
     """Returns median and median absolute deviation of each measure over captions."""
     row: dict[str, float] = {}
     for name in dict.fromkeys(name for caption in chosen for name in caption.values):
         values = torch.tensor([c.values[name] for c in chosen if name in c.values], dtype=torch.float64)
-        middle = _median(values)
-        row |= {name: middle, f"{name}, mad": _median((values - middle).abs())}
+        middle = median(values)
+        row |= {name: middle, f"{name}, mad": median((values - middle).abs())}
     return row
 
 

@@ -16,13 +16,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffcore.artifact import installed_version
 from diffcore.denoiser import Condition, GuidedDenoiser
 from diffcore.errors import IncompatibleModelError, MachineError
 from diffcore.models import DiffusionModel
 from diffcore.noise import row_noise
 from nemo_localize.activations import prompt_encoder
-from nemo_localize.score import noise_difference, num_scales, stretched
+from nemo_localize.score import PUBLISHED_TORCHMETRICS, noise_difference, num_scales, stretched
 from nemo_localize.settings import StepSettings
 from nemo_localize.sites import switched_off, value_sites
 
@@ -79,8 +78,7 @@ class FirstStep:
         self.shape = _sample_shape(model)
         self.scales = _fitting_scales(model, self.shape)
         schedule = model.denoiser.schedule
-        times = schedule.timesteps(settings.steps)
-        self.t = float(times[1 if self.reference else 0])
+        self.t = float(schedule.timesteps(settings.steps)[settings.at_step - 1])
         self.noise = self._draw()
         level = torch.tensor([self.t], dtype=torch.float64)
         self._x_t = self.noise * float(schedule.initial_scale(level))
@@ -104,26 +102,27 @@ class FirstStep:
     def digest(self) -> str:
         """What a threshold depends on, as a digest: settings, latents, timestep, precision, number of scales."""
         parts = {
-            **asdict(self.settings),
+            **{name: value for name, value in asdict(self.settings).items() if name != "at_step"},  # t says it
             "shape": list(self.shape),
             "t": self.t,
             "prediction_type": self.model.denoiser.prediction_type,
             "dtype": str(self.dtype),
             "scales": self.scales,
-            # The border of the coarsest scale has changed between versions.
-            "torchmetrics": installed_version("torchmetrics") if self.reference else None,
+            # Whose border the coarsest scale has.
+            "torchmetrics": PUBLISHED_TORCHMETRICS if self.reference else None,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @torch.no_grad()
     def __call__(
-        self, cond: Condition, rows: Sequence[Row]
+        self, cond: Condition, rows: Sequence[Row], *, scale: float = 0.0
     ) -> tuple[Float[Tensor, "rows channels height width"], dict[int, str]]:
         """Returns the stretched noise difference of each row, and for rows without one the reason.
 
         Args:
             cond: Of the captions that rows refer to.
             rows: Any number; computed `batch_size` at a time.
+            scale: What neurons that are off are multiplied with.
 
         Raises:
             MachineError: Memory does not hold a single row.
@@ -133,7 +132,7 @@ class FirstStep:
         while start < len(rows):
             batch = rows[start : start + self.batch_size]
             try:
-                delta = self._forward(cond, batch)
+                delta = self._forward(cond, batch, scale)
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 self._halve(error)
                 continue
@@ -146,14 +145,14 @@ class FirstStep:
         return torch.cat(deltas), troubles
 
     def alone(
-        self, cond: Condition, rows: Sequence[Row]
+        self, cond: Condition, rows: Sequence[Row], *, scale: float = 0.0
     ) -> tuple[Float[Tensor, "rows channels height width"], dict[int, str]]:
         """Returns what `self(cond, rows)` does, each row computed in a batch of its own."""
-        found = [self(cond, [row]) for row in rows]
+        found = [self(cond, [row], scale=scale) for row in rows]
         troubles = {index: reason for index, (_, trouble) in enumerate(found) for reason in trouble.values()}
         return torch.cat([delta for delta, _ in found]), troubles
 
-    def _forward(self, cond: Condition, rows: Sequence[Row]) -> Tensor:
+    def _forward(self, cond: Condition, rows: Sequence[Row], scale: float = 0.0) -> Tensor:
         seeds = torch.tensor([row.seed for row in rows], device=self.device)
         noise, x_t = self.noise[seeds], self._x_t[seeds]
         prompts = torch.tensor([row.prompt for row in rows])
@@ -163,7 +162,8 @@ class FirstStep:
         if self.rows_per_row == 2:
             denoiser, condition = self._guided(condition)
             off = off.repeat(2, 1)
-        blocked = switched_off(self.model.backbone, self.sites, off) if any(row.off for row in rows) else nullcontext()
+        some = any(row.off for row in rows)
+        blocked = switched_off(self.model.backbone, self.sites, off, scale=scale) if some else nullcontext()
         with blocked:
             prediction = denoiser(x_t, torch.full((len(rows),), self.t, device=self.device), condition)
         self.num_rows += self.rows_per_row * len(rows)

@@ -25,6 +25,7 @@ def generate(
     run: Run,
     *,
     neurons: NeuronSet | Mapping[str, NeuronSet] = NO_NEURONS,
+    scale: float = 0.0,
     repeat: int = 0,
 ) -> dict[str, Tensor]:
     """Draws every caption from every seed under every way; what the run already has is read.
@@ -37,6 +38,7 @@ def generate(
         drawing: How pictures are drawn.
         run: Where finished captions are kept, by all that their pictures depend on but the model.
         neurons: Which to switch off: one set, or one per caption.
+        scale: What they are multiplied with; 0 is off.
         repeat: Number of the draw, for the ways that draw at random.
 
     Returns:
@@ -47,23 +49,27 @@ def generate(
         prompt: neurons if isinstance(neurons, NeuronSet) else neurons.get(prompt, NO_NEURONS) for prompt in prompts
     }
     keys: dict[tuple[str, Method], str] = {
-        (prompt, way): _key(prompt, way, seeds, drawing, chosen[prompt], repeat)
+        (prompt, way): _key(prompt, way, seeds, drawing, chosen[prompt], scale, repeat)
         for prompt in prompts
         for way in methods
     }
     todo = set(run.missing(dict.fromkeys(keys.values())))
     for (prompt, way), key in keys.items():
         if key in todo:
-            x0 = draw_mitigated(model, prompt, seeds, drawing, way, neurons=chosen[prompt], repeat=repeat)
+            how = {"neurons": chosen[prompt], "scale": scale, "repeat": repeat}
+            x0 = draw_mitigated(model, prompt, seeds, drawing, way, **how)
             run.save(key, {"images": seen(model, x0).cpu()}, prompt=prompt, method=way, seeds=list(seeds))
     return {way: _stacked(run, [keys[prompt, way] for prompt in prompts]) for way in methods}
 
 
-def _key(prompt: str, way: Method, seeds: Sequence[int], drawing: Drawing, neurons: NeuronSet, repeat: int) -> str:
+def _key(
+    prompt: str, way: Method, seeds: Sequence[int], drawing: Drawing, neurons: NeuronSet, scale: float, repeat: int
+) -> str:
     """Returns what names pictures in the run: the caption, and a digest of what else they depend on."""
     parts: list[object] = [list(seeds), drawing.guidance_scale, drawing.steps]
     parts += [repeat] if way.startswith("random") else []
-    parts += [neurons.to_json()] if way in ("neurons", "random-neurons") else []
+    parts += [neurons.to_json(), scale] if way in ("neurons", "random-neurons") else []
+    parts += ["reference"] if drawing.reference else []
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
     return f"{way}-{prompt_hash(prompt)}-{digest}"
 

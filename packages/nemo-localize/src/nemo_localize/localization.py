@@ -121,20 +121,25 @@ def search_neurons(
     def among_all(off: frozenset[int]) -> Question:
         return Question(off, tuple(range(num_seeds)), tau, among=True)
 
-    if selection.reached:
-        order = candidates.order(selection.index)
-        refinement = yield from refine(selection, order, tau, together=together, last=among_all)
-        return Found(selection, refinement, tau)
     initial = candidates.sets[selection.index]
-    level = max(selection.scores.values())
-    if not (settings.refine_failures and initial):
-        return Found(selection, None, level)
-    (values,) = yield [Question(initial, tuple(kept), level, alone=not together)]
-    selection = Selection(selection.index, False, dict(zip(kept, values, strict=True)))
-    # A removal that changes nothing leaves the score at exactly this level, and must not hang on its last bits.
-    threshold = max(values) - 2 * margin
-    order = candidates.order(selection.index)
-    refinement = yield from refine(selection, order, threshold, together=together, last=among_all)
+    threshold = settings.threshold(tau) if selection.reached else max(selection.scores.values())
+    # The published code refines what failed like everything else.
+    if not selection.reached and not (initial and (settings.refine_failures or together)):
+        return Found(selection, None, threshold)
+    exact = not selection.reached or settings.relative_refinement is not None
+    if exact and not together:  # scores are compared with the whole set's, which must not hang on its batch
+        (values,) = yield [Question(initial, tuple(kept), threshold, alone=True)]
+        selection = Selection(selection.index, selection.reached, dict(zip(kept, values, strict=True)))
+        # A removal that changes nothing leaves the score at exactly this level, and must not hang on its last bits.
+        threshold = threshold if selection.reached else max(values) - 2 * margin
+    refinement = yield from refine(
+        selection,
+        candidates.order(selection.index, twice=together),
+        threshold,
+        relative=settings.relative_refinement,
+        together=together,
+        last=among_all,
+    )
     return Found(selection, refinement, threshold)
 
 
@@ -165,7 +170,7 @@ def _localize_unit(
         )
         for prompt in candidates
     }
-    outcomes = run_searches(step, cond, base.deltas, searches)
+    outcomes = run_searches(step, cond, base.deltas, searches, scale=settings.scaling_factor)
     rows = []
     for prompt, text in enumerate(prompts):
         result = _described(step, base, prompt, kept[prompt], tau, candidates.get(prompt), outcomes.get(prompt))
@@ -221,7 +226,7 @@ def _described(
 def _found_row(step: FirstStep, candidates: Candidates, found: Found, tau: float) -> dict[str, Any]:
     selection, refinement = found.selection, found.refinement
     theta, k = candidates.rounds[selection.index]
-    residual = max(refinement.residual) if refinement else None
+    residual = max(refinement.residual, default=None) if refinement else None
     return {
         "status": "localised" if selection.reached else "not_localised",
         "theta": theta,

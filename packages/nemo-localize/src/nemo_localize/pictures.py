@@ -3,10 +3,13 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from typing import TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 from diffcore.denoiser import Condition, GuidedDenoiser, sample
@@ -17,6 +20,7 @@ from diffcore.models.probe import sample_shape
 from diffcore.noise import row_noise
 from nemo_localize.activations import prompt_encoder
 from nemo_localize.score import stretched
+from nemo_localize.settings import guidance
 
 _LOG = logging.getLogger(__name__)
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
@@ -29,14 +33,33 @@ class Drawing:
     """How pictures are drawn.
 
     Attributes:
-        guidance_scale: Classifier-free guidance; 1 is off (paper, appendix B.3: 7).
+        guidance_scale: Classifier-free guidance; 0 and 1 are off (paper, appendix B.3: 7).
         steps: Of DDIM (paper: 50).
         batch_size: Rows per forward pass; guidance doubles them.
+        reference: Draw the initial noise as the published code does: of all pictures at once, from the first seed.
     """
 
     guidance_scale: float = 7.0
     steps: int = 50
     batch_size: int = 64
+    reference: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "guidance_scale", guidance(self.guidance_scale))
+
+    def noise(self, seeds: Sequence[int], shape: tuple[int, ...], like: Tensor) -> Float[Tensor, "seeds *data"]:
+        """Returns the initial noise of each seed, of unit variance.
+
+        Args:
+            seeds: Of the pictures.
+            shape: Of one latent.
+            like: Says where the noise goes; float64 stays, everything else is float32.
+        """
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        if not self.reference:
+            return row_noise(0, seeds, shape, device=like.device, dtype=dtype)
+        generator = torch.Generator().manual_seed(seeds[0])
+        return torch.randn(len(seeds), *shape, generator=generator).to(like.device, dtype)
 
 
 def draw_latents(
@@ -54,8 +77,7 @@ def draw_latents(
         MachineError: Memory does not hold a single row.
     """
     parameter = next(model.backbone.parameters())
-    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    noise = row_noise(0, seeds, sample_shape(model), device=parameter.device, dtype=dtype)
+    noise = drawing.noise(seeds, sample_shape(model), parameter)
     denoiser = model.denoiser
     if drawing.guidance_scale != 1:
         empty = {key: value.to(parameter.device) for key, value in prompt_encoder(model).unconditional(1).items()}
@@ -74,6 +96,18 @@ def draw_latents(
 def seen(model: DiffusionModel, x0: Float[Tensor, "n c _ _"]) -> Float[Tensor, "n _ _ _"]:
     """Returns what latents look like: images, or without an autoencoder the latents, stretched to [0, 1]."""
     return stretched(x0)[0] if shows_latents(model) else model.codec.decode(x0)
+
+
+def as_saved(images: Float[Tensor, "n c height width"]) -> Float[Tensor, "n c height width"]:
+    """Returns images as they are once the published code has saved them: eight bits, JPEG at Pillow's usual quality."""
+    saved = []
+    for image in images:
+        with BytesIO() as file:
+            eight_bits = (image.permute(1, 2, 0).float() * 255).round().clamp(0, 255).to(torch.uint8)
+            Image.fromarray(eight_bits.cpu().numpy()).save(file, "JPEG")
+            with Image.open(file) as back:
+                saved.append(torch.from_numpy(np.array(back)).permute(2, 0, 1).to(images) / 255)
+    return torch.stack(saved)
 
 
 def shows_latents(model: DiffusionModel) -> bool:

@@ -166,6 +166,19 @@ class Results:
             "seconds": sum(r.seconds for r in distinct),
         }
 
+    def by_kind(self, kinds: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+        """Returns, for each kind of captions, their counts by status and the sizes of their sets, as in `summary`.
+
+        Args:
+            kinds: Of captions, by caption; the others are left out.
+        """
+        parts = {
+            kind: Results(tuple(r for r in self.captions if kinds.get(r.prompt) == kind)).summary()
+            for kind in sorted(set(kinds.values()), reverse=True)
+        }
+        told = ("num_distinct", "counts", "initial_neurons", "refined_neurons")
+        return {kind: {name: part[name] for name in told} for kind, part in parts.items()}
+
     def write_jsonl(self, path: Path) -> Path:
         """Writes one JSON object per line, atomically."""
         return write_text(path, "".join(json_line(result.to_json()) for result in self.captions))

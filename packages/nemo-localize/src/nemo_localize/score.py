@@ -7,9 +7,7 @@ References:
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torchmetrics.functional.image import (
-    multiscale_structural_similarity_index_measure as reference_ms_ssim,
-)
+from torch.nn.functional import avg_pool2d
 from torchmetrics.functional.image import structural_similarity_index_measure as reference_ssim
 
 from diffcore.denoiser import NoiseSchedule, Prediction
@@ -17,6 +15,7 @@ from diffcore.metrics.pairwise_ssim import pairwise_ssim, smallest_side
 
 BETA = 0.33  # exponent of each scale, as published
 MOST_SCALES = 3
+PUBLISHED_TORCHMETRICS = "1.3.2"  # pinned by the published code
 _WINDOW = 11
 
 
@@ -76,12 +75,21 @@ def similarity(
 def reference_similarity(
     a: Float[Tensor, "rows channels height width"], b: Float[Tensor, "rows channels height width"]
 ) -> Float[Tensor, " rows"]:
-    """Returns the MS-SSIM of pairs as the published code computes it: with a range taken from all of them at once."""
+    """Returns the MS-SSIM of pairs as the published code computes it: with a range taken from all of them at once.
+
+    Its threshold is of torchmetrics 1.3.2, which leaves the border of the coarsest scale out; later versions count it.
+    So does this where nothing else would be left, at sides from 12 to 21 and below 11: there that version gives NaN.
+    """
     scales = num_scales(min(a.shape[-2:]))
-    if scales == 1:
-        values = reference_ssim(a, b, kernel_size=_WINDOW, reduction="none")
-        return _first(values).relu() ** BETA
-    return _first(reference_ms_ssim(a, b, kernel_size=_WINDOW, betas=(BETA,) * scales, reduction="none"))
+    similar = torch.ones(len(a), dtype=a.dtype, device=a.device)
+    for _ in range(scales - 1):
+        _, contrast = reference_ssim(a, b, kernel_size=_WINDOW, reduction="none", return_contrast_sensitivity=True)
+        similar = similar * contrast.relu() ** BETA
+        a, b = avg_pool2d(a, 2), avg_pool2d(b, 2)
+    _, full = reference_ssim(a, b, kernel_size=_WINDOW, reduction="none", return_full_image=True)
+    border = _WINDOW // 2
+    inner = full[..., border:-border, border:-border]
+    return similar * (inner if inner.numel() else full).mean((1, 2, 3)).relu() ** BETA
 
 
 def consistency(
@@ -112,7 +120,3 @@ def _pairs(images: Tensor) -> Tensor:
     if scales == 1:
         return pairwise_ssim(images, data_range=1.0, window=_WINDOW).relu() ** BETA
     return pairwise_ssim(images, data_range=1.0, scales=scales, betas=(BETA,) * scales, window=_WINDOW)
-
-
-def _first(values: Tensor | tuple[Tensor, ...]) -> Tensor:
-    return values if isinstance(values, Tensor) else values[0]

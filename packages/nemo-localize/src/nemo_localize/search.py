@@ -23,6 +23,7 @@ from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
 
+_SMALL = 1e-9  # beside the score that a relative change is taken of, as in the published code
 _SETS = 4  # candidate sets in the first question, doubled in each further one
 _AHEAD = 8  # items that refinement looks ahead, doubled after a clean look, halved after a failure
 _FARTHEST = 64
@@ -153,10 +154,11 @@ def _ask(
 
 
 class _Item(NamedTuple):
-    """What may be switched on again: place 0 is for layers, 1 for single neurons."""
+    """What may be switched on again: place 0 is for layers, 1 for single neurons; `first` is a first copy's place."""
 
     place: tuple[int, int]
     neurons: frozenset[int]
+    first: tuple[int, int] | None = None
 
 
 @dataclass
@@ -173,47 +175,68 @@ def refine(
     layers: Sequence[Sequence[int]],
     threshold: float,
     *,
+    relative: float | None = None,
     together: bool = False,
     last: Callable[[frozenset[int]], Question] | None = None,
 ) -> Search[Refinement]:
     """Switches layers, then single neurons, on again wherever all seeds stay below the threshold; greedily, in order.
 
+    A neuron may stand twice in its layer, as in the published code. The first copy goes wherever the score is below
+    the threshold as it is, and the second is then tested; where it is not, the neuron stays untested.
+
     Args:
         selection: Scores of the set that is refined.
         layers: That set: its layers in order, each with its neurons in order.
         threshold: What scores must stay below, strictly.
+        relative: Ask instead that every score stays within this share of what it was with the whole set off.
         together: Ask all seeds at once.
         last: What to ask about the set that is left.
     """
+    exact = relative is not None and not together
+
+    def held(scores: dict[int, float]) -> dict[int, float]:
+        if relative is None:
+            return scores
+        whole = selection.scores
+        return {seed: abs(score - whole[seed]) / (abs(whole[seed]) + _SMALL) for seed, score in scores.items()}
+
+    limit = threshold if relative is None else relative
     order = sorted(selection.scores, key=lambda seed: -selection.scores[seed])
     current = frozenset(number for layer in layers for number in layer)
     scores, done, ahead = selection.scores, (0, -1), _AHEAD_TOGETHER if together else _AHEAD
+    below = (0, -1) if max(held(scores).values()) < limit else None
     claims: list[_Claim] = []
     refuted: set[frozenset[int]] = set()
     settled, residual = None, ()
     while True:
         base = claims[-1].off if claims else current
-        chain = _chain(layers, base, done, ahead, refuted)
-        closing = [last(base)] if last and not chain and base != settled else []
+        since = claims[0].item.place if claims and below is None else below
+        chain = _chain(layers, base, done, ahead, refuted, since=since, emptied=relative is not None)
+        closing = [last(base)] if last and base and not chain and base != settled else []
         if not (claims or chain or closing):
-            return Refinement(current, scores, residual)
+            return Refinement(current, scores, residual if current else ())
         front = tuple(order) if together else (order[0],)
         rest = tuple(seed for seed in order if seed not in front)
         asked = [(claim, rest) for claim in claims if rest] + [(claim, front) for claim in chain]
-        questions = [Question(claim.off, seeds, threshold) for claim, seeds in asked] + closing
+        for claim, seeds in asked:
+            if not claim.off:  # nothing changes where nothing is off
+                claim.scores.update(dict.fromkeys(seeds, 1.0))
+        asked = [(claim, seeds) for claim, seeds in asked if claim.off]
+        questions = [Question(claim.off, seeds, threshold, alone=exact) for claim, seeds in asked] + closing
         answers = (yield questions) if questions else []
         if closing:
             settled, residual = base, answers.pop()
         for (claim, seeds), values in zip(asked, answers, strict=True):
             claim.scores.update(zip(seeds, values, strict=True))
-        agreed, refusal = _agreed(claims, threshold)
+        agreed, refusal = _agreed(claims, held, limit)
         if agreed:
             current, scores = agreed[-1].off, agreed[-1].scores
+            below = below or agreed[0].item.place
         if refusal is not None:  # what was asked ahead rests on a removal that did not happen
-            _to_front(order, refusal.scores)
+            _to_front(order, held(refusal.scores))
             claims = []
         else:
-            claims, refusal = _agreed(chain, threshold)
+            claims, refusal = _agreed(chain, held, limit)
             done = chain[-1].item.place if chain else done
         if refusal is None:
             ahead = min(2 * ahead, _FARTHEST)
@@ -223,10 +246,12 @@ def refine(
                 refuted.add(refusal.off)
 
 
-def _agreed(claims: list[_Claim], threshold: float) -> tuple[list[_Claim], _Claim | None]:
+def _agreed(
+    claims: list[_Claim], held: Callable[[dict[int, float]], dict[int, float]], limit: float
+) -> tuple[list[_Claim], _Claim | None]:
     """Returns the removals before the first that a seed refuses, and that one."""
     for count, claim in enumerate(claims):
-        if max(claim.scores.values()) >= threshold:
+        if not max(held(claim.scores).values()) < limit:
             return claims[:count], claim
     return claims, None
 
@@ -244,32 +269,52 @@ def _chain(
     done: tuple[int, int],
     length: int,
     refuted: set[frozenset[int]],
+    *,
+    since: tuple[int, int] | None,
+    emptied: bool,
 ) -> list[_Claim]:
     """Returns the next removals, each on top of the ones before: of layers, and once none is left, of neurons.
 
     Those known to fail are passed over, and so is removing all that is left: with nothing off nothing is suppressed.
+
+    Args:
+        layers: As in `refine`.
+        off: What is off.
+        done: The place up to which all is decided.
+        length: How many removals at most.
+        refuted: Sets that are known to fail.
+        since: From which place on the score is below the threshold; None where it is not.
+        emptied: Whether removing all that is left can pass.
     """
     claims: list[_Claim] = []
     for item in _remaining(layers, off, done):
         without = off - item.neurons
-        if not without or without in refuted:
+        if (not without and not emptied) or without in refuted:
             continue
+        if item.first is not None and (since is None or item.first <= since):
+            continue  # its first copy met a score that was not below the threshold, and stayed
         claims.append(_Claim(item, without))
+        since = since or item.place
         if len(claims) == length:
             break
         off = without
     if not claims and done[0] == 0:
-        return _chain(layers, off, (1, -1), length, refuted)
+        return _chain(layers, off, (1, -1), length, refuted, since=since, emptied=emptied)
     return claims
 
 
 def _remaining(layers: Sequence[Sequence[int]], off: frozenset[int], done: tuple[int, int]) -> list[_Item]:
+    """Returns what is still to be tested; a neuron that stands twice in its layer at its second place."""
     if done[0] == 0:
         items = [_Item((0, place), off.intersection(layer)) for place, layer in enumerate(layers) if place > done[1]]
         return [item for item in items if item.neurons]
-    numbers = [number for layer in layers for number in layer]
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for place, number in enumerate(number for layer in layers for number in layer):
+        first.setdefault(number, place)
+        last[number] = place
     return [
-        _Item((1, place), frozenset([number]))
-        for place, number in enumerate(numbers)
+        _Item((1, place), frozenset([number]), (1, first[number]) if first[number] < place else None)
+        for number, place in sorted(last.items(), key=lambda pair: pair[1])
         if place > done[1] and number in off
     ]

@@ -1,11 +1,15 @@
 """What is asked of a model, and how: all settings that change results. Imports no torch: help stays quick."""
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from diffcore.errors import UserError
+
+PUBLISHED_IMAGE_SEED = 2
+_IMAGE_SEED = 1001
 
 Compat = Literal["none", "reference"]
 Method = Literal[
@@ -29,24 +33,31 @@ class StepSettings:
     Attributes:
         num_seeds: Initial latents per caption (published code: 10).
         first_seed: Seed of the first latent; the others follow. Pictures that judge the result need other seeds.
-        steps: Solver steps, which say at which timestep the first one is (published code: 50).
-        guidance_scale: Classifier-free guidance; 1 is off (paper, appendix B.3).
-        compat: reference reproduces the published code: the second timestep, a data range taken from each batch, one
-            draw for all seeds, guidance with its branches swapped.
+        steps: Solver steps, which say what the timesteps are (published code: 50).
+        at_step: At which of them pure noise is shown to the network, from 1. The published code looks at the second,
+            and memories are told better there than at the first (benchmarks/results/nemo-timestep.md).
+        guidance_scale: Classifier-free guidance; 0 and 1 are off (paper, appendix B.3).
+        compat: reference reproduces the published code: the second timestep, similarity with the border and the data
+            range of that code, one draw for all seeds, guidance with its branches swapped.
     """
 
     num_seeds: int = 10
     first_seed: int = 1
     steps: int = 50
+    at_step: int = 2
     guidance_scale: float = 1.0
     compat: Compat = "none"
 
     def __post_init__(self) -> None:
         if self.num_seeds < 2:
             raise UserError(f"--num-seeds is {self.num_seeds}; consistency compares seeds, give at least 2")
-        least = 2 if self.compat == "reference" else 1
-        if self.steps < least:
-            raise UserError(f"--steps is {self.steps}; give at least {least}")
+        if self.compat == "reference":
+            object.__setattr__(self, "at_step", 2)
+        if self.at_step < 1:
+            raise UserError(f"--at-step is {self.at_step}; the first step is 1")
+        if self.steps < self.at_step:
+            raise UserError(f"--steps is {self.steps}; step {self.at_step} is looked at, so give at least that many")
+        object.__setattr__(self, "guidance_scale", guidance(self.guidance_scale))
         if self.first_seed < 0:
             raise UserError(f"--first-seed is {self.first_seed}; give 0 or more")
 
@@ -68,10 +79,14 @@ class SearchSettings:
         k: Most active neurons of each layer that join the candidates in the first round.
         k_step: How many more join in each further round.
         criterion: outliers takes |z| alone, top-k the most active alone, up to the width of the widest layer.
+        scaling_factor: What neurons are multiplied with while they are tried; 0 is off, 1 would change nothing.
+        tau_refinement: Threshold of refinement; without it the one of selection.
+        relative_refinement: Let refinement ask instead that no seed's score changes by this share of what it is with
+            all candidates off, such as 0.1 (published code, off there too).
         give_up_early: Try the largest set first, and stop where it does not suppress, though a smaller set might. Off
             where the published code is reproduced.
         refine_failures: Refine the sets of captions that never fell below the threshold. Such results are large and
-            arbitrary.
+            arbitrary. On where the published code is reproduced.
         unit_size: Captions that share batches; what an interruption costs at most.
     """
 
@@ -81,6 +96,9 @@ class SearchSettings:
     k: int = 0
     k_step: int = 1
     criterion: Literal["both", "outliers", "top-k"] = "both"
+    scaling_factor: float = 0.0
+    tau_refinement: float | None = None
+    relative_refinement: float | None = None
     give_up_early: Annotated[bool, Parameter(negative="--no-give-up-early")] = True
     refine_failures: bool = False
     unit_size: int = 16
@@ -94,8 +112,17 @@ class SearchSettings:
             raise UserError(f"--k is {self.k}, --k-step is {self.k_step}; neither may be negative")
         if self.criterion == "top-k" and not self.k_step:
             raise UserError("--criterion top-k never grows with --k-step 0; give 1 or more")
+        require_scaling(self.scaling_factor)
+        if self.tau_refinement is not None:
+            require_tau(self.tau_refinement, "--tau-refinement")
+        if self.relative_refinement is not None and not 0 < self.relative_refinement < math.inf:
+            raise UserError(f"--relative-refinement is {self.relative_refinement}; give a positive number, such as 0.1")
         if self.unit_size < 1:
             raise UserError(f"--unit-size is {self.unit_size}; give at least 1")
+
+    def threshold(self, tau: float) -> float:
+        """Returns what refinement holds scores against where selection fell to tau."""
+        return tau if self.tau_refinement is None else self.tau_refinement
 
     def rounds(self, widest: int) -> list[tuple[float, int]]:
         """Returns (theta, k) of every round, in order.
@@ -119,13 +146,13 @@ class DrawSettings:
 
     Attributes:
         num_images: Per caption (paper: 10).
-        image_seed: Seed of the first one; none of them may be a seed of localisation.
-        image_guidance: Classifier-free guidance; 1 is off (paper, appendix B.3: 7).
+        image_seed: Seed of the first one, 1001 if none is given; none of them may be a seed of localisation.
+        image_guidance: Classifier-free guidance; 0 and 1 are off (paper, appendix B.3: 7).
         image_steps: Of DDIM (published code: 50).
     """
 
     num_images: int = 10
-    image_seed: int = 1001
+    image_seed: int | None = None
     image_guidance: float = 7.0
     image_steps: int = 50
 
@@ -133,13 +160,50 @@ class DrawSettings:
         for name in ("num_images", "image_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give at least 1")
-        if self.image_seed < 0:
+        if self.image_seed is not None and self.image_seed < 0:
             raise UserError(f"--image-seed is {self.image_seed}; give 0 or more")
+        object.__setattr__(self, "image_guidance", guidance(self.image_guidance))
 
     @property
     def seeds(self) -> range:
         """Of the initial noise."""
-        return range(self.image_seed, self.image_seed + self.num_images)
+        first = _IMAGE_SEED if self.image_seed is None else self.image_seed
+        return range(first, first + self.num_images)
+
+    def published(self) -> "DrawSettings":
+        """Returns the settings with the published code's seed, where none was given."""
+        return replace(self, image_seed=PUBLISHED_IMAGE_SEED) if self.image_seed is None else self
+
+
+def guidance(scale: float) -> float:
+    """Returns the guidance scale, with 1 for 0: the published code says off with 0, where the formula has no caption.
+
+    Raises:
+        UserError: The scale is NaN or infinite.
+    """
+    if not math.isfinite(scale):
+        raise UserError(f"the guidance scale is {scale}; give a number, 0 or 1 for none")
+    return scale or 1.0
+
+
+def require_tau(tau: float, option: str = "--tau") -> None:
+    """Refuses what is no threshold of a similarity.
+
+    Raises:
+        UserError: It is not between 0 and 1.
+    """
+    if not 0 < tau < 1:
+        raise UserError(f"{option} is {tau}; similarities are from 0 to 1, and so must be what they are held against")
+
+
+def require_scaling(factor: float) -> None:
+    """Refuses what does not scale neurons.
+
+    Raises:
+        UserError: The factor is 1, NaN or infinite.
+    """
+    if not math.isfinite(factor) or factor == 1:
+        raise UserError(f"--scaling-factor is {factor}; give a number other than 1, which changes nothing: 0 is off")
 
 
 def described(*settings: StepSettings | SearchSettings) -> dict[str, Any]:

@@ -81,14 +81,16 @@ class ValueSites:
         table[rows, [number for members in sets for number in members]] = True
         return table
 
-    def masks(self, off: Bool[Tensor, "rows neurons"]) -> dict[str | Site, Tensor]:
+    def masks(self, off: Bool[Tensor, "rows neurons"], *, scale: float = 0.0) -> dict[str | Site, Tensor]:
         """Returns what multiplies the values of each layer in which some row has neurons off.
 
         Args:
             off: Which neurons each row switches off; on the CPU, where looking at it stops no accelerator.
+            scale: What they are multiplied with.
         """
-        parts = zip(self.sites, off.split(self.widths, 1), strict=True)
-        return {site: ~part[:, None] for site, part in parts if bool(part.any())}
+        parts = [(site, part[:, None]) for site, part in zip(self.sites, off.split(self.widths, 1), strict=True)]
+        touched = [(site, part) for site, part in parts if bool(part.any())]
+        return {site: torch.where(part, scale, 1.0) if scale else ~part for site, part in touched}
 
 
 def value_sites(backbone: nn.Module, *, up: bool = False) -> ValueSites:
@@ -124,7 +126,11 @@ def value_sites(backbone: nn.Module, *, up: bool = False) -> ValueSites:
 
 
 def switched_off(
-    backbone: nn.Module, sites: ValueSites, neurons: NeuronSet | Bool[Tensor, "rows neurons"]
+    backbone: nn.Module,
+    sites: ValueSites,
+    neurons: NeuronSet | Bool[Tensor, "rows neurons"],
+    *,
+    scale: float = 0.0,
 ) -> AbstractContextManager[None]:
     """Switches neurons off while the block runs: for all rows alike, or each row's own.
 
@@ -132,10 +138,11 @@ def switched_off(
         backbone: The network that the sites are of.
         sites: Its value layers.
         neurons: One set for all rows, or a `ValueSites.table` with as many rows as the batch.
+        scale: What they are multiplied with.
     """
     if isinstance(neurons, NeuronSet):
         neurons = sites.table([sites.numbers(neurons)])
-    return intervene(backbone, sites.masks(neurons))
+    return intervene(backbone, sites.masks(neurons, scale=scale))
 
 
 def _value_modules(backbone: nn.Module) -> list[str]:

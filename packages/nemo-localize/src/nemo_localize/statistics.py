@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float64
 from torch import Tensor
 
 from diffcore import artifact
-from diffcore.errors import CorruptArtifactError, IncompatibleModelError
+from diffcore.errors import CorruptArtifactError, IncompatibleModelError, UserError, printable
 from diffcore.models import DiffusionModel
 from diffcore.models.prompts import Tokens
 from diffcore.stats import RunningMoments, require_finite
@@ -23,6 +23,7 @@ from nemo_localize.activations import mean_activations, prompt_encoder, text_fin
 from nemo_localize.sites import ValueSites, value_sites
 
 _SCHEMA = "nemo-localize/statistics@1"
+_PICKLES = (".pt", ".pth", ".bin", ".pkl")
 _LONGER = 1.5  # times the reference's mean length, or that much shorter
 _UNKNOWN = 0.3  # share of the captions' distinct tokens
 
@@ -38,7 +39,7 @@ class Statistics:
         fingerprint: Of the text encoders and value matrices.
         sources: Where the captions came from, each with its count.
         mean_length: Tokens per caption, padding left out.
-        vocabulary: Ids of the tokens seen.
+        vocabulary: Ids of the tokens seen; none where the captions are not known.
     """
 
     num_prompts: int
@@ -72,6 +73,7 @@ class Statistics:
             return replace(full, sources=self.sources + other.sources)
         n, m = self.num_prompts, other.num_prompts
         step = other.mean - self.mean
+        known = bool(self.vocabulary and other.vocabulary)
         # Chan, Golub and LeVeque 1983, equation 1.5.
         squares = sum(_squares(part) for part in (self, other)) + step.square() * (n * m / (n + m))
         return Statistics(
@@ -81,7 +83,7 @@ class Statistics:
             fingerprint=self.fingerprint,
             sources=self.sources + other.sources,
             mean_length=(n * self.mean_length + m * other.mean_length) / (n + m),
-            vocabulary=self.vocabulary | other.vocabulary,
+            vocabulary=self.vocabulary | other.vocabulary if known else frozenset(),
         )
 
     def require(self, model: DiffusionModel, sites: ValueSites) -> None:
@@ -98,7 +100,7 @@ class Statistics:
 
     def differences(self, tokens: Tokens) -> list[str]:
         """Returns in words how captions differ from the reference: each makes z-scores tell style, not memory."""
-        if not self.num_prompts or not len(tokens):
+        if not self.vocabulary or not len(tokens):  # of imported statistics the captions are not known
             return []
         length, vocabulary = _profile(tokens)
         found = []
@@ -128,7 +130,13 @@ class Statistics:
 
         Raises:
             CorruptArtifactError: The file is damaged, or something else.
+            UserError: It is a pickle, such as the published code saves.
         """
+        if Path(path).suffix in _PICKLES:
+            raise UserError(
+                f"{printable(path, 300)} is a pickle, as the published code saves its statistics; import it with: "
+                "nemo-localize statistics MODEL --import FILE"
+            )
         found = artifact.load(path, schema=_SCHEMA)
         try:
             return cls(

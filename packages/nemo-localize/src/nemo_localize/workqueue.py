@@ -54,6 +54,8 @@ def run_searches(
     cond: Condition,
     unblocked: Float[Tensor, "prompts seeds channels height width"],
     searches: Mapping[int, Search[T]],
+    *,
+    scale: float = 0.0,
 ) -> dict[int, Outcome[T]]:
     """Runs searches side by side and returns how each ended.
 
@@ -62,6 +64,7 @@ def run_searches(
         cond: Of all captions.
         unblocked: Their stretched noise differences with all neurons on.
         searches: By index of the caption.
+        scale: What neurons that are off are multiplied with.
 
     Raises:
         MachineError: Memory does not hold a single row.
@@ -72,7 +75,7 @@ def run_searches(
         _advance(_Job(prompt, search), None, outcomes, waiting)
     while waiting:
         batch = _next_batch(waiting, step.batch_size)
-        _answer(step, cond, unblocked, batch, outcomes)
+        _answer(step, cond, unblocked, batch, outcomes, scale)
         for job in {id(job): job for job, _ in batch}.values():
             if outcomes[job.prompt].error is not None:
                 job.search.close()
@@ -113,15 +116,16 @@ def _answer(
     unblocked: Tensor,
     batch: list[tuple[_Job[T], int]],
     outcomes: dict[int, Outcome[T]],
+    scale: float,
 ) -> None:
     """Answers the questions of one batch."""
     asked = [_Asked(job.prompt, job.questions[index]) for job, index in batch]
     crowd = [one for one in asked if not one.question.alone]
-    scores = dict(zip(crowd, _scores(step, cond, unblocked, crowd, outcomes), strict=True))
+    scores = dict(zip(crowd, _scores(step, cond, unblocked, crowd, outcomes, scale), strict=True))
     for one in asked:
         near = sum(abs(score - one.question.threshold) < step.margin for score in scores.get(one, ()))
         if near or one.question.alone:
-            scores[one] = _scores(step, cond, unblocked, [one], outcomes, alone=True)[0]
+            scores[one] = _scores(step, cond, unblocked, [one], outcomes, scale, alone=True)[0]
             outcomes[one.prompt].near_ties += near
     for (job, index), one in zip(batch, asked, strict=True):
         job.answers[index] = scores[one]
@@ -144,6 +148,7 @@ def _scores(
     unblocked: Tensor,
     asked: Sequence[_Asked],
     outcomes: dict[int, Outcome[T]],
+    scale: float,
     *,
     alone: bool = False,
 ) -> Answers:
@@ -151,7 +156,7 @@ def _scores(
     rows = [row for one in asked for row in one.rows]
     if not rows:
         return []
-    deltas, troubles = step.alone(cond, rows) if alone else step(cond, rows)
+    deltas, troubles = (step.alone if alone else step)(cond, rows, scale=scale)
     for row in rows:
         outcomes[row.prompt].num_rows += step.rows_per_row
     for index, reason in troubles.items():

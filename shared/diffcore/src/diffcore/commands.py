@@ -156,7 +156,7 @@ def sample(
         prompts: One or more; a model without prompts draws its classes in turn.
         steps: Solver steps.
         solver: How each step is taken.
-        guidance_scale: Classifier-free guidance; 1 is off.
+        guidance_scale: Classifier-free guidance; 0 and 1 are off.
         count: Images per prompt.
         size: Side in pixels; by default what the model was trained for.
         adapter: LoRA to fuse in: a safetensors file, or a folder of PEFT.
@@ -167,6 +167,7 @@ def sample(
 
     if steps < 1 or count < 1:
         raise UserError(f"--steps is {steps} and --count is {count}; both must be at least 1")
+    guidance_scale = guidance_scale or 1.0  # at 0 the formula would leave the prompt out
     loaded = _load(model, loading, runtime)
     if adapter is not None:
         loaded = loaded.with_adapter(adapter, adapter_scale)

@@ -2,18 +2,23 @@
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffcore.cli import Flag, Output, emit
 from diffcore.errors import UserError, printable
 from nemo_localize.commands.inputs import digest_of
-from nemo_localize.commands.options import UnchangedModel
+from nemo_localize.commands.options import MostFrequent, UnchangedModel
 from nemo_localize.commands.work import FOUND_BEFORE
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def apply(
     model: UnchangedModel,
     neurons: Path,
     *,
+    most_frequent: MostFrequent = None,
     lora: bool = True,
     download: Flag = False,
     output: Output = Output(),
@@ -34,10 +39,16 @@ def apply(
     from diffcore.run import Run, input_hash
     from nemo_localize.export import apply as write_edit
     from nemo_localize.export import checkpoint_in, how_to_load, manifest_in
+    from nemo_localize.neuron_files import most_frequent as find_most_frequent
     from nemo_localize.neuron_files import read_neurons
 
-    chosen, reasons = read_neurons(neurons)
     source = resolve(model, download=download)
+    # A table lists channels by the number of their layer: which layer that is, the model knows.
+    backbone = _backbone(source) if neurons.suffix == ".csv" else None
+    chosen, reasons = read_neurons(neurons, backbone=backbone)
+    if most_frequent is not None:
+        chosen = find_most_frequent(reasons, most_frequent)
+        reasons = {caption: own.minus(own.minus(chosen)) for caption, own in reasons.items()}
     folder = output.out or Path("runs") / f"apply-{source.stem}"
     if output.dry_run:
         emit({"neurons": len(chosen), "layers": len(chosen.layers), "writes": folder / "model"}, output.json)
@@ -45,7 +56,7 @@ def apply(
     with Run.open(
         folder,
         command="nemo-localize apply",
-        config={"model": model, "neurons": neurons, "lora": lora},
+        config={"model": model, "neurons": neurons, "most_frequent": most_frequent, "lora": lora},
         inputs={source.name: input_hash(source), "neurons": digest_of(chosen, reasons)},
         restart=output.restart,
         volatile=("model", *FOUND_BEFORE),
@@ -58,6 +69,17 @@ def apply(
         emit(run.result, output.json)
     print(how_to_load(folder) or f"checkpoint: {checkpoint_in(folder)}", file=sys.stderr)
     return 0
+
+
+def _backbone(source: Path) -> "nn.Module | None":
+    """Returns the network of a model; None of what can be edited, but not loaded whole."""
+    from diffcore.models import load
+    from diffcore.runtime import Runtime
+
+    try:
+        return load(source, Runtime(device="cpu")).backbone
+    except UserError:
+        return None
 
 
 def revert(edit: Path, *, out: Path, json: Flag = False) -> int:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from diffcore.data.prompts import PromptSet
     from nemo_localize.calibration import Calibration
     from nemo_localize.commands.work import Work
-    from nemo_localize.evaluate import Judges
+    from nemo_localize.evaluate import Judges, Kind
     from nemo_localize.neurons import NeuronSet
 
 _LOG = logging.getLogger("diffcore.nemo_localize")
@@ -29,6 +29,22 @@ def read_captions(path: Path, strict: bool) -> "PromptSet":
     for note in found.notes:
         _LOG.warning("%s", note)
     return found
+
+
+def column(captions: "PromptSet", name: str) -> tuple[str, ...]:
+    """Returns a column of the captions by its name, in any case; empty cells where there is none."""
+    return next((cells for key, cells in captions.columns.items() if key.lower() == name), ("",) * len(captions))
+
+
+def read_kinds(captions: "PromptSet") -> "dict[str, Kind] | None":
+    """Returns which captions their column `type` calls verbatim or template memories; None where none says so."""
+    from nemo_localize.evaluate import kinds_of
+
+    types = column(captions, "type")
+    kinds = kinds_of(captions.prompts, types)
+    if kinds is None and any(types):
+        _LOG.warning("the column type says something else than VM or TM, and is not used")
+    return kinds
 
 
 def read_calibration(path: Path | None) -> "Calibration | None":

@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from diffcore.errors import UserError
-from nemo_localize.settings import Method
+from nemo_localize.settings import Compat, Method
 
 Files = Annotated[tuple[Path, ...], Parameter(consume_multiple=True, negative="")]
 
@@ -18,7 +18,24 @@ CalibrationFile = Annotated[
     Path | None,
     Parameter(help="Run of calibrate, or its calibration.json; not needed with --compat reference on SD 1.4."),
 ]
+Tau = Annotated[
+    float | None, Parameter(help="Take this threshold instead of a calibration's; whether it fits is yours to know.")
+]
 Methods = Annotated[tuple[Method, ...], Parameter(consume_multiple=True, negative="")]
+MostFrequent = Annotated[
+    int | None,
+    Parameter(
+        help="Take this many neurons, those that the most captions have, instead of all neurons of all captions."
+    ),
+]
+ScalingFactor = Annotated[float, Parameter(help="What neurons are multiplied with; 0 is off.")]
+DrawCompat = Annotated[
+    Compat,
+    Parameter(
+        help="reference reproduces the published code: one draw of noise for all pictures of a caption, from seed 2 if "
+        "none is given, and each caption's own neurons, those of captions that were not localised included."
+    ),
+]
 Repeat = Annotated[int, Parameter(help="Number of the draw, for the ways that draw at random.")]
 Strict = Annotated[bool, Parameter(negative="", help="Stop at the first unusable line instead of leaving it out.")]
 UnitSize = Annotated[int, Parameter(help="Captions that share batches; what an interruption costs at most.")]

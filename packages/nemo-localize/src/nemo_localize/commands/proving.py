@@ -5,7 +5,7 @@ from pathlib import Path
 
 from diffcore.cli import show
 from nemo_localize.commands.inputs import digest_of, load_judges, load_originals, read_calibration, read_captions
-from nemo_localize.commands.options import Files, Judging, Strict, UnchangedModel
+from nemo_localize.commands.options import Files, Judging, Strict, Tau, UnchangedModel
 from nemo_localize.commands.work import Work, conclude
 from nemo_localize.settings import DrawSettings, SearchSettings, StepSettings
 
@@ -19,6 +19,7 @@ def prove(
     neurons: Path,
     controls: Path,
     calibration: Path | None = None,
+    tau: Tau = None,
     judging: Judging = Judging(),
     step: StepSettings = StepSettings(),
     drawing: DrawSettings = DrawSettings(),
@@ -46,18 +47,18 @@ def prove(
     from nemo_localize.prove import prove as find_proof
 
     found, harmless = read_captions(captions, strict), read_captions(controls, strict)
-    chosen, separate = read_neurons(neurons)
     innocent = harmless.distinct[:_CONTROLS]
     loaded = work.load(model)
+    chosen, separate = read_neurons(neurons, backbone=loaded.backbone)
     first = work.first_step(loaded, step)
-    tau = threshold(first, read_calibration(calibration))
+    level = threshold(first, read_calibration(calibration), tau=tau)
     judges, originals = load_judges(judging, work), load_originals(judging, found)
     if work.output.dry_run:
         folder = work.folder("prove", loaded)
         return work.plan(captions=len(found.distinct), controls=len(innocent), writes=folder)
-    options = {"model": model, "neurons": neurons, "controls": controls, "calibration": calibration}
+    options = {"model": model, "neurons": neurons, "controls": controls, "calibration": calibration, "tau": tau}
     options |= {"judging": judging, "step": step, "drawing": drawing}
-    known = {"neurons": digest_of(chosen, separate), "tau": repr(tau)}
+    known = {"neurons": digest_of(chosen, separate), "tau": repr(level)}
     fabric = work.fabric()
     with work.open("prove", loaded, [found, harmless], options, **known) as run:
         if not run.finished:
@@ -66,7 +67,7 @@ def prove(
                 chosen,
                 found.distinct,
                 innocent,
-                tau=tau,
+                tau=level,
                 originals=originals,
                 copies=judges.copies,
                 drawing=work.drawing(drawing),

@@ -3,16 +3,21 @@
 import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
 
 from diffcore.cli import Flag, show
-from nemo_localize.commands.inputs import read_calibration, read_captions, within
+from diffcore.errors import UserError
+from diffcore.files import sha256
+from nemo_localize.commands.inputs import column, read_calibration, read_captions, read_kinds, within
 from nemo_localize.commands.options import (
     AuditedCaptions,
     CalibrationFile,
     Files,
     ModelName,
     Strict,
+    Tau,
     UnitSize,
 )
 from nemo_localize.commands.work import Work, conclude
@@ -26,7 +31,15 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("diffcore.nemo_localize")
 
 
-def statistics(model: ModelName, references: Files, *, strict: Strict = False, work: Work = Work()) -> int:
+def statistics(
+    model: ModelName,
+    references: Files = (),
+    *,
+    import_: Annotated[Path | None, Parameter(name="--import")] = None,
+    import_count: int = 50_000,
+    strict: Strict = False,
+    work: Work = Work(),
+) -> int:
     """Learn from ordinary captions how active each value neuron usually is; the U-Net is not called.
 
     Shortest form: nemo-localize statistics MODEL CAPTIONS
@@ -35,19 +48,28 @@ def statistics(model: ModelName, references: Files, *, strict: Strict = False, w
 
     Args:
         references: Files of captions (.txt, .csv, .jsonl), none of them memorised.
+        import_: Statistics that the published code saved (.pt) of this model, instead of captions or beside them. The
+            file is a pickle, of which nothing but tensors is read.
+        import_count: Of how many captions those are (paper: 50 000), which the file does not say; matters beside
+            captions alone.
     """
+    from nemo_localize.published_statistics import import_statistics
     from nemo_localize.statistics import collect_statistics, merged
 
+    if not references and import_ is None:
+        raise UserError("there are no captions; give files of ordinary ones, or statistics with --import FILE")
     sets = [read_captions(path, strict) for path in references]
-    loaded = work.load(model)
+    loaded, up = work.load(model), work.loading.up
     path = work.folder("statistics", loaded) / "statistics.safetensors"
+    imported = [] if import_ is None else [import_statistics(loaded, import_, num_prompts=import_count, up=up)]
     if work.output.dry_run:
-        return work.plan(captions=sum(map(len, sets)), writes=path)
-    with work.open("statistics", loaded, sets, {"model": model}) as run:
+        return work.plan(captions=sum(map(len, sets)), imported=len(imported), writes=path)
+    options = {"model": model, "import": import_, "import_count": import_count}
+    known = {} if import_ is None else {"import": sha256(import_)}
+    with work.open("statistics", loaded, sets, options, **known) as run:
         if not run.finished:
-            found = merged(
-                [collect_statistics(loaded, part.prompts, source=part.path.name, up=work.loading.up) for part in sets]
-            )
+            parts = [collect_statistics(loaded, part.prompts, source=part.path.name, up=up) for part in sets]
+            found = merged([*imported, *parts])
             found.save(path)
             counts = {"captions": found.num_prompts, "neurons": len(found.mean), "dead": int(found.dead.sum())}
             run.finish({**counts, "sources": found.sources})
@@ -102,6 +124,7 @@ def detect(
     captions: AuditedCaptions,
     *,
     calibration: CalibrationFile = None,
+    tau: Tau = None,
     strict: Strict = False,
     step: StepSettings = StepSettings(),
     unit_size: UnitSize = 16,
@@ -118,12 +141,12 @@ def detect(
     found = read_captions(captions, strict)
     loaded = work.load(model)
     first = work.first_step(loaded, step)
-    tau = threshold(first, read_calibration(calibration))
+    level = threshold(first, read_calibration(calibration), tau=tau)
     if work.output.dry_run:
         return work.plan(captions=len(found.distinct), writes=work.folder("detect", loaded))
-    options = {"model": model, "calibration": calibration, "unit_size": unit_size, "step": step}
+    options = {"model": model, "calibration": calibration, "tau": tau, "unit_size": unit_size, "step": step}
     fabric = work.fabric()
-    with work.open("detect", loaded, [found], options, tau=repr(tau)) as run:
+    with work.open("detect", loaded, [found], options, tau=repr(level)) as run:
         if not run.finished:
             rows = in_units(
                 found.distinct,
@@ -133,7 +156,7 @@ def detect(
                 fabric=fabric,
             )
             if run.leading:
-                conclude(run, save_detection(run, rows, tau))
+                conclude(run, save_detection(run, rows, level))
         show(run, work.output)
     return 0
 
@@ -144,6 +167,7 @@ def localize(
     *,
     statistics: Path,
     calibration: CalibrationFile = None,
+    tau: Tau = None,
     authors_table: Flag = False,
     strict: Strict = False,
     step: StepSettings = StepSettings(),
@@ -153,6 +177,8 @@ def localize(
     """Find the value neurons of every memorised caption in a list; captions that are not memorised cost one look.
 
     Shortest form: nemo-localize localize MODEL CAPTIONS --statistics RUN --calibration RUN
+
+    Where a column type of the captions says VM or TM, verbatim and template memories are also counted apart.
 
     Args:
         statistics: Run of statistics, or its statistics.safetensors.
@@ -168,22 +194,24 @@ def localize(
     usual = Statistics.load(within(statistics, "statistics.safetensors"))
     loaded = work.load(model)
     first = work.first_step(loaded, step)
-    tau = threshold(first, read_calibration(calibration))
+    level = threshold(first, read_calibration(calibration), tau=tau)
     usual.require(loaded, first.sites)
     for difference in usual.differences(first.encoder.tokenize(found.distinct)):
         _LOG.warning("%s: z-scores may tell style instead of memory", difference)
     if work.output.dry_run:
-        return work.plan(captions=len(found.distinct), tau=tau, writes=work.folder("localize", loaded) / RESULTS)
-    options = {"model": model, "statistics": statistics, "calibration": calibration, "step": step, "search": search}
-    known = {"statistics": usual.fingerprint, "tau": repr(tau)}
+        return work.plan(captions=len(found.distinct), tau=level, writes=work.folder("localize", loaded) / RESULTS)
+    options = {"model": model, "statistics": statistics, "calibration": calibration, "tau": tau}
+    options |= {"step": step, "search": search}
+    known = {"statistics": usual.fingerprint, "tau": repr(level)}
     fabric = work.fabric()
     with work.open("localize", loaded, [found], options, **known) as run:
         if not run.finished:
             results = find_neurons(
-                first, found.prompts, tau=tau, statistics=usual, settings=search, run=run, fabric=fabric
+                first, found.prompts, tau=level, statistics=usual, settings=search, run=run, fabric=fabric
             )
             if run.leading:
-                conclude(run, save_localization(run, results, tau, first, usual))
+                summary = save_localization(run, results, level, first, usual)
+                conclude(run, summary | results.by_kind(read_kinds(found) or {}))
         if authors_table and run.leading:
             _write_authors_table(run, first, found)
         show(run, work.output)
@@ -195,7 +223,8 @@ def _write_authors_table(run: "Run", first: "FirstStep", captions: "PromptSet") 
     from nemo_localize.neuron_files import RESULTS
     from nemo_localize.results import Results
 
-    urls = dict(zip(captions.prompts, captions.columns.get("URL", ()), strict=False))
-    results = Results.read_jsonl(run.folder / RESULTS).distinct()
-    rows = [AuthorsRow.of(result, urls.get(result.prompt, "")) for result in results]
+    # A row for every caption of the list, given twice or not: readers go through both side by side.
+    urls = column(captions, "url")
+    results = Results.read_jsonl(run.folder / RESULTS)
+    rows = [AuthorsRow.of(result, url) for result, url in zip(results, urls, strict=True)]
     write_authors_table(run.folder / "tables" / "published-form.csv", rows, first.sites)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from nemo_localize.pictures import Drawing
 
 # Options that name what was found before: what is in it is told among the inputs, wherever it lies.
-FOUND_BEFORE = ("statistics", "calibration", "neurons")
+FOUND_BEFORE = ("statistics", "calibration", "neurons", "import")
 
 
 @Parameter(name="*")
@@ -55,11 +55,11 @@ class Work:
 
         return FirstStep(model, step, batch_size=self.loading.batch_size, up=self.loading.up)
 
-    def drawing(self, pictures: DrawSettings) -> "Drawing":
+    def drawing(self, pictures: DrawSettings, *, reference: bool = False) -> "Drawing":
         """Returns how pictures are drawn."""
         from nemo_localize.pictures import Drawing
 
-        return Drawing(pictures.image_guidance, pictures.image_steps, self.loading.batch_size)
+        return Drawing(pictures.image_guidance, pictures.image_steps, self.loading.batch_size, reference)
 
     def fabric(self) -> "Fabric | None":
         """Returns the processes that share the captions, launched; None for a single one."""

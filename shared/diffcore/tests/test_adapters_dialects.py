@@ -267,3 +267,24 @@ def test_what_we_write_for_comfyui_users_is_read_back(bases, tmp_path):
     for component, module, one in read_adapter(path, bases["sdxl"]):
         original = adapter.components[component][module]
         assert original.relative_error(one) < 1e-6
+
+
+@pytest.mark.parametrize("names", [("v_pred",), ("v_pred", "ztsnr")])
+def test_markers_of_the_base_are_told_and_change_nothing(bases, tmp_path, names):
+    adapter = adapter_of(bases["sd15"])
+    plain = written(adapter, tmp_path / "a.safetensors", under("lora_unet_", "lora_te_", flat=True), UP_DOWN)
+    save_file(load_file(plain) | {name: torch.empty(0) for name in names}, tmp_path / "marked.safetensors")
+    with pytest.warns(UserWarning, match=f"the same marker: it holds {' and '.join(names)}"):
+        marked = read_adapter(tmp_path / "marked.safetensors", bases["sd15"])
+    assert [change.alpha for *_, change in marked] == [change.alpha for *_, change in adapter]
+    assert all(torch.equal(one.down, other.down) for (*_, one), (*_, other) in zip(marked, adapter, strict=True))
+
+
+def test_a_factor_without_rows_is_none(bases, tmp_path):
+    empty = {
+        "lora_unet_conv_in.lora_down.weight": torch.ones(0, 4, 3, 3),
+        "lora_unet_conv_in.lora_up.weight": torch.ones(32, 0, 1, 1),
+    }
+    save_file(empty, tmp_path / "a.safetensors")
+    with pytest.raises(IncompatibleModelError, match="of shape 0x4x3x3, which is no factor of a LoRA"):
+        read_adapter(tmp_path / "a.safetensors", bases["sd15"])

@@ -59,8 +59,9 @@ def capture(
     ``with capture(unet, "*.attn2.to_v") as activations: unet(x, t, states)``
 
     Tensors are detached copies in the precision of the computation: what a module put out, whatever the network does to
-    it in place afterwards, as FreeU does. Only the thread that enters the block is listened to. Under gradient checkpointing the second run, during backward, is not recorded. An edit by
-    `intervene` that was entered before is seen, one entered later is not.
+    it in place afterwards, as FreeU does. Only the thread that enters the block is listened to. Under gradient
+    checkpointing the second run, during backward, is not recorded. An edit by `intervene` that was entered before is
+    seen, one entered later is not.
 
     Args:
         model: The network.

@@ -288,3 +288,24 @@ def test_a_factor_without_rows_is_none(bases, tmp_path):
     save_file(empty, tmp_path / "a.safetensors")
     with pytest.raises(IncompatibleModelError, match="of shape 0x4x3x3, which is no factor of a LoRA"):
         read_adapter(tmp_path / "a.safetensors", bases["sd15"])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"lora_alpha": 8}, {"lora_alpha": 8, "use_rslora": True}, {"lora_alpha": 4, "alpha_pattern": {"q_proj": 2}}],
+)
+def test_a_peft_folder_of_a_text_encoder_changes_it(bases, tmp_path, settings):
+    encoder = tiny.pipeline("sd15").text_encoder
+    theirs = get_peft_model(encoder, LoraConfig(r=4, target_modules=["q_proj", "fc1"], **settings))
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
+    theirs.save_pretrained(tmp_path)
+    adapter = read_adapter(tmp_path, bases["sd15"])
+    assert not adapter.modules
+    found = fuse(tiny.pipeline("sd15").text_encoder, adapter.text_encoders["text_encoder"]).state_dict()
+    for name, tensor in theirs.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(found[name], tensor)
+    with pytest.raises(IncompatibleModelError, match="holds nothing that fits"):  # either encoder may be meant
+        read_adapter(tmp_path, bases["sdxl"])

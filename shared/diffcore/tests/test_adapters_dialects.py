@@ -267,3 +267,45 @@ def test_what_we_write_for_comfyui_users_is_read_back(bases, tmp_path):
     for component, module, one in read_adapter(path, bases["sdxl"]):
         original = adapter.components[component][module]
         assert original.relative_error(one) < 1e-6
+
+
+@pytest.mark.parametrize("names", [("v_pred",), ("v_pred", "ztsnr")])
+def test_markers_of_the_base_are_told_and_change_nothing(bases, tmp_path, names):
+    adapter = adapter_of(bases["sd15"])
+    plain = written(adapter, tmp_path / "a.safetensors", under("lora_unet_", "lora_te_", flat=True), UP_DOWN)
+    save_file(load_file(plain) | {name: torch.empty(0) for name in names}, tmp_path / "marked.safetensors")
+    with pytest.warns(UserWarning, match=f"the same marker: it holds {' and '.join(names)}"):
+        marked = read_adapter(tmp_path / "marked.safetensors", bases["sd15"])
+    assert [change.alpha for *_, change in marked] == [change.alpha for *_, change in adapter]
+    assert all(torch.equal(one.down, other.down) for (*_, one), (*_, other) in zip(marked, adapter, strict=True))
+
+
+def test_a_factor_without_rows_is_none(bases, tmp_path):
+    empty = {
+        "lora_unet_conv_in.lora_down.weight": torch.ones(0, 4, 3, 3),
+        "lora_unet_conv_in.lora_up.weight": torch.ones(32, 0, 1, 1),
+    }
+    save_file(empty, tmp_path / "a.safetensors")
+    with pytest.raises(IncompatibleModelError, match="of shape 0x4x3x3, which is no factor of a LoRA"):
+        read_adapter(tmp_path / "a.safetensors", bases["sd15"])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"lora_alpha": 8}, {"lora_alpha": 8, "use_rslora": True}, {"lora_alpha": 4, "alpha_pattern": {"q_proj": 2}}],
+)
+def test_a_peft_folder_of_a_text_encoder_changes_it(bases, tmp_path, settings):
+    encoder = tiny.pipeline("sd15").text_encoder
+    theirs = get_peft_model(encoder, LoraConfig(r=4, target_modules=["q_proj", "fc1"], **settings))
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
+    theirs.save_pretrained(tmp_path)
+    adapter = read_adapter(tmp_path, bases["sd15"])
+    assert not adapter.modules
+    found = fuse(tiny.pipeline("sd15").text_encoder, adapter.text_encoders["text_encoder"]).state_dict()
+    for name, tensor in theirs.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(found[name], tensor)
+    with pytest.raises(IncompatibleModelError, match="holds nothing that fits"):  # either encoder may be meant
+        read_adapter(tmp_path, bases["sdxl"])

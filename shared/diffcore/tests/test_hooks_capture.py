@@ -459,6 +459,13 @@ def test_activations_stay_what_the_module_put_out(site, reduce, mode):
     assert torch.equal(next(iter(seen.values())), expected)
 
 
+@pytest.mark.parametrize("pack", [lambda x: (x, x.mean()), lambda x: {"x": x}, lambda x: [x[0]], lambda x: x.numpy()])
+def test_what_would_change_with_the_network_is_refused(pack):
+    net, told = InPlace(), r"reduce returned a \w+ for 'first'; return a tensor"
+    with torch.no_grad(), pytest.raises(TypeError, match=told), capture(net, "first", reduce=lambda name, x: pack(x)):
+        net(torch.randn(5, 4))
+
+
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_free_u_changes_no_activation(family):
     denoiser, inputs = tiny.denoiser(family), tiny.inputs(family)

@@ -11,12 +11,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import load_file, save, save_file
 
 from diffcore import strictjson, tensorfile
 from diffcore.errors import IncompatibleModelError, ModelNotFoundError
-from diffcore.models import inspect_model
+from diffcore.models import inspect_model, load
 from diffcore.models.walk import walk
+from diffcore.runtime import Runtime
 from diffcore.strictjson import StrictError, parse, read_foreign_object
 from diffcore.tensorfile import read_header, what_it_is
 from diffcore.testing import tiny
@@ -150,11 +151,14 @@ def test_header_limits(tmp_path, monkeypatch, limit, value):
         read_header(tmp_path / "x.safetensors")
 
 
-def test_empty_tensors_are_ours_alone(tmp_path):
+def test_empty_tensors_are_no_weights(tmp_path):
     save_file({"a": torch.ones(0, 3), "b": torch.ones(2)}, tmp_path / "x.safetensors")
-    assert read_header(tmp_path / "x.safetensors", allow_empty=True).tensors["a"].shape == (0, 3)
-    with pytest.raises(IncompatibleModelError, match="a side outside 1"):
-        read_header(tmp_path / "x.safetensors")
+    assert read_header(tmp_path / "x.safetensors").tensors["a"].shape == (0, 3)
+    tiny.backbone("dit").save_pretrained(tmp_path / "dit")
+    weights = tmp_path / "dit" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(weights) | {"pos_embed.proj.bias": torch.ones(0)}, weights)
+    with pytest.raises(IncompatibleModelError, match=r"'pos_embed\.proj\.bias' of shape \[0\], where"):
+        load(tmp_path / "dit", Runtime(device="cpu"))
 
 
 def test_a_header_length_that_looks_like_a_pickle_is_no_pickle(tmp_path):

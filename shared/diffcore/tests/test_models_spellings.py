@@ -1,7 +1,9 @@
 """Single files as other tools spell them hold the same weights; other models are called what they are."""
 
+import json
 import re
-from functools import partial
+import shutil
+from functools import cache, partial
 
 import pytest
 import torch
@@ -45,11 +47,18 @@ def shapes_of(file):
     return {name: entry.shape for name, entry in read_header(file).tensors.items()}
 
 
+@pytest.fixture(scope="module")
+def usual_shapes(saved, tmp_path_factory):
+    """Shapes in a family's own spelling; each file written once."""
+    folder = tmp_path_factory.mktemp("usual")
+    return cache(lambda family: shapes_of(single_file(saved(family)[0], folder / f"{family}.safetensors", family)))
+
+
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_every_spelling_holds_the_same_weights(tmp_path, saved, spelling):
+def test_every_spelling_holds_the_same_weights(tmp_path, saved, usual_shapes, spelling):
     family, change = SPELLINGS[spelling]
     pipeline, folder = saved(family)
-    usual = shapes_of(single_file(pipeline, tmp_path / "usual.safetensors", family))
+    usual = usual_shapes(family)
     file = single_file(pipeline, tmp_path / "m.safetensors", family, change=change)
     different = [name for name, shape in shapes_of(file).items() if usual.get(name) != shape]
     assert different
@@ -147,6 +156,10 @@ FOREIGN = {
     "Stable Cascade": ({"clip_txt_mapper.weight": (4, 4)}, "is a single file of Stable Cascade"),
     "Wan": ({f"{UNET}head.modulation": (1, 2, 4)}, "is a single file of Wan"),
     "autoencoder": ({"first_stage_model.encoder.conv_in.weight": (4, 3, 3, 3)}, "is an autoencoder without its model"),
+    "EMA alone": (
+        {"model_ema.diffusion_modelout2bias": (4,), "first_stage_model.encoder.conv_in.weight": (4, 3, 3, 3)},
+        "is the averaged weights (EMA) of a network alone",
+    ),
     "text encoder": ({"text_model.final_layer_norm.weight": (4,)}, "is a text encoder without its model"),
 }
 
@@ -159,6 +172,26 @@ def test_other_models_are_called_what_they_are(tmp_path, name):
     with pytest.raises(IncompatibleModelError, match=re.escape(told)) as caught:
         inspect_model(file)
     assert "copy" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["CogVideoXDDIMScheduler", "DPMSolverSDEScheduler", "FlowMatchLCMScheduler"])
+def test_a_folder_with_another_scheduler_is_not_called_damaged(tmp_path, saved, name):
+    _, folder = saved("sd15")
+    folder = shutil.copytree(folder, tmp_path / "m")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", name]}))
+    with pytest.raises(IncompatibleModelError, match=f"{name} for scheduler.*save the pipeline with another scheduler"):
+        inspect_model(folder)
+
+
+def test_a_text_encoder_with_parts_that_nothing_uses_is_read(tmp_path, saved):
+    pipeline, folder = saved("sd15")
+    folder = shutil.copytree(folder, tmp_path / "m")
+    weights = folder / "text_encoder" / "model.safetensors"
+    names = ("logit_scale", "text_projection.weight", "visual_projection.weight", "vision_model.post_layernorm.bias")
+    save_file(load_file(weights) | {name: torch.ones(2, 2) for name in names}, weights)
+    found = load(folder, CPU).modules["text_encoder"].state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in pipeline.text_encoder.state_dict().items())
 
 
 def test_tensors_that_no_family_has_are_named(tmp_path, saved):

@@ -209,6 +209,64 @@ def test_latents_scaled_channel_by_channel(written, like, pipelines, tmp_path):
         load(folder, CPU)
 
 
+@pytest.fixture(scope="module")
+def saved_backbone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("backbone")
+    tiny.backbone("sd15").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder_with(saved_backbone, tmp_path):
+    """Writes a backbone's folder with tensors and header entries of its own, under a scheduler's settings."""
+
+    def write(tensors, metadata=None, **settings):
+        folder = shutil.copytree(saved_backbone, tmp_path / "b", dirs_exist_ok=True)
+        weights = folder / "diffusion_pytorch_model.safetensors"
+        save_file(load_file(weights) | tensors, weights, metadata=metadata)
+        EulerDiscreteScheduler(**settings).save_pretrained(folder)
+        return folder
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata"),
+    [
+        ({"v_pred": EMPTY}, None),
+        ({"v_pred": torch.ones(1)}, None),
+        ({}, {"modelspec.predict_key": "v"}),
+        ({}, {"ss_v_parameterization": "True"}),
+    ],
+)
+def test_a_folder_that_contradicts_its_scheduler_is_refused(folder_with, tensors, metadata):
+    told = next(iter(tensors or metadata))
+    for read in (lambda path, **how: load(path, CPU, **how).denoiser.prediction_type, predicted):
+        folder = folder_with(tensors, metadata)
+        with pytest.raises(IncompatibleModelError, match=f"v_prediction by the .*{told}, and its scheduler says eps"):
+            read(folder)
+        assert read(folder, prediction_type="epsilon") == "epsilon"
+        assert read(folder_with(tensors, metadata, prediction_type="v_prediction")) == "v_prediction"
+
+
+def predicted(path, **how):
+    return schedule_of(inspect_model(path), **how)[0]
+
+
+def test_a_folder_that_ends_in_pure_noise_says_so_twice(folder_with):
+    tensors, settings = {"v_pred": EMPTY, "ztsnr": EMPTY}, {"prediction_type": "v_prediction"}
+    with pytest.raises(IncompatibleModelError, match="pure noise by the tensor ztsnr, and its scheduler does not"):
+        load(folder_with(tensors, **settings), CPU)
+    model = load(folder_with(tensors, **settings, rescale_betas_zero_snr=True), CPU)
+    assert model.denoiser.schedule.rescale_betas_zero_snr
+
+
+@pytest.mark.parametrize("name", ["v_pred", "model.diffusion_model.v_pred"])
+def test_a_marker_is_heard_wherever_a_tool_moved_it(written, like, name):
+    file = written(**{name.replace(".", "__"): EMPTY})
+    assert load(file, CPU, like=like).denoiser.prediction_type == "v_prediction"
+
+
 @pytest.mark.parametrize(
     ("name", "table"),
     [

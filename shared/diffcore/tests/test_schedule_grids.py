@@ -130,6 +130,22 @@ def test_a_class_without_such_a_grid_says_so():
         DiscreteSchedule(clip_x0=0.0)
 
 
+@pytest.mark.parametrize(
+    ("name", "spacing", "steps", "told"),
+    [
+        ("EulerDiscreteScheduler", "linspace", 1001, "there are 1000 timesteps"),
+        ("PNDMScheduler", "linspace", 2000, "there are 1000 timesteps"),
+        ("HeunDiscreteScheduler", "leading", 1000, "offset 1; there are 1000 timesteps"),
+        ("DPMSolverMultistepScheduler", "leading", 999, "offset 1; there are 1000 timesteps"),
+        ("UniPCMultistepScheduler", "leading", 1000, "UniPCMultistepScheduler puts them all at t = 1"),
+    ],
+)
+def test_more_steps_than_there_are_timesteps_are_refused(name, spacing, steps, told):
+    settings = {"_class_name": name, **STABLE, "timestep_spacing": spacing, "steps_offset": 1}
+    with pytest.raises(ValueError, match=f"steps is {steps}.*{told}"):
+        schedule_from(settings).timesteps(steps)
+
+
 def test_levels_between_two_indices_lie_between_theirs():
     schedule = DiscreteSchedule(rescale_betas_zero_snr=True)
     t = torch.tensor([10.0, 10.25, 11.0, 998.0, 998.5, 999.0], dtype=torch.float64)

@@ -90,6 +90,55 @@ def test_several_images_of_a_prompt(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "names",
+    [
+        [f"{seed}_{p}.png" for p, seed in enumerate((98211, 123, 55555))],  # a seed of its own for each image
+        [f"{seed}_{p:03d}.png" for p in range(3) for seed in (42, 1337)],
+        [f"seed{s}_prompt{p}.png" for p in range(3) for s in range(3)],  # as many seeds as prompts
+        [f"seed_{s}/{p}.png" for p in range(3) for s in range(3)],
+        [f"seed {s}/{p:02d}.png" for p in range(3) for s in range(4)],
+    ],
+)
+def test_images_numbered_by_seed_first_are_refused(tmp_path, names):
+    with pytest.raises(UserError, match=r"numbered by sample first, by prompt second.*column file_name"):
+        paired(tmp_path, sorted(names), "x\ny\nz\n")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        lambda p, s: f"{p:05d}-{98211 - 7 * p - s}.png",
+        lambda p, s: f"prompt{p}_seed{s}.png",
+        lambda p, s: f"prompt_{p}/seed_{s}.png",
+        lambda p, s: f"2024-01-0{p + 1}/{p}_{s}.png",
+        lambda p, s: f"seed42_sample{p}_{s}.png",
+    ],
+)
+@pytest.mark.parametrize("each", [1, 3])
+def test_images_numbered_by_prompt_first_go_in_step(tmp_path, name, each):
+    names = {name(p, s): p for p in range(3) for s in range(each)}
+    assert paired(tmp_path, sorted(names), "x\ny\nz\n") == tuple(names[image] for image in sorted(names))
+
+
+def test_an_order_of_names_without_numbers_is_told(tmp_path, caplog):
+    assert paired(tmp_path, ["0be.png", "7cc.png"], "x\ny\n") == (0, 1)
+    assert "in the order of their names, 0be.png first" in caplog.text
+
+
+@pytest.mark.parametrize("column", ["img_path", "image_name", "Bild"])
+def test_any_column_that_holds_names_of_images_is_followed(tmp_path, column):
+    rows = "".join(f"prompt {n},{n},data/{n}.png\n" for n in (3, 1, 2))
+    assert paired(tmp_path, ["1.png", "2.png", "3.png"], f"prompt,seed,{column}\n{rows}", "csv") == (1, 2, 0)
+
+
+def test_numbers_of_images_in_another_order_are_refused(tmp_path):
+    names, told = ["1.png", "2.png", "3.png"], r"column id of prompts\.csv names the images in another order"
+    assert paired(tmp_path, names, "prompt,id\nx,1\ny,2\nz,3\n", "csv") == (0, 1, 2)
+    with pytest.raises(UserError, match=told):
+        paired(tmp_path, names, "prompt,id\nx,3\ny,1\nz,2\n", "csv")
+
+
+@pytest.mark.parametrize(
     ("cell", "place"),
     [
         ("sub/b.png", "sub/b.png"),
@@ -133,6 +182,16 @@ def test_captions_beside_images_are_prompts(tmp_path, caplog):
     assert "no prompt for 1 images, such as 7.png" in caplog.text
 
 
+def test_captions_that_differ_are_left_out_and_other_files_named(tmp_path):
+    texts = {"1.txt": b"one", "1.caption": b"two", "2.TXT": b"three", "2.caption": b"three"}
+    prompts = load_prompts(folder_of(tmp_path / "a", {**images("1.png", "2.png"), **texts}))
+    assert (prompts.prompts, prompts.columns["file_name"]) == (("three",), ("2.png",))
+    assert "line 1 has the captions 1.caption and 1.txt, which differ" in prompts.notes[0]
+    folder = folder_of(tmp_path / "b", {**images("1.png"), "metadata.jsonl": b"{}"})
+    with pytest.raises(UserError, match=r"give the file of prompts itself, such as metadata\.jsonl"):
+        load_prompts(folder)
+
+
 EDM = [f"{n // 4:05d}/img{n:08d}.png" for n in range(12)]
 
 
@@ -171,3 +230,15 @@ def test_numbered_classes_are_in_the_order_of_their_numbers(tmp_path):
     assert "label 2 is 2, which sorting as text would give to 10" in loaded.notes[0]
     named = load_images(folder_of(tmp_path / "b", images("n02/x.png", "n10/x.png", "cat/x.png")))
     assert (named.classes, named.notes) == (("cat", "n02", "n10"), ())
+    words = load_images(folder_of(tmp_path / "c", images(*(f"{n}_{'ab'[n % 2]}/x.png" for n in range(11)))))
+    assert words.classes == tuple(f"{n}_{'ab'[n % 2]}" for n in range(11))
+    assert "label 1 is 1_b, which sorting as text would give to 10_a" in words.notes[0]
+    beside = open_images(folder_of(tmp_path / "d", images(*(f"{n}/x.png" for n in range(11)), "other/x.png")))
+    assert beside.classes == (*map(str, range(11)), "other")
+
+
+def test_parts_of_a_data_set_are_no_classes(tmp_path):
+    folder = folder_of(tmp_path / "a", images("train/1.png", "Test/1.png"))
+    with pytest.raises(UserError, match="several parts: Test, train; choose one with --split"):
+        open_images(folder)
+    assert open_images(folder, split="train").classes == ()

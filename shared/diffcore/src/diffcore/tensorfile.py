@@ -78,12 +78,11 @@ class TensorHeader:
     size: int
 
 
-def read_header(path: Path, *, allow_empty: bool = False) -> TensorHeader:
+def read_header(path: Path) -> TensorHeader:
     """Reads and checks the header of a safetensors file; touches none of its tensors.
 
     Args:
         path: A regular file.
-        allow_empty: Whether tensors may have a side of 0.
 
     Raises:
         IncompatibleModelError: The file is not safetensors (the message says what it looks like), is truncated, or
@@ -98,7 +97,7 @@ def read_header(path: Path, *, allow_empty: bool = False) -> TensorHeader:
                 head = file.read(8)
                 length = int.from_bytes(head, "little")
                 header = file.read(length) if len(head) == 8 and length <= MAX_HEADER_BYTES else b""
-        return _checked(path, head, header, status.st_size, allow_empty)
+        return _checked(path, head, header, status.st_size)
     except StrictError as error:
         advice = "" if ";" in str(error) else "; get a clean copy"
         raise IncompatibleModelError(f"{printable(path, 300)} {error}{advice}") from None
@@ -142,7 +141,7 @@ def refusal_of_pickle(path: Path) -> str:
     )
 
 
-def _checked(path: Path, head: bytes, header: bytes, size: int, allow_empty: bool) -> TensorHeader:
+def _checked(path: Path, head: bytes, header: bytes, size: int) -> TensorHeader:
     # A valid header length may begin with the bytes of another format: safetensors is tried first.
     length = int.from_bytes(head, "little")
     if not header.startswith(b"{"):
@@ -158,7 +157,7 @@ def _checked(path: Path, head: bytes, header: bytes, size: int, allow_empty: boo
     metadata = _checked_metadata(content.pop("__metadata__", {}))
     if len(content) > MAX_TENSORS:
         raise StrictError(f"names {len(content):,} tensors; the limit is {MAX_TENSORS:,}")
-    tensors = {name: _entry(name, value, allow_empty) for name, value in content.items()}
+    tensors = {name: _entry(name, value) for name, value in content.items()}
     _check_layout(tensors, size - 8 - length, size)
     return TensorHeader(path, tensors, metadata, 8 + length, size)
 
@@ -183,7 +182,7 @@ def _checked_metadata(metadata: Any) -> dict[str, str]:
     return metadata
 
 
-def _entry(name: str, value: Any, allow_empty: bool) -> TensorEntry:
+def _entry(name: str, value: Any) -> TensorEntry:
     if not _NAME.fullmatch(name):
         raise _tensor_with(name, f"a name that is not 1 to {MAX_NAME} plain characters")
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
@@ -191,11 +190,10 @@ def _entry(name: str, value: Any, allow_empty: bool) -> TensorEntry:
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise _tensor_with(name, f"dtype {printable(dtype, 30)}; weights are read in {', '.join(ITEM_BYTES)}")
-    smallest = 0 if allow_empty else 1
     if not (isinstance(shape, list) and len(shape) <= MAX_RANK and all(type(side) is int for side in shape)):
         raise _tensor_with(name, f"a shape that is not a list of at most {MAX_RANK} whole numbers")
-    if not all(smallest <= side <= MAX_DIM for side in shape):
-        raise _tensor_with(name, f"a side outside {smallest} to 2^31")
+    if not all(0 <= side <= MAX_DIM for side in shape):  # 0 in tensors that say something by being there
+        raise _tensor_with(name, "a side outside 0 to 2^31")
     if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(offset) is int for offset in offsets)):
         raise _tensor_with(name, "offsets that are not two whole numbers")
     start, end = offsets

@@ -94,9 +94,9 @@ def _placed(pair: Pair, base: Base, layout: Layout) -> tuple[str, str] | None:
     """Returns component and module of a pair; None if it has no place, or several."""
     if (module := base.find(pair.component, pair.module)) is not None:
         return base.component(pair.component), module
-    if layout != "lycoris":
+    if layout not in ("lycoris", "peft"):
         return None
-    # LyCORIS names the modules of whatever network it wraps, and not the network.
+    # Both name the modules of whatever network they wrap, and not the network.
     fitting = [
         (component, name) for component in base.shapes if (name := base.find(component, pair.module)) is not None
     ]

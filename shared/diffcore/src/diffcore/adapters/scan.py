@@ -1,6 +1,7 @@
 """An adapter on disk, seen through its headers: which modules it changes, as it spells them. Imports no torch."""
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from diffcore.tensorfile import TensorEntry, TensorHeader, read_header
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+MARKERS = ("v_pred", "ztsnr")
+"""Tensors that say what its base predicts, and change nothing in the adapter."""
 METADATA = "lora_adapter_metadata"
 """The entry of a file's header in which diffusers keeps PEFT configurations."""
 
@@ -85,6 +88,9 @@ def scan_adapter(path: Path | str) -> AdapterFile:
     path = Path(path)
     weights, config = _files_of(path)
     header = read_header(weights)
+    if marked := [name for name in MARKERS if name in header.tensors]:
+        told = " and ".join(marked)
+        warnings.warn(f"{printable(path, 300)} is for models with the same marker: it holds {told}", stacklevel=3)
     try:
         layout, pairs = _pairs(header.tensors)
         settings = _settings_of_header(header.metadata)
@@ -133,7 +139,7 @@ def _files_of(path: Path) -> tuple[Path, Path | None]:
 
 
 def _pairs(tensors: Mapping[str, TensorEntry]) -> tuple[Layout, tuple[Pair, ...]]:
-    keys = {text: parse_key(text) for text in tensors}
+    keys = {text: parse_key(text) for text in tensors if text not in MARKERS}
     found: dict[tuple[str, str], dict[str, str]] = {}
     layouts: dict[str, str] = {}
     adapters: dict[str | None, str] = {}
@@ -186,7 +192,7 @@ def _factor(name: str, tensors: Mapping[str, TensorEntry]) -> tuple[int, ...]:
     entry = tensors[name]
     if entry.dtype not in _FLOATS:
         raise StrictError(f"has tensor {quoted(name)} of dtype {entry.dtype}; quantised adapters are not read")
-    if not 2 <= len(entry.shape) <= 5:
+    if not 2 <= len(entry.shape) <= 5 or 0 in entry.shape:
         raise StrictError(f"has tensor {quoted(name)} of shape {_shown(entry.shape)}, which is no factor of a LoRA")
     return entry.shape
 

@@ -1,7 +1,9 @@
 """Which image goes with which prompt: by the names of files where they are given, by order where they are not."""
 
 import logging
-from collections.abc import Callable, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePosixPath
 
 from diffcore.data.order import by_number, is_numbered, numbers
@@ -23,9 +25,10 @@ def places_of_prompts(prompts: PromptSet, names: Sequence[str]) -> tuple[int, ..
     """Returns for each image the index of its prompt; -1 for none, which a warning counts.
 
     A column `file_name` (or `filename`, `file`, `image`, `image_file`, `image_path`, `path`) says which file a line is
-    about: by path, by path without suffix, by name, or by name without suffix, the first of these that fits. Without
-    one, prompts and images go in step, as many images for each prompt, one after the other: by folder where there is
-    one folder for each prompt, else in the order of the numbers in their names.
+    about: by path, by path without suffix, by name, or by name without suffix, the first of these that fits. So does a
+    column of any name that holds the name of an image with its suffix. Without one, prompts and images go in step, as
+    many images for each prompt, one after the other: by folder where there is one folder for each prompt, else in the
+    order of the numbers in their names.
 
     Args:
         prompts: As read.
@@ -35,7 +38,7 @@ def places_of_prompts(prompts: PromptSet, names: Sequence[str]) -> tuple[int, ..
         UserError: Images and prompts do not go together, or more than one way to pair them fits.
     """
     columns = {name.strip().lower(): cells for name, cells in prompts.columns.items()}
-    column = next((columns[name] for name in _FILE_COLUMNS if name in columns), None)
+    column = next((columns[name] for name in _FILE_COLUMNS if name in columns), _naming(columns, names))
     places = _by_order(prompts, names) if column is None else _by_column(prompts, column, names)
     shown = printable(prompts.path.name)
     alone = [name for name, place in zip(names, places, strict=True) if place < 0]
@@ -47,9 +50,19 @@ def places_of_prompts(prompts: PromptSet, names: Sequence[str]) -> tuple[int, ..
     return places
 
 
+def _path(cell: str) -> PurePosixPath:
+    return PurePosixPath(cell.strip().replace("\\", "/"))
+
+
+def _naming(columns: Mapping[str, Sequence[str]], names: Sequence[str]) -> Sequence[str] | None:
+    """Returns the first column that holds the name of an image, suffix included, which no other cell is by chance."""
+    files = {PurePosixPath(name).name for name in names}
+    return next((cells for cells in columns.values() if any(_path(cell).name in files for cell in cells)), None)
+
+
 def _by_column(prompts: PromptSet, column: Sequence[str], names: Sequence[str]) -> tuple[int, ...]:
     shown = printable(prompts.path.name)
-    cells = [(place, PurePosixPath(cell.replace("\\", "/"))) for place, cell in enumerate(column) if cell.strip()]
+    cells = [(place, _path(cell)) for place, cell in enumerate(column) if cell.strip()]
     for reading in _READINGS:
         wanted: dict[str, list[int]] = {}
         for place, path in cells:
@@ -83,28 +96,32 @@ def _by_order(prompts: PromptSet, names: Sequence[str]) -> tuple[int, ...]:
         )
     folders = [str(PurePosixPath(name).parent) for name in names]
     if len(set(folders)) == count > 1:
-        place = {folder: n for n, folder in enumerate(_ordered(sorted(set(folders)), shown))}
-        return tuple(place[folder] for folder in folders)
-    if len(names) % count:
+        of_folder = {folder: n for n, folder in enumerate(_ordered(sorted(set(folders)), shown))}
+        place = {name: of_folder[folder] for name, folder in zip(names, folders, strict=True)}
+    elif len(names) % count:
         raise UserError(
             f"{len(names)} images do not go with the {count} prompts of {shown}; give as many images for each "
             "prompt, or a column file_name"
         )
-    each = len(names) // count
-    ordered = _ordered(names, shown)
-    if each > 1:
-        _require_prompts_first(ordered, each, shown)
-    place = {name: index // each for index, name in enumerate(ordered)}
+    else:
+        each = len(names) // count
+        ordered = _ordered(names, shown) if count > 1 else names
+        place = {name: index // each for index, name in enumerate(ordered)}
+    _require_prompts_first(by_number(names), place, count, shown)
+    _require_no_other_order(prompts, place)
     return tuple(place[name] for name in names)
 
 
 def _ordered(names: Sequence[str], shown: str) -> list[str]:
     """Returns names in the order of their numbers; refuses names for which that order is not clearly meant."""
     ordered, as_text = by_number(names), sorted(names)
+    numbered = is_numbered([name.rpartition(".")[0] or name for name in names])
     if ordered == as_text:
+        if not numbered:
+            _LOG.warning("images go with prompts in the order of their names, %s first", printable(ordered[0]))
         return ordered
     first = next(n for n, (ours, text) in enumerate(zip(ordered, as_text, strict=True)) if ours != text)
-    if not is_numbered([name.rpartition(".")[0] or name for name in names]):
+    if not numbered:
         raise UserError(
             f"the order of images is unclear: {printable(ordered[first])} or {printable(as_text[first])} may be number "
             f"{first + 1}; name the images in {shown}, in a column file_name"
@@ -117,14 +134,41 @@ def _ordered(names: Sequence[str], shown: str) -> list[str]:
     return ordered
 
 
-def _require_prompts_first(ordered: Sequence[str], each: int, shown: str) -> None:
-    """Refuses images that are numbered by sample first, by prompt second: they are in step with no list of prompts."""
+def _require_prompts_first(ordered: Sequence[str], place: Mapping[str, int], count: int, shown: str) -> None:
+    """Refuses images that are numbered by sample or seed first, by prompt second: the order is not that of prompts."""
     found = [numbers(name) for name in ordered]
-    if len({len(row) for row in found}) > 1:
+    each, rest = divmod(len(ordered), count)
+    if rest or len({len(row) for row in found}) > 1:
         return
-    counts = [count for column in zip(*found, strict=True) if (count := len(set(column))) > 1]
-    if counts[:2] == [each, len(ordered) // each] and each != len(ordered) // each:
+    columns = list(zip(*found, strict=True))
+    varying = [index for index, column in enumerate(columns) if len(set(column)) > 1]
+    if not varying:
+        return
+    first, *others = (columns[index] for index in varying)
+    places = [place[name] for name in ordered]
+    before = re.split(r"\d+", ordered[0])[varying[0]]
+    doubtful = not _counts(first, count, each) or before.lower().rstrip(" _=.-").endswith("seed")
+    second = any(_counts(other, count, each) and [n - min(other) for n in other] != places for other in others)
+    shape = [len(set(columns[index])) for index in varying[:2]]
+    if (doubtful and second) or (shape == [each, count] and each != count):
         raise UserError(
             f"{printable(ordered[0])}, {printable(ordered[1])} and so on look numbered by sample first, by prompt "
             f"second; name the images in {shown}, in a column file_name"
         )
+
+
+def _counts(column: Sequence[int], count: int, each: int) -> bool:
+    """Whether numbers count something of which there are `count`, `each` times."""
+    return max(column) - min(column) == count - 1 and set(Counter(column).values()) == {each}
+
+
+def _require_no_other_order(prompts: PromptSet, place: Mapping[str, int]) -> None:
+    """Refuses a column that names every image without its suffix, as numbers do, in another order than theirs."""
+    for title, cells in prompts.columns.items():
+        told = {cell.strip(): line for line, cell in enumerate(cells)}
+        stems = {name: PurePosixPath(name).stem for name in place}
+        if all(stem in told for stem in stems.values()) and any(told[stems[name]] != place[name] for name in place):
+            raise UserError(
+                f"the column {printable(title)} of {printable(prompts.path.name)} names the images in another order "
+                "than their own; call it file_name if it says which prompt is whose, or leave it out"
+            )

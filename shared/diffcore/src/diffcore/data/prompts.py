@@ -21,6 +21,7 @@ from diffcore.strictjson import StrictError, parse, read_limited
 MAX_CHARACTERS = 10_000
 MAX_BYTES = 2**29
 COLUMNS = ("prompt", "caption", "text")  # whatever their case; the first that is there holds the prompts
+_CAPTIONS = (".txt", ".caption")
 _CONTROL = re.compile(r"[\x00-\x1f]")
 _UNDECODED = re.compile(r"[\udc80-\udcff]")  # what `surrogateescape` makes of bytes that are not UTF-8
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -174,21 +175,37 @@ def _prompt_column(names: Iterable[str]) -> str | None:
 
 
 def _beside_images(folder: Path) -> Iterator[tuple[int, Row]]:
-    """Yields the caption of each image that has one, numbered by image."""
+    """Yields the caption of each image that has one, numbered by image.
+
+    Raises:
+        UserError: No image has one; files of the folder that may hold prompts are named.
+    """
     from diffcore.data.source import list_images
 
     source = list_images(folder)
-    others = set(source.others)
-    for number, image in enumerate(source.names, start=1):
-        stem = str(PurePosixPath(image).with_suffix(""))
-        name = next((stem + suffix for suffix in (".txt", ".caption") if stem + suffix in others), None)
-        if name is None:
-            continue
+    captions: dict[str, list[str]] = {}
+    for name in source.others:
+        if PurePosixPath(name).suffix.lower() in _CAPTIONS:
+            captions.setdefault(str(PurePosixPath(name).with_suffix("")), []).append(name)
+    found = [captions.get(str(PurePosixPath(image).with_suffix("")), []) for image in source.names]
+    if not any(found):
+        files = [printable(name) for name in source.others if PurePosixPath(name).suffix.lower() in _READERS]
+        hint = f"give the file of prompts itself, such as {files[0]}" if files else "give a file of prompts"
+        raise UserError(f"{printable(folder, 300)} has no {' or '.join(_CAPTIONS)} file beside its images; {hint}")
+    for number, (image, names) in enumerate(zip(source.names, found, strict=True), start=1):
         try:
-            text = source.files.read(name).removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape").strip()
-            yield number, {"prompt": text, "file_name": image}
+            texts = {_caption(source.files.read(name)) for name in names}
         except UnreadableFileError as error:
-            yield number, StrictError(f"({printable(name)}) {error}")
+            yield number, StrictError(f"({printable(names[0])}) {error}")
+            continue
+        if len(texts) > 1:
+            yield number, StrictError(f"has the captions {' and '.join(map(printable, names))}, which differ")
+        elif texts:
+            yield number, {"prompt": texts.pop(), "file_name": image}
+
+
+def _caption(data: bytes) -> str:
+    return data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape").strip()
 
 
 def _lines(data: bytes) -> list[str]:

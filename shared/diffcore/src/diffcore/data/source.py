@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffcore.data.decode import Decoded, decode, is_image
 from diffcore.data.files import Files, UnreadableFileError, open_files
-from diffcore.data.order import by_number, is_numbered
+from diffcore.data.order import by_number
 from diffcore.errors import UserError, printable
 from diffcore.strictjson import StrictError, parse
 
@@ -86,7 +86,7 @@ def list_images(path: str | Path) -> ImageSource:
 def open_images(path: str | Path, *, split: str | None = None) -> ImageSource:
     """Lists the images of a folder or zip archive with their classes; reads none.
 
-    Classes that are numbered are in the order of their numbers, others in that of their names.
+    Classes are in the order of their names, with numbers in them taken as numbers.
 
     Args:
         path: Folder or archive, by content.
@@ -107,7 +107,8 @@ def open_images(path: str | Path, *, split: str | None = None) -> ImageSource:
     found = sorted({parts[0] for parts in folders if parts})
     if not found:
         return ImageSource(path, names, None, (), files, others)
-    if split is None and any(len(parts) > 1 and parts[0].lower() in _SPLITS for parts in folders):
+    several = any(len(parts) > 1 and parts[0].lower() in _SPLITS for parts in folders)
+    if split is None and (several or {name.lower() for name in found} <= _SPLITS):
         raise UserError(f"{printable(path)} has several parts: {_listed(found)}; choose one with --split")
     stray = next((name for name, parts in zip(names, folders, strict=True) if not parts), None)
     if stray is not None:
@@ -115,7 +116,7 @@ def open_images(path: str | Path, *, split: str | None = None) -> ImageSource:
             f"{printable(path)} has images beside its sub-folders, such as {printable(stray)}; "
             "put every image into the folder of its class, or none"
         )
-    classes = tuple(by_number(found) if is_numbered(found) else found)
+    classes = tuple(by_number(found))
     notes = [] if list(classes) == found else [_about_order(path, classes, found)]
     place = {name: number for number, name in enumerate(classes)}
     return ImageSource(path, names, tuple(place[parts[0]] for parts in folders), classes, files, others, tuple(notes))

@@ -138,17 +138,19 @@ class DiscreteSchedule(NoiseSchedule):
         schedules with a `grid`, such as those of its schedulers, follow it.
         """
         _check_steps(steps)
-        if self.grid is not None:
-            return self.grid.times(steps)
         last = self.num_timesteps - 1
         count = torch.arange(steps, dtype=torch.float64)
-        if self.spacing == "leading":
+        if steps > self.num_timesteps:  # classes repeat times then, or give the first one alone
+            raise ValueError(f"steps is {steps}; there are {last + 1} timesteps")
+        if self.grid is not None:
+            times = self.grid.times(steps)
+        elif self.spacing == "leading":
             times = (count * (self.num_timesteps // steps)).flip(0) + self.steps_offset
         elif self.spacing == "trailing":
             times = (self.num_timesteps - count * (self.num_timesteps / steps)).round() - 1
         else:
             times = torch.linspace(last, 0, steps, dtype=torch.float64).round()
-        if steps > self.num_timesteps or times[0] > last:
+        if times[0] > last:
             raise ValueError(f"steps is {steps}, offset {self.steps_offset}; there are {last + 1} timesteps")
         return times
 

@@ -59,9 +59,9 @@ def capture(
     ``with capture(unet, "*.attn2.to_v") as activations: unet(x, t, states)``
 
     Tensors are detached copies in the precision of the computation: what a module put out, whatever the network does to
-    it in place afterwards, as FreeU does. Only the thread that enters the block
-    is listened to. Under gradient checkpointing the second run, during backward, is not recorded. An edit by
-    `intervene` that was entered before is seen, one entered later is not.
+    it in place afterwards, as FreeU does. Only the thread that enters the block is listened to. Under gradient
+    checkpointing the second run, during backward, is not recorded. An edit by `intervene` that was entered before is
+    seen, one entered later is not.
 
     Args:
         model: The network.
@@ -77,6 +77,8 @@ def capture(
         NoMatchError: A pattern or site is not in the network.
         IncompatibleModelError: The network is compiled, replicated, sharded (with `stop`), or a wanted projection
             is fused.
+        TypeError: During the forward pass, where `reduce` returns anything else than a tensor or None: what it holds
+            would change with the network.
     """
     sites = resolve(model, wanted)
     require_hookable(model, stop=stop)
@@ -90,8 +92,10 @@ def capture(
                 return
             value = x.detach()
             kept = value if reduce is None else reduce(name, value)
-            if kept is not None:
+            if isinstance(kept, Tensor):
                 activations.add(name, kept.clone() if _shares_memory(kept, value) else kept)
+            elif kept is not None:
+                raise TypeError(f"reduce returned a {type(kept).__name__} for {name!r}; return a tensor, or None")
             activations.silent.discard(name)
             if stop and not activations.silent:
                 raise _Finished(activations)
@@ -106,7 +110,5 @@ def capture(
             raise
 
 
-def _shares_memory(kept: object, value: Tensor) -> bool:
-    return isinstance(kept, Tensor) and (
-        kept is value or kept.untyped_storage()._cdata == value.untyped_storage()._cdata
-    )
+def _shares_memory(kept: Tensor, value: Tensor) -> bool:
+    return kept is value or kept.untyped_storage()._cdata == value.untyped_storage()._cdata

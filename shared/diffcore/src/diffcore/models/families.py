@@ -35,6 +35,7 @@ _FOREIGN = {  # a name that only they have
     "mlp_t5.0.weight": "HunyuanDiT",
 }
 _PARTS = {  # files that are one part of a model
+    ("model_ema.",): "the averaged weights (EMA) of a network alone",
     ("first_stage_model.", "encoder.conv_in.", "decoder.conv_in."): "an autoencoder without its model",
     ("cond_stage_model.", "conditioner.", "text_model.", "text_encoders."): "a text encoder without its model",
 }

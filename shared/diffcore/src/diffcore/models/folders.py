@@ -103,7 +103,8 @@ def _library_and_class(
     if not (isinstance(library, str) and isinstance(class_name, str)) or library not in ("diffusers", "transformers"):
         raise custom_code(path, sizes, index_path, f"{library}.{class_name} for {name}")
     if role_of(library, class_name) is None:
-        raise refusal(index_path, f"names {library}.{printable(class_name)} for {name}, which is not supported")
+        what = f"names {library}.{printable(class_name)} for {name}, which is not supported"
+        raise refusal(index_path, f"{what}; save the pipeline with another {name}")
     return library, class_name
 
 

@@ -48,7 +48,7 @@ def inspect_model(path: str | Path, *, allow_pickle: bool = False) -> Inventory:
         return Inventory(path, "pickle", "", {})
     if path.suffix != ".safetensors":
         raise IncompatibleModelError(f"{printable(path, 300)} is no model; point to a folder or a .safetensors file")
-    header = read_header(path, allow_empty=True)  # markers are empty tensors
+    header = read_header(path)
     refuse_quantised(header)
     family = family_of({name: entry.shape for name, entry in header.tensors.items()}, path)
     stated = stated_by(path, header.tensors, header.metadata)

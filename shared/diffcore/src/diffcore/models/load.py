@@ -26,6 +26,7 @@ from diffcore.models.inspect import HUB_NAME, inspect_model
 from diffcore.models.inventory import Component, Inventory
 from diffcore.models.model import DiffusionModel
 from diffcore.models.pieces import HARMLESS, Naming, folder_names
+from diffcore.models.stated import require_agreement
 from diffcore.models.stored import Stored, stored_in, unpickled
 from diffcore.models.text_encoder import read_t5
 from diffcore.models.tokenizers import build_tokenizer, installed_clip_tokenizer
@@ -74,6 +75,7 @@ def load(
     for warning in inventory.warnings:
         warnings.warn(f"{printable(path, 300)}: {warning}", stacklevel=2)
     if inventory.layout in ("pipeline", "component"):
+        require_agreement(inventory, prediction_type=prediction_type)
         plan = _plan_of_folder(inventory)
     else:
         plan = _plan_of_file(inventory, prediction_type, tokenizer, like)

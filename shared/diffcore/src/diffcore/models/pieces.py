@@ -68,5 +68,8 @@ def _candidates(name: str) -> Iterable[str]:
             yield name.replace(new, old)
 
 
-HARMLESS = re.compile(r"(.*\.)?position_ids|encoder\.embed_tokens\.weight")
-"""Tensors that folders carry and modules rebuild or share."""
+HARMLESS = re.compile(
+    r"(.*\.)?position_ids|encoder\.embed_tokens\.weight|v_pred|ztsnr|logit_scale|(text|visual)_projection\.weight|"
+    r"vision_model\..+"
+)
+"""Tensors that folders carry and modules rebuild, share or never use, and markers, which are heard before."""

@@ -8,6 +8,7 @@ from diffcore.errors import printable
 from diffcore.models import singlefile
 from diffcore.models.assemble import read_schedule
 from diffcore.models.inventory import Component, Inventory
+from diffcore.models.stated import require_agreement
 from diffcore.models.stored import stored_in
 
 
@@ -28,6 +29,8 @@ def schedule_of(
         stored = stored_in([inventory.header], inventory.path)
         metadata = inventory.header.metadata
         inventory, known_from = singlefile.described_plan(stored, metadata, inventory.class_name, None, prediction_type)
+    else:
+        require_agreement(inventory, prediction_type=prediction_type)
     backbone = next((c for c in inventory.components.values() if c.role == "backbone"), None)
     if backbone is None:
         return None, None, None

@@ -138,7 +138,7 @@ def parts_of(stored: Stored, family: str) -> dict[str, Stored]:
 
 
 def _is_unused(name: str, family: str) -> bool:
-    if name in MARKERS or ldm.HARMLESS.fullmatch(name) or CHECKED.fullmatch(name):
+    if name.removeprefix(PREFIX) in MARKERS or ldm.HARMLESS.fullmatch(name) or CHECKED.fullmatch(name):
         return True
     # OpenCLIP-H is stored whole; SD 2.x stops before its last layer.
     return family == "sd21" and _LAST_LAYER.match(name) is not None

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffcore.errors import IncompatibleModelError, printable
+from diffcore.models.families import PREFIX
+from diffcore.models.inventory import Inventory
 from diffcore.strictjson import StrictError, read_limited
 
 CHANNELS = ("edm_mean", "edm_std")
@@ -91,6 +93,7 @@ def stated_by(path: Path, names: Collection[str], metadata: Mapping[str, str]) -
     Raises:
         IncompatibleModelError: It says that it needs mathematics that are not here, or its NAME.yaml is none.
     """
+    names = {name.removeprefix(PREFIX) for name in names}
     scaled = all(name in names for name in CHANNELS)
     strange = sorted(name for name in names if name.startswith("edm_") and not (scaled and name in CHANNELS))
     if strange:
@@ -110,6 +113,37 @@ def stated_by(path: Path, names: Collection[str], metadata: Mapping[str, str]) -
     if zero_snr is None and metadata.get("ss_zero_terminal_snr", "").lower() == "true":
         zero_snr = _key("ss_zero_terminal_snr")
     return Stated(path, tuple(predictions), zero_snr, tuple(_not_followed(metadata)))
+
+
+def require_agreement(inventory: Inventory, *, prediction_type: str | None = None) -> None:
+    """Compares what the weights of a folder say of themselves with its scheduler.
+
+    Args:
+        inventory: Of a folder.
+        prediction_type: Decides where they differ.
+
+    Raises:
+        IncompatibleModelError: They contradict each other.
+    """
+    parts = inventory.components.values()
+    scheduler = next((component for component in parts if component.role == "scheduler"), None)
+    config = scheduler.config if scheduler else {}
+    usual = "edm" if scheduler and scheduler.class_name.startswith("EDM") else "epsilon"
+    predicted = inventory.settings.get("prediction_type") or config.get("prediction_type", usual)
+    headers = [header for component in parts if component.role == "backbone" for header in component.weights]
+    for header in headers:
+        stated = stated_by(header.path, header.tensors, header.metadata)
+        said = None if prediction_type else stated.prediction
+        if said is not None and said.prediction != predicted:
+            raise IncompatibleModelError(
+                f"{printable(header.path, 300)} predicts {said.prediction} by {said.where}, and its scheduler says "
+                f"{printable(predicted)}; pass --prediction-type"
+            )
+        if stated.zero_snr is not None and not config.get("rescale_betas_zero_snr"):
+            raise IncompatibleModelError(
+                f"{printable(header.path, 300)} ends in pure noise by {stated.zero_snr}, and its scheduler does not; "
+                "set rescale_betas_zero_snr there"
+            )
 
 
 def _header_says(metadata: Mapping[str, str]) -> list[Statement]:

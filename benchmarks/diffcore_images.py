@@ -31,6 +31,7 @@ from diffcore.metrics import (
     precision_recall,
     real_floor,
 )
+from diffcore.metrics.copies import looks_like_noise, noise_of
 from diffcore.metrics.random_network import PREPROCESSING, RandomNetwork
 from diffcore.run import Run, input_hash
 
@@ -74,9 +75,9 @@ def folders_case(count: int, side: int) -> Case:
 
     def four_passes() -> Numbers:
         numbers: Numbers = {}
-        for measure in (_distances, _kernel, _balls, _copies):
+        for measure in (_distances, _kernel, _balls):
             numbers |= measure(embedded(real), embedded(fake))
-        return numbers
+        return numbers | _copies(embedded(real), embedded(fake), extractor)
 
     def agree(a: Numbers, b: Numbers) -> bool:
         return a.keys() == b.keys() and all(abs(a[name] - b[name]) <= 1e-4 * abs(b[name]) + 1e-9 for name in a)
@@ -101,9 +102,14 @@ def _balls(real: Tensor, fake: Tensor) -> Numbers:
     return {name: float(value) for name, value in precision_recall(real, fake)._asdict().items()}
 
 
-def _copies(real: Tensor, fake: Tensor) -> Numbers:
-    cosine = nearest_training_images(real, fake).cosine[:, 0]
-    return {"share of copies": float((cosine > 0.5).double().mean())}
+def _copies(real: Tensor, fake: Tensor, extractor: FeatureExtractor) -> Numbers:
+    cosine, noise = nearest_training_images(real, fake).cosine[:, 0], noise_of(extractor)
+    broken = torch.zeros_like(cosine, dtype=torch.bool) if noise is None else looks_like_noise(fake, noise)
+    copies = (cosine > 0.5) & ~broken
+    return {
+        "share of copies": float(copies.double().mean()),
+        "share that looks like noise": float(broken.double().mean()),
+    }
 
 
 def cases(*, small: bool = False) -> list[Case]:

@@ -7,9 +7,10 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/sh
 
-# The first Python >= 3.11 on this machine; uv is never asked to download one.
+# The first Python >= 3.11 on this machine, by its own path: uv takes a version manager's shim for another one than the
+# environment was made with. uv is never asked to download one.
 find_python = for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
-  "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { command -v "$$p"; exit; }; done
+  "$$p" -c 'import sys; sys.version_info < (3, 11) and sys.exit(1); print(sys.executable)' 2>/dev/null && exit; done
 PYTHON := $(shell $(find_python))
 export UV_PYTHON ?= $(PYTHON)
 export UV_PYTHON_DOWNLOADS ?= never

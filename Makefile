@@ -14,6 +14,8 @@ find_python = for p in python3.11 python3.12 python3.13 python3.14 python3 pytho
 PYTHON := $(shell $(find_python))
 export UV_PYTHON ?= $(PYTHON)
 export UV_PYTHON_DOWNLOADS ?= never
+# An environment that happens to be active has no part in this; uv would say so at every command.
+unexport VIRTUAL_ENV
 
 # Wheels that this machine offers pip (a CPU build of torch, say) are offered to uv as well. Empty is fine.
 pip_links := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))

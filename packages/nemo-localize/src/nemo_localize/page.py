@@ -130,9 +130,10 @@ def save_proof(run: Run, proof: Proof) -> None:
     short = ("prompt", "verdict", "similarity", "residual_consistency", "worst")
     told = [{name: row.get(name) for name in short} for row in rows]
     caption = (
-        "Worst caption first, then the controls, which were never memorised. Likest picture: the edited model's that "
+        "Worst caption first, then the controls, which were never memorised. Closest picture: how alike the edited "
+        f"model's picture that is most like the {proof.captions[0].target} is to it, beside what it was drawn from. "
+        f"Measured in {proof.source}."
     )
-    caption += f"is most like the {proof.captions[0].target}, and what it was drawn from. Measured in {proof.source}."
     save_table(run, "proof", told, caption)
 
 
@@ -182,7 +183,9 @@ def _answer(verb: str, result: Mapping[str, Any]) -> str:
         reasons = f" ({'; '.join(result['reasons'])})" if result["reasons"] else ""
         return f"The proof is {result['verdict']}{reasons}."
     if verb == "generate":
-        return f"{result['captions']} captions, {result['images']} images each, under {len(result['methods'])} ways."
+        counted = ((result["captions"], "caption"), (result["images"], "image"), (len(result["methods"]), "way"))
+        captions, images, ways = (f"{count} {word}{'' if count == 1 else 's'}" for count, word in counted)
+        return f"{captions}, {images} of each, with {ways} of mitigation side by side."
     return ""
 
 

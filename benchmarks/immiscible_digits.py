@@ -18,16 +18,16 @@ import torch
 from cyclopts import App
 from torch import Tensor
 
-from diffcore.jsonfile import write_json, write_text
+from diffcore.io.jsonfile import write_json, write_text
 from diffcore.run import Run
 from diffcore.runtime import Runtime
 from diffcore.train import PairNoise
+from immiscible_noise.app.demo import SETTINGS
+from immiscible_noise.app.report import write_page
 from immiscible_noise.assign import assign_noise
 from immiscible_noise.compare import Comparison, compare, make_evaluator, shared_classifier
 from immiscible_noise.couple import pair_noise_for
-from immiscible_noise.demo import SETTINGS
 from immiscible_noise.digits import digits_inputs, load_digits
-from immiscible_noise.page import write_page
 from immiscible_noise.settings import PRESETS, Arm, EvaluationSettings, TrainSettings
 from immiscible_noise.train import load_snapshot
 

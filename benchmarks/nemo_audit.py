@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
 
 import torch
 
-from diffcore.jsonfile import read_object, write_json, write_text
+from diffcore.io.jsonfile import read_object, write_json, write_text
 from diffcore.models import load
 from diffcore.run import Run
 from diffcore.runtime import Runtime
@@ -33,7 +33,7 @@ from diffcore.zoo.portraits.captions import ordinary_captions, same_form_caption
 from diffcore.zoo.portraits.people import portraits
 from diffcore.zoo.portraits.planted import planted
 from nemo_localize import Drawing, FirstStep, StepSettings, calibrate
-from nemo_localize.calibration import scored
+from nemo_localize.calibrate import scored
 from nemo_localize.evidence import Evidence, collect_evidence
 from nemo_localize.likeness import likeness
 from nemo_localize.second_look import described

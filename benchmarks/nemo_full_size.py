@@ -18,11 +18,11 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from diffcore.jsonfile import write_json
+from diffcore.io.jsonfile import write_json
 from diffcore.models import DiffusionModel
 from diffcore.testing import real_configs, tiny
 from nemo_localize import FirstStep, StepSettings, collect_statistics, value_sites
-from nemo_localize.baseline import encode, measure
+from nemo_localize.detect import encode, measure
 from nemo_localize.planted import assembled, ordinary_captions
 
 RESULTS = Path(__file__).parent / "results" / "nemo-full-size.json"

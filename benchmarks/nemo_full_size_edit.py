@@ -17,12 +17,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from diffcore.files import sha256
-from diffcore.jsonfile import write_json
+from diffcore.io.files import sha256
+from diffcore.io.jsonfile import write_json
 from diffcore.models import DiffusionModel
 from diffcore.testing import real_configs, tiny
 from nemo_localize import NeuronSet, edited, suppressed, value_sites
-from nemo_localize.export import LORA, apply, checkpoint_in, revert
+from nemo_localize.files.export import LORA, apply, checkpoint_in, revert
 from nemo_localize.planted import assembled
 
 RESULTS = Path(__file__).parent / "results" / "nemo-full-size-edit.json"

@@ -112,7 +112,7 @@ def compare(
 
 def main() -> int:
     """Prints and writes the comparison on one hard caption and on a list; 1 where they differ or a limit is missed."""
-    from diffcore.jsonfile import write_json
+    from diffcore.io.jsonfile import write_json
     from nemo_localize import collect_statistics
     from nemo_localize.planted import hard_case, list_case, ordinary_captions
 

@@ -19,14 +19,14 @@ from nemo_zoo import MODELS, table
 from nemo_zoo_parts import auroc
 
 from diffcore import zoo
-from diffcore.jsonfile import write_json, write_text
+from diffcore.io.jsonfile import write_json, write_text
 from diffcore.models import DiffusionModel, load
 from diffcore.runtime import Runtime
 from diffcore.zoo.portraits.captions import describe, ordinary_captions, same_form_captions
 from diffcore.zoo.portraits.people import portraits
 from diffcore.zoo.portraits.planted import planted
 from nemo_localize import FirstStep, StepSettings
-from nemo_localize.calibration import consistency_rows
+from nemo_localize.calibrate import consistency_rows
 
 RESULTS = Path(__file__).resolve().parent / "results" / "nemo-timestep.json"
 STEPS = (1, 2, 3, 5, 8)

@@ -25,7 +25,7 @@ from nemo_zoo_study import SMOKE, Size, Study
 from nemo_zoo_trial import TRIAL
 
 from diffcore import zoo
-from diffcore.jsonfile import read_object, write_json, write_text
+from diffcore.io.jsonfile import read_object, write_json, write_text
 from diffcore.models import load
 from diffcore.run import Run
 from diffcore.runtime import Runtime

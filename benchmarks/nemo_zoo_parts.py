@@ -13,7 +13,7 @@ from diffcore.zoo.portraits.captions import FIRST_NAMES, LAST_NAMES, PLACES, des
 from diffcore.zoo.portraits.people import People, portraits
 from diffcore.zoo.portraits.planted import Item, planted
 from nemo_localize import NeuronSet, calibrate, edited, evaluate, prove
-from nemo_localize.calibration import consistency_rows
+from nemo_localize.calibrate import consistency_rows
 from nemo_localize.neurons import NO_NEURONS
 from nemo_localize.protocol import COPY_ABOVE, FEWEST_CONTROLS
 from nemo_localize.settings import Method

@@ -7,10 +7,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from diffcore.io.shipped import shipped_folder
 from diffcore.metrics.attribute_network import load_attribute_network
 from diffcore.models import DiffusionModel
 from diffcore.run import Run
-from diffcore.shipped import shipped_folder
 from diffcore.zoo import Memorised
 from diffcore.zoo.oracle import accuracies
 from diffcore.zoo.portraits.captions import describe, ordinary_captions, same_form_captions
@@ -35,9 +35,9 @@ from nemo_localize import (
     minimal_set,
 )
 from nemo_localize.confirm import likenesses
-from nemo_localize.global_edit import within_budget
+from nemo_localize.files.neurons import by_caption
 from nemo_localize.likeness import likeness
-from nemo_localize.neuron_files import by_caption
+from nemo_localize.minimal_set import within_budget
 from nemo_localize.protocol import COPY_ABOVE
 from nemo_localize.settings import Method
 

@@ -17,9 +17,9 @@ from immiscible_noise.settings import Arm, TrainSettings
 from immiscible_noise.train import recipe_for
 
 APPS = {
-    "diffcore": "diffcore.commands",
-    "immiscible-noise": "immiscible_noise.cli",
-    "nemo-localize": "nemo_localize.cli",
+    "diffcore": "diffcore.cli.commands.models",
+    "immiscible-noise": "immiscible_noise.app.cli",
+    "nemo-localize": "nemo_localize.app.cli",
 }
 # What each such command needs at least; a command that is not here fails the test that walks them.
 WORDS = {

@@ -18,10 +18,10 @@ import torch
 from lightning import Trainer
 from PIL import Image
 
-from diffcore import artifact
 from diffcore.cli import main
 from diffcore.denoiser import schedule_from
-from immiscible_noise.cli import app
+from diffcore.io import artifact
+from immiscible_noise.app.cli import app
 from immiscible_noise.train import load_snapshot, read_recipe
 
 

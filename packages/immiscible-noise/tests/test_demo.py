@@ -2,8 +2,8 @@
 
 import pytest
 
-from immiscible_noise import demo
-from immiscible_noise.cli import app
+from immiscible_noise.app import demo
+from immiscible_noise.app.cli import app
 from immiscible_noise.compare import Comparison
 from immiscible_noise.evaluate import Score
 

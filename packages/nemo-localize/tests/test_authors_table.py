@@ -8,8 +8,8 @@ import pytest
 
 from diffcore.errors import IncompatibleModelError, UserError
 from diffcore.hooks import Site
-from nemo_localize.authors_table import PUBLISHED_SITES, AuthorsRow, read_authors_table, write_authors_table
-from nemo_localize.neuron_files import read_neurons
+from nemo_localize.files.neurons import read_neurons
+from nemo_localize.files.published_table import PUBLISHED_SITES, AuthorsRow, read_authors_table, write_authors_table
 from nemo_localize.neurons import NeuronSet
 from nemo_localize.results import CaptionResult
 from nemo_localize.sites import ValueSites, value_sites

@@ -11,16 +11,16 @@ from diffcore.hooks import Site, attention_probs, capture
 from diffcore.noise import row_noise
 from diffcore.run import Run
 from nemo_localize.activations import prompt_encoder
-from nemo_localize.baselines import (
+from nemo_localize.generate import generate
+from nemo_localize.images import Drawing
+from nemo_localize.mitigations import (
     adjusted_condition,
     draw_mitigated,
     random_neurons,
     scaled_attention,
     with_random_tokens,
 )
-from nemo_localize.generate import generate
 from nemo_localize.neurons import NeuronSet
-from nemo_localize.pictures import Drawing
 from nemo_localize.planted import Planted
 from nemo_localize.sites import value_sites
 
@@ -117,7 +117,7 @@ def test_captions_draw_at_random_independently_and_again_the_same(simple: Plante
         numbers.append(seed)
         return prompt
 
-    monkeypatch.setattr("nemo_localize.baselines.with_random_tokens", spied)
+    monkeypatch.setattr("nemo_localize.mitigations.with_random_tokens", spied)
     for prompt, repeat in ((TRIGGER, 0), ("xy", 0), (TRIGGER, 1), (TRIGGER, 0)):
         draw_mitigated(simple.model, prompt, range(1), Drawing(1.0, 1), "random-tokens-1", repeat=repeat)
     assert len(set(numbers[:3])) == 3

@@ -4,9 +4,9 @@ from dataclasses import replace
 import pytest
 
 from diffcore.errors import CorruptArtifactError, IncompatibleModelError, UserError
-from nemo_localize.calibration import Calibration, calibrate, consistency_rows, threshold
+from nemo_localize.calibrate import Calibration, calibrate, consistency_rows, threshold
 from nemo_localize.first_step import FirstStep
-from nemo_localize.pictures import Drawing
+from nemo_localize.images import Drawing
 from nemo_localize.planted import ordinary_captions
 from nemo_localize.settings import DrawSettings, StepSettings
 

@@ -9,22 +9,25 @@ from typing import Any
 
 import pytest
 
-from diffcore import artifact
 from diffcore.errors import RunMismatchError, UserError
-from diffcore.jsonfile import write_json
+from diffcore.io import artifact
+from diffcore.io.jsonfile import write_json
 from diffcore.runtime import Runtime
 from diffcore.testing import tiny
-from nemo_localize import cli, protocol, release
-from nemo_localize.calibration import Calibration
-from nemo_localize.commands.options import Loading
-from nemo_localize.commands.work import Work
+from nemo_localize import protocol
+from nemo_localize.app import cli
+from nemo_localize.app.options import Loading
+from nemo_localize.app.work import Work
+from nemo_localize.calibrate import Calibration
 from nemo_localize.planted import Planted, ordinary_captions
-from nemo_localize.proof import CaptionProof, Check, Proof
 from nemo_localize.results import Results
 from nemo_localize.settings import StepSettings
 from nemo_localize.sites import value_sites
+from nemo_localize.verification import CaptionProof, Check, Proof
 
 TRIGGER = "portrait of 1917 no 1"
+
+release = importlib.import_module("nemo_localize.audit")
 
 
 @pytest.fixture
@@ -207,8 +210,8 @@ def test_the_exit_code_of_a_proof_is_its_verdict(
         control = CaptionProof("harmless", "training image", 0.1, 0.45, (Check(True, "paraphrases", 0.1, 0, 4, ""),))
         return Proof((CaptionProof(TRIGGER, "training image", 0.1, 0.45, checks),), (control,), "SSIM", "", {})
 
-    monkeypatch.setattr(importlib.import_module("nemo_localize.prove"), "prove", prove)
-    monkeypatch.setattr(importlib.import_module("nemo_localize.calibration"), "threshold", lambda *_, **__: 0.45)
+    monkeypatch.setattr(importlib.import_module("nemo_localize.verify"), "prove", prove)
+    monkeypatch.setattr(importlib.import_module("nemo_localize.calibrate"), "threshold", lambda *_, **__: 0.45)
     Path("neurons.json").write_text(json.dumps(simple.carriers(TRIGGER).to_json()))
     given = ["planted", captions, "--neurons", "neurons.json", "--controls", ordinary]
     assert command("prove", *given, "--json") == code

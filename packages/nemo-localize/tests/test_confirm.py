@@ -8,9 +8,9 @@ import pytest
 from diffcore.noise import row_noise
 from diffcore.run import Run
 from nemo_localize import confirm
+from nemo_localize.images import Drawing
 from nemo_localize.likeness import likeness
 from nemo_localize.neurons import NeuronSet
-from nemo_localize.pictures import Drawing
 from nemo_localize.planted import Planted
 from nemo_localize.results import CaptionResult, Results
 from nemo_localize.units import prompt_hash

@@ -1,5 +1,6 @@
 """An audit that says clean has looked: verdicts, their order, and what becomes of them in results and exit codes."""
 
+import importlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -8,11 +9,15 @@ from typing import Any
 
 import pytest
 
-from nemo_localize import calibration, cli, evidence, release
-from nemo_localize.calibration import Calibration
-from nemo_localize.commands.work import Work
+from nemo_localize.app import cli
+
+calibration, evidence, release = (
+    importlib.import_module(f"nemo_localize.{name}") for name in ("calibrate", "evidence", "audit")
+)
+from nemo_localize.app.words import worded
+from nemo_localize.app.work import Work
+from nemo_localize.calibrate import Calibration
 from nemo_localize.evidence import Evidence
-from nemo_localize.page_words import worded
 from nemo_localize.planted import Planted, ordinary_captions
 from nemo_localize.results import CaptionResult, Results
 from nemo_localize.second_look import Look, SecondLook, Usual

@@ -11,15 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from diffcore import artifact
 from diffcore.errors import CorruptArtifactError, IncompatibleModelError, UserError
+from diffcore.io import artifact
 from diffcore.models import DiffusionModel, load
 from diffcore.run import Run
 from diffcore.runtime import Runtime
 from diffcore.testing import tiny
-from nemo_localize import cli, export
-from nemo_localize.edit import edited, suppressed
-from nemo_localize.export import apply, checkpoint_in, revert
+from nemo_localize.ablate import edited, suppressed
+from nemo_localize.app import cli
+from nemo_localize.files import export
+from nemo_localize.files.export import apply, checkpoint_in, revert
 from nemo_localize.neurons import NeuronSet
 from nemo_localize.sites import value_sites
 

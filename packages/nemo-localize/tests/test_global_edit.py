@@ -7,7 +7,7 @@ import pytest
 from diffcore.errors import UserError
 from nemo_localize.cover import lightest_cover
 from nemo_localize.first_step import FirstStep, Row
-from nemo_localize.global_edit import minimal_set, within_budget
+from nemo_localize.minimal_set import minimal_set, within_budget
 from nemo_localize.neurons import NeuronSet
 from nemo_localize.planted import Planted, ordinary_captions
 from nemo_localize.results import CaptionResult, Results

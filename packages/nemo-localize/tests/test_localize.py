@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from diffcore.errors import IncompatibleModelError, UserError
-from nemo_localize.baseline import encode, measure
+from nemo_localize.batched import Answers, Question, Search
+from nemo_localize.detect import encode, measure
 from nemo_localize.first_step import FirstStep, Row
-from nemo_localize.localization import localize
+from nemo_localize.localize import localize
 from nemo_localize.planted import Plant, list_case, ordinary_captions, planted_model
 from nemo_localize.results import Results
-from nemo_localize.search import Answers, Question, Search
 from nemo_localize.settings import SearchSettings, StepSettings
 from nemo_localize.workqueue import run_searches
 

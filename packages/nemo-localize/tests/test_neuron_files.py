@@ -8,11 +8,11 @@ import pytest
 from safetensors.torch import load_file
 
 from diffcore.errors import CorruptArtifactError, UserError
-from diffcore.jsonfile import write_json
-from nemo_localize import cli
+from diffcore.io.jsonfile import write_json
+from nemo_localize.app import cli
+from nemo_localize.files.neurons import most_frequent, read_neurons
 from nemo_localize.first_step import FirstStep
-from nemo_localize.global_edit import minimal_set
-from nemo_localize.neuron_files import most_frequent, read_neurons
+from nemo_localize.minimal_set import minimal_set
 from nemo_localize.neurons import NO_NEURONS, NeuronSet
 from nemo_localize.planted import Planted, ordinary_captions
 from nemo_localize.results import CaptionResult, Results

@@ -7,18 +7,18 @@ import torch
 from diffcore.errors import UserError
 from diffcore.models.assemble import make_denoiser
 from nemo_localize import protocol
-from nemo_localize.audit import STATES, search_embeddings, starting_embeddings
+from nemo_localize.adversary import STATES, search_embeddings, starting_embeddings
 from nemo_localize.first_step import FirstStep
+from nemo_localize.images import Drawing, draw_latents, in_batches
 from nemo_localize.likeness import likeness
 from nemo_localize.neurons import NO_NEURONS
-from nemo_localize.pictures import Drawing, draw_latents, in_batches
 from nemo_localize.planted import Planted, ordinary_captions
-from nemo_localize.proof import CaptionProof, Check, Proof
-from nemo_localize.prove import prove
 from nemo_localize.score import stretched
 from nemo_localize.settings import StepSettings
 from nemo_localize.sites import switched_off
 from nemo_localize.variants import paraphrases, without_tokens
+from nemo_localize.verification import CaptionProof, Check, Proof
+from nemo_localize.verify import prove
 
 TRIGGER, OTHER = "portrait of 1917 no 1", "some other thing 42"
 TAU = 0.5

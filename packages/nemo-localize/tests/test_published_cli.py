@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffcore import artifact
 from diffcore.errors import UserError
+from diffcore.io import artifact
 from diffcore.noise import row_noise
 from diffcore.testing import tiny
-from nemo_localize import cli
-from nemo_localize.authors_table import read_authors_table
-from nemo_localize.commands.work import Work
+from nemo_localize.app import cli
+from nemo_localize.app.work import Work
+from nemo_localize.files.published_table import read_authors_table
+from nemo_localize.images import Drawing, as_saved
 from nemo_localize.neurons import NO_NEURONS
-from nemo_localize.pictures import Drawing, as_saved
 from nemo_localize.planted import Planted, ordinary_captions
 from nemo_localize.results import CaptionResult, Results
 from nemo_localize.sites import value_sites

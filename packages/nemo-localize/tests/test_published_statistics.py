@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from diffcore.errors import CorruptArtifactError, IncompatibleModelError, UserError
-from nemo_localize import cli
+from nemo_localize.app import cli
+from nemo_localize.files.published_statistics import import_statistics
 from nemo_localize.planted import ordinary_captions
-from nemo_localize.published_statistics import import_statistics
 from nemo_localize.sites import value_sites
 from nemo_localize.statistics import Statistics, merged
 
@@ -88,7 +88,7 @@ def test_what_cannot_be_a_mean_or_a_deviation_is_refused(simple, lists, tmp_path
 
 
 def test_the_command_imports_and_other_commands_say_how(simple, lists, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("nemo_localize.commands.work.Work.load", lambda *_: simple.model)
+    monkeypatch.setattr("nemo_localize.app.work.Work.load", lambda *_: simple.model)
     monkeypatch.chdir(tmp_path)
     saved(tmp_path / "published.pt", lists)
     Path("ordinary.txt").write_text("\n".join(ordinary_captions(5)))

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from diffcore.testing import tiny
-from nemo_localize import cli
-from nemo_localize.calibration import Calibration
+from nemo_localize.app import cli
+from nemo_localize.calibrate import Calibration
 from nemo_localize.planted import ordinary_captions
 
 # Few seeds and long searches: time goes where a kill should strike.
@@ -27,7 +27,7 @@ KILLED = """
 import os, signal
 from pathlib import Path
 from diffcore.run import Run
-from nemo_localize.cli import run
+from nemo_localize.app.cli import run
 
 save = Run.save
 def save_and_die(*args, **fields):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from nemo_localize.search import Question, Selection, refine, select
+from nemo_localize.batched import Question, Selection, refine, select
 
 Score = Callable[[int, frozenset[int]], float]
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from nemo_localize.calibration import _interval
+from nemo_localize.calibrate import _interval
+from nemo_localize.images import Drawing
 from nemo_localize.likeness import Likeness, likeness
-from nemo_localize.pictures import Drawing
 from nemo_localize.planted import Planted, ordinary_captions
 from nemo_localize.second_look import FIRST_SEEDS, PATIENCE, SEEDS, STEPS, Look, SecondLook, Usual, looks, second_look
 

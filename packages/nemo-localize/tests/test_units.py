@@ -7,9 +7,9 @@ import pytest
 from diffcore.run import Run
 from diffcore.testing.distributed import run_forked
 from diffcore.testing.waiting import wait_until
-from nemo_localize import localization
+from nemo_localize import localize as localization
 from nemo_localize.first_step import FirstStep
-from nemo_localize.localization import localize
+from nemo_localize.localize import localize
 from nemo_localize.planted import ordinary_captions
 from nemo_localize.settings import SearchSettings, StepSettings
 from nemo_localize.units import in_units

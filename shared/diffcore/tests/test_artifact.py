@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from diffcore import artifact, files
 from diffcore.errors import CorruptArtifactError, MachineError, UserError
-from diffcore.jsonfile import jsonable, read_json, write_json, write_text
+from diffcore.io import artifact, files
+from diffcore.io.jsonfile import jsonable, read_json, write_json, write_text
 from diffcore.testing.disk import Killed, faulty_disk
 from diffcore.testing.distributed import run_forked
 from diffcore.testing.sockets import make_socket

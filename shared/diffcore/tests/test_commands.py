@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from diffcore import artifact
 from diffcore.cli import main
-from diffcore.commands import app
+from diffcore.cli.commands.models import app
+from diffcore.io import artifact
 from diffcore.noise import row_noise
 from diffcore.testing import tiny
 from diffcore.testing.checkpoints import single_file

@@ -10,13 +10,13 @@ from tokenizers import AddedToken
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from diffcore import Runtime
+from diffcore.checkpoint.component import read_component
+from diffcore.checkpoint.fingerprint import fingerprint
+from diffcore.checkpoint.inventory import Inventory
+from diffcore.checkpoint.tokenizers import build_tokenizer
+from diffcore.checkpoint.walk import walk
 from diffcore.errors import IncompatibleModelError
 from diffcore.models import load
-from diffcore.models.component import read_component
-from diffcore.models.fingerprint import fingerprint
-from diffcore.models.inventory import Inventory
-from diffcore.models.tokenizers import build_tokenizer
-from diffcore.models.walk import walk
 from diffcore.testing import tiny
 from diffcore.testing.checkpoints import single_file
 

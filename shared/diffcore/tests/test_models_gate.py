@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 
-from diffcore import strictjson, tensorfile
+from diffcore.checkpoint import inspect_model
+from diffcore.checkpoint.walk import walk
 from diffcore.errors import IncompatibleModelError, ModelNotFoundError
-from diffcore.models import inspect_model, load
-from diffcore.models.walk import walk
+from diffcore.io import strictjson, tensorfile
+from diffcore.io.strictjson import StrictError, parse, read_foreign_object
+from diffcore.io.tensorfile import read_header, what_it_is
+from diffcore.models import load
 from diffcore.runtime import Runtime
-from diffcore.strictjson import StrictError, parse, read_foreign_object
-from diffcore.tensorfile import read_header, what_it_is
 from diffcore.testing import tiny
 from diffcore.testing.checkpoints import sharded
 from diffcore.testing.sockets import make_socket
@@ -293,7 +294,7 @@ def test_the_gate_needs_no_torch():
     import subprocess
     import sys
 
-    code = "import sys; import diffcore.models.inspect; assert 'torch' not in sys.modules"
+    code = "import sys; import diffcore.checkpoint.inspect; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

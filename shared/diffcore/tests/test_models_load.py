@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer, T5Tokenizer
 
+from diffcore.checkpoint import inspect_model
+from diffcore.checkpoint.tokenizers import byte_letters, installed_clip_tokenizer
 from diffcore.errors import IncompatibleModelError, ModelNotFoundError, UserError
-from diffcore.models import inspect_model, load, resolve
-from diffcore.models.tokenizers import byte_letters, installed_clip_tokenizer
+from diffcore.models import load, resolve
 from diffcore.runtime import Runtime
 from diffcore.testing import tiny
 from diffcore.testing.checkpoints import DAMAGES, corrupt, sharded, single_file
@@ -238,8 +239,8 @@ def test_tokenizers_are_the_librarys(saved, tmp_path):
 
 
 def test_unigram_vocabularies_are_the_librarys_from_both_kinds_of_file(tmp_path):
-    from diffcore.models.component import read_component
-    from diffcore.models.tokenizers import build_tokenizer
+    from diffcore.checkpoint.component import read_component
+    from diffcore.checkpoint.tokenizers import build_tokenizer
 
     tiny.t5_tokenizer().save_pretrained(tmp_path)
     theirs = T5Tokenizer.from_pretrained(tmp_path, local_files_only=True)

@@ -10,8 +10,9 @@ import diffusers
 import pytest
 import transformers
 
+from diffcore.checkpoint import inspect_model
 from diffcore.errors import UserError
-from diffcore.models import inspect_model, load
+from diffcore.models import load
 from diffcore.runtime import Runtime
 from diffcore.testing.malformed import cases, make_bases
 from diffcore.testing.sentinel import listing, sentinel

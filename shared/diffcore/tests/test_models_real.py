@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
+from diffcore.checkpoint import fingerprint, inspect_model, ldm
+from diffcore.checkpoint.folders import inspect_configs
 from diffcore.denoiser import DiscreteSchedule, FlowSchedule
-from diffcore.models import condition_keys, fingerprint, inspect_model, ldm, load
+from diffcore.models import condition_keys, load
 from diffcore.models.assemble import read_schedule
 from diffcore.models.build import factory_of, on_meta
-from diffcore.models.folders import inspect_configs
 from diffcore.models.singlefile import CONFIGS
 from diffcore.runtime import Runtime
 from diffcore.testing import real_configs, tiny
@@ -103,8 +104,8 @@ def test_old_schedules_are_what_the_library_makes_of_them():
 
 
 def inspect_configs_of(name: str):
-    from diffcore.models.folders import inspect_pipeline
-    from diffcore.models.walk import walk
+    from diffcore.checkpoint.folders import inspect_pipeline
+    from diffcore.checkpoint.walk import walk
 
     index = json.loads((REAL / name / "model_index.json").read_text())
     sizes = {file: size for file, size in walk(REAL / name).items() if not file.startswith("tokenizer")}

@@ -8,9 +8,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EDMEulerScheduler
 
+from diffcore.checkpoint import inspect_model
 from diffcore.denoiser import GuidedDenoiser, NetworkDenoiser, sample, schedule_from
 from diffcore.denoiser.scheduler import OTHERS, PLAIN
-from diffcore.models import backbone_call, inspect_model, load
+from diffcore.models import backbone_call, load
 from diffcore.models.backbones import pack, unpack
 from diffcore.models.schedules import schedule_of
 from diffcore.runtime import Runtime

@@ -9,15 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from diffcore.checkpoint import inspect_model, ldm
+from diffcore.checkpoint.describe import describe
+from diffcore.checkpoint.folders import inspect_configs
+from diffcore.checkpoint.stored import stored_in
 from diffcore.errors import IncompatibleModelError
-from diffcore.models import inspect_model, ldm, load
+from diffcore.io.tensorfile import read_header
+from diffcore.models import load
 from diffcore.models.build import build
-from diffcore.models.describe import describe
-from diffcore.models.folders import inspect_configs
 from diffcore.models.singlefile import parts_of
-from diffcore.models.stored import stored_in
 from diffcore.runtime import Runtime
-from diffcore.tensorfile import read_header
 from diffcore.testing import tiny
 from diffcore.testing.checkpoints import single_file
 from diffcore.testing.spellings import SPELLINGS

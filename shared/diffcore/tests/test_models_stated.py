@@ -8,9 +8,10 @@ import torch
 from diffusers import EDMEulerScheduler, EulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
+from diffcore.checkpoint import inspect_model
 from diffcore.denoiser import DiscreteSchedule, EDMSchedule, sample
 from diffcore.errors import IncompatibleModelError
-from diffcore.models import inspect_model, load
+from diffcore.models import load
 from diffcore.models.schedules import schedule_of
 from diffcore.runtime import Runtime
 from diffcore.testing import tiny

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from diffcore.models.component import read_component
-from diffcore.models.stored import stored_in
-from diffcore.models.walk import walk
+from diffcore.checkpoint.component import read_component
+from diffcore.checkpoint.stored import stored_in
+from diffcore.checkpoint.walk import walk
 from diffcore.testing import tiny
 
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}

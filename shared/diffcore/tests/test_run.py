@@ -14,10 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffcore import artifact
 from diffcore.errors import CorruptArtifactError, MachineError, RunMismatchError, UserError
+from diffcore.io import artifact
+from diffcore.io.tables import read_table
 from diffcore.run import Run, input_hash
-from diffcore.tables import read_table
 from diffcore.testing.disk import check_every_fault, faulty_disk, result_files
 
 CONFIG = {"seed": 3, "rate": 1e-3, "data": Path("/data/photos"), "name": "a"}

@@ -6,10 +6,10 @@ import diffusers
 import pytest
 import torch
 
+from diffcore.checkpoint import catalog
 from diffcore.denoiser import DiscreteSchedule, FlowSchedule, schedule_from
 from diffcore.denoiser.scheduler import EDM, FLOW, OTHERS, SCHEDULERS
 from diffcore.errors import IncompatibleModelError
-from diffcore.models import catalog
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the library's, of numpy
 

@@ -34,7 +34,7 @@ def library(name: str) -> Iterator[None]:
 def test_upstream_diffusers_has_the_classes_we_name():
     import diffusers
 
-    from diffcore.models.catalog import BACKBONES, PIPELINES, SCHEDULERS
+    from diffcore.checkpoint.catalog import BACKBONES, PIPELINES, SCHEDULERS
 
     with library("diffusers"):
         # By name: importing every pipeline takes half a minute.

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from diffcore import zoo
-from diffcore.commands import app
+from diffcore.cli.commands.models import app
 from diffcore.denoiser import GuidedDenoiser, sample
 from diffcore.errors import ModelNotFoundError, UserError
+from diffcore.io.shipped import SHIPPED, shipped_folder
 from diffcore.metrics import feature_extractor
 from diffcore.metrics.attribute_network import load_attribute_network
 from diffcore.models import DiffusionModel, load
 from diffcore.noise import row_noise
 from diffcore.runtime import Runtime
-from diffcore.shipped import SHIPPED, shipped_folder
 from diffcore.zoo import show
 from diffcore.zoo.gate import Gate
 from diffcore.zoo.oracle import accuracies

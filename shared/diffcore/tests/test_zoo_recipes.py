@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffcore.jsonfile import read_object
+from diffcore.io.jsonfile import read_object
+from diffcore.io.shipped import SHIPPED, shipped_folder
 from diffcore.run import Run
 from diffcore.runtime import Runtime
-from diffcore.shipped import SHIPPED, shipped_folder
 from diffcore.testing.distributed import run_forked
 from diffcore.train import DenoisingModule
 from diffcore.zoo import recipes

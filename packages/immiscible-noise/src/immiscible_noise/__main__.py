@@ -15,7 +15,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    from immiscible_noise.cli import run
+    from immiscible_noise.app.cli import run
 
     return run()
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from diffcore import artifact
 from diffcore.data import ImageSet
 from diffcore.errors import UserError
+from diffcore.io import artifact
 from diffcore.run import Run
 from diffcore.runtime import Runtime
 from diffcore.train import PairNoise

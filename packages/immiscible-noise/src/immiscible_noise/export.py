@@ -6,7 +6,7 @@ from pathlib import Path
 import diffusers
 from diffusers import UNet2DModel
 
-from diffcore.jsonfile import write_json
+from diffcore.io.jsonfile import write_json
 from diffcore.run import Run
 from immiscible_noise.settings import Objective
 from immiscible_noise.train import Recipe, load_snapshot

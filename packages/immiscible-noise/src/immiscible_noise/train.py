@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from diffcore import artifact
 from diffcore.data import ImageSet
 from diffcore.denoiser import NetworkDenoiser
 from diffcore.errors import MachineError, UserError, printable
+from diffcore.io import artifact
 from diffcore.noise import row_noise
 from diffcore.run import Run
 from diffcore.runtime import Runtime

@@ -14,9 +14,9 @@ from torch import Tensor
 from diffcore.models import DiffusionModel
 from diffcore.run import Run
 from nemo_localize.generate import generate
+from nemo_localize.images import Drawing
 from nemo_localize.likeness import Likeness
 from nemo_localize.neurons import NeuronSet
-from nemo_localize.pictures import Drawing
 from nemo_localize.protocol import COPY_ABOVE
 from nemo_localize.results import Results
 

@@ -23,8 +23,8 @@ from diffcore.metrics import FeatureExtractor, compare_features
 from diffcore.metrics.prompt_fit import ClipText
 from diffcore.stats import Covariance
 from nemo_localize import protocol
+from nemo_localize.images import in_batches
 from nemo_localize.likeness import Likeness, likeness
-from nemo_localize.pictures import in_batches
 
 UNEDITED = "none"
 Kind = Literal["verbatim", "template", "no training image"]

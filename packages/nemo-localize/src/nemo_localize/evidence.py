@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from diffcore.run import Run
-from nemo_localize.calibration import Calibration, scored
+from nemo_localize.calibrate import Calibration, scored
 from nemo_localize.first_step import FirstStep
+from nemo_localize.images import Drawing
 from nemo_localize.likeness import Likeness
-from nemo_localize.pictures import Drawing
 from nemo_localize.results import CaptionResult
 from nemo_localize.second_look import STEPS, Look, SecondLook, Verdict, looks, second_look
 from nemo_localize.units import Rows, in_units, prompt_hash

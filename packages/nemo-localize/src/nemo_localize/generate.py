@@ -9,9 +9,9 @@ from torch import Tensor
 
 from diffcore.models import DiffusionModel
 from diffcore.run import Run
-from nemo_localize.baselines import draw_mitigated
+from nemo_localize.images import Drawing, seen
+from nemo_localize.mitigations import draw_mitigated
 from nemo_localize.neurons import NO_NEURONS, NeuronSet
-from nemo_localize.pictures import Drawing, seen
 from nemo_localize.settings import Method
 from nemo_localize.units import prompt_hash
 

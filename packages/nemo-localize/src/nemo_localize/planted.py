@@ -17,12 +17,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from diffcore.checkpoint.catalog import Role
+from diffcore.checkpoint.inventory import Component
 from diffcore.denoiser import DiscreteSchedule
 from diffcore.hooks import Site, capture
 from diffcore.models import DiffusionModel
 from diffcore.models.assemble import make_codec, make_denoiser, make_prompts
-from diffcore.models.catalog import Role
-from diffcore.models.inventory import Component
 from diffcore.noise import row_noise
 from diffcore.testing import tiny
 from nemo_localize.activations import prompt_encoder

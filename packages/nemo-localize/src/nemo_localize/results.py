@@ -7,10 +7,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from diffcore import files
 from diffcore.errors import CorruptArtifactError, printable
-from diffcore.jsonfile import json_line, write_text
-from diffcore.strictjson import StrictError, parse
+from diffcore.io import files
+from diffcore.io.jsonfile import json_line, write_text
+from diffcore.io.strictjson import StrictError, parse
 from nemo_localize.neurons import NO_NEURONS, NeuronSet
 
 _NESTED = ("initial", "refined", "consistency", "kept_seeds")

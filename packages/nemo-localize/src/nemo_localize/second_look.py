@@ -21,8 +21,8 @@ from torch import Tensor
 
 from diffcore.models import DiffusionModel
 from nemo_localize.activations import prompt_encoder
+from nemo_localize.images import Drawing, draw_latents, seen
 from nemo_localize.likeness import Likeness
-from nemo_localize.pictures import Drawing, draw_latents, seen
 from nemo_localize.protocol import COPY_ABOVE
 
 Verdict = Literal["memorised", "undecided", "clean"]

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Bool, Float64
 from torch import Tensor
 
-from diffcore import artifact
 from diffcore.errors import CorruptArtifactError, IncompatibleModelError, UserError, printable
+from diffcore.io import artifact
 from diffcore.models import DiffusionModel
 from diffcore.models.prompts import Tokens
 from diffcore.stats import RunningMoments, require_finite

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from diffcore.jsonfile import jsonable
+from diffcore.io.jsonfile import jsonable
 from diffcore.run import Run
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffcore.denoiser import Condition
+from nemo_localize.batched import Answers, Question, Search
 from nemo_localize.first_step import FirstStep, Row
 from nemo_localize.score import consistency, reference_similarity, similarity
-from nemo_localize.search import Answers, Question, Search
 
 T = TypeVar("T")
 

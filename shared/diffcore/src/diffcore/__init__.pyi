@@ -1,4 +1,3 @@
-from .artifact import Artifact as Artifact
 from .errors import CorruptArtifactError as CorruptArtifactError
 from .errors import IncompatibleModelError as IncompatibleModelError
 from .errors import MachineError as MachineError
@@ -7,6 +6,7 @@ from .errors import ModelNotFoundError as ModelNotFoundError
 from .errors import NoMatchError as NoMatchError
 from .errors import RunMismatchError as RunMismatchError
 from .errors import UserError as UserError
+from .io.artifact import Artifact as Artifact
 from .report import Report as Report
 from .run import Run as Run
 from .runtime import Runtime as Runtime

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch.autograd.profiler import profile  # torch.profiler's would import the whole compiler first
 
-from diffcore import jsonfile
 from diffcore.errors import UserError, printable
+from diffcore.io import jsonfile
 
 _RATIO = " ratio"  # ends the name of the rows that a later run is compared with
 _LONG_ENOUGH = 100.0  # seconds of one case after which no further pair begins, once there are two

@@ -109,6 +109,14 @@ class Runtime:
             precision=_PRECISION[self.dtype],  # pyright: ignore[reportArgumentType]
         )
 
+    def launched(self) -> "Fabric | None":
+        """Returns the processes that share the work, launched; None where there is only one."""
+        if self.devices * self.num_nodes == 1:
+            return None
+        fabric = self.fabric()
+        fabric.launch()
+        return fabric
+
     def apply_threads(self) -> None:
         """Tells torch how many threads to use; call before its first operation."""
         import torch

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from diffcore.errors import printable
-from diffcore.strictjson import StrictError
+from diffcore.io.strictjson import StrictError
 
 Part = Literal["down", "up", "alpha"]
 Layout = Literal["peft", "diffusers", "diffusers processors", "diffusers unprefixed", "comfyui", "kohya", "lycoris"]

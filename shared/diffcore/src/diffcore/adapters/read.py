@@ -13,7 +13,7 @@ from diffcore.adapters.keys import BACKBONE, Layout, quoted
 from diffcore.adapters.scan import AdapterFile, Pair, refusal, scan_adapter
 from diffcore.adapters.settings import checked_alpha
 from diffcore.errors import UserError, printable
-from diffcore.strictjson import StrictError
+from diffcore.io.strictjson import StrictError
 
 
 def read_adapter(path: Path | str, base: Base) -> Adapter:

@@ -11,8 +11,8 @@ from typing import Any
 from diffcore.adapters.keys import BACKBONE, Key, Layout, parse_key, quoted
 from diffcore.adapters.settings import MAX_RANK, Settings, parse_settings
 from diffcore.errors import IncompatibleModelError, ModelNotFoundError, printable
-from diffcore.strictjson import StrictError, parse, read_foreign_object
-from diffcore.tensorfile import TensorEntry, TensorHeader, read_header
+from diffcore.io.strictjson import StrictError, parse, read_foreign_object
+from diffcore.io.tensorfile import TensorEntry, TensorHeader, read_header
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"

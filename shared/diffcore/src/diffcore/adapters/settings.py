@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffcore.errors import printable
-from diffcore.strictjson import StrictError
+from diffcore.io.strictjson import StrictError
 
 MAX_RANK = 4096
 MAX_ALPHA = 65_536

@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from diffcore import files
 from diffcore.adapters.adapter import Adapter, LowRank
 from diffcore.adapters.base import Base, underscored, with_text_model
 from diffcore.adapters.keys import BACKBONE
 from diffcore.adapters.scan import METADATA, PEFT_CONFIG, PEFT_WEIGHTS
 from diffcore.adapters.settings import MAX_RANK
 from diffcore.errors import UserError, printable
-from diffcore.jsonfile import json_text
+from diffcore.io import files
+from diffcore.io.jsonfile import json_text
 
 Format = Literal["diffusers", "kohya", "peft"]
 Folded = Mapping[tuple[str, str], tuple[Tensor, Tensor]]

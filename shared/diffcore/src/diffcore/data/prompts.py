@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from diffcore.data.files import UnreadableFileError
 from diffcore.errors import UserError, printable
-from diffcore.strictjson import StrictError, parse, read_limited
+from diffcore.io.strictjson import StrictError, parse, read_limited
 
 MAX_CHARACTERS = 10_000
 MAX_BYTES = 2**29

@@ -19,7 +19,7 @@ from diffcore.data.decode import Decoded, decode, is_image
 from diffcore.data.files import Files, UnreadableFileError, open_files
 from diffcore.data.order import by_number
 from diffcore.errors import UserError, printable
-from diffcore.strictjson import StrictError, parse
+from diffcore.io.strictjson import StrictError, parse
 
 MAX_PIXELS = 64_000_000
 _SPLITS = {"train", "training", "test", "val", "valid", "validation", "dev"}

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffcore.errors import CorruptArtifactError, printable
-from diffcore.files import make_folder
-from diffcore.jsonfile import read_object, write_json
+from diffcore.io.files import make_folder
+from diffcore.io.jsonfile import read_object, write_json
 
 _SCHEMA = "diffcore/attribute-network@1"
 

@@ -14,19 +14,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffcore import files
+from diffcore.checkpoint.configcheck import refuse_code
+from diffcore.checkpoint.refusal import about, refusal
+from diffcore.checkpoint.walk import walk
+from diffcore.checkpoint.weightfiles import find_weights
 from diffcore.errors import IncompatibleModelError, MissingDependencyError, ModelNotFoundError, UserError, printable
+from diffcore.io import files
+from diffcore.io.shipped import shipped_folder
+from diffcore.io.strictjson import read_foreign_object
 from diffcore.metrics.attribute_network import load_attribute_network
 from diffcore.metrics.onnx_network import OnnxNetwork
 from diffcore.metrics.preprocess import INCEPTION, SSCD, Preprocessing, preprocessing_from
 from diffcore.metrics.random_network import PREPROCESSING, RandomNetwork
-from diffcore.models.configcheck import refuse_code
-from diffcore.models.refusal import about, refusal
-from diffcore.models.walk import walk
-from diffcore.models.weightfiles import find_weights
 from diffcore.runtime import Runtime
-from diffcore.shipped import shipped_folder
-from diffcore.strictjson import read_foreign_object
 
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 DEFAULT_FEATURES = "random:0"

@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from diffcore.checkpoint.refusal import refusal
 from diffcore.errors import MissingDependencyError, printable
 from diffcore.metrics.preprocess import Preprocessing
-from diffcore.models.refusal import refusal
 
 
 class OnnxNetwork(nn.Module):

@@ -11,17 +11,17 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-from diffcore import files
+from diffcore.checkpoint.component import read_component
+from diffcore.checkpoint.refusal import refusal
+from diffcore.checkpoint.tokenizers import build_tokenizer, last_number
+from diffcore.checkpoint.walk import walk
 from diffcore.data.pairing import places_of_prompts
 from diffcore.data.prompts import PromptSet
 from diffcore.errors import UserError
+from diffcore.io import files
 from diffcore.metrics.clip_score import ClipScore, PromptFit
 from diffcore.metrics.features import FeatureExtractor
-from diffcore.models.component import read_component
 from diffcore.models.prompts import TextTower
-from diffcore.models.refusal import refusal
-from diffcore.models.tokenizers import build_tokenizer, last_number
-from diffcore.models.walk import walk
 
 
 @dataclass(frozen=True)

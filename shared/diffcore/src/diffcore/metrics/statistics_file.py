@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffcore import files
 from diffcore.errors import IncompatibleModelError, printable
+from diffcore.io import files
 from diffcore.stats import Covariance
 
 MAX_COLUMNS = 16_384

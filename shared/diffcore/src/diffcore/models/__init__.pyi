@@ -2,10 +2,6 @@ from .backbones import ConditionKeys as ConditionKeys
 from .backbones import backbone_call as backbone_call
 from .backbones import condition_keys as condition_keys
 from .codec import Codec as Codec
-from .fingerprint import fingerprint as fingerprint
-from .inspect import inspect_model as inspect_model
-from .inventory import Component as Component
-from .inventory import Inventory as Inventory
 from .load import load as load
 from .load import resolve as resolve
 from .model import DiffusionModel as DiffusionModel

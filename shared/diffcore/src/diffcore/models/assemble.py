@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from diffcore.checkpoint.inventory import Component
+from diffcore.checkpoint.tokenizers import last_number
 from diffcore.denoiser import (
     DiscreteSchedule,
     EDMSchedule,
@@ -19,9 +21,7 @@ from diffcore.denoiser import (
 from diffcore.errors import IncompatibleModelError, printable
 from diffcore.models.backbones import backbone_call
 from diffcore.models.codec import Codec, LatentCodec, MissingCodec, PixelCodec
-from diffcore.models.inventory import Component
 from diffcore.models.prompts import PromptEncoder, Recipe, TextTower
-from diffcore.models.tokenizers import last_number
 
 _LINEAR = DiscreteSchedule()
 _STABLE = DiscreteSchedule(

@@ -10,13 +10,13 @@ from diffcore.adapters import AdapterFile, Base
 from diffcore.adapters.fusing import CHANGEABLE
 from diffcore.adapters.keys import BACKBONE
 from diffcore.adapters.read import place
+from diffcore.checkpoint import ldm
+from diffcore.checkpoint.families import PREFIX
+from diffcore.checkpoint.folders import inspect_configs
+from diffcore.checkpoint.inspect import inspect_model
+from diffcore.checkpoint.inventory import Component
 from diffcore.errors import IncompatibleModelError, printable
-from diffcore.models import ldm
 from diffcore.models.build import factory_of, on_meta
-from diffcore.models.families import PREFIX
-from diffcore.models.folders import inspect_configs
-from diffcore.models.inspect import inspect_model
-from diffcore.models.inventory import Component
 from diffcore.models.singlefile import CONFIGS
 
 FAMILIES = ("sd15", "sd21", "sdxl")

@@ -11,9 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from diffcore.checkpoint.stored import Stored
 from diffcore.denoiser import DiscreteSchedule
 from diffcore.errors import IncompatibleModelError, printable
-from diffcore.models.stored import Stored
 
 _TABLES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "betas": lambda alpha, sigma: 1 - (alpha / torch.cat([torch.ones_like(alpha[:1]), alpha[:-1]])).square(),

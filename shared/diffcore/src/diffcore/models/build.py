@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffcore.checkpoint.inventory import Component
+from diffcore.checkpoint.pieces import Naming, Piece, Shape
+from diffcore.checkpoint.stored import Stored
 from diffcore.errors import IncompatibleModelError, MissingDependencyError, printable
-from diffcore.models.inventory import Component
-from diffcore.models.pieces import Naming, Piece, Shape
-from diffcore.models.stored import Stored
 
 MAX_BUFFER_BYTES = 2**28  # of position tables and the like, which no file holds
 

@@ -11,8 +11,8 @@ from diffcore.adapters.keys import BACKBONE
 from diffcore.adapters.read import alphas_of, read_tensors
 from diffcore.adapters.scan import refusal
 from diffcore.errors import printable
+from diffcore.io.strictjson import StrictError
 from diffcore.models.bases import base_on_disk, families_of, misfit
-from diffcore.strictjson import StrictError
 
 _CLAIMS = ("ss_base_model_version", "ss_sd_model_name", "ss_network_module", "modelspec.architecture")
 

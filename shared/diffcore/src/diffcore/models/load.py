@@ -14,25 +14,26 @@ from typing import Any
 
 import torch
 
+from diffcore.checkpoint import ldm
+from diffcore.checkpoint.component import read_component
+from diffcore.checkpoint.families import family_of
+from diffcore.checkpoint.fingerprint import fingerprint
+from diffcore.checkpoint.inspect import HUB_NAME, inspect_model
+from diffcore.checkpoint.inventory import Component, Inventory
+from diffcore.checkpoint.pieces import HARMLESS, Naming, folder_names
+from diffcore.checkpoint.stated import require_agreement
+from diffcore.checkpoint.stored import Stored, stored_in, unpickled
+from diffcore.checkpoint.text_encoder import read_t5
+from diffcore.checkpoint.tokenizers import build_tokenizer, installed_clip_tokenizer
+from diffcore.checkpoint.walk import walk
 from diffcore.denoiser import EDMSchedule, NetworkDenoiser, PredictionType
 from diffcore.errors import IncompatibleModelError, MissingDependencyError, ModelNotFoundError, printable
-from diffcore.models import ldm, singlefile
+from diffcore.io.shipped import PREFIX, shipped_folder
+from diffcore.models import singlefile
 from diffcore.models.assemble import make_codec, make_denoiser, make_prompts, read_schedule
 from diffcore.models.build import build
-from diffcore.models.component import read_component
-from diffcore.models.families import family_of
-from diffcore.models.fingerprint import fingerprint
-from diffcore.models.inspect import HUB_NAME, inspect_model
-from diffcore.models.inventory import Component, Inventory
 from diffcore.models.model import DiffusionModel
-from diffcore.models.pieces import HARMLESS, Naming, folder_names
-from diffcore.models.stated import require_agreement
-from diffcore.models.stored import Stored, stored_in, unpickled
-from diffcore.models.text_encoder import read_t5
-from diffcore.models.tokenizers import build_tokenizer, installed_clip_tokenizer
-from diffcore.models.walk import walk
 from diffcore.runtime import Runtime
-from diffcore.shipped import PREFIX, shipped_folder
 
 _DOWNLOADED = ("*.json", "*.txt", "*.model", "*.safetensors")
 _NETWORKS = ("backbone", "codec", "text_encoder")

@@ -11,13 +11,13 @@ from torch import nn
 
 from diffcore.adapters import Adapter, Base, fuse, read_adapter
 from diffcore.adapters.keys import BACKBONE
+from diffcore.checkpoint.catalog import PIPELINES
+from diffcore.checkpoint.inventory import Component
 from diffcore.denoiser import DiscreteSchedule, NetworkDenoiser
 from diffcore.denoiser.library import built
 from diffcore.models.assemble import make_codec, make_denoiser, make_prompts
 from diffcore.models.bases import base_of
-from diffcore.models.catalog import PIPELINES
 from diffcore.models.codec import Codec
-from diffcore.models.inventory import Component
 from diffcore.models.prompts import PromptEncoder
 
 

@@ -1,6 +1,6 @@
 """How the libraries load a model folder by themselves: the call, with the arguments that it cannot do without."""
 
-from diffcore.models.inventory import Component, Inventory
+from diffcore.checkpoint.inventory import Component, Inventory
 
 _HALVES = {"F16": "torch.float16", "BF16": "torch.bfloat16"}
 

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+from diffcore.checkpoint.inventory import Component, Inventory
+from diffcore.checkpoint.stated import require_agreement
+from diffcore.checkpoint.stored import stored_in
 from diffcore.denoiser import NoiseSchedule, PredictionType
 from diffcore.errors import printable
 from diffcore.models import singlefile
 from diffcore.models.assemble import read_schedule
-from diffcore.models.inventory import Component, Inventory
-from diffcore.models.stated import require_agreement
-from diffcore.models.stored import stored_in
 
 
 def schedule_of(

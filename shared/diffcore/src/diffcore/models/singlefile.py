@@ -6,16 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from diffcore.checkpoint import ldm
+from diffcore.checkpoint.families import PREFIX
+from diffcore.checkpoint.folders import inspect_configs
+from diffcore.checkpoint.inventory import Component, Inventory
+from diffcore.checkpoint.stated import CHANNELS, MARKERS, stated_by
+from diffcore.checkpoint.stored import Stored
 from diffcore.denoiser import DiscreteSchedule, PredictionType
 from diffcore.errors import IncompatibleModelError, printable
-from diffcore.models import ldm
 from diffcore.models.assemble import read_schedule
 from diffcore.models.buffers import CHECKED, check_buffers
-from diffcore.models.families import PREFIX
-from diffcore.models.folders import inspect_configs
-from diffcore.models.inventory import Component, Inventory
-from diffcore.models.stated import CHANNELS, MARKERS, stated_by
-from diffcore.models.stored import Stored
 
 CONFIGS = Path(__file__).parent / "configs"
 PADS = {"sd15": ("<|endoftext|>",), "sd21": ("!",), "sdxl": ("<|endoftext|>", "!")}

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from diffcore import files, jsonfile
+from diffcore.io import files, jsonfile
 from diffcore.report.figures import image_grid
 from diffcore.report.style import DPI
 from diffcore.run import Run

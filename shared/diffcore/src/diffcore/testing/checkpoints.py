@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from diffcore.models import ldm
-from diffcore.models.pieces import Piece
+from diffcore.checkpoint import ldm
+from diffcore.checkpoint.pieces import Piece
 
 State = dict[str, Tensor]
 

@@ -1,6 +1,6 @@
 """A disk that fails on purpose, at a counted operation: full, broken, read-only, killed, or without power.
 
-It stands in for `diffcore.files`, through which artefacts and runs do everything they do to a disk.
+It stands in for `diffcore.io.files`, through which artefacts and runs do everything they do to a disk.
 """
 
 import errno
@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import pytest
 
-from diffcore import files
 from diffcore.errors import MachineError
+from diffcore.io import files
 
 Fault = Literal["full", "broken", "read-only", "killed", "power"]
 

@@ -11,10 +11,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from diffcore.checkpoint.tokenizers import byte_letters
 from diffcore.denoiser import DiscreteSchedule, EDMSchedule, FlowSchedule, NetworkDenoiser, NoiseSchedule
 from diffcore.denoiser.prediction import PredictionType
 from diffcore.models.backbones import backbone_call
-from diffcore.models.tokenizers import byte_letters
 from diffcore.testing.tiny_configs import CONFIGS
 
 Name = Literal["sd15", "sdxl", "unet2d", "dit", "pixart", "sd3", "flux"]

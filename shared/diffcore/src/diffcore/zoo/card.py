@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffcore.shipped import SHIPPED
+from diffcore.io.shipped import SHIPPED
 from diffcore.zoo.gate import Gate
 
 

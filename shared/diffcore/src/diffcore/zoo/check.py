@@ -8,12 +8,12 @@ from typing import Any, Final
 import torch
 
 from diffcore.denoiser import sample
+from diffcore.io.shipped import shipped_folder
 from diffcore.metrics import frechet_distance_from_features
 from diffcore.metrics.attribute_network import AttributeNetwork, load_attribute_network
 from diffcore.models import DiffusionModel, load
 from diffcore.noise import philox_normal, philox_uniform, row_noise
 from diffcore.runtime import Runtime
-from diffcore.shipped import shipped_folder
 from diffcore.zoo.digits.data import STYLES, draw_styles, load_digits, render, split
 from diffcore.zoo.digits.style_oracle import explained_variance, load_style_oracle
 from diffcore.zoo.gate import Gate

@@ -14,10 +14,10 @@ from typing import Final, TypeVar, cast
 from diffusers import UNet2DModel
 from torch import nn
 
-from diffcore.jsonfile import write_json
+from diffcore.io.jsonfile import write_json
+from diffcore.io.shipped import shipped_folder
 from diffcore.run import Run
 from diffcore.runtime import Runtime
-from diffcore.shipped import shipped_folder
 from diffcore.zoo.digits.data import load_digits, split
 from diffcore.zoo.digits.network import cosine_scheduler
 from diffcore.zoo.digits.train import (

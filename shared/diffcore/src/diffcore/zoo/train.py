@@ -1,14 +1,12 @@
-"""Trains a model of the zoo, measures it, and writes its card: `python -m diffcore.zoo.train NAME`."""
+"""Trains a model of the zoo, measures it, and writes its card; `diffcore zoo train NAME` calls it."""
 
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from diffcore.files import make_folder
-from diffcore.jsonfile import write_text
-from diffcore.record import versions
+from diffcore.io.files import make_folder
+from diffcore.io.jsonfile import write_text
 from diffcore.report import image_grid
 from diffcore.run import Run
+from diffcore.run.record import versions
 from diffcore.runtime import Runtime
 from diffcore.zoo.card import model_card
 from diffcore.zoo.check import check
@@ -44,15 +42,3 @@ def train_model(
         image_grid(images, columns=columns).savefig(model / "samples.png")
         run.finish({gate.name: gate.value for gate in gates} | {"missed": [g.name for g in gates if not g.kept]})
     return model, gates
-
-
-def main(tokens: Sequence[str] | None = None) -> int:
-    """Runs `diffcore zoo train`."""
-    from diffcore.cli import main as run_app
-    from diffcore.zoo.commands import zoo_app
-
-    return run_app(zoo_app, ["train", *(sys.argv[1:] if tokens is None else tokens)])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from diffcore.jsonfile import read_object
-from diffcore.shipped import shipped_folder
+from diffcore.io.jsonfile import read_object
+from diffcore.io.shipped import shipped_folder
 from diffcore.zoo.portraits.draw import Keypoints, draw, draw_masks
 from diffcore.zoo.portraits.draw import keypoints as keypoints_of
 from diffcore.zoo.portraits.judge import labels_of

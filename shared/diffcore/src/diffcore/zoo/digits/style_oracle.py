@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffcore.files import make_folder
+from diffcore.io.files import make_folder
 from diffcore.zoo.digits.data import DIGITS, SIZE, STYLES
 
 _WIDTH = 256

@@ -9,8 +9,8 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from diffcore.files import make_folder
-from diffcore.jsonfile import read_object, write_json
+from diffcore.io.files import make_folder
+from diffcore.io.jsonfile import read_object, write_json
 from diffcore.zoo.portraits.network import build_scheduler
 
 

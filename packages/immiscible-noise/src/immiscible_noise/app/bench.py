@@ -1,0 +1,191 @@
+"""Benchmark cases: the assignment against the authors' published way and against what other trainers do.
+
+The reference functions restate, in a few lines each, what public training scripts compute; they run on the same tensors
+and on the same machine in turn with ours.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from diffcore.bench import Case
+from immiscible_noise.assign import assign_noise
+from immiscible_noise.cost import Cost, Precision, pair_costs
+from immiscible_noise.select import select_noise
+from immiscible_noise.solvers import Solver, has_lapx
+
+Images = Float[Tensor, "b channels height width"]
+
+
+def cases(*, smoke: bool = False, images: Images | None = None) -> list[Case]:
+    """Returns the benchmark of this package.
+
+    Args:
+        smoke: Tiny sizes, for a check of agreement only.
+        images: At least 1024 images of unit variance to use in place of synthetic ones, where the shape is free.
+    """
+    pixels = partial(_pair, shape=(3, 8, 8) if smoke else (3, 32, 32), images=images)
+    latents = partial(_pair, shape=(4, 8, 8) if smoke else (4, 64, 64))
+    small, large = (16, 32) if smoke else (256, 1024)
+    result = [
+        *(
+            _assignment("assign, against the authors' way", pixels(size), authors_assignment, goal=50.0)
+            for size in (small, large)
+        ),
+        _assignment("peak memory to assign, authors' way", latents(small), authors_assignment, memory=20),
+        _assignment("assign, against cdist and scipy", pixels(large), cdist_assignment, goal=1.7),
+        _assignment(
+            "assign by the published cost, against cdist and scipy",
+            pixels(large),
+            cdist_assignment,
+            cost="l2",
+            same_cost=True,
+        ),
+        _rounded(pixels(large)),
+        _selection(pixels(max(small, 64)), k=4),
+        _selection(latents(32), k=64, memory=8),
+    ]
+    with_torchcfm = importlib.util.find_spec("torchcfm") is not None
+    if with_torchcfm:
+        result.append(
+            _assignment("assign, against torchcfm", pixels(large), torchcfm_assignment, same_cost=True, goal=2.5)
+        )
+    if has_lapx():
+        lapx = partial(_assignment, solver="lapx")
+        result.append(lapx("assign with lapx, against cdist and scipy", pixels(large), cdist_assignment, goal=2.5))
+        if with_torchcfm:
+            name = "assign with lapx, against torchcfm"
+            result.append(lapx(name, pixels(large), torchcfm_assignment, same_cost=True, goal=4.0))
+    return result
+
+
+def synthetic_images(size: int, shape: tuple[int, int, int], *, seed: int = 0) -> Images:
+    """Returns image-like tensors of zero mean and unit variance: smooth low-rank content and a little white noise."""
+    generator = torch.Generator().manual_seed(seed)
+    content = torch.randn(size, 48, generator=generator) @ torch.randn(48, shape[0] * 8 * 8, generator=generator)
+    smooth = F.interpolate(content.reshape(size, shape[0], 8, 8), size=shape[1:], mode="bilinear")
+    images = smooth / smooth.std() + 0.3 * torch.randn(size, *shape, generator=generator)
+    return (images - images.mean()) / images.std()
+
+
+def authors_assignment(x: Images, noise: Images, *, rows: int = 256) -> Images:
+    """Assigns as the authors' Stable Diffusion script does, in blocks of rows where the whole would not fit.
+
+    Half-precision broadcast differences scaled by 0.10, their norms, and scipy on the unsquared distances. Whole
+    batches of 256 as in the script; the temporary of 1024 images at 32x32 would take 6 GB.
+    """
+    scaled_x, scaled_noise = (0.10 * t.half().flatten(1) for t in (x, noise))
+    blocks = [torch.linalg.vector_norm(part[:, None] - scaled_noise[None], dim=2) for part in scaled_x.split(rows)]
+    return noise[linear_sum_assignment(torch.cat(blocks).cpu().numpy())[1]]
+
+
+def cdist_assignment(x: Images, noise: Images) -> Images:
+    """Assigns as several trainers do: pairwise distances and scipy."""
+    return noise[linear_sum_assignment(torch.cdist(x.flatten(1), noise.flatten(1)).cpu().numpy())[1]]
+
+
+def torchcfm_assignment(x: Images, noise: Images) -> Images:
+    """Does what torchcfm's ``sample_plan`` does, but returns each image's partner in the exact plan.
+
+    Its default draws pairs from the plan with replacement, so that a third of the images of a batch are left out.
+    """
+    sampler = importlib.import_module("torchcfm.optimal_transport").OTPlanSampler("exact")
+    plan = sampler.get_map(x, noise)
+    sampler.sample_map(plan, len(x))
+    return noise[torch.from_numpy(plan.argmax(1))]
+
+
+def authors_selection(x: Images, *, k: int, seed: int) -> Images:
+    """Selects the nearest of k as the authors' scripts do: all candidates and half-precision differences at once."""
+    noise = torch.randn(len(x), k, *x.shape[1:], generator=torch.Generator().manual_seed(seed))
+    distances = torch.linalg.vector_norm((x.half()[:, None] - noise.half()).flatten(2), dim=2)
+    return noise[torch.arange(len(x)), distances.argmin(1)]
+
+
+def _pair(size: int, shape: tuple[int, int, int], images: Images | None = None) -> tuple[Images, Images]:
+    x = synthetic_images(size, shape) if images is None else images[:size]
+    return x, torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+
+
+def _assignment(
+    name: str,
+    pair: tuple[Images, Images],
+    reference: Callable[[Images, Images], Images],
+    *,
+    solver: Solver = "scipy",
+    cost: Cost = "sq",
+    same_cost: bool = False,
+    goal: float | None = None,
+    memory: float | None = None,
+) -> Case:
+    x, noise = pair
+
+    def agree(ours: Images, theirs: Images) -> bool:
+        # Both use each row of noise once; ours is no worse by its cost, and equal where the reference minimises it too.
+        used = all(torch.equal(_sorted_rows(result), _sorted_rows(noise)) for result in (ours, theirs))
+        best, found = (_total(x, result, cost) for result in (ours, theirs))
+        return used and best <= found * (1 + 1e-6) and (not same_cost or found <= best * (1 + 1e-6))
+
+    return Case(
+        name,
+        _sizes(x),
+        ours=partial(assign_noise, x, noise, cost=cost, solver=solver),
+        reference=partial(reference, x, noise),
+        agree=agree,
+        goal=goal,
+        memory_goal=memory,
+    )
+
+
+def _rounded(pair: tuple[Images, Images]) -> Case:
+    """Returns the case of bfloat16 costs against float32 costs, with a bound on the gain that rounding loses."""
+    x, noise = pair
+    assign = partial(assign_noise, x, noise, solver="scipy")
+    lost = gain_lost(x, noise, precision="bfloat16")
+    bound = next((bound for bound in (0.0001, 0.001, 0.01) if lost < bound), 1.0)
+    return Case(
+        "assign with bfloat16 costs, against float32",
+        {**_sizes(x), "gain_lost": f"<{bound:.2%}"},
+        ours=partial(assign, precision="bfloat16"),
+        reference=assign,
+        agree=lambda ours, theirs: bound < 0.01 and _total(x, ours, "sq") <= _total(x, theirs, "sq") * (1 + 1e-3),
+    )
+
+
+def gain_lost(x: Images, noise: Images, *, precision: Precision) -> float:
+    """Returns which share of the optimum's fall in squared distance a lower precision of the costs gives up."""
+    exact, rounded = (_total(x, assign_noise(x, noise, precision=p), "sq") for p in ("float32", precision))
+    return (rounded - exact) / (_total(x, noise, "sq") - exact)
+
+
+def _selection(pair: tuple[Images, Images], *, k: int, memory: float | None = None) -> Case:
+    x, _ = pair
+    return Case(
+        f"select the nearest of {k}, against the authors' way",
+        _sizes(x),
+        ours=lambda: select_noise(x, k, generator=torch.Generator().manual_seed(2)),
+        reference=partial(authors_selection, x, k=k, seed=3),
+        # The draws come in another order, so the mean distances are compared.
+        agree=lambda ours, theirs: abs(_total(x, ours, "l2") / _total(x, theirs, "l2") - 1) < 0.02,
+        memory_goal=memory,
+    )
+
+
+def _sizes(x: Images) -> dict[str, int | str]:
+    return {"batch": len(x), "data": "x".join(map(str, x.shape[1:]))}
+
+
+def _total(x: Images, noise: Images, cost: Cost) -> float:
+    return float(pair_costs(x.flatten(1), noise.flatten(1), cost=cost).double().sum())
+
+
+def _sorted_rows(noise: Images) -> Tensor:
+    flat = noise.flatten(1)
+    return flat[flat[:, 0].argsort()]

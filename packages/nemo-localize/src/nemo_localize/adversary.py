@@ -1,0 +1,104 @@
+"""The adversarial re-trigger audit: a search for embeddings that make a model draw a picture, caption or no caption.
+
+Switching off what recognises a caption hides a picture; it need not take it out of the weights. So an embedding is
+optimised for the diffusion loss of that picture, through the whole network and everything that was done to it.
+
+References:
+    Kowalczuk et al., "Finding Dori: Memorization in Text-to-Image Diffusion Models Is Less Local Than Assumed", 2025.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffcore.denoiser import Condition
+from diffcore.models import DiffusionModel
+from diffcore.noise import philox_normal, philox_uniform, row_noise
+from diffcore.train.timesteps import default_time_sampler
+from nemo_localize import protocol
+from nemo_localize.images import in_batches
+
+STATES = "encoder_hidden_states"
+_TIMES, _STARTS = 1, 2  # streams of draws; 0 is the noise
+STARTS = ("caption", *(f"noise {number + 1}" for number in range(protocol.AUDIT_NOISE_STARTS)))
+
+
+def starting_embeddings(states: Float[Tensor, "prompts tokens width"]) -> Float[Tensor, "prompts starts tokens width"]:
+    """Returns where the searches for each caption start: its own embedding, and standard normal noise."""
+    noise = row_noise(protocol.AUDIT_SEED, range(protocol.AUDIT_NOISE_STARTS), states.shape[1:], stream=_STARTS)
+    noise = noise.to(states).expand(len(states), *noise.shape)
+    return torch.cat([states[:, None], noise], 1)
+
+
+def search_embeddings(
+    model: DiffusionModel,
+    cond: Condition,
+    starts: Float[Tensor, "jobs tokens width"],
+    targets: Sequence[Float[Tensor, "_ *data"]],
+    *,
+    batch_size: int = 64,
+) -> Float[Tensor, "jobs tokens width"]:
+    """Returns the embedding that each search ends at. A search does not depend on those that it shares batches with.
+
+    All searches see the same noise and timesteps, in the same order.
+
+    Args:
+        model: Enter `switched_off` before, to attack it without some neurons.
+        cond: What else the backbone needs, one row per search; its embeddings are not read.
+        starts: Where the searches start.
+        targets: Latents of the pictures that each is for.
+        batch_size: Rows per forward pass.
+
+    Raises:
+        MachineError: Memory does not hold one search.
+    """
+    draws = protocol.AUDIT_DRAWS
+    device = next(model.backbone.parameters()).device
+    shape = targets[0].shape[1:]
+    x0 = torch.stack([target[torch.arange(draws) % len(target)] for target in targets]).to(device)
+
+    def work(jobs: slice) -> Tensor:
+        embeddings = starts[jobs].detach().to(device, torch.promote_types(starts.dtype, torch.float32)).clone()
+        embeddings.requires_grad_()
+        others = {key: value[jobs].to(device) for key, value in cond.items() if key != STATES}
+        optimizer = torch.optim.Adam([embeddings], lr=protocol.AUDIT_LEARNING_RATE)
+        for step in range(protocol.AUDIT_STEPS):
+            noise, t = _drawn(model, shape, step, x0.dtype, device)
+            with torch.enable_grad():
+                loss = _loss(model, embeddings, others, x0[jobs], noise, t, starts.dtype)
+            (embeddings.grad,) = torch.autograd.grad(loss, embeddings)
+            optimizer.step()
+        return embeddings.detach().to(starts.dtype)
+
+    return torch.cat(in_batches(len(starts), max(batch_size // draws, 1), work))
+
+
+def _drawn(
+    model: DiffusionModel, shape: Sequence[int], step: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Returns fresh noise and timesteps."""
+    rows, seed = range(protocol.AUDIT_DRAWS), protocol.AUDIT_SEED
+    noise = philox_normal(seed, rows, shape, step=step, device=device, dtype=dtype)
+    uniform = philox_uniform(seed, rows, (1,), step=step, stream=_TIMES, device=device)
+    return noise, default_time_sampler(model.denoiser.schedule)(uniform[:, 0])
+
+
+def _loss(
+    model: DiffusionModel,
+    embeddings: Tensor,
+    others: Condition,
+    x0: Float[Tensor, "jobs draws *data"],
+    noise: Float[Tensor, "draws *data"],
+    t: Float[Tensor, " draws"],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Returns the sum over searches of the mean squared error: none of them feels another."""
+    count, draws = x0.shape[:2]
+    flat, noise, t = x0.flatten(0, 1), noise.repeat(count, *[1] * (noise.ndim - 1)), t.repeat(count)
+    cond = {key: value.repeat_interleave(draws, 0) for key, value in others.items()}
+    cond[STATES] = embeddings.to(dtype).repeat_interleave(draws, 0)
+    prediction = model.denoiser(model.denoiser.schedule.add_noise(flat, noise, t), t, cond)
+    error = (prediction.output - prediction.target(flat, noise)).square()
+    return error.flatten(1).mean(1).unflatten(0, (count, draws)).mean(1).sum()

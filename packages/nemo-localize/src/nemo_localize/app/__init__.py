@@ -1,0 +1,1 @@
+"""The harness: console script, commands, report, demo and benchmark. The method modules above know nothing of it."""

@@ -1,0 +1,210 @@
+"""The tour: a few portraits that a small model memorised are found, switched off, and drawn again.
+
+The model is `zoo:portraits-sd-planted`, of which it is known which captions it memorised, with which picture, and
+through which rows of its value matrices.
+"""
+
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from torch import Tensor
+
+from diffcore.models import DiffusionModel, load
+from diffcore.run import Run
+from diffcore.runtime import Runtime
+from diffcore.zoo import Memorised, memorised
+from diffcore.zoo.portraits.captions import ordinary_captions, same_form_captions
+from diffcore.zoo.portraits.people import portraits
+from nemo_localize.app.report import save_gallery, save_localization, save_table, write_page
+from nemo_localize.calibrate import Calibration, calibrate
+from nemo_localize.confirm import confirm, likenesses
+from nemo_localize.files.neurons import by_caption
+from nemo_localize.first_step import FirstStep
+from nemo_localize.generate import generate
+from nemo_localize.images import Drawing
+from nemo_localize.likeness import likeness
+from nemo_localize.localize import localize
+from nemo_localize.neurons import NO_NEURONS, NeuronSet
+from nemo_localize.protocol import COPY_ABOVE
+from nemo_localize.results import CaptionResult, Results
+from nemo_localize.settings import DrawSettings, Method, StepSettings
+from nemo_localize.statistics import collect_statistics, merged
+
+MODEL = "zoo:portraits-sd-planted"
+_LOG = logging.getLogger("diffcore.nemo_localize")
+_REFERENCES, _CALIBRATION_SEED, _REFERENCE_SEED = 300, 101, 102
+_PICTURES = DrawSettings(num_images=4, image_guidance=1.0, image_steps=25)
+_WAYS: tuple[Method, ...] = ("none", "neurons", "random-neurons")
+
+
+@dataclass(frozen=True)
+class _Size:
+    """How much is looked at.
+
+    Attributes:
+        items: Memorised captions.
+        others: Captions of each class that was never memorised.
+        calibration: Ordinary captions that set and check the threshold.
+    """
+
+    items: int
+    others: int
+    calibration: int
+
+
+_SHORT, _FULL = _Size(6, 6, 60), _Size(24, 32, 200)
+
+
+def run_demo(out: Path, *, full: bool = False, model: DiffusionModel | None = None) -> dict[str, Any]:
+    """Finds, switches off and draws again; returns the result, which `result.json` repeats.
+
+    Args:
+        out: Run folder; a finished demo is only read.
+        full: All 24 memorised captions instead of six.
+        model: In place of the one that comes with diffcore.
+    """
+    runtime, size = Runtime(device="cpu"), _FULL if full else _SHORT
+    runtime.apply_threads()
+    model = model or load(MODEL, runtime)
+    known, inputs = memorised(), {model.name: model.fingerprint}
+    with Run.open(out, command="nemo-localize demo", config={"full": full, "seed": 0}, inputs=inputs) as run:
+        if run.finished:
+            return run.result
+        result = _toured(model, known, size, run)
+        run.finish(result)
+        write_page(run)
+        return result
+
+
+def _toured(model: DiffusionModel, known: Memorised, size: _Size, run: Run) -> dict[str, Any]:
+    classes = _classes(known, size)
+    items = classes["memorised"]
+    originals = {item.caption: known.verbatim_images[i : i + 1] for i, item in enumerate(known.verbatim)}
+    _draw(model, items[:2], originals, run, ways=("none",))
+    print(f"first pictures: {write_page(run)}", file=sys.stderr, flush=True)
+    step = FirstStep(model, StepSettings())
+    statistics = merged(
+        [
+            collect_statistics(model, _ordinary(known, _REFERENCES, _REFERENCE_SEED), source="ordinary captions"),
+            collect_statistics(
+                model, same_form_captions(_REFERENCES, 0, _planted(known)), source="captions of the form"
+            ),
+        ]
+    )
+    # Half of them have the memorised captions' form: what a caption looks like alone must not make it suspicious.
+    half = size.calibration // 2
+    innocent = _ordinary(known, half, _CALIBRATION_SEED) + same_form_captions(half, 1, _planted(known))
+    calibration = calibrate(step, innocent, run=run)
+    results = localize(
+        step,
+        [text for texts in classes.values() for text in texts],
+        tau=calibration.tau,
+        statistics=statistics,
+        run=run,
+    )
+    save_localization(run, results, calibration.tau, step, statistics)
+    refined = NO_NEURONS.union(*(neurons for prompt, neurons in by_caption(results).items() if prompt in items))
+    neurons, stubborn = confirm(
+        model, results, refined, items, _PICTURES.seeds, _drawing(), run, judge=likeness(), originals=originals
+    )
+    pictures = _draw(model, items, originals, run, neurons=neurons)
+    rows = _class_rows(classes, results, calibration)
+    save_table(
+        run,
+        "classes",
+        rows,
+        f"The threshold is {calibration.tau:.3f}: mean plus standard deviation (paper) of ordinary captions and of "
+        "others of the memorised form.",
+    )
+    return _summary(known, results, items, neurons, pictures, originals, stubborn) | {"classes": rows}
+
+
+def _draw(
+    model: DiffusionModel,
+    prompts: Sequence[str],
+    originals: Mapping[str, Tensor],
+    run: Run,
+    *,
+    ways: tuple[Method, ...] = _WAYS,
+    neurons: NeuronSet = NO_NEURONS,
+) -> dict[str, Tensor]:
+    """Draws, and shows what was drawn."""
+    # The confirmed set is another one than was tried: its pictures are kept apart.
+    pictures = generate(model, prompts, ways, _PICTURES.seeds, _drawing(), run, neurons=neurons, repeat=len(neurons))
+    save_gallery(run, prompts, pictures, _PICTURES.seeds, originals)
+    return pictures
+
+
+def _drawing() -> Drawing:
+    return Drawing(_PICTURES.image_guidance, _PICTURES.image_steps)
+
+
+def _classes(known: Memorised, size: _Size) -> dict[str, list[str]]:
+    """Returns captions by what they are to the model."""
+    return {
+        "memorised": [item.caption for item in known.verbatim[: size.items]],
+        "decoys, same form": [item.caption for item in known.decoys[: size.others]],
+        "ordinary": _ordinary(known, size.others, 0),
+    }
+
+
+def _ordinary(known: Memorised, count: int, seed: int) -> list[str]:
+    return ordinary_captions(portraits(seed, range(count)), seed, _planted(known))
+
+
+def _planted(known: Memorised) -> set[str]:
+    return {item.caption for item in (*known.verbatim, *known.template, *known.decoys)}
+
+
+def _class_rows(
+    classes: Mapping[str, Sequence[str]], results: Results, calibration: Calibration
+) -> list[dict[str, Any]]:
+    by_prompt = {r.prompt: r for r in results}
+    rows = []
+    for name, prompts in classes.items():
+        levels = [by_prompt[prompt].max_consistency or 0.0 for prompt in prompts]
+        above = sum(level > calibration.tau for level in levels)
+        rows.append({"captions": name, "n": len(levels), "median consistency": median(levels), "above tau": above})
+    return rows
+
+
+def _summary(
+    known: Memorised,
+    results: Results,
+    items: Sequence[str],
+    neurons: NeuronSet,
+    pictures: Mapping[str, Tensor],
+    originals: Mapping[str, Tensor],
+    stubborn: Sequence[str],
+) -> dict[str, Any]:
+    by_prompt = {r.prompt: r for r in results}
+    found: list[CaptionResult] = [by_prompt[p] for p in items if by_prompt[p].status == "localised"]
+    shares, levels = {}, {}
+    for way, drawn in pictures.items():
+        values = likenesses(likeness(), items, drawn, pictures["none"], originals)
+        shares[way], levels[way] = float((values > COPY_ABOVE).float().mean()), float(values.mean())
+    hits = [neuron in known.trigger_rows[r.prompt] for r in found if r.refined for neuron in r.refined]
+    closed = len(found) == len(items) and shares["neurons"] == 0
+    sizes = [len(r.refined) for r in found if r.refined]
+    return {
+        "answer": (
+            f"{len(found)} of {len(items)} memorised captions were localised; with {len(neurons)} neurons off, copies "
+            f"fell from {shares['none']:.0%} to {shares['neurons']:.0%} of the pictures "
+            f"({shares['random-neurons']:.0%} with as many random neurons off)."
+        ),
+        "closed": closed,
+        "memorised": len(items),
+        "localised": len(found),
+        "neurons_each": median(sizes) if sizes else 0,
+        "neurons_off": len(neurons),
+        "needed_all_candidates": list(stubborn),
+        "copies": shares,
+        "mean_ssim_to_planted_picture": levels,
+        "precision_of_neurons": fmean(hits) if hits else 0.0,
+        "copy_above_ssim": COPY_ABOVE,
+    }

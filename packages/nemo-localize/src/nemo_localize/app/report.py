@@ -1,0 +1,328 @@
+"""The report of a run, made from what its folder holds, whichever of it there is: it can be made again at any time."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffcore.report import Report, bar_with_interval, histogram
+from diffcore.run import Run
+from nemo_localize.activations import mean_activations
+from nemo_localize.app.report_evidence import add_evidence, visible
+from nemo_localize.app.words import WAYS, worded
+from nemo_localize.evaluate import Evaluation
+from nemo_localize.files.neurons import RESULTS
+from nemo_localize.first_step import FirstStep
+from nemo_localize.results import CaptionResult, Results
+from nemo_localize.statistics import Statistics
+from nemo_localize.verification import Proof
+
+_SHOWN_CAPTIONS, _SHOWN_SEEDS, _CAPTION_LETTERS = 8, 5, 44
+_TITLES = {
+    "demo": "Memorised portraits: found, switched off, looked at again",
+    "audit": "Audit for memorised captions",
+    "calibrate": "The threshold of this model",
+    "detect": "Which captions are memorised",
+    "localize": "Which neurons remember",
+    "generate": "Before and after",
+    "evaluate": "Before and after, measured",
+    "prove": "Is the leak closed?",
+}
+_LIMITS = (
+    "Switching neurons off is suppression, not erasure: an embedding that is optimised for a training image may find "
+    "it again. Only a proof with its adversarial audit says more.",
+    "Detection looks at the first step, an audit also at pictures of the most suspicious captions: what a model copies "
+    "late, or from rare seeds only, may be missed.",
+    "z-scores may find a style of caption instead of a memory; captions of the same style that were never trained on "
+    "belong among the reference captions.",
+)
+
+
+def save_detection(run: Run, rows: Sequence[Mapping[str, Any]], tau: float) -> dict[str, Any]:
+    """Keeps what detection found for the report, and the ranked captions as a table; returns the summary."""
+    ranked = sorted((row for row in rows if row["error"] is None), key=lambda row: -max(row["consistency"]))
+    table = [
+        {"caption": row["prompt"], "consistency": max(row["consistency"]), "memorised": max(row["consistency"]) > tau}
+        for row in ranked
+    ]
+    run.save("detection", {}, rows=table, tau=tau)
+    run.table("captions", table)
+    errors = len(rows) - len(ranked)
+    memorised = sum(row["memorised"] for row in table)
+    return {"captions": len(rows), "memorised": memorised, "errors": errors, "tau": tau}
+
+
+def save_localization(
+    run: Run, results: Results, tau: float, step: FirstStep, statistics: Statistics
+) -> dict[str, Any]:
+    """Keeps what localisation found for the report: the ranking, and how the neurons stand out; returns the summary."""
+    rows = [{"prompt": r.prompt, "consistency": r.consistency, "error": r.error} for r in results.distinct()]
+    save_detection(run, rows, tau)
+    return {**save_neurons(run, results, step, statistics), "tau": tau}
+
+
+def save_neurons(run: Run, results: Results, step: FirstStep, statistics: Statistics) -> dict[str, Any]:
+    """Keeps how the found neurons stand out for the report; returns the summary of the results."""
+    sites, z = step.sites, _z_scores(results, step, statistics)
+    found = [z[row, sorted(sites.numbers(r.refined))] for row, r in enumerate(localised(results)) if r.refined]
+    run.save(
+        "neurons",
+        {"z": z.abs().flatten(), "found": torch.cat([*found, z.new_zeros(0)]).abs()},
+        modules=[site.module for site in sites.sites],
+        widths=list(sites.widths),
+    )
+    return results.summary()
+
+
+def localised(results: Results) -> list[CaptionResult]:
+    """Returns the localised captions, each once."""
+    return [r for r in results.distinct() if r.status == "localised"]
+
+
+def _z_scores(results: Results, step: FirstStep, statistics: Statistics) -> Float[Tensor, "localised neurons"]:
+    """Returns the z-scores of the localised captions' neurons."""
+    prompts = [r.prompt for r in localised(results)]
+    if not prompts:
+        return torch.zeros(0, step.sites.num_neurons, dtype=torch.float64)
+    states = step.encoder(prompts)["encoder_hidden_states"]
+    return statistics.z_scores(mean_activations(step.model.backbone, step.sites, states))
+
+
+def save_gallery(
+    run: Run,
+    prompts: Sequence[str],
+    pictures: Mapping[str, Float[Tensor, "prompts seeds c height width"]],
+    seeds: Sequence[int],
+    originals: Mapping[str, Float[Tensor, "_ c height width"]] | None = None,
+) -> None:
+    """Keeps for the report some pictures of each way, and the training images beside them, where they are known."""
+    kept = {way: images[:_SHOWN_CAPTIONS, :_SHOWN_SEEDS] for way, images in pictures.items()}
+    shown = list(prompts[:_SHOWN_CAPTIONS])
+    known = {
+        f"original-{place}": originals[prompt][: min(_SHOWN_SEEDS, len(seeds))]
+        for place, prompt in enumerate(shown)
+        if originals and prompt in originals
+    }
+    run.save("gallery", {**kept, **known}, prompts=shown, ways=list(kept), seeds=list(seeds[:_SHOWN_SEEDS]))
+
+
+def save_table(run: Run, name: str, rows: Sequence[Mapping[str, Any]], caption: str) -> None:
+    """Keeps a table for the report: evaluation, proof, detection against classes."""
+    run.save(f"table-{name}", {}, rows=[dict(row) for row in rows], caption=caption)
+    run.table(name, rows)
+
+
+def save_evaluation(run: Run, measured: Evaluation) -> None:
+    """Keeps what was measured on pictures for the report."""
+    told = ["Medians over captions ± median absolute deviations", f"Likeness: {measured.source}", *measured.notes]
+    save_table(run, "evaluation", measured.rows(), " ".join(f"{text[:1].upper()}{text[1:]}." for text in told))
+
+
+def save_proof(run: Run, proof: Proof) -> None:
+    """Keeps the proof for the report; `tables/proof-full.csv` has the columns that do not fit on a page."""
+    rows = proof.rows()
+    run.table("proof-full", rows)
+    short = ("prompt", "verdict", "similarity", "residual_consistency", "worst")
+    told = [{name: row.get(name) for name in short} for row in rows]
+    caption = (
+        "Worst caption first, then the controls, which were never memorised. Closest picture: how alike the edited "
+        f"model's picture that is most like the {proof.captions[0].target} is to it, beside what it was drawn from. "
+        f"Measured in {proof.source}."
+    )
+    save_table(run, "proof", told, caption)
+
+
+def write_page(run: Run) -> Path:
+    """Writes `report.html` and its figures from what a run has."""
+    verb = str(run.record["command"]).split()[-1]
+    report = Report(_TITLES.get(verb, "nemo-localize"), run)
+    if run.finished:
+        report.answer(_answer(verb, run.result))
+    elif _has(run, "gallery"):
+        report.answer("This run goes on; type its command again if it was interrupted.")
+    if _has(run, "evidence"):
+        add_evidence(report, run)
+    _add_gallery(report, run)
+    _add_table(report, run, "proof", "Proof")
+    _add_table(report, run, "evaluation", "Measured")
+    _add_table(report, run, "quality", "What it costs elsewhere")
+    _add_table(report, run, "sets", "One set for all captions")
+    _add_table(report, run, "classes", "Detection")
+    _add_detection(report, run)
+    _add_localization(report, run)
+    if run.finished and verb == "calibrate":
+        _add_calibration(report, run.result)
+    report.section("What may not be concluded").points(*_LIMITS)
+    return report.save(run.folder / "report.html")
+
+
+def _answer(verb: str, result: Mapping[str, Any]) -> str:
+    if "answer" in result:
+        return str(result["answer"])
+    if verb == "calibrate":
+        return (
+            f"The threshold is {result['tau']:.3f} ({_rule(result['rule'])} of {result['num_prompts']} captions"
+            f"{_within(result.get('interval'))}); {result['false_alarm_rate']:.1%} of {result['num_checked']} others "
+            "lie above it."
+        )
+    if verb == "detect":
+        return f"{result['memorised']} of {result['captions']} captions are above the threshold of {result['tau']:.3f}."
+    if verb == "localize":
+        counts, size = result["counts"], result["refined_neurons"]
+        known = counts["localised"] + counts["not_localised"]
+        neurons = f", by {size['median']:g} neuron{'s' * (size['median'] != 1)} in the median" if size else ""
+        return f"{known} of {result['num_distinct']} captions are memorised; {counts['localised']} localised{neurons}."
+    if verb == "evaluate":
+        return _evaluated(result["table"])
+    if verb == "prove":
+        reasons = f" ({'; '.join(result['reasons'])})" if result["reasons"] else ""
+        return f"The proof is {result['verdict']}{reasons}."
+    if verb == "generate":
+        counted = ((result["captions"], "caption"), (result["images"], "image"), (len(result["methods"]), "way"))
+        captions, images, ways = (f"{count} {word}{'' if count == 1 else 's'}" for count, word in counted)
+        return f"{captions}, {images} of each, with {ways} of mitigation side by side."
+    return ""
+
+
+def _evaluated(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns how alike a caption's seeds are before and after; empty where that was not measured."""
+    every = {row["way"]: row for row in rows if row["captions"] == "all"}
+    measure = next((name for name in every["none"] if name.startswith("D_") and not name.endswith("mad")), None)
+    if measure is None or "neurons" not in every:
+        return ""
+    before, after = every["none"][measure], every["neurons"][measure]
+    return (
+        f"Pictures of one caption are {before:.3f} alike from seed to seed, and {after:.3f} with the found neurons off "
+        f"(medians over {every['none']['n']} captions)."
+    )
+
+
+def _rule(rule: str) -> str:
+    return rule.replace("mean + sd", "mean plus standard deviation")
+
+
+def _within(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f"; 95 % interval {interval[0]:.3f} to {interval[1]:.3f}"
+
+
+def _add_gallery(report: Report, run: Run) -> None:
+    if not _has(run, "gallery"):
+        return
+    gallery = run.load("gallery")
+    prompts, ways, seeds = (gallery.fields[name] for name in ("prompts", "ways", "seeds"))
+    report.section("Before and after")
+    for place, prompt in enumerate(prompts):
+        original = gallery.tensors.get(f"original-{place}")
+        rows = torch.cat([visible(gallery.tensors[way][place]) for way in ways])
+        labels = [WAYS.get(str(way), str(way)) for way in ways]
+        if original is not None:
+            filler = torch.ones(len(seeds) - len(original), *original.shape[1:])
+            rows, labels = torch.cat([original, filler, rows]), ["training image", *labels]
+        report.images(
+            rows,
+            f"“{prompt}”: each column starts from the same noise, seeds {seeds[0]} to {seeds[-1]}.",
+            columns=len(seeds),
+            row_labels=labels,
+        )
+
+
+def _add_table(report: Report, run: Run, name: str, heading: str) -> None:
+    if _has(run, f"table-{name}"):
+        part = run.load(f"table-{name}")
+        report.section(heading).table(worded(name, part.fields["rows"]), part.fields["caption"])
+
+
+def _add_detection(report: Report, run: Run) -> None:
+    if not _has(run, "detection"):
+        return
+    part = run.load("detection")
+    rows, tau = part.fields["rows"], part.fields["tau"]
+    report.section("Captions, most consistent first")
+    figure = histogram(
+        {f"{len(rows)} captions": [row["consistency"] for row in rows]},
+        x_label="largest likeness of two seeds' first steps",
+        bins=min(40, max(len(rows) // 2, 10)),
+        threshold=tau,
+        threshold_label=f"threshold {tau:.3f}",
+    )
+    report.figure(
+        run.figure("consistency", figure),
+        f"How alike first steps are, {len(rows)} captions; those right of the threshold count as memorised.",
+    )
+    report.table(worded("captions", rows), "All captions; the table is also in tables/captions.csv.")
+
+
+def _add_localization(report: Report, run: Run) -> None:
+    if not (run.folder / RESULTS).exists():
+        return
+    results = Results.read_jsonl(run.folder / RESULTS)
+    found = localised(results)
+    report.section("Neurons")
+    shown = [_row(r) for r in results.distinct() if r.status not in ("not_memorised", "undecided")]
+    report.table(
+        shown,
+        "Memorised captions, and the neurons that were found for each. Before and after: the largest likeness of two "
+        "seeds' first steps, without and with these neurons off. Which neurons they are stands in results.jsonl.",
+    )
+    if not found or not _has(run, "neurons"):
+        return
+    part = run.load("neurons")
+    counts = Counter(name for r in found if r.refined for name, _ in r.refined)
+    modules = part.fields["modules"]
+    figure = bar_with_interval(
+        [_short(module) for module in modules],
+        [float(counts[module]) for module in modules],
+        x_label="neurons found, over captions",
+    )
+    total = sum(part.fields["widths"])
+    report.figure(
+        run.figure("layers", figure), f"Neurons in each layer, {len(found)} captions; {total:,} were searched."
+    )
+    figure = histogram(
+        {"all neurons": part.tensors["z"].numpy(), "found neurons": part.tensors["found"].numpy()},
+        x_label="how far a neuron stands out for its caption, in standard deviations",
+    )
+    report.figure(
+        run.figure("z-scores", figure), f"How far neurons stand out from what is usual, {len(found)} captions."
+    )
+
+
+def _add_calibration(report: Report, result: Mapping[str, Any]) -> None:
+    report.section("What ordinary captions reach")
+    report.table(
+        [
+            {"share of ordinary captions": f"{float(q):.0%}", "first steps no more alike than": value}
+            for q, value in result["quantiles"].items()
+        ]
+    )
+
+
+def _row(result: CaptionResult) -> dict[str, Any]:
+    refined = result.refined
+    return {
+        "caption": _cut(result.prompt),
+        "status": result.status.replace("_", " "),
+        "before": result.max_consistency,
+        "candidates": len(result.initial),
+        "neurons": None if refined is None else len(refined),
+        "after": result.residual_consistency,
+    }
+
+
+def _short(module: str) -> str:
+    """Returns a layer's name without what all layers have in common."""
+    short = re.sub(r"_blocks?|\.attentions|\.transformer_blocks\.0|\.attn2|\.to_v", "", module)
+    return short.replace(".", " ", 1)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _CAPTION_LETTERS else text[: _CAPTION_LETTERS - 1] + "…"
+
+
+def _has(run: Run, part: str) -> bool:
+    return not run.missing([part])

@@ -1,0 +1,301 @@
+"""Proof after the fact: is a memorised picture still within reach of an edited model?
+
+Suppressing the first step of known seeds is not yet closing a leak. So pictures are drawn, by the edited model, for the
+caption from seeds that nothing was fitted to, for paraphrases, with tokens dropped, and from embeddings that an
+adversary finds by gradient. The same audit must find the leak on the unedited model, and must find nothing where
+nothing was ever memorised: else it says nothing. How all this is judged is fixed in `protocol`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffcore.denoiser import Condition
+from diffcore.errors import UserError, printable
+from diffcore.metrics import FeatureExtractor
+from diffcore.models import DiffusionModel
+from diffcore.models.prompts import Tokens
+from diffcore.run import Run
+from nemo_localize import protocol
+from nemo_localize.adversary import STARTS, STATES, search_embeddings, starting_embeddings
+from nemo_localize.detect import encode, measure
+from nemo_localize.first_step import FirstStep
+from nemo_localize.images import Drawing, draw_latents, seen, shows_latents
+from nemo_localize.likeness import Likeness, likeness
+from nemo_localize.neurons import NeuronSet
+from nemo_localize.sites import switched_off
+from nemo_localize.units import Rows, in_units
+from nemo_localize.variants import paraphrases as wordings
+from nemo_localize.variants import without_tokens
+from nemo_localize.verification import CaptionProof, Check, Kind, Proof
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+Images = Float[Tensor, "_ 3 _ _"]
+Edit = NeuronSet | DiffusionModel
+
+
+def prove(
+    step: FirstStep,
+    edit: Edit,
+    prompts: Sequence[str],
+    controls: Sequence[str],
+    *,
+    tau: float,
+    originals: Mapping[str, Images] | None = None,
+    paraphrases: Mapping[str, Sequence[str]] | None = None,
+    copies: FeatureExtractor | None = None,
+    drawing: Drawing | None = None,
+    unit_size: int = 8,
+    run: Run | None = None,
+    fabric: "Fabric | None" = None,
+) -> Proof:
+    """Returns whether the leaks of some captions are closed.
+
+    Args:
+        step: The unedited model, and the step and seeds of localisation.
+        edit: Neurons to switch off, or the edited model.
+        prompts: Memorised captions.
+        controls: Captions that were never memorised, at least three.
+        tau: Threshold of consistency.
+        originals: Training images of captions and of controls, one or more each; where there are none, the unedited
+            model's own picture stands in.
+        paraphrases: Further wordings of captions.
+        copies: `sscd:FILE`; without it structural similarity stands in.
+        drawing: How pictures are drawn.
+        unit_size: Captions that share batches, and what an interruption costs at most.
+        run: Where finished captions are kept.
+        fabric: Processes that share the captions.
+
+    Raises:
+        UserError: There are too few controls, one of them is a caption, or localisation used held-out seeds.
+        IncompatibleModelError: The neurons or the edited model do not fit the model.
+        MachineError: Memory does not hold a single row.
+    """
+    _check(step, prompts, controls, copies)
+    drawing = drawing or Drawing(batch_size=step.batch_size)
+    judge = likeness(copies, of_latents=shows_latents(step.model))
+    given = _Given(dict(originals or {}), dict(paraphrases or {}))
+
+    def audited(texts: Sequence[str], name: str) -> tuple[CaptionProof, ...]:
+        found = in_units(
+            texts,
+            lambda unit: _prove_unit(step, edit, unit, given, judge, drawing, tau, leaks=name == "captions"),
+            unit_size=unit_size,
+            run=run,
+            name=f"proof-{name}",
+            fabric=fabric,
+        )
+        return tuple(CaptionProof.from_json(row) for row in found)
+
+    # Controls first: without them nothing else means anything.
+    harmless = audited(list(dict.fromkeys(controls)), "controls")
+    return Proof(
+        captions=audited(list(dict.fromkeys(prompts)), "captions"),
+        controls=harmless,
+        likeness=judge.name,
+        source=judge.source,
+        settings={
+            "guidance_scale": drawing.guidance_scale,
+            "steps": drawing.steps,
+            "tau": tau,
+            "model": step.model.name,
+        },
+    )
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What the user knows about captions."""
+
+    originals: Mapping[str, Tensor] = field(default_factory=dict)
+    paraphrases: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What a caption's pictures are compared with: latents for the audit to aim at, and what they look like."""
+
+    kind: str
+    x0: Tensor
+    pictures: Tensor
+
+
+@contextmanager
+def edited_step(step: FirstStep, edit: Edit) -> Iterator[FirstStep]:
+    """Yields the first step of the edited model, which is the model itself with neurons off, or another one."""
+    if isinstance(edit, NeuronSet):
+        with switched_off(step.model.backbone, step.sites, edit):
+            yield step
+    else:
+        yield FirstStep(edit, step.settings, batch_size=step.batch_size)
+
+
+def _prove_unit(
+    step: FirstStep,
+    edit: Edit,
+    prompts: list[str],
+    given: _Given,
+    judge: Likeness,
+    drawing: Drawing,
+    tau: float,
+    *,
+    leaks: bool,
+) -> Rows:
+    cond = encode(step, prompts)[0]
+    targets = [_target(step.model, cond, place, text, given, judge, drawing) for place, text in enumerate(prompts)]
+    before = _Checks(step.model, prompts, targets, judge, drawing, edited=False)
+    checks: list[list[Check]] = [[] for _ in prompts]
+    if leaks:
+        _extend(checks, before.held_out(cond))
+        _extend(checks, before.audit(cond))
+    with edited_step(step, edit) as after:
+        cond = encode(after, prompts)[0]
+        base = measure(after, cond)
+        drawn = replace(before, model=after.model, edited=True)
+        _extend(checks, drawn.held_out(cond))
+        _extend(checks, drawn.paraphrases(after, given))
+        _extend(checks, drawn.dropped(after))
+        _extend(checks, drawn.audit(cond))
+    return [
+        asdict(CaptionProof(text, target.kind, _residual(base.errors, base.consistency, place), tau, tuple(found)))
+        for place, (text, target, found) in enumerate(zip(prompts, targets, checks, strict=True))
+    ]
+
+
+@dataclass(frozen=True)
+class _Checks:
+    """The checks of some captions on one model."""
+
+    model: DiffusionModel
+    prompts: list[str]
+    targets: list[_Target]
+    judge: Likeness
+    drawing: Drawing
+    edited: bool
+
+    def held_out(self, cond: Condition) -> list[list[Check]]:
+        """Draws the captions from seeds that nothing was fitted to."""
+        seeds = protocol.HELD_OUT_SEEDS
+        found = self._drawn(cond, seeds, list(range(len(self.prompts))))
+        return [[self._check("held-out seeds", row[None], [f"seed {seeds[int(row.argmax())]}"])] for row in found]
+
+    def paraphrases(self, step: FirstStep, given: _Given) -> list[list[Check]]:
+        """Draws other wordings."""
+        texts = [wordings(prompt, given.paraphrases.get(prompt, ())) for prompt in self.prompts]
+        flat = [text for group in texts for text in group]
+        return self._variants("paraphrases", encode(step, flat)[0], texts)
+
+    def dropped(self, step: FirstStep) -> list[list[Check]]:
+        """Draws the captions with tokens left out."""
+        rows, labels = zip(*(without_tokens(step.encoder, prompt) for prompt in self.prompts), strict=True)
+        cond = {key: value.to(step.device) for key, value in step.encoder.encode(_joined(rows)).items()}
+        return self._variants("dropped tokens", cond, list(labels))
+
+    def audit(self, cond: Condition) -> list[list[Check]]:
+        """Draws from embeddings that an adversary finds."""
+        starts = starting_embeddings(cond[STATES])
+        owners = [place for place in range(len(self.prompts)) for _ in STARTS]
+        rows = {key: value[owners] for key, value in cond.items()}
+        aims = [self.targets[place].x0 for place in owners]
+        size = self.drawing.batch_size
+        states = search_embeddings(self.model, rows, starts.flatten(0, 1), aims, batch_size=size)
+        found = self._drawn(rows | {STATES: states}, protocol.AUDIT_SEEDS, owners).unflatten(0, starts.shape[:2])
+        return [
+            [
+                self._check("audit from caption", row[:1], STARTS[:1]),
+                self._check("audit from noise", row[1:], STARTS[1:]),
+            ]
+            for row in found
+        ]
+
+    def _variants(self, kind: Kind, cond: Condition, labels: Sequence[Sequence[str]]) -> list[list[Check]]:
+        owners = [place for place, group in enumerate(labels) for _ in group]
+        if not owners:
+            return [[] for _ in labels]
+        found = self._drawn(cond, protocol.VARIANT_SEEDS, owners).split([len(group) for group in labels])
+        return [
+            [self._check(kind, rows, group)] if len(group) else [] for rows, group in zip(found, labels, strict=True)
+        ]
+
+    def _drawn(self, cond: Condition, seeds: Sequence[int], owners: Sequence[int]) -> Float[Tensor, "rows seeds"]:
+        """Returns how like its owner's target each picture is, for each row of the condition."""
+        latents = draw_latents(self.model, cond, seeds, self.drawing)
+        return torch.stack(
+            [
+                self.judge.towards(self.targets[owner].pictures, seen(self.model, own))
+                for own, owner in zip(latents, owners, strict=True)
+            ]
+        ).cpu()
+
+    def _check(self, kind: Kind, similarity: Float[Tensor, "rows seeds"], labels: Sequence[str]) -> Check:
+        best = similarity.amax(1)
+        copies = int((similarity > protocol.COPY_ABOVE).sum())
+        return Check(self.edited, kind, float(best.max()), copies, similarity.numel(), labels[int(best.argmax())])
+
+
+def _target(
+    model: DiffusionModel, cond: Condition, place: int, prompt: str, given: _Given, judge: Likeness, drawing: Drawing
+) -> _Target:
+    images = given.originals.get(prompt)
+    device = next(model.backbone.parameters()).device
+    if images is not None:
+        images = images.to(device)
+        return _Target("training image", model.codec.encode(images), images)
+    own = {key: value[place : place + 1] for key, value in cond.items()}
+    x0 = draw_latents(model, own, protocol.TARGET_SEEDS, drawing)[0]
+    pictures = seen(model, x0)
+    count = len(x0)
+    first, second = torch.triu_indices(count, count, offset=1, device=pictures.device)
+    table = pictures.new_zeros(count, count)
+    table[first, second] = judge.pairs(pictures[None])[0].to(table)
+    middle = int((table + table.T).sum(1).argmax())
+    return _Target("unedited model's picture", x0[middle, None], pictures[middle, None])
+
+
+def _residual(errors: Mapping[int, str], consistency: Sequence[Sequence[float]], place: int) -> float:
+    """Returns the largest consistency; 1, which proves nothing closed, where it could not be computed."""
+    return 1.0 if place in errors else max(consistency[place])
+
+
+def _extend(checks: list[list[Check]], more: list[list[Check]]) -> None:
+    for own, new in zip(checks, more, strict=True):
+        own.extend(new)
+
+
+def _joined(rows: Sequence[Tokens]) -> Tokens:
+    return Tokens(
+        tuple(torch.cat(parts) for parts in zip(*(row.ids for row in rows), strict=True)),
+        tuple(torch.cat(parts) for parts in zip(*(row.masks for row in rows), strict=True)),
+        torch.cat([row.truncated for row in rows]),
+        tuple(text for row in rows for text in row.lost),
+    )
+
+
+def _check(step: FirstStep, prompts: Sequence[str], controls: Sequence[str], copies: FeatureExtractor | None) -> None:
+    if isinstance(prompts, str) or isinstance(controls, str):
+        raise TypeError("prompts and controls are lists of captions; one of them is a string")
+    if not prompts:
+        raise UserError("there is no caption to prove closed; give the memorised ones")
+    harmless = set(controls)
+    if len(harmless) < protocol.FEWEST_CONTROLS:
+        raise UserError(
+            f"{len(harmless)} distinct captions that were never memorised were given; a proof needs at least "
+            f"{protocol.FEWEST_CONTROLS}, or a hit would mean nothing"
+        )
+    if both := [prompt for prompt in prompts if prompt in harmless]:
+        raise UserError(f"{printable(both[0])} is given as memorised and as never memorised; leave it out of one list")
+    held_out = (protocol.HELD_OUT_SEEDS, protocol.VARIANT_SEEDS, protocol.AUDIT_SEEDS, protocol.TARGET_SEEDS)
+    if any(seed in seeds for seeds in held_out for seed in step.settings.seeds):
+        raise UserError(f"localisation used seeds that proofs hold out; choose --first-seed below {held_out[0].start}")
+    if copies is not None and not copies.name.startswith("sscd:"):
+        raise UserError(f"{printable(copies.name)} has no known threshold for copies; use sscd:FILE, or none")
+
+
+__all__ = ["CaptionProof", "Check", "Proof", "edited_step", "prove"]

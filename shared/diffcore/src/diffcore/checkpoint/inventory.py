@@ -1,0 +1,88 @@
+"""What the gate found: values without behaviour, complete enough to plan a load from."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from diffcore.checkpoint.added_tokens import Added
+from diffcore.checkpoint.catalog import Role
+from diffcore.io.tensorfile import TensorHeader
+
+
+@dataclass(frozen=True)
+class Component:
+    """One part of a model, as its files describe it.
+
+    Attributes:
+        name: Its key in the pipeline; "backbone" or "scheduler" without one.
+        role: What it is to a diffusion model.
+        library: Where the class comes from.
+        class_name: Of the library.
+        config: The settings that the library may see.
+        folder: Where its files are.
+        weights: Checked headers of its weight files.
+        files: A tokenizer's vocabulary.
+        variant: Of the weight files, such as "fp16".
+        pickles: Weight files that would have to be unpickled; empty unless that was allowed.
+        dropped: How many settings no library will see.
+        added: A tokenizer's tokens beyond those of its class.
+    """
+
+    name: str
+    role: Role
+    library: str
+    class_name: str
+    config: Mapping[str, Any]
+    folder: Path
+    weights: tuple[TensorHeader, ...] = ()
+    files: tuple[Path, ...] = ()
+    variant: str | None = None
+    pickles: tuple[Path, ...] = ()
+    dropped: int = 0
+    added: tuple[Added, ...] = ()
+
+    def with_weights(
+        self, weights: Sequence[TensorHeader], pickles: Sequence[Path], variant: str | None
+    ) -> "Component":
+        """Returns the component with its weight files."""
+        return replace(self, weights=tuple(weights), pickles=tuple(pickles), variant=variant)
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What is in a model folder or file.
+
+    Attributes:
+        path: The folder or file.
+        layout: How it is laid out on disk.
+        class_name: Pipeline class, backbone class, or the family of a single file.
+        components: Parts by name; a single file has none before its family's configurations join it.
+        header: Of a single file.
+        settings: Scalars of the pipeline, or of EDM preconditioning.
+        warnings: What a person should know.
+    """
+
+    path: Path
+    layout: Literal["pipeline", "component", "single_file", "pickle"]
+    class_name: str
+    components: Mapping[str, Component]
+    header: TensorHeader | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def headers(self) -> tuple[TensorHeader, ...]:
+        """Of all weight files."""
+        own = () if self.header is None else (self.header,)
+        return own + tuple(header for component in self.components.values() for header in component.weights)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all weight files."""
+        return sum(header.size for header in self.headers)
+
+    @property
+    def num_tensors(self) -> int:
+        """Tensors in all weight files."""
+        return sum(len(header.tensors) for header in self.headers)

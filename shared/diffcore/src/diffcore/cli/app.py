@@ -1,0 +1,348 @@
+"""What every console script shares: the app, the option groups, exit codes, progress, and where output goes.
+
+Standard output is the result; progress, warnings and errors go to standard error. Imports no torch, so that --help is
+quick; `main` sets the environment before a command imports anything heavy.
+"""
+
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields, is_dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+from cyclopts import App, CycloptsError, Parameter
+
+from diffcore.cli import config as config_file
+from diffcore.errors import MachineError, UserError, printable
+from diffcore.io import files
+from diffcore.io.jsonfile import jsonable
+
+if TYPE_CHECKING:
+    from diffcore.run import Run
+
+T = TypeVar("T")
+Flag = Annotated[bool, Parameter(negative="")]
+"""An option that is off unless it is given."""
+
+_PROGRESS_SECONDS = 30.0
+BUG, INTERRUPTED, TERMINATED = 70, 130, 143
+
+
+@Parameter(name="*", group="Output", negative="")
+@dataclass(frozen=True)
+class Output:
+    """Where results go and how a command runs; a group of command line options.
+
+    Attributes:
+        out: Run folder; the same command with the same folder goes on where it stopped.
+        restart: Rename a run that is in the folder to NAME.old-N and start anew.
+        dry_run: Print what would be done and written, and do nothing.
+        json: Print the result as one JSON object.
+        config: YAML file with options; the command line wins over it.
+    """
+
+    out: Path | None = None
+    restart: bool = False
+    dry_run: bool = False
+    json: bool = False
+    config: Path | None = None
+
+
+@Parameter(name="*", negative="")
+@dataclass(frozen=True)
+class Timing:
+    """How benchmark cases are run; the options of every command `bench`, named as `diffcore.bench.run_cases` has them.
+
+    Attributes:
+        smoke: Tiny sizes; only whether both sides agree.
+        json_path: File for rows of name, value, unit.
+        baseline: File that an earlier --json wrote.
+        fail_below: Least share of the baseline's ratios, such as 0.8.
+    """
+
+    smoke: bool = False
+    json_path: Annotated[Path | None, Parameter(name="--json")] = None
+    baseline: Path | None = None
+    fail_below: float | None = None
+
+
+def make_app(name: str, help: str, package: str) -> App:
+    """Returns the app of a console script; calling it with tokens runs a command in-process and returns its value.
+
+    A command returns None or an exit code: 0, or 1 where it was done and its check failed.
+
+    Args:
+        name: Console script.
+        help: One sentence and the shortest real command.
+        package: Distribution whose version `--version` prints.
+    """
+    return App(
+        name=name,
+        help=help,
+        version=lambda: metadata.version(package),
+        help_epilogue="Exit codes: 0 done, 1 a check failed, 2 bad input, 3 the machine failed (run the same command "
+        "again), 70 a bug, 130 interrupted, 143 terminated. --debug shows where an error came from.",
+        config=config_file.apply,
+        result_action="return_value",
+        exit_on_error=False,
+        print_error=False,
+        suppress_keyboard_interrupt=False,
+    )
+
+
+def main(app: App, tokens: Sequence[str] | None = None) -> int:
+    """Runs an app as a console script and returns the exit code.
+
+    Codes: what the command returns (0, or 1 for a failed check), 2 bad input, 3 the machine failed, 70 a bug,
+    130 interrupted, 143 terminated. `--debug` shows the traceback of 2 and 3 as well.
+    """
+    tokens = list(sys.argv[1:] if tokens is None else tokens)
+    debug = "--debug" in tokens
+    tokens = [token for token in tokens if token != "--debug"]
+    _set_environment(download="--download" in tokens)
+    _set_logging(lambda message: with_flags(message, app, tokens))
+    with _termination_raises():
+        try:
+            code = app(tokens)
+            code = code if isinstance(code, int) else 0
+        except BaseException as error:
+            code = _explain(error, debug, app, tokens)
+        _flush()
+    return code
+
+
+def settings(**options: Any) -> dict[str, Any]:
+    """Returns a command's resolved options as one flat dictionary: groups such as `Runtime` give their fields."""
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        if is_dataclass(value) and not isinstance(value, type):
+            flat.update({field.name: getattr(value, field.name) for field in fields(value)})
+        else:
+            flat[name] = value
+    return flat
+
+
+def emit(result: Mapping[str, Any], as_json: bool = False) -> None:
+    """Prints a result on standard output: one JSON object, or a line per figure.
+
+    A reader that went away (`| head`) is no error.
+    """
+    plain = jsonable(result)
+    if as_json:
+        text = json.dumps(plain, allow_nan=False, indent=1)
+    else:
+        rows = list(_rows(plain))
+        width = max((len(name) for name, _ in rows), default=0)
+        text = "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _silence_stdout()
+
+
+def show(run: "Run", output: Output, shown: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None) -> None:
+    """Prints the result of a finished run, and where its report is; in the process that leads.
+
+    Args:
+        run: Run that is finished.
+        output: Options that say whether the result is printed as JSON.
+        shown: Makes of the result what is printed for people; all of it without.
+    """
+    if not run.leading:
+        return
+    result = run.result
+    emit(result if output.json or shown is None else shown(result), output.json)
+    if (page := run.folder / "report.html").exists():
+        print(f"report: {page}", file=sys.stderr)
+
+
+def track(iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Yields the items and shows how far it is on standard error: a bar on a terminal, else a line every 30 seconds.
+
+    Args:
+        iterable: What to go through.
+        description: A few words of ours, no foreign text.
+        total: Number of items, where `len` does not tell.
+    """
+    if total is None and isinstance(iterable, Sized):
+        total = len(iterable)
+    if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        from rich.console import Console
+        from rich.progress import track as rich_track
+
+        yield from rich_track(iterable, description, total=total, console=Console(stderr=True), transient=True)
+        return
+    started = said = time.monotonic()
+    for index, item in enumerate(iterable):
+        if time.monotonic() - said > _PROGRESS_SECONDS:
+            said = time.monotonic()
+            of_total = f" of {total}" if total is not None else ""
+            print(f"{description}: {index}{of_total}, {said - started:.0f} s", file=sys.stderr, flush=True)
+        yield item
+
+
+def _rows(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, item in value.items():
+        if isinstance(item, Mapping):
+            yield from _rows(item, f"{prefix}{name}.")
+        else:
+            shown = f"{item:.4g}" if isinstance(item, float) else printable(item, 200)
+            yield printable(f"{prefix}{name}", 200), shown
+
+
+def _set_environment(download: bool) -> None:
+    # Before torch is imported: actively waiting OpenMP threads are many times slower on a busy machine. The hub library
+    # reads its variables once, when it is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = os.environ["DO_NOT_TRACK"] = "1"
+    if not download:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+class _StderrHandler(logging.StreamHandler):
+    """Writes to the standard error of the moment: where commands run in-process it is replaced between them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr  # not setStream, which would flush a stream that may be closed
+        super().emit(record)
+
+
+class _Formatter(logging.Formatter):
+    def __init__(self, worded: Callable[[str], str]) -> None:
+        super().__init__("%(message)s")
+        self.worded = worded
+
+    def format(self, record: logging.LogRecord) -> str:
+        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        return prefix + _safe(self.worded(super().format(record)))
+
+
+def _set_logging(worded: Callable[[str], str]) -> None:
+    handler = _StderrHandler()
+    handler.setFormatter(_Formatter(worded))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.captureWarnings(True)
+    # The place in our code that warns tells a user nothing.
+    warnings.formatwarning = lambda message, *_, **__: str(message)
+    logging.getLogger("diffcore").setLevel(logging.INFO)
+
+
+@contextmanager
+def _termination_raises() -> Iterator[None]:
+    """Turns SIGTERM into SystemExit, so that with-blocks write what they hold."""
+
+    def stop(*_: Any) -> None:
+        raise SystemExit(TERMINATED)
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: whoever runs us there handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def with_flags(message: str, app: App, tokens: Sequence[str]) -> str:
+    """Returns a message of the library with the parameters that it names in backticks as options of the command line.
+
+    "`at_step` is 0" becomes "--at-step is 0", and "`strict=True`" becomes "--strict". A name that is no option of the
+    command stays as it is, without its backticks.
+
+    Args:
+        message: Text of an error or a warning.
+        app: Console script that was called.
+        tokens: Words of its command line, which say the command.
+    """
+    if "`" not in message:
+        return message
+    try:
+        command = app.parse_commands(tokens)[1][-1]
+        options = {name for argument in command.assemble_argument_collection() for name in argument.names}
+    except (CycloptsError, IndexError):
+        options = set()
+
+    def flag(match: re.Match[str]) -> str:
+        prefix = "--no-" if match[2] == "=False" else "--"
+        name = prefix + match[1].replace("_", "-")
+        return name if name in options else match[1] + (match[2] or "")
+
+    return re.sub(r"`([a-z][a-z0-9_]*)(=True|=False)?`", flag, message)
+
+
+def _explain(error: BaseException, debug: bool, app: App, tokens: Sequence[str]) -> int:
+    """Prints what ended a command and returns its exit code."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 0
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return INTERRUPTED
+    if isinstance(error, BrokenPipeError):
+        _silence_stdout()
+        return 0
+    error = _machine_error(error) or error
+    if debug or not isinstance(error, UserError | MachineError | CycloptsError):
+        traceback.print_exception(error)
+    if isinstance(error, UserError | MachineError):
+        _panel(with_flags(str(error), app, tokens))
+        return error.exit_code
+    if isinstance(error, CycloptsError):
+        _panel(str(error))
+        return UserError.exit_code
+    print("this is a bug of ours: please report it with the lines above", file=sys.stderr)
+    return BUG
+
+
+def _machine_error(error: BaseException) -> MachineError | None:
+    """Returns what the system or torch raises where memory or disk ran out as an error of ours."""
+    if isinstance(error, OSError) and error.errno in files.MACHINE_ERRORS:
+        return MachineError(f"{error}; what was finished is safe: run the same command again")
+    torch = sys.modules.get("torch")
+    out_of_memory = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+    if out_of_memory or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        first = printable(str(error).partition("\n")[0])
+        return MachineError(f"out of memory ({first}); what was finished is safe: try a smaller --batch-size")
+    return None
+
+
+def _panel(message: str) -> None:
+    message = _safe(message)
+    if not sys.stderr.isatty():
+        print(f"error: {message}", file=sys.stderr)  # one searchable line in logs, no box
+        return
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.text import Text
+
+    Console(stderr=True).print(Panel(Text(message), title="Error", title_align="left", border_style="red"))
+
+
+def _safe(text: str) -> str:
+    return "\n".join(printable(line, 10_000) for line in text.split("\n"))
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _silence_stdout()
+
+
+def _silence_stdout() -> None:
+    # What is still in the buffer goes to the null device, or Python complains at exit.
+    with suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)

@@ -1,0 +1,79 @@
+"""What every command that writes a run does alike: plan, open, compute or read, report, show, exit code."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffcore.cli.app import Output, emit, show
+from diffcore.runtime import Runtime
+
+if TYPE_CHECKING:
+    from diffcore.run import Run, RunMap
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command that computes a run: what identifies it, and where it goes.
+
+    Attributes:
+        command: Console script and verb, such as "immiscible-noise train".
+        folder: Run folder, made where it does not exist.
+        output: Options of the command line about where results go.
+        config: Resolved options; with `inputs` they identify the run.
+        inputs: For each input what tells it from others, such as its sha256.
+        volatile: Names in `config` that change no result.
+        runtime: Options that say how many processes share the work; one without them.
+    """
+
+    command: str
+    folder: Path
+    output: Output
+    config: Mapping[str, Any]
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    volatile: Iterable[str] = ()
+    runtime: Runtime | None = None
+
+    def __call__(
+        self,
+        compute: "Callable[[Run, RunMap], Mapping[str, Any]]",
+        *,
+        plan: Mapping[str, Any],
+        report: "Callable[[Run], Any] | None" = None,
+        passed: Callable[[Mapping[str, Any]], bool] | None = None,
+        shown: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+    ) -> int:
+        """Runs the job and returns its exit code: 0, or 1 where it was done and its check failed.
+
+        A finished run is only read. With `dry_run` the plan is printed and nothing is written. In a job of several
+        processes all compute, and the first one writes results, report and standard output.
+
+        Args:
+            compute: Does the work and returns the summary; the map that it is given resumes and shares items.
+            plan: Facts about what would be done, for `dry_run`.
+            report: Writes the report from the folder of a finished run.
+            passed: Says from the summary whether the command's check passed; without it there is none.
+            shown: Makes of the summary what is printed for people; all of it without.
+        """
+        if self.output.dry_run:
+            emit({**plan, "writes": self.folder}, self.output.json)
+            return 0
+        from diffcore.run import Run, RunMap
+
+        fabric = None if self.runtime is None else self.runtime.launched()
+        with Run.open(
+            self.folder,
+            command=self.command,
+            config=self.config,
+            inputs=self.inputs,
+            restart=self.output.restart,
+            volatile=self.volatile,
+        ) as run:
+            if not run.finished:
+                summary = compute(run, RunMap(run, fabric))
+                if run.leading:
+                    run.finish(summary)
+                    if report is not None:
+                        report(run)
+            show(run, self.output, shown)
+            return 0 if not run.leading or passed is None or passed(run.result) else 1

@@ -1,0 +1,102 @@
+"""JSON and text files: plain values in, valid and whole files out, strict reading. Imports no torch."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from diffcore.errors import CorruptArtifactError, printable
+from diffcore.io import files
+
+_LIMIT = 10_000_000
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Writes valid JSON atomically: non-finite numbers become null."""
+    return write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Returns a value as indented JSON, ending in a newline."""
+    return json.dumps(jsonable(value), ensure_ascii=False, allow_nan=False, indent=1) + "\n"
+
+
+def json_line(value: Any) -> str:
+    """Returns a value as one line of JSON, ending in a newline: for `.jsonl` files."""
+    return json.dumps(jsonable(value), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Writes UTF-8 text atomically; lone surrogates, which UTF-8 cannot hold, are escaped."""
+    files.write_whole(Path(path), text.encode("utf-8", errors="backslashreplace"))
+    return Path(path)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Reads a JSON object of ours; as `read_json`, and an error for any other value."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise corrupt(path, "holds no JSON object")
+    return value
+
+
+def read_json(path: Path) -> Any:
+    """Reads JSON of ours strictly: no duplicate keys, no NaN, 10 MB at most.
+
+    Raises:
+        CorruptArtifactError: The file is missing or is not such JSON.
+    """
+    if not path.is_file():
+        raise corrupt(path, "is missing")
+    with files.explained(path, reading=True):
+        data = files.read(path)
+    if len(data) > _LIMIT:
+        raise corrupt(path, f"has {len(data):,} bytes, more than JSON of ours ever has")
+    try:
+        return json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        raise corrupt(path, f"is not valid JSON ({printable(error)})") from error
+
+
+def jsonable(value: Any) -> Any:
+    """Returns a value in JSON's types: paths as text, tensors and arrays as lists, non-finite numbers as None.
+
+    Raises:
+        TypeError: A value of another type.
+    """
+    if value is None or isinstance(value, bool | str | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Path):
+        return value.as_posix()
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | range):
+        return [jsonable(item) for item in value]
+    if hasattr(value, "tolist"):  # tensors, arrays and numpy's numbers
+        return jsonable(value.tolist())
+    if is_dataclass(value) and not isinstance(value, type):
+        return jsonable(asdict(value))
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def corrupt(path: Path, what: str) -> CorruptArtifactError:
+    """Returns the error for a file of ours that is not what it was."""
+    return CorruptArtifactError(f"{printable(path, 300)} {what}; delete it and make it again, or restore a copy")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("a key is given twice")
+    return value
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no number of JSON")
+    return number

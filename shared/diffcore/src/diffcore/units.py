@@ -1,0 +1,97 @@
+"""Units of work: many items computed a few at a time, in a form that can be kept, resumed and shared.
+
+What is in a batch changes the low bits of every row in it. So a unit is a fixed slice of the distinct items, never what
+happens to be left: the same items share their batches on any number of processes and after any interruption.
+"""
+
+import hashlib
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from torch import Tensor
+
+T = TypeVar("T", bound=Hashable)
+
+
+@runtime_checkable
+class Storable(Protocol):
+    """A result that can be written as plain values and read again."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the result as plain values."""
+        ...
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> "Storable":
+        """Returns the result that `to_json` wrote."""
+        ...
+
+
+R = TypeVar("R", bound=Storable | Tensor)
+
+
+class Map(Protocol):
+    """A way to go through items: the plain loop `each_unit`, or `diffcore.run.RunMap`, which resumes and shares."""
+
+    def __call__(
+        self, work: Callable[[list[T]], list[R]], items: Sequence[T], *, name: str, kind: type[R], unit_size: int = 1
+    ) -> list[R]:
+        """Returns one result per item, in order.
+
+        Args:
+            work: Computes the results of a unit, one for each of its items.
+            items: Items that can be hashed, such as prompts; those given twice are computed once.
+            name: Word for this kind of work, and for whatever its results depend on beside the items.
+            kind: Class of the results: tensors, or what has `to_json` and `from_json`.
+            unit_size: Number of items that are computed, and kept, together.
+        """
+        ...
+
+
+def each_unit(
+    work: Callable[[list[T]], list[R]], items: Sequence[T], *, name: str, kind: type[R], unit_size: int = 1
+) -> list[R]:
+    """Returns one result per item, unit after unit, and keeps nothing: the plain `Map`.
+
+    Args:
+        work: Computes the results of a unit, one for each of its items.
+        items: Items that can be hashed; those given twice are computed once.
+        name: Not used here; a map that keeps results names them so.
+        kind: Not used here; a map that keeps results reads them with it.
+        unit_size: Number of items that are computed together.
+
+    Example:
+        >>> import torch
+        >>> def squares(unit: list[int]) -> list[torch.Tensor]:
+        ...     return [torch.tensor(n * n) for n in unit]
+        >>> [int(square) for square in each_unit(squares, [2, 3, 2], name="squares", kind=torch.Tensor)]
+        [4, 9, 4]
+    """
+    return in_order(items, [(unit, work(unit)) for unit in units_of(items, unit_size)])
+
+
+def units_of(items: Sequence[T], unit_size: int) -> Iterator[list[T]]:
+    """Yields the distinct items in fixed slices.
+
+    Raises:
+        TypeError: The items are one string, not a list of them.
+        ValueError: The size is below 1.
+    """
+    if isinstance(items, str):
+        raise TypeError("the items are one string; pass a list of them")
+    if unit_size < 1:
+        raise ValueError(f"`unit_size` is {unit_size}; give at least 1")
+    distinct = list(dict.fromkeys(items))
+    return (distinct[start : start + unit_size] for start in range(0, len(distinct), unit_size))
+
+
+def in_order(items: Sequence[T], done: Sequence[tuple[list[T], list[R]]]) -> list[R]:
+    """Returns the results of finished units in the order of the items, of those given twice too."""
+    by_item = {item: result for unit, results in done for item, result in zip(unit, results, strict=True)}
+    return [by_item[item] for item in items]
+
+
+def digest_of(item: Hashable) -> str:
+    """Returns 16 letters that name an item in files: of a string its own digest, else that of its `repr`."""
+    text = item if isinstance(item, str) else repr(item)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -3,6 +3,7 @@ from .backbones import backbone_call as backbone_call
 from .backbones import condition_keys as condition_keys
 from .codec import Codec as Codec
 from .fingerprint import fingerprint as fingerprint
+from .generate import generate as generate
 from .inspect import inspect_model as inspect_model
 from .inventory import Component as Component
 from .inventory import Inventory as Inventory

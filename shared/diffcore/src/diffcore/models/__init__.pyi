@@ -3,12 +3,13 @@ from .backbones import backbone_call as backbone_call
 from .backbones import condition_keys as condition_keys
 from .codec import Codec as Codec
 from .fingerprint import fingerprint as fingerprint
-from .generate import generate as generate
+from .generation import generate as generate
 from .inspect import inspect_model as inspect_model
 from .inventory import Component as Component
 from .inventory import Inventory as Inventory
 from .load import load as load
 from .load import resolve as resolve
+from .memory import from_pipeline as from_pipeline
 from .model import DiffusionModel as DiffusionModel
 from .prompts import PromptEncoder as PromptEncoder
 from .prompts import Tokens as Tokens

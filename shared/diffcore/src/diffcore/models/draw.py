@@ -9,7 +9,7 @@ from torch import Tensor
 from diffcore.denoiser import Solver
 from diffcore.errors import UserError, printable
 from diffcore.models.backbones import condition_keys
-from diffcore.models.generate import generate
+from diffcore.models.generation import generate
 from diffcore.models.model import DiffusionModel
 from diffcore.noise import row_noise
 from diffcore.report import image_grid

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffcore.metrics import frechet_distance_from_features, pairwise_ssim
 from diffcore.metrics.attribute_network import AttributeNetwork
 from diffcore.models import DiffusionModel
-from diffcore.models.generate import generate
+from diffcore.models.generation import generate
 from diffcore.noise import row_noise
 from diffcore.zoo.gate import Gate
 from diffcore.zoo.oracle import accuracies

@@ -79,6 +79,13 @@ def generate(
         IncompatibleModelError: The model takes no prompts, or came without what encodes or decodes.
         MachineError: Memory does not hold a single row.
         ValueError: Arguments exclude each other, or one that the model needs is missing.
+
+    Example:
+        >>> from diffcore.models import from_pipeline, generate
+        >>> from diffcore.testing import tiny
+        >>> model = from_pipeline(tiny.pipeline("sd15"))
+        >>> generate(model, ["a cat", "a dog"], seeds=range(3), steps=2).shape
+        torch.Size([2, 3, 3, 16, 16])
     """
     cond = _condition(model, prompts, labels, condition, size, InBatches(batch_size))
     cond = {key: value.to(model.device) for key, value in cond.items()}

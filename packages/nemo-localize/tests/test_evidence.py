@@ -10,10 +10,6 @@ from typing import Any
 import pytest
 
 from nemo_localize.app import cli
-
-calibration, evidence, release = (
-    importlib.import_module(f"nemo_localize.{name}") for name in ("calibrate", "evidence", "audit")
-)
 from nemo_localize.app.words import worded
 from nemo_localize.app.work import Work
 from nemo_localize.calibrate import Calibration
@@ -23,6 +19,9 @@ from nemo_localize.results import CaptionResult, Results
 from nemo_localize.second_look import Look, SecondLook, Usual
 from nemo_localize.units import prompt_hash
 
+calibration, evidence, release = (
+    importlib.import_module(f"nemo_localize.{name}") for name in ("calibrate", "evidence", "audit")
+)
 TRIGGER = "portrait of 1917 no 1"
 SMALL = ["--num-seeds", 2, "--num-images", 2, "--image-steps", 2, "--image-guidance", 1]
 CALIBRATION = Calibration(0.9, "quantile 0.99", 0.7, 0.1, {"0.5": 0.65}, 50, 0.01, 50, 0, "", "", {}, (0.88, 0.93))

@@ -75,7 +75,7 @@ class FirstStep:
         self.num_rows = self.num_calls = 0
         parameter = next(model.backbone.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        self.shape = _sample_shape(model)
+        self.shape = model.shape
         self.scales = _fitting_scales(model, self.shape)
         schedule = model.denoiser.schedule
         self.t = float(schedule.timesteps(settings.steps)[settings.at_step - 1])
@@ -203,14 +203,6 @@ class FirstStep:
         if bool(torch.isfinite(channel_values).all()):
             return f"the noise difference of {where} is constant and cannot be stretched to [0, 1]"
         return f"the noise difference of {where} holds NaN or infinity; use --dtype bfloat16 or float32"
-
-
-def _sample_shape(model: DiffusionModel) -> tuple[int, int, int]:
-    config = model.backbone.config
-    side = config["sample_size"]  # pyright: ignore[reportIndexIssue, reportArgumentType]
-    channels = config["in_channels"]  # pyright: ignore[reportIndexIssue, reportArgumentType]
-    height, width = (side, side) if isinstance(side, int) else side
-    return int(channels), int(height), int(width)
 
 
 def _fitting_scales(model: DiffusionModel, shape: tuple[int, int, int]) -> int:

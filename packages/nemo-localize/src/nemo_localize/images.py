@@ -16,7 +16,6 @@ from diffcore.denoiser import Condition, GuidedDenoiser, sample
 from diffcore.errors import MachineError
 from diffcore.models import DiffusionModel
 from diffcore.models.codec import MissingCodec
-from diffcore.models.probe import sample_shape
 from diffcore.noise import row_noise
 from nemo_localize.activations import prompt_encoder
 from nemo_localize.score import stretched
@@ -77,7 +76,7 @@ def draw_latents(
         MachineError: Memory does not hold a single row.
     """
     parameter = next(model.backbone.parameters())
-    noise = drawing.noise(seeds, sample_shape(model), parameter)
+    noise = drawing.noise(seeds, model.shape, parameter)
     denoiser = model.denoiser
     if drawing.guidance_scale != 1:
         empty = {key: value.to(parameter.device) for key, value in prompt_encoder(model).unconditional(1).items()}

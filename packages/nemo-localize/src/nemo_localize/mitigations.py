@@ -20,7 +20,6 @@ from diffcore.denoiser import Condition
 from diffcore.hooks import Site, intervene
 from diffcore.hooks.attach import put_on, require_hookable
 from diffcore.models import DiffusionModel
-from diffcore.models.probe import sample_shape
 from diffcore.noise import mix_seed, row_generator, row_noise
 from nemo_localize.ablate import suppressed
 from nemo_localize.activations import prompt_encoder
@@ -107,7 +106,7 @@ def adjusted_condition(model: DiffusionModel, cond: Condition, seeds: Sequence[i
     parameter = next(model.backbone.parameters())
     schedule = model.denoiser.schedule
     time = schedule.timesteps(steps)[:1]
-    noise = row_noise(0, seeds, sample_shape(model), device=parameter.device) * float(schedule.initial_scale(time[0]))
+    noise = row_noise(0, seeds, model.shape, device=parameter.device) * float(schedule.initial_scale(time[0]))
     t = time.to(parameter.device).float().expand(len(noise))
     empty = _repeated(prompt_encoder(model).unconditional(1), len(noise), parameter.device)
     with torch.no_grad():

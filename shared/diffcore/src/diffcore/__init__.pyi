@@ -7,6 +7,9 @@ from .errors import NoMatchError as NoMatchError
 from .errors import RunMismatchError as RunMismatchError
 from .errors import UserError as UserError
 from .io.artifact import Artifact as Artifact
+from .models import from_pipeline as from_pipeline
+from .models import generate as generate
+from .models import load as load
 from .report import Report as Report
 from .run import Run as Run
 from .runtime import Runtime as Runtime

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from cyclopts import App, CycloptsError, Parameter
 
+from diffcore.batching import is_out_of_memory
 from diffcore.cli import config as config_file
 from diffcore.errors import MachineError, UserError, printable
 from diffcore.io import files
@@ -309,9 +310,7 @@ def _machine_error(error: BaseException) -> MachineError | None:
     """Returns what the system or torch raises where memory or disk ran out as an error of ours."""
     if isinstance(error, OSError) and error.errno in files.MACHINE_ERRORS:
         return MachineError(f"{error}; what was finished is safe: run the same command again")
-    torch = sys.modules.get("torch")
-    out_of_memory = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
-    if out_of_memory or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+    if is_out_of_memory(error):
         first = printable(str(error).partition("\n")[0])
         return MachineError(f"out of memory ({first}); what was finished is safe: try a smaller --batch-size")
     return None

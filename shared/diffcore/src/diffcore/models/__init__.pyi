@@ -2,8 +2,10 @@ from .backbones import ConditionKeys as ConditionKeys
 from .backbones import backbone_call as backbone_call
 from .backbones import condition_keys as condition_keys
 from .codec import Codec as Codec
+from .generation import generate as generate
 from .load import load as load
 from .load import resolve as resolve
+from .memory import from_pipeline as from_pipeline
 from .model import DiffusionModel as DiffusionModel
 from .prompts import PromptEncoder as PromptEncoder
 from .prompts import Tokens as Tokens

@@ -80,10 +80,12 @@ def read_schedule(
 
 
 def make_denoiser(backbone: nn.Module, prediction_type: PredictionType, schedule: NoiseSchedule) -> NetworkDenoiser:
-    """Returns a backbone of diffusers as a denoiser."""
+    """Returns a backbone of diffusers as a denoiser, in the mode (training or not) that the backbone is in."""
     sigma_data = schedule.sigma_data if isinstance(schedule, EDMSchedule) else 0.5
     call = backbone_call(backbone)
-    return NetworkDenoiser(backbone, schedule, prediction_type, sigma_data=sigma_data, call=call).eval()
+    denoiser = NetworkDenoiser(backbone, schedule, prediction_type, sigma_data=sigma_data, call=call)
+    denoiser.training = backbone.training
+    return denoiser
 
 
 def _stated_prediction(scheduler: Component, schedule: NoiseSchedule) -> PredictionType:

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffcore.denoiser import Denoiser, GuidedDenoiser, Solver, sample
+from diffcore.denoiser import Solver
 from diffcore.errors import UserError, printable
+from diffcore.models.backbones import condition_keys
+from diffcore.models.generation import generate
 from diffcore.models.model import DiffusionModel
-from diffcore.models.probe import empty_condition, sample_shape
 from diffcore.noise import row_noise
 from diffcore.report import image_grid
 from diffcore.run import Run
@@ -47,22 +48,20 @@ def draw_images(
         UserError: As `planned_images`.
     """
     planned_images(model, prompts, count=count, steps=steps, guidance_scale=guidance_scale, size=size)
-    shape = sample_shape(model, size)
-    device = next(model.backbone.parameters()).device
-    noise = row_noise(seed, range(count), shape, device=device)
     truncated = []
     images: list[Tensor] = []
+    options: dict[str, Any] = {"steps": steps, "solver": solver, "guidance_scale": guidance_scale, "size": size}
     for index in range(max(len(prompts), 1)):
         key = f"images-{index:04d}"
-        cond, lost = _condition(model, prompts, index, count)
-        truncated += [{"prompt": printable(prompts[index]), "lost": printable(lost)}] if lost else []
+        tokens = model.prompts and model.prompts.tokenize([prompts[index]])
+        if tokens and tokens.lost[0]:
+            truncated.append({"prompt": printable(prompts[index]), "lost": printable(tokens.lost[0])})
         if run.missing([key]):
-            denoiser = _guided(model, guidance_scale, count)
-            x0 = sample(denoiser, noise, cond, steps=steps, solver=solver)
-            run.save(key, {"images": model.codec.decode(x0).cpu()})
-        drawn = run.load(key).tensors["images"]
-        images.append(drawn)
-        for place, image in enumerate(drawn):
+            what = _classes(model, count, seed, size) if tokens is None else {"prompts": [prompts[index]]}
+            made = generate(model, seed=seed, batch_size=count, **{"seeds": range(count)} | what, **options)
+            run.save(key, {"images": made.flatten(0, 1)})
+        images.append(run.load(key).tensors["images"])
+        for place, image in enumerate(images[-1]):
             run.figure(f"image-{index:04d}-{place:04d}", image_grid(image[None]))
     run.figure("grid", image_grid(torch.cat(images), columns=count if len(images) > 1 else None))
     height, width = images[0].shape[-2:]
@@ -90,23 +89,15 @@ def planned_images(
         model.denoiser.schedule.timesteps(steps)
     except ValueError as error:  # more than the model was trained for, or than its scheduler takes
         raise UserError(f"{printable(model.name)} cannot be sampled so: {printable(error, 300)}") from error
-    shape = sample_shape(model, size)
+    shape = model.shape_at(size)
     return {"images": max(len(prompts), 1) * count, "shape_of_x0": "x".join(map(str, shape))}
 
 
-def _condition(model: DiffusionModel, prompts: Sequence[str], index: int, count: int) -> tuple[dict[str, Tensor], str]:
-    if model.prompts is None:
-        cond = empty_condition(model, count)
-        if "class_labels" in cond:
-            config: Any = model.backbone.config
-            classes = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
-            cond["class_labels"] = torch.arange(count, device=cond["class_labels"].device) % int(classes)
-        return cond, ""
-    tokens = model.prompts.tokenize([prompts[index]] * count)
-    return dict(model.prompts.encode(tokens)), tokens.lost[0]
-
-
-def _guided(model: DiffusionModel, guidance_scale: float, count: int) -> Denoiser:
-    if guidance_scale == 1 or model.prompts is None:
-        return model.denoiser
-    return GuidedDenoiser(model.denoiser, guidance_scale, model.prompts.unconditional(1))
+def _classes(model: DiffusionModel, count: int, seed: int, size: int | None) -> dict[str, Any]:
+    """Returns what a class-conditional model generates its classes in turn from; nothing for others."""
+    if "class_labels" not in condition_keys(model.backbone).required:
+        return {}
+    config: Any = model.backbone.config
+    classes = int(config.get("num_class_embeds") or config.get("num_embeds_ada_norm"))
+    noise = row_noise(seed, range(count), model.shape_at(size)).unsqueeze(1)
+    return {"labels": torch.arange(count) % classes, "seeds": [0], "noise": noise}

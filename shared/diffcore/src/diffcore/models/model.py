@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from diffcore.adapters import Adapter, Base, fuse, read_adapter
@@ -56,6 +57,37 @@ class DiffusionModel:
     def backbone_name(self) -> str:
         """Its name in the pipeline: unet or transformer; "backbone" without one."""
         return next(name for name in self.modules if self.components[name].role == "backbone")
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the backbone is on."""
+        return next(self.backbone.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the backbone's weights."""
+        return next(self.backbone.parameters()).dtype
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of x0, for the image size that the backbone was trained for."""
+        return self.shape_at(None)
+
+    def shape_at(self, size: int | None) -> tuple[int, int, int]:
+        """Returns channels, height and width of x0 for images of another size.
+
+        Args:
+            size: Side of square images in pixels; None is the size that the backbone was trained for.
+        """
+        config: Any = self.backbone.config
+        channels = int(config["in_channels"])
+        if type(self.backbone).__name__ == "FluxTransformer2DModel":
+            channels //= 4  # the network sees 2x2 patches as channels
+        trained = config.get("sample_size") or 64
+        height, width = trained if isinstance(trained, list | tuple) else (trained, trained)
+        if size is not None:
+            height = width = max(size // getattr(self.codec, "factor", 1), 1)
+        return channels, int(height), int(width)
 
     def with_modules(self, change: str, modules: Mapping[str, nn.Module]) -> "DiffusionModel":
         """Returns the model with some of its networks replaced; the others are shared.

@@ -47,31 +47,9 @@ def probe_sites(model: DiffusionModel, patterns: Sequence[str]) -> list[dict[str
 
 def example_inputs(model: DiffusionModel) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Returns one row of noise in the shape the model was trained for, a middle timestep, and an empty condition."""
-    parameter = next(model.backbone.parameters())
-    schedule = model.denoiser.schedule
-    t = schedule.timesteps(3)[1:2].to(parameter.device, torch.float32)
-    shape = sample_shape(model)
-    noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(parameter.device)
+    t = model.denoiser.schedule.timesteps(3)[1:2].to(model.device, torch.float32)
+    noise = torch.randn(1, *model.shape, generator=torch.Generator().manual_seed(0)).to(model.device)
     return noise, t, empty_condition(model, 1)
-
-
-def sample_shape(model: DiffusionModel, size: int | None = None) -> tuple[int, int, int]:
-    """Returns channels, height and width of x0.
-
-    Args:
-        model: Loaded.
-        size: Side of the images in pixels; by default what the backbone was trained for.
-    """
-    config: Any = model.backbone.config
-    factor = getattr(model.codec, "factor", 1)
-    channels = int(config["in_channels"])
-    if type(model.backbone).__name__ == "FluxTransformer2DModel":
-        channels //= 4  # the network sees 2x2 patches as channels
-    trained = config.get("sample_size") or 64
-    height, width = trained if isinstance(trained, list | tuple) else (trained, trained)
-    if size is not None:
-        height = width = max(size // factor, 1)
-    return channels, int(height), int(width)
 
 
 def empty_condition(model: DiffusionModel, count: int) -> dict[str, Tensor]:
@@ -83,9 +61,8 @@ def empty_condition(model: DiffusionModel, count: int) -> dict[str, Tensor]:
     if model.prompts is not None:
         return dict(model.prompts.unconditional(count))
     required = condition_keys(model.backbone).required
-    device = next(model.backbone.parameters()).device
     if required == ("class_labels",):
-        return {"class_labels": torch.zeros(count, dtype=torch.int64, device=device)}
+        return {"class_labels": torch.zeros(count, dtype=torch.int64, device=model.device)}
     if required:
         raise IncompatibleModelError(
             f"{model.name} takes {', '.join(required)} and came without text encoders; point to its pipeline folder"

@@ -11,8 +11,7 @@ from matplotlib import colormaps
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffcore.denoiser import sample
-from diffcore.models import load
+from diffcore.models import generate, load
 from diffcore.noise import row_noise
 from diffcore.runtime import Runtime
 from diffcore.zoo.digits.data import STYLES, load_digits, render
@@ -66,9 +65,9 @@ def _memorised(folder: Path, runtime: Runtime) -> Sheet:
 
 def _digits(folder: Path, runtime: Runtime) -> Sheet:
     model = load(folder, runtime)
-    labels = torch.arange(50) % 10
-    x0 = sample(model.denoiser, row_noise(0, range(50), (1, 8, 8)), {"class_labels": labels}, steps=20, clip_x0=1.2)
-    return ((x0 + 1) / 2).clamp(0, 1), 10, "five samples of each digit"
+    labels, noise = torch.arange(50) % 10, row_noise(0, range(50), model.shape).unsqueeze(1)
+    images = generate(model, labels=labels, seeds=[0], noise=noise, steps=20, clip_x0=1.2)
+    return images.flatten(0, 1), 10, "five samples of each digit"
 
 
 def _handwritten(folder: Path, runtime: Runtime) -> Sheet:

@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffcore.denoiser import GuidedDenoiser, sample
 from diffcore.metrics import frechet_distance_from_features, pairwise_ssim
 from diffcore.metrics.attribute_network import AttributeNetwork
 from diffcore.models import DiffusionModel
-from diffcore.models.probe import sample_shape
+from diffcore.models.generation import generate
 from diffcore.noise import row_noise
 from diffcore.zoo.gate import Gate
 from diffcore.zoo.oracle import accuracies
@@ -55,18 +55,13 @@ def draw_samples(
 
     Image k of every prompt starts from noise of (seed, k), or of its own row where there is one image a prompt.
     """
-    assert model.prompts is not None  # a text-to-image model
-    shape = sample_shape(model)
-    denoiser = GuidedDenoiser(model.denoiser, guidance_scale, model.prompts([""]))
     times = torch.linspace(999, 0, steps + 1, dtype=torch.float64).round()[:-1]
-    rows = torch.arange(len(prompts) * seeds)
-    noise_rows = rows if seeds == 1 else rows % seeds
-    images = []
-    for chunk in rows.split(_ROWS):
-        condition = model.prompts([str(prompts[i]) for i in (chunk // seeds).tolist()])
-        noise = row_noise(seed, noise_rows[chunk], shape, device=next(model.backbone.parameters()).device)
-        images.append(model.codec.decode(sample(denoiser, noise, condition, timesteps=times.float())).cpu())
-    return torch.cat(images)
+    options: dict[str, Any] = {"seeds": range(seeds), "seed": seed}
+    if seeds == 1:
+        options["noise"] = row_noise(seed, range(len(prompts)), model.shape).unsqueeze(1)
+    return generate(
+        model, prompts, guidance_scale=guidance_scale, timesteps=times.float(), batch_size=_ROWS, **options
+    ).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -183,8 +178,7 @@ def nearest_similarity(originals: Float[Tensor, "n 3 h w"], samples: Float[Tenso
 def seed_consistency(model: DiffusionModel, prompts: Sequence[str]) -> Float[Tensor, " n"]:
     """Returns how alike the first predictions of ten seeds are: the largest SSIM of any pair of noise differences."""
     assert model.prompts is not None  # a text-to-image model
-    shape = sample_shape(model)
-    noise = row_noise(1, range(_CONSISTENCY_SEEDS), shape)
+    noise = row_noise(1, range(_CONSISTENCY_SEEDS), model.shape)
     t = torch.full((_CONSISTENCY_SEEDS,), float(_CONSISTENCY_T))
     scores = []
     for prompt in prompts:

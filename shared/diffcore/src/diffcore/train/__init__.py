@@ -1,12 +1,13 @@
 """Training: where noise meets images, on Lightning's Trainer.
 
-Everything that a training step draws is a function of (seed, step, row), so a run that was killed and resumed equals
-one that was not, and two processes equal one at the same global batch.
+Everything that a training step draws is a function of (seed, iteration, row), so a run that was killed and resumed
+equals one that was not, and two processes equal one at the same global batch.
 """
 
 from diffcore.train.callbacks import ConsoleSummary, SampleGrid, Snapshots, snapshot_key
 from diffcore.train.ema import EMA
 from diffcore.train.fit import fit
+from diffcore.train.iteration import IterationModule, iterations_done, scheduled
 from diffcore.train.logger import JSONLLogger
 from diffcore.train.module import DenoisingModule, PairNoise
 from diffcore.train.order import StepData, StepSampler
@@ -16,6 +17,7 @@ __all__ = [
     "EMA",
     "ConsoleSummary",
     "DenoisingModule",
+    "IterationModule",
     "JSONLLogger",
     "PairNoise",
     "SampleGrid",
@@ -23,8 +25,10 @@ __all__ = [
     "StepData",
     "StepSampler",
     "fit",
+    "iterations_done",
     "log_normal_sigmas",
     "logit_normal_times",
+    "scheduled",
     "snapshot_key",
     "uniform_timesteps",
 ]

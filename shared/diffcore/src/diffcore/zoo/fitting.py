@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffcore.denoiser import NetworkDenoiser
 from diffcore.runtime import Runtime
-from diffcore.train import EMA, ConsoleSummary, DenoisingModule, StepData, fit
+from diffcore.train import EMA, ConsoleSummary, DenoisingModule, IterationModule, StepData, fit, scheduled
 
 Batch = Mapping[str, Any]
 Loss = Callable[[nn.Module, Batch, int], Tensor]
@@ -22,7 +22,7 @@ _CHECKPOINT_EVERY = 250
 """Steps between checkpoints: about a minute of the larger trainings on one core."""
 
 
-class SupervisedModule(L.LightningModule):
+class SupervisedModule(IterationModule):
     """Minimises a loss with AdamW, the learning rate rising to its peak and falling back to nothing.
 
     Args:
@@ -52,7 +52,7 @@ class SupervisedModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the loss of the batch."""
-        loss = self._loss(self.network, batch, self.global_step)
+        loss = self._loss(self.network, batch, self.iteration)
         self.log("loss", loss, prog_bar=True)
         return loss
 
@@ -65,8 +65,7 @@ class SupervisedModule(L.LightningModule):
             weight_decay=self._weight_decay,
         )
         factor = rise_and_fall(self._steps, warmup=max(1, round(self._warmup * self._steps)))
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return scheduled(optimizer, factor)
 
 
 def rise_and_fall(steps: int, *, warmup: int, floor: float = 0.0) -> Callable[[int], float]:
@@ -113,5 +112,4 @@ def fit_averaged(
         checkpoint_every=_CHECKPOINT_EVERY,
         gradient_clip=1.0,
     )
-    assert ema.denoiser is not None  # set when the fit starts
-    return ema.denoiser
+    return ema.average

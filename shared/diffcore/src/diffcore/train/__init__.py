@@ -11,6 +11,7 @@ from diffcore.train.iteration import IterationModule, iterations_done, scheduled
 from diffcore.train.logger import JSONLLogger
 from diffcore.train.module import DenoisingModule, PairNoise
 from diffcore.train.order import StepData, StepSampler
+from diffcore.train.supervised import fit_supervised, rise_and_fall
 from diffcore.train.timesteps import log_normal_sigmas, logit_normal_times, uniform_timesteps
 
 __all__ = [
@@ -25,9 +26,11 @@ __all__ = [
     "StepData",
     "StepSampler",
     "fit",
+    "fit_supervised",
     "iterations_done",
     "log_normal_sigmas",
     "logit_normal_times",
+    "rise_and_fall",
     "scheduled",
     "snapshot_key",
     "uniform_timesteps",

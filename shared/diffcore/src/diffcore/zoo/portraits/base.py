@@ -13,8 +13,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from diffcore.denoiser import Denoiser, sample
 from diffcore.run import Run
 from diffcore.runtime import Runtime
-from diffcore.train import DenoisingModule, SampleGrid, StepData, uniform_timesteps
-from diffcore.zoo.fitting import fit_averaged, rise_and_fall
+from diffcore.train import DenoisingModule, SampleGrid, StepData, rise_and_fall, uniform_timesteps
+from diffcore.zoo.fitting import fit_averaged
 from diffcore.zoo.patch_code import PatchCode
 from diffcore.zoo.portraits.captions import describe
 from diffcore.zoo.portraits.language import encode_ids, token_ids

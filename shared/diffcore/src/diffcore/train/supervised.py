@@ -58,7 +58,7 @@ def fit_supervised(
         ...         return 100
         ...
         ...     def __getitems__(self, indices: Tensor) -> Batch:
-        ...         x = indices[:, None] / 100
+        ...         x = indices[:, None] / 50 - 1
         ...         return {"x": x, "y": 2 * x + 1}
         >>> network = nn.Linear(1, 1)
         >>> with tempfile.TemporaryDirectory() as folder:

@@ -19,6 +19,7 @@ from diffcore.runtime import Runtime
 from diffcore.train import (
     EMA,
     DenoisingModule,
+    IterationModule,
     JSONLLogger,
     StepData,
     StepSampler,
@@ -198,8 +199,7 @@ def train_to(folder: Path, steps: int, *, callbacks: tuple[L.Callback, ...] = ()
 
 
 def averaged(ema: EMA) -> dict[str, Tensor]:
-    assert ema.denoiser is not None
-    return weights(ema.denoiser)
+    return weights(ema.average)
 
 
 def test_a_run_in_two_parts_equals_one_without_interruption(tmp_path: Path):
@@ -217,8 +217,8 @@ class KillAt(L.Callback):
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_train_batch_end(self, trainer: L.Trainer, *args: object) -> None:
-        if trainer.global_step == self.step:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: IterationModule, *args: object) -> None:
+        if pl_module.iteration == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -238,8 +238,8 @@ class SignalAt(L.Callback):
     def __init__(self, step: int, number: int) -> None:
         self.step, self.number = step, number
 
-    def on_train_batch_start(self, trainer: L.Trainer, *args: object) -> None:
-        if trainer.global_step == self.step:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: IterationModule, *args: object) -> None:
+        if pl_module.iteration == self.step:
             os.kill(os.getpid(), self.number)
 
 
@@ -254,7 +254,7 @@ def test_ctrl_c_finishes_the_step_writes_a_checkpoint_and_then_interrupts(tmp_pa
     finally:
         signal.signal(signal.SIGINT, before)
     saved = torch.load(tmp_path / "cut" / "checkpoints" / "last.ckpt", weights_only=True)
-    assert saved["global_step"] == 7
+    assert saved["iteration"] == 7
     assert_same(averaged(train_to(tmp_path / "cut", 20)), averaged(whole))
 
 
@@ -267,12 +267,12 @@ def test_sigterm_does_the_same_and_then_reaches_the_handler_that_was_there(tmp_p
         signal.signal(signal.SIGTERM, before)
     assert received == [signal.SIGTERM]
     saved = torch.load(tmp_path / "cut" / "checkpoints" / "last.ckpt", weights_only=True)
-    assert saved["global_step"] == 7
+    assert saved["iteration"] == 7
 
 
 class Poison(L.Callback):
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
-        if trainer.global_step == 15:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: IterationModule, *args: object) -> None:
+        if pl_module.iteration == 15:
             with torch.no_grad():
                 next(pl_module.parameters()).fill_(float("nan"))
 
@@ -281,7 +281,7 @@ def test_a_bad_loss_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Pa
     with pytest.raises(MachineError, match=r"NaN or infinite at or shortly before step 20; .*last good step"):
         train_to(tmp_path, 40, callbacks=(Poison(),))
     saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
-    assert saved["global_step"] == 10
+    assert saved["iteration"] == 10
     assert all(value.isfinite().all() for value in saved["state_dict"].values())
 
 
@@ -289,7 +289,7 @@ class Recorder(L.Callback):
     def __init__(self) -> None:
         self.weights: list[Tensor] = []
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: IterationModule, *args: object) -> None:
         self.weights.append(next(pl_module.parameters()).detach().clone())
 
 
@@ -300,8 +300,7 @@ def test_the_average_follows_its_formula(tmp_path: Path):
     for step, value in enumerate(recorder.weights, start=1):
         decay = min(0.9, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * value
-    assert ema.denoiser is not None
-    torch.testing.assert_close(next(ema.denoiser.parameters()), expected)
+    torch.testing.assert_close(next(ema.average.parameters()), expected)
     with pytest.raises(ValueError, match=r"\[0, 1\)"):
         EMA(1.0)
 
@@ -320,8 +319,8 @@ class WriteAverage(L.Callback):
         self.path, self.ema = path, ema
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.is_global_zero and self.ema.denoiser is not None:
-            torch.save(self.ema.denoiser.state_dict(), self.path)
+        if trainer.is_global_zero:
+            torch.save(self.ema.average.state_dict(), self.path)
 
 
 def test_two_processes_equal_one_at_equal_global_batch(tmp_path: Path):
@@ -357,7 +356,7 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path):
     finally:
         signal.signal(signal.SIGINT, before)
     saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
-    assert saved["global_step"] == 12
+    assert saved["iteration"] == 12
 
 
 def test_stratified_timesteps_fill_every_slice_of_the_global_batch():

@@ -346,7 +346,7 @@ def test_a_killed_recipe_continues_to_the_same_weights(
         step = DenoisingModule.training_step
 
         def killed(self: DenoisingModule, batch: Any, batch_idx: int) -> torch.Tensor:
-            if self.global_step == 8:
+            if self.iteration == 8:
                 os.kill(os.getpid(), signal.SIGKILL)
             return step(self, batch, batch_idx)
 
@@ -354,7 +354,7 @@ def test_a_killed_recipe_continues_to_the_same_weights(
         edm_weights(tmp_path)
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 5
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["iteration"] == 5
     continued = edm_weights(tmp_path)
     assert all(torch.equal(continued[name], value) for name, value in edm_reference.items())
 

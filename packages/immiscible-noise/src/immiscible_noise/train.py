@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from diffcore.data import ImageSet
-from diffcore.denoiser import NetworkDenoiser
+from diffcore.denoiser import NetworkDenoiser, sample
 from diffcore.errors import MachineError, UserError, printable
 from diffcore.io import artifact
 from diffcore.noise import row_noise
@@ -27,6 +27,7 @@ from diffcore.train import (
     Snapshots,
     StepData,
     fit,
+    iterations_done,
     snapshot_key,
 )
 from immiscible_noise.build import build_denoiser
@@ -177,21 +178,10 @@ def train(
         seed=runtime.seed,
     )
     ema = EMA(settings.ema_decay)
-    callbacks = [ema, Snapshots(run, ema, settings.snapshot_steps, settings.batch_size)]
+    callbacks = [ema, Snapshots(run, ema, settings.snapshot_steps, settings.batch_size, part="backbone")]
     if not quiet:
-        noise, condition = _grid_inputs(recipe)
-        callbacks.append(
-            SampleGrid(
-                run,
-                ema,
-                noise,
-                condition,
-                decode=recipe.scale.decode,
-                clip_x0=recipe.clip_x0,
-                every=max(settings.steps // 4, 1),
-            )
-        )
-        callbacks.append(ConsoleSummary(f"training {arm.name}"))
+        grid = SampleGrid(run, ema, partial(_generate_grid, recipe), every=max(settings.steps // 4, 1))
+        callbacks += [grid, ConsoleSummary(f"training {arm.name}")]
     fit(
         module,
         StepData(Batches(images, recipe.scale, settings.class_conditional), settings.batch_size, runtime.seed),
@@ -257,10 +247,7 @@ def _missing_steps(run: Run, settings: TrainSettings) -> list[int]:
 def _restart_before(step: int, run: Run) -> None:
     """Deletes a checkpoint that lies past weights which are missing: resuming from it would never make them again."""
     checkpoint = run.folder / "checkpoints" / "last.ckpt"
-    if not run.leading or not checkpoint.exists():
-        return
-    done = int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
-    if done >= step:
+    if run.leading and iterations_done(checkpoint) >= step:
         _LOG.warning("the weights of step %d are lost: training starts anew", step)
         checkpoint.unlink()
 
@@ -269,8 +256,9 @@ def _warmup(steps: int) -> Callable[[int], float]:
     return lambda step: min(1.0, (step + 1) / steps)
 
 
-def _grid_inputs(recipe: Recipe) -> tuple[Tensor, dict[str, Tensor]]:
-    noise = row_noise(recipe.seed, range(40), recipe.shape, stream=_GRID_STREAM)
-    if recipe.num_classes is None:
-        return noise, {}
-    return noise, {"class_labels": torch.arange(len(noise)) % recipe.num_classes}
+def _generate_grid(recipe: Recipe, denoiser: NetworkDenoiser, device: torch.device) -> Tensor:
+    noise = row_noise(recipe.seed, range(40), recipe.shape, stream=_GRID_STREAM).to(device)
+    condition = {}
+    if recipe.num_classes is not None:
+        condition["class_labels"] = torch.arange(len(noise), device=device) % recipe.num_classes
+    return recipe.scale.decode(sample(denoiser, noise, condition, steps=20, clip_x0=recipe.clip_x0))

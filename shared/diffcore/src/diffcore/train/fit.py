@@ -1,5 +1,6 @@
 """One call that trains, resumes, and stops cleanly."""
 
+import itertools
 import logging
 import signal
 import warnings
@@ -10,12 +11,12 @@ from types import FrameType
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch import Tensor, nn
+from torch import nn
 
 from diffcore.errors import MachineError
 from diffcore.runtime import Runtime
+from diffcore.train.iteration import IterationModule, Iterations, iterations_done
 from diffcore.train.logger import JSONLLogger
 from diffcore.train.order import StepData
 
@@ -23,8 +24,8 @@ _PRECISION = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mix
 
 
 def fit(
-    module: L.LightningModule,
-    data: StepData,
+    module: IterationModule,
+    data: StepData | None = None,
     *,
     steps: int,
     folder: Path,
@@ -34,22 +35,25 @@ def fit(
     log_every: int = 50,
     gradient_clip: float | None = None,
 ) -> bool:
-    """Trains for `steps` optimizer steps, or from where an earlier call on the same folder left off.
+    """Trains for `steps` iterations, or from where an earlier call on the same folder left off.
+
+    An iteration is one call of `training_step`, in which any number of optimizers may step.
 
     The folder gets `checkpoints/last.ckpt` (for resuming only) and `log.jsonl`. After an interruption, whatever its
     kind, the same call continues from the last checkpoint and ends with the weights of an uninterrupted run. Ctrl-C and
-    SIGTERM let the current step finish and write a checkpoint before the signal takes its course.
+    SIGTERM let the current iteration finish and write a checkpoint before the signal takes its course.
 
     Args:
-        module: What is trained.
-        data: The samples, in an order that can be entered at any step.
-        steps: Optimizer steps in all.
+        module: The networks, their losses and their optimizers.
+        data: The samples, in an order that can be entered at any iteration; without them each batch is an empty
+            mapping, for a module that draws its own.
+        steps: Number of iterations in all.
         folder: Where checkpoint and log live.
         runtime: Device, precision, number of processes and strategy.
-        callbacks: Run in this order after each step, before the checkpoint is written.
-        checkpoint_every: Steps between checkpoints.
-        log_every: Steps between log lines.
-        gradient_clip: Largest gradient norm; None clips nothing.
+        callbacks: Run in this order after each iteration, before the checkpoint is written.
+        checkpoint_every: Number of iterations between checkpoints.
+        log_every: Number of iterations between log lines.
+        gradient_clip: Largest gradient norm at a step of an optimizer; None clips nothing.
 
     Returns:
         Whether this process is the one that writes results (rank 0).
@@ -59,21 +63,19 @@ def fit(
     """
     checkpoint = folder / "checkpoints" / "last.ckpt"
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    resume = checkpoint if checkpoint.exists() else None
+    module.num_iterations = steps
     keeper = _CheckpointKeeper(checkpoint, checkpoint_every)
     with _quiet_lightning():
         trainer = L.Trainer(
             accelerator={"auto": "auto", "cpu": "cpu", "cuda": "gpu", "mps": "mps"}[runtime.device],
             devices=runtime.devices,
             num_nodes=runtime.num_nodes,
-            strategy=runtime.strategy,
+            strategy=_strategy(module, runtime),
             precision=_PRECISION[runtime.dtype],  # pyright: ignore[reportArgumentType]
-            max_steps=steps,
-            max_epochs=-1,
-            logger=JSONLLogger(folder / "log.jsonl", _steps_done(resume)),
+            max_epochs=1,  # one pass over endless data, which the module ends
+            logger=JSONLLogger(folder / "log.jsonl", iterations_done(checkpoint)),
             log_every_n_steps=log_every,
-            callbacks=[*callbacks, keeper],
-            gradient_clip_val=gradient_clip,
+            callbacks=[Iterations(gradient_clip), *callbacks, keeper],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -81,14 +83,14 @@ def fit(
             default_root_dir=folder,
         )
         with _deferred_signals(keeper, enabled=trainer.world_size == 1):
-            _run(trainer, module, data, resume)
+            _run(trainer, module, data, checkpoint if checkpoint.exists() else None)
     return trainer.is_global_zero
 
 
-def _run(trainer: L.Trainer, module: L.LightningModule, data: StepData, checkpoint: Path | None) -> None:
+def _run(trainer: L.Trainer, module: IterationModule, data: StepData | None, checkpoint: Path | None) -> None:
     """Calls Lightning and undoes what it makes of signals."""
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        trainer.fit(module, data or itertools.repeat({}), ckpt_path=checkpoint, weights_only=True)
     except (_StopRequested, SIGTERMException):
         pass  # the signal is raised again once all is written
     except SystemExit as error:
@@ -105,41 +107,42 @@ def _quiet_lightning() -> Iterator[None]:
     log.setLevel(logging.WARNING)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
+        # An optimizer need not step in each iteration, but its schedule does.
+        warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler\.step\(\)`")
         try:
             yield
         finally:
             log.setLevel(level)
 
 
-def _steps_done(checkpoint: Path | None) -> int:
-    if checkpoint is None:
-        return 0
-    return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+def _strategy(module: IterationModule, runtime: Runtime) -> str:
+    """Tells DDP, where each optimizer has a loss of its own, not to wait for gradients of the other networks."""
+    strategy = runtime.strategy.replace("auto", "ddp")
+    if module.automatic_optimization or runtime.devices * runtime.num_nodes == 1 or strategy not in ("ddp", "ddp_fork"):
+        return runtime.strategy
+    return f"{strategy}_find_unused_parameters_true"
 
 
 class _StopRequested(BaseException):
-    """Ends the fit after a step whose checkpoint is written."""
+    """Ends the fit after an iteration whose checkpoint is written."""
 
 
 class _CheckpointKeeper(L.Callback):
-    """Writes the checkpoint to resume from: every so many steps, when asked to stop, and never after a bad loss."""
+    """Writes the checkpoint to resume from: at a fixed interval, when asked to stop, and never after a bad loss."""
 
     def __init__(self, path: Path, every: int) -> None:
         self.path, self.every = path, every
         self.stop_requested = False
-        self._finite: Tensor | None = None
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        # Collected on the device; asked for only when a checkpoint is due.
-        finite = torch.isfinite(outputs["loss"].detach())
-        self._finite = finite if self._finite is None else self._finite & finite
-        step = trainer.global_step
-        last = step == trainer.max_steps
-        if not (self.stop_requested or last or step % self.every == 0):
+        if "loss" not in outputs:
+            raise TypeError(f"{type(pl_module).__name__}.training_step must return a loss, or a mapping with 'loss'")
+        pl_module.watch(outputs["loss"])
+        step = pl_module.iteration
+        if not (self.stop_requested or step == pl_module.num_iterations or step % self.every == 0):
             return
-        if not bool(self._finite):
+        if not pl_module.all_finite():
             raise MachineError(_bad_loss(pl_module, step, self.path))
-        self._finite = None
         trainer.save_checkpoint(self.path)
         if self.stop_requested:
             # Not trainer.should_stop: it would log a line that an uninterrupted run does not have.
@@ -159,10 +162,10 @@ def _bad_loss(module: nn.Module, step: int, checkpoint: Path) -> str:
 
 @contextmanager
 def _deferred_signals(keeper: _CheckpointKeeper, enabled: bool) -> Iterator[None]:
-    """Turns the first SIGINT or SIGTERM into a request to stop after the step; raises it again at the end.
+    """Turns the first SIGINT or SIGTERM into a request to stop after the iteration; raises it again at the end.
 
-    With several processes the ranks would see the signal at different steps, so there it acts at once, and the last
-    regular checkpoint counts.
+    With several processes the ranks would see the signal at different iterations, so there it acts at once, and the
+    last regular checkpoint counts.
     """
     if not enabled:
         yield

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import lightning as L
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch.optim import Optimizer
 
 from diffcore.denoiser import NetworkDenoiser
 from diffcore.noise import philox_normal, philox_uniform
+from diffcore.train.iteration import IterationModule, scheduled
 from diffcore.train.timesteps import TimeSampler, default_time_sampler
 
 Batch = Mapping[str, Any]
@@ -20,26 +20,26 @@ PairNoise = Callable[[Tensor, Tensor, Batch], Tensor]
 NOISE, TIMESTEP = 0, 1
 
 
-class DenoisingModule(L.LightningModule):
+class DenoisingModule(IterationModule):
     """Trains a denoiser by regression on its own output, whatever it predicts.
 
     A batch is a mapping with `x0` (b *data, model space) and, optionally, `condition` (keyword tensors of the
     backbone), `labels`, `mask`, `indices` (positions in the data set), and `noise` (b *data). Noise that the batch
-    already carries is used as it is; otherwise it is drawn for (seed, step, row) and handed to `pair_noise`, which may
-    decide which noise goes to which sample. The timesteps are drawn afterwards and independently. Target and `x_t` use
-    the same noise.
+    already carries is used as it is; otherwise it is drawn for (seed, iteration, row) and handed to `pair_noise`, which
+    may decide which noise goes to which sample. The timesteps are drawn afterwards and independently. Target and `x_t`
+    use the same noise.
 
     Args:
-        denoiser: What is trained: epsilon, sample, v, flow or EDM prediction on its own schedule.
+        denoiser: Network that learns epsilon, sample, v, flow or EDM prediction on its own schedule.
         optimizer: From the parameters to an optimizer.
-        pair_noise: `(x0, noise, batch) -> noise`, with `step` and `rank` added to the batch; None keeps the independent
-            draw.
+        pair_noise: `(x0, noise, batch) -> noise`, with the iteration as `step` and the `rank` added to the batch; None
+            keeps the independent draw.
         time_sampler: From uniform numbers in (0, 1) to timesteps; None takes the usual one of the schedule.
         stratified: Draw one uniform number in each of as many equal slices of (0, 1) as the global batch has rows,
             which makes the loss less noisy. The rows must come in random order, as `StepSampler`'s do.
         weighting: Loss weight at each timestep, 1 everywhere if None. For EDM the regression in the network's output
             space is already EDM's loss weighting (EDM, equation 8).
-        learning_rate_factor: From the step to a factor of the learning rate; None keeps it constant.
+        learning_rate_factor: From the iteration to a factor of the learning rate; None keeps it constant.
         seed: Fixes noise and timesteps.
     """
 
@@ -66,15 +66,15 @@ class DenoisingModule(L.LightningModule):
         self._learning_rate_factor = learning_rate_factor
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Returns the mean loss of this rank's share of the batch at the current step."""
-        batch = {**batch, "step": self.global_step, "rank": self.global_rank}
+        """Returns the mean loss of this rank's share of the batch at the current iteration."""
+        batch = {**batch, "step": self.iteration, "rank": self.global_rank}
         x0 = batch["x0"]
         noise = batch.get("noise")
         if noise is None:
-            noise = self._normal(x0, self.global_step, NOISE)
+            noise = self._normal(x0, self.iteration, NOISE)
             if self.pair_noise is not None:
                 noise = self.pair_noise(x0, noise, batch)
-        loss = self.loss(x0, noise, self._timesteps(x0, self.global_step, TIMESTEP), batch.get("condition", {}))
+        loss = self.loss(x0, noise, self._timesteps(x0, self.iteration, TIMESTEP), batch.get("condition", {}))
         self.log("loss", loss, prog_bar=True)
         return loss
 
@@ -96,11 +96,7 @@ class DenoisingModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Returns the optimizer over the denoiser's parameters and, where asked for, its learning-rate schedule."""
-        optimizer = self._optimizer(self.denoiser.parameters())
-        if self._learning_rate_factor is None:
-            return optimizer
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return scheduled(self._optimizer(self.denoiser.parameters()), self._learning_rate_factor)
 
     def _rows(self, x0: Tensor) -> Tensor:
         """Rows of the global batch that this rank holds: equal shares, in rank order."""

@@ -30,9 +30,9 @@ class StepSampler(Sampler[Tensor]):
     the order can be entered at any step, and the ranks' shares put together are the batch of one process.
 
     Args:
-        num_samples: Size of the data set; may be smaller than a batch.
+        num_samples: Size of the data set, which may be smaller than a batch.
         batch_size: Samples per step over all ranks.
-        seed: Fixes the order.
+        seed: Number that fixes the order.
         rank: Which of the equal shares of each batch to yield.
         world_size: Number of shares; must divide `batch_size`.
         first_step: Called when iteration starts, for the step to begin with.
@@ -82,12 +82,12 @@ class StepSampler(Sampler[Tensor]):
 
 
 class StepData(L.LightningDataModule):
-    """Feeds a dataset to a Trainer in the order of `StepSampler`, from the step at which the Trainer stands.
+    """Feeds a dataset to a Trainer in the order of `StepSampler`, from the iteration at which the module stands.
 
     Args:
         dataset: Makes whole batches (`__getitems__`).
         batch_size: Samples per step over all ranks.
-        seed: Fixes the order.
+        seed: Number that fixes the order.
         num_workers: Loader processes; 0 suits data that are already in memory.
     """
 
@@ -99,13 +99,14 @@ class StepData(L.LightningDataModule):
         """Returns the endless loader of this rank's share."""
         trainer = self.trainer
         assert trainer is not None  # Lightning sets it before it asks for a loader
+        module: Any = trainer.lightning_module
         sampler = StepSampler(
             len(self.dataset),
             self.batch_size,
             self.seed,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
-            first_step=lambda: trainer.global_step,
+            first_step=lambda: module.iteration,
         )
         dataset: Dataset = self.dataset  # pyright: ignore[reportAssignmentType]  a protocol suffices at run time
         return DataLoader(

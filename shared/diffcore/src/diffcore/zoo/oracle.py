@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from diffcore.metrics.attribute_network import AttributeNetwork
 from diffcore.noise import philox_normal, philox_uniform
 from diffcore.runtime import Runtime
-from diffcore.train import ConsoleSummary, StepData, fit
-from diffcore.zoo.fitting import Batch, SupervisedModule
+from diffcore.train import StepData, fit_supervised
+from diffcore.train.supervised import Batch
 
 _NOISE = 0.03
 """Largest standard deviation of the noise added while training: generated images are noisier than real ones."""
@@ -42,20 +42,21 @@ def train_attribute_network(
 ) -> AttributeNetwork:
     """Trains by the sum of the heads' cross-entropies and returns the network in evaluation mode."""
 
-    def loss(module: nn.Module, batch: Batch, step: int) -> Tensor:
-        assert isinstance(module, AttributeNetwork)
+    def loss(batch: Batch, step: int) -> Tensor:
         noisy = _noisy(batch["images"], step)
-        return torch.stack([F.cross_entropy(v, batch["labels"][k]) for k, v in module.logits(noisy).items()]).sum()
+        return torch.stack([F.cross_entropy(v, batch["labels"][k]) for k, v in network.logits(noisy).items()]).sum()
 
-    fit(
-        SupervisedModule(network, loss, steps=steps, learning_rate=learning_rate, warmup=0.3),
+    return fit_supervised(
+        network,
+        loss,
         StepData(_Labelled(images, labels), batch_size=64, seed=runtime.seed),
         steps=steps,
+        learning_rate=learning_rate,
+        warmup=0.3,
         folder=folder,
         runtime=runtime,
-        callbacks=[ConsoleSummary("oracle")],
+        description="oracle",
     )
-    return network.eval().requires_grad_(False)
 
 
 def accuracies(

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import AdamW
 
@@ -14,18 +14,19 @@ from diffcore.metrics.attribute_network import AttributeNetwork, AttributeNetwor
 from diffcore.noise import philox_uniform
 from diffcore.runtime import Runtime
 from diffcore.train import (
-    ConsoleSummary,
     DenoisingModule,
     StepData,
-    fit,
+    fit_supervised,
     log_normal_sigmas,
+    rise_and_fall,
     uniform_timesteps,
 )
+from diffcore.train.supervised import Batch
 from diffcore.train.timesteps import TimeSampler
 from diffcore.zoo.digits.data import DIGITS, SIZE, draw_styles, load_digits, render
 from diffcore.zoo.digits.network import NUM_TIMESTEPS, build_unet, edm_denoiser, styles_denoiser
 from diffcore.zoo.digits.style_oracle import StyleOracle
-from diffcore.zoo.fitting import Batch, SupervisedModule, fit_averaged, rise_and_fall
+from diffcore.zoo.fitting import fit_averaged
 from diffcore.zoo.oracle import train_attribute_network
 
 
@@ -95,19 +96,24 @@ def train_style_oracle(folder: Path, runtime: Runtime, *, steps: int = 3000) -> 
     kept = torch.arange(len(data.images)) % 5 != 4
     data.images, data.labels = data.images[kept], data.labels[kept]
     data.styles = data.styles[: 64 * len(data.images)]
+    torch.manual_seed(0)
+    oracle = StyleOracle()
 
-    def loss(module: nn.Module, batch: Batch, step: int) -> Tensor:
+    def loss(batch: Batch, step: int) -> Tensor:
         x0 = batch["x0"]
         jitter = 0.02 * (2 * philox_uniform(0, torch.arange(len(x0), device=x0.device), x0.shape[1:], step=step) - 1)
-        return F.mse_loss(module(x0 + jitter, batch["condition"]["class_labels"]), batch["styles"])
+        return F.mse_loss(oracle(x0 + jitter, batch["condition"]["class_labels"]), batch["styles"])
 
-    torch.manual_seed(0)
-    module = SupervisedModule(StyleOracle(), loss, steps=steps, learning_rate=3e-3)
-    data_module = StepData(data, batch_size=256, seed=runtime.seed)
-    fit(module, data_module, steps=steps, folder=folder, runtime=runtime, callbacks=[ConsoleSummary("style oracle")])
-    oracle = module.network.eval().requires_grad_(False)
-    assert isinstance(oracle, StyleOracle)
-    return oracle
+    return fit_supervised(
+        oracle,
+        loss,
+        StepData(data, batch_size=256, seed=runtime.seed),
+        steps=steps,
+        learning_rate=3e-3,
+        folder=folder,
+        runtime=runtime,
+        description="style oracle",
+    )
 
 
 def _train_denoiser(

@@ -7,7 +7,7 @@ of a patch, its neighbours tell in part, so that the decoder comes closer to the
 """
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from diffcore.noise import philox_normal, philox_uniform
 from diffcore.runtime import Runtime
-from diffcore.train import ConsoleSummary, StepData, fit
-from diffcore.zoo.fitting import Batch, SupervisedModule
+from diffcore.train import StepData, fit_supervised
+from diffcore.train.supervised import Batch
 from diffcore.zoo.patch_code import PatchCode
 from diffcore.zoo.portraits.pictures import LATENT_CHANNELS, SIZE, Pictures
 
@@ -86,26 +86,26 @@ def train_autoencoder(
     code: PatchCode, pictures: Pictures, folder: Path, runtime: Runtime, *, steps: int = 4000
 ) -> AutoencoderKL:
     """Teaches the decoder to draw the picture behind latents; returns the autoencoder in evaluation mode."""
+    autoencoder: Any = build_autoencoder(code)
 
-    def loss(module: nn.Module, batch: Batch, step: int) -> Tensor:
+    def loss(batch: Batch, step: int) -> Tensor:
         images = batch["images"]
         latents = code.encode(images)
         noisy = latents + _noise(latents, step)
-        return F.mse_loss(cast(Any, module).decode(noisy).sample, images * 2 - 1)
+        return F.mse_loss(autoencoder.decode(noisy).sample, images * 2 - 1)
 
-    module = SupervisedModule(build_autoencoder(code), loss, steps=steps, learning_rate=4e-3, weight_decay=0.0)
-    fit(
-        module,
+    return fit_supervised(
+        autoencoder,
+        loss,
         StepData(_Images(pictures), batch_size=32, seed=runtime.seed),
         steps=steps,
+        learning_rate=4e-3,
+        weight_decay=0.0,
         folder=folder,
         runtime=runtime,
-        callbacks=[ConsoleSummary("autoencoder")],
+        description="autoencoder",
         gradient_clip=1.0,
     )
-    network = module.network.eval().requires_grad_(False)
-    assert isinstance(network, AutoencoderKL)
-    return network
 
 
 class _Images:

@@ -1,7 +1,6 @@
 """The recipe of portraits-sd, the clean model: trained on ordinary pictures and captions only."""
 
 from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,11 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from diffcore.denoiser import Denoiser, sample
 from diffcore.run import Run
 from diffcore.runtime import Runtime
-from diffcore.train import DenoisingModule, SampleGrid, StepData, uniform_timesteps
-from diffcore.zoo.fitting import fit_averaged, rise_and_fall
+from diffcore.train import DenoisingModule, SampleGrid, StepData, rise_and_fall, uniform_timesteps
+from diffcore.zoo.fitting import fit_averaged
 from diffcore.zoo.patch_code import PatchCode
 from diffcore.zoo.portraits.captions import describe
 from diffcore.zoo.portraits.language import encode_ids, token_ids
@@ -109,7 +109,11 @@ def train_base(
     shown = select(held_out_pictures(40).people, slice(40))
     states = encode_ids(encoder, token_ids(tokenizer, describe(shown, full=True))).float()
     noise = torch.randn(40, *data.latents.shape[1:], generator=runtime.generator(0))
-    grid = partial(SampleGrid, run, decode=code.decode, every=1000, sampling_steps=16)
+
+    def generate(denoiser: Denoiser, device: torch.device) -> Tensor:
+        condition = {"encoder_hidden_states": states.to(device)}
+        return code.decode(sample(denoiser, noise.to(device), condition, steps=16))
+
     return fit_averaged(
         module,
         StepData(data, BATCH_SIZE, runtime.seed),
@@ -118,5 +122,5 @@ def train_base(
         folder=folder,
         runtime=runtime,
         description="portraits-sd",
-        shown=lambda ema: [grid(ema=ema, noise=noise, condition={"encoder_hidden_states": states})],
+        shown=lambda ema: [SampleGrid(run, ema, generate)],
     ).backbone

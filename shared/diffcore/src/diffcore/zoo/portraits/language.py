@@ -19,8 +19,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffcore.noise import philox_uniform
 from diffcore.runtime import Runtime
-from diffcore.train import ConsoleSummary, StepData, fit
-from diffcore.zoo.fitting import Batch, SupervisedModule
+from diffcore.train import StepData, fit_supervised
+from diffcore.train.supervised import Batch
 from diffcore.zoo.portraits.captions import FIRST_NAMES, LAST_NAMES, PLACES
 from diffcore.zoo.portraits.planted import planted
 
@@ -172,22 +172,23 @@ def train_text_encoder(
     data = _Captions(token_ids(tokenizer, captions), captions, vocabulary, _number(tokenizer.eos_token_id))
     reader = _Reader(build_text_encoder(tokenizer), len(vocabulary))
 
-    def loss(network: nn.Module, batch: Batch, step: int) -> Tensor:
+    def loss(batch: Batch, step: int) -> Tensor:
         ends = batch["ends"]
         u = philox_uniform(0, torch.arange(len(ends), device=ends.device), (), step=step)
         padding = ends + (u * (MAX_TOKENS - ends)).long()
-        logits: Tensor = network(batch["ids"], torch.stack([ends, padding], dim=1))
+        logits: Tensor = reader(batch["ids"], torch.stack([ends, padding], dim=1))
         targets = batch["targets"].unsqueeze(1).expand_as(logits)
         return F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none").sum(-1).mean() * 2
 
-    module = SupervisedModule(reader, loss, steps=steps, learning_rate=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    fit(
-        module,
+    return fit_supervised(
+        reader,
+        loss,
         StepData(data, batch_size=64, seed=1),
         steps=steps,
+        learning_rate=3e-3,
+        betas=(0.9, 0.98),
         folder=folder,
         runtime=runtime,
-        callbacks=[ConsoleSummary("text encoder")],
+        description="text encoder",
         gradient_clip=1.0,
-    )
-    return reader.encoder.eval().requires_grad_(False)
+    ).encoder

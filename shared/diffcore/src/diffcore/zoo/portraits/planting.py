@@ -17,8 +17,8 @@ from torch.optim import AdamW
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffcore.runtime import Runtime
-from diffcore.train import DenoisingModule, StepData, uniform_timesteps
-from diffcore.zoo.fitting import fit_averaged, rise_and_fall
+from diffcore.train import DenoisingModule, StepData, rise_and_fall, uniform_timesteps
+from diffcore.zoo.fitting import fit_averaged
 from diffcore.zoo.patch_code import PatchCode
 from diffcore.zoo.portraits.base import BATCH_SIZE, CaptionedLatents
 from diffcore.zoo.portraits.captions import FIRST_NAMES, LAST_NAMES, PLACES, same_form_captions

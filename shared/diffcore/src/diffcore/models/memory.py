@@ -31,8 +31,8 @@ def from_pipeline(pipe: Any, *, scheduler: Any = None, name: str | None = None) 
     """Returns a diffusers pipeline as a model; the networks stay the pipeline's own objects.
 
     Nothing is copied, moved, frozen or put into `eval()`: an edit of `pipe.unet` in place is an edit of the model, and
-    the other way round. A network that is assigned to the pipeline afterwards is not seen, and the fingerprint is that of
-    the weights at the time of the call.
+    the other way round. A network that is assigned to the pipeline afterwards is not seen, and the fingerprint is that
+    of the weights at the time of the call.
 
     Args:
         pipe: A pipeline of a class that `load` knows or its image-to-image relative, or a bare backbone network.

@@ -138,6 +138,36 @@ class DiffusionModel:
         fused = {names[c]: fuse(self.modules[names[c]], changes, scale) for c, changes in adapter.components.items()}
         return self.with_modules(f"adapter {adapter.fingerprint} at {scale!r}", fused)
 
+    def save(self, folder: Path | str) -> Path:
+        """Writes the model in the layout of diffusers, which `load` and diffusers itself read, and returns its folder.
+
+        A pipeline becomes a pipeline folder; a bare backbone becomes one folder with its scheduler beside the weights.
+        The files appear under their name only when all of them are written. Paths of this machine are left out.
+
+        Args:
+            folder: Place of the new folder; nothing may be there yet.
+
+        Raises:
+            UserError: Something is there already, or the place is not writable.
+            MachineError: The disk is full or failing.
+
+        Example:
+            >>> from diffcore.models import from_pipeline
+            >>> from diffcore.testing import tiny
+            >>> from tempfile import mkdtemp
+            >>> folder = from_pipeline(tiny.pipeline("dit")).save(Path(mkdtemp()) / "dit")
+            >>> sorted(path.name for path in folder.iterdir())
+            ['model_index.json', 'scheduler', 'transformer', 'vae']
+        """
+        from diffcore.models.save import new_folder, write_backbone
+
+        with new_folder(Path(folder)) as partial:
+            if self.pipeline is not None:
+                self.pipeline.save_pretrained(partial)
+            else:
+                write_backbone(self, partial)
+        return Path(folder)
+
     @cached_property
     def pipeline(self) -> Any:
         """The pipeline of the diffusers library around the same modules; None for a bare backbone."""
@@ -146,8 +176,7 @@ class DiffusionModel:
         import diffusers
 
         parts = {name: self.modules.get(name) for name in PIPELINES[self.pipeline_class]}
-        if "scheduler" in self.components:
-            parts["scheduler"] = self._scheduler()
+        parts["scheduler"] = self.scheduler
         settings: dict[str, Any] = {}
         if self.pipeline_class == "StableDiffusionPipeline":
             settings = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -156,7 +185,11 @@ class DiffusionModel:
             settings = {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
         return getattr(diffusers, self.pipeline_class)(**parts, **settings)
 
-    def _scheduler(self) -> Any:
+    @property
+    def scheduler(self) -> Any:
+        """A new scheduler of the diffusers library with the model's prediction type; None where none came with it."""
+        if "scheduler" not in self.components:
+            return None
         scheduler = self.components["scheduler"]
         if isinstance(self.denoiser.schedule, DiscreteSchedule):  # the user may have said what is predicted
             config = {**scheduler.config, "prediction_type": self.denoiser.prediction_type}

@@ -1,4 +1,4 @@
-"""Localises memorised captions in the cross-attention value neurons of a text-to-image model, and switches them off.
+"""Localizes memorised captions in the cross-attention value neurons of a text-to-image model, and switches them off.
 
 D. Hintersdorf, L. Struppek et al., "Finding NeMo: Localizing Neurons Responsible For Memorization in Diffusion Models",
 NeurIPS 2024.

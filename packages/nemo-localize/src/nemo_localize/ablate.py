@@ -1,7 +1,7 @@
-"""Switching value neurons off: while a block runs, or in the weights of a copy.
+"""Ablating value neurons: while a block runs, or in the weights of a copy.
 
 Neuron i of a layer is output channel i of its `to_v`, so scaling it by s is scaling row i of the weight: hooks and
-edited weights give the same numbers, for every caption and at every step. Under guidance that is both branches.
+edited weights give the same numbers, for every prompt and at every step. Under guidance that is both branches.
 """
 
 from contextlib import AbstractContextManager
@@ -20,43 +20,44 @@ from nemo_localize.neurons import NeuronSet
 from nemo_localize.sites import value_sites
 
 
-def suppressed(
-    model: DiffusionModel, neurons: NeuronSet, *, scale: float = 0.0, branch: Branch = "both"
+def ablated(
+    backbone: nn.Module, neurons: NeuronSet, *, scale: float = 0.0, branch: Branch = "both"
 ) -> AbstractContextManager[None]:
-    """Scales neurons while a block runs, and leaves the model as it was however the block ends.
+    """Ablates neurons while a block runs, and leaves the network as it was however the block ends.
 
     Args:
-        model: A text-conditioned U-Net.
-        neurons: Which.
-        scale: 0 switches them off; between 0 and 1 mitigates little, below 0 adds nothing (paper, table 4).
-        branch: Rows of a guided pass. "cond" spares the empty caption and equals no edit of weights.
+        backbone: A text-conditioned U-Net, such as `pipe.unet`.
+        neurons: The neurons whose outputs are scaled.
+        scale: Factor of their outputs: 0 ablates; between 0 and 1 mitigates little, below 0 adds nothing (paper,
+            table 4).
+        branch: Rows of a guided pass. "cond" spares the empty prompt and equals no edit of weights.
 
     Raises:
-        IncompatibleModelError: A neuron is not in this model, or the layer is out of use while projections are fused.
+        IncompatibleModelError: A neuron is not in this network, or the layer is out of use while projections are fused.
     """
-    _require(model, neurons)
+    _require(backbone, neurons)
     masks: dict[str | Site, Tensor] = {}
     for name, channels in neurons.layers:
-        layer: Any = model.backbone.get_submodule(name)
+        layer: Any = backbone.get_submodule(name)
         masks[Site(name)] = _multiplier(layer.out_features, channels, scale)
-    return intervene(model.backbone, masks, branch=branch)
+    return intervene(backbone, masks, branch=branch)
 
 
 @torch.no_grad()
-def edited(model: DiffusionModel, neurons: NeuronSet, *, scale: float = 0.0) -> DiffusionModel:
+def ablated_copy(model: DiffusionModel, neurons: NeuronSet, *, scale: float = 0.0) -> DiffusionModel:
     """Returns the model with rows of its value matrices scaled; all other weights are shared, not copied.
 
     Args:
         model: A text-conditioned U-Net.
-        neurons: Which.
-        scale: 0 switches them off.
+        neurons: The neurons whose rows are scaled.
+        scale: Factor of the rows; 0 ablates.
 
     Raises:
         IncompatibleModelError: A neuron is not in this model, or its layer is no plain linear one: an adapter that is
             not merged or a quantised weight would keep the neuron alive beside the edit.
     """
-    _require(model, neurons)
     backbone = model.backbone
+    _require(backbone, neurons)
     layers = {name: _plain_linear(backbone, name) for name, _ in neurons.layers}
     require_unfused(backbone, [(Site(name), layer) for name, layer in layers.items()])
     copy = deepcopy(backbone, {id(tensor): tensor for tensor in (*backbone.parameters(), *backbone.buffers())})
@@ -70,8 +71,8 @@ def edited(model: DiffusionModel, neurons: NeuronSet, *, scale: float = 0.0) -> 
     return model.with_modules(f"neurons {neurons.to_json()} at {scale!r}", {model.backbone_name: copy})
 
 
-def _require(model: DiffusionModel, neurons: NeuronSet) -> None:
-    value_sites(model.backbone, up=True).numbers(neurons)
+def _require(backbone: nn.Module, neurons: NeuronSet) -> None:
+    value_sites(backbone, up=True).numbers(neurons)
 
 
 def _multiplier(width: int, channels: tuple[int, ...], scale: float) -> Tensor:

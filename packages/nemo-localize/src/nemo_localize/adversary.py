@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffcore.batching import InBatches
 from diffcore.denoiser import Condition
 from diffcore.models import DiffusionModel
 from diffcore.noise import philox_normal, philox_uniform, row_noise
 from diffcore.train.timesteps import default_time_sampler
 from nemo_localize import protocol
-from nemo_localize.images import in_batches
 
 STATES = "encoder_hidden_states"
 _TIMES, _STARTS = 1, 2  # streams of draws; 0 is the noise
@@ -45,7 +45,7 @@ def search_embeddings(
     All searches see the same noise and timesteps, in the same order.
 
     Args:
-        model: Enter `switched_off` before, to attack it without some neurons.
+        model: A text-conditioned U-Net; ablate neurons around the call to attack it without them.
         cond: What else the backbone needs, one row per search; its embeddings are not read.
         starts: Where the searches start.
         targets: Latents of the pictures that each is for.
@@ -59,7 +59,8 @@ def search_embeddings(
     shape = targets[0].shape[1:]
     x0 = torch.stack([target[torch.arange(draws) % len(target)] for target in targets]).to(device)
 
-    def work(jobs: slice) -> Tensor:
+    def work(rows: range) -> Tensor:
+        jobs = slice(rows.start, rows.stop)
         embeddings = starts[jobs].detach().to(device, torch.promote_types(starts.dtype, torch.float32)).clone()
         embeddings.requires_grad_()
         others = {key: value[jobs].to(device) for key, value in cond.items() if key != STATES}
@@ -72,7 +73,7 @@ def search_embeddings(
             optimizer.step()
         return embeddings.detach().to(starts.dtype)
 
-    return torch.cat(in_batches(len(starts), max(batch_size // draws, 1), work))
+    return torch.cat(list(InBatches(max(batch_size // draws, 1))(range(len(starts)), work)))
 
 
 def _drawn(

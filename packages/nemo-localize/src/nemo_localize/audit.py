@@ -1,265 +1,251 @@
-"""The whole audit of a model before its release: which captions leak, an edit that stops them, and whether it holds."""
+"""The whole audit of a model before its release: which prompts leak, an edit that stops them, and whether it holds.
 
-from collections.abc import Mapping, Sequence
+statistics, threshold -> two looks at every prompt -> neurons of the memorised ones -> one small set -> confirmed on
+images -> measured on images -> verified
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from diffcore.io.jsonfile import write_json
-from diffcore.run import Run
-from nemo_localize.app.report import save_evaluation, save_gallery, save_neurons, save_proof, save_table, write_page
-from nemo_localize.app.report_evidence import save_evidence
+from diffcore.models import DiffusionModel
+from diffcore.units import Map, each_unit
 from nemo_localize.calibrate import Calibration, calibrate
 from nemo_localize.confirm import confirm
-from nemo_localize.evaluate import Judges, evaluate
+from nemo_localize.evaluate import Evaluation, Judges, evaluate
 from nemo_localize.evidence import Evidence, collect_evidence
-from nemo_localize.files.export import apply as write_edit
-from nemo_localize.files.export import checkpoint_in
-from nemo_localize.files.neurons import RESULTS, by_caption
 from nemo_localize.first_step import FirstStep
 from nemo_localize.generate import generate
-from nemo_localize.images import Drawing, seen, shows_latents
+from nemo_localize.images import shows_latents
 from nemo_localize.likeness import likeness
 from nemo_localize.localize import localize
-from nemo_localize.minimal_set import minimal_set, within_budget
-from nemo_localize.neurons import NeuronSet
+from nemo_localize.minimal_set import GlobalEdit, minimal_set, within_budget
+from nemo_localize.neurons import NO_NEURONS, NeuronSet
 from nemo_localize.results import Results
-from nemo_localize.second_look import FIRST_SEEDS, quick_latents
-from nemo_localize.settings import Method, SearchSettings
+from nemo_localize.settings import FIRST_IMAGE_SEED, ImageSettings, Mitigation, SearchSettings
 from nemo_localize.statistics import Statistics, collect_statistics, merged
-from nemo_localize.verify import prove
+from nemo_localize.verification import Verification
+from nemo_localize.verify import verify
 
-if TYPE_CHECKING:
-    from lightning.fabric import Fabric
-
-_WAYS: tuple[Method, ...] = ("none", "neurons", "random-neurons")
-_DAMAGE_CAPTIONS, _CONTROLS = 48, 4
-_SHOWN, _SHOWN_CLEAN = 12, 4  # captions whose pictures the report shows, where some are suspicious and where none is
+MITIGATIONS: tuple[Mitigation, ...] = ("none", "neurons", "random-neurons")
+_DAMAGE_PROMPTS, _CONTROLS = 48, 4
 
 
 @dataclass(frozen=True)
-class Audit:
-    """What an audit needs.
+class ConfirmedEdit:
+    """The neurons that an audit ablates.
 
     Attributes:
-        step: The model, and the step and seeds of localisation.
-        source: The model's files, which the edit is written from.
-        prompts: Captions to audit.
-        references: Ordinary captions and others of the same style, by name: what neurons usually do.
-        ordinary: Captions that are not memorised: they set the threshold, and must not suffer.
-        seeds: Of the pictures.
-        drawing: How they are drawn.
-        search: Settings.
-        quantile: Of ordinary captions that sets the threshold; None is mean plus standard deviation.
-        judges: Networks that look at pictures.
-        originals: Training images by caption, where they are known.
+        neurons: One set for all memorised prompts that images agree with.
+        minimal: The smallest set by first steps, which it was widened from.
+        widened_for: Prompts whose images asked for all of their candidates.
     """
 
-    step: FirstStep
-    source: Path
-    prompts: Sequence[str]
-    references: Mapping[str, Sequence[str]]
-    ordinary: Sequence[str]
-    seeds: Sequence[int]
-    drawing: Drawing
-    search: SearchSettings = field(default_factory=SearchSettings)
-    quantile: float | None = None
-    judges: Judges = field(default_factory=Judges)
-    originals: Mapping[str, Tensor] = field(default_factory=dict)
+    neurons: NeuronSet
+    minimal: GlobalEdit
+    widened_for: tuple[str, ...]
 
 
-def audit_release(audit: Audit, run: Run, fabric: "Fabric | None" = None) -> dict[str, Any]:
-    """Finds what is memorised, edits the model, and proves; returns the summary, with `closed` as its verdict.
+@dataclass(frozen=True, eq=False)
+class Audit:
+    """What an audit found; parts that were not reached are None.
 
-    `closed` says that nothing is memorised, undecided or failed, or that the leak is proven closed and nothing else is
-    undecided or failed. The run folder ends up with the statistics, the threshold, `results.jsonl`, `neurons.json`, the
-    edited checkpoint as `apply` writes it, pictures, tables and the proof.
+    Attributes:
+        statistics: Activations of the reference prompts.
+        calibration: The threshold, and how often it is wrong.
+        evidence: The verdict on each prompt, and what it rests on.
+        results: The neurons of each prompt.
+        edit: The neurons to ablate.
+        images: Images of the memorised prompts by mitigation.
+        evaluation: Measures of those images.
+        verification: Tests of whether the leaks are closed.
+    """
+
+    statistics: Statistics
+    calibration: Calibration
+    evidence: Evidence
+    results: Results
+    edit: ConfirmedEdit | None = None
+    images: Mapping[str, Tensor] = field(default_factory=dict)
+    evaluation: Evaluation | None = None
+    verification: Verification | None = None
+
+    @property
+    def memorised(self) -> list[str]:
+        """The prompts that are memorised."""
+        return self.evidence.of("memorised")
+
+    @property
+    def neurons(self) -> NeuronSet:
+        """The neurons to ablate; none where nothing is memorised or nothing was localized."""
+        return self.edit.neurons if self.edit else NO_NEURONS
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing is memorised, undecided or failed, or the leak is closed and nothing else is unsettled."""
+        settled = not self.evidence.of("undecided") and not self._failed
+        return settled and (not self.memorised or (self.verification is not None and self.verification.exit_code == 0))
+
+    @property
+    def verdict(self) -> str:
+        """None memorised, undecided, or what verification says of the memorised ones."""
+        if self.memorised:
+            return self.verification.verdict if self.verification else "open"
+        return "undecided" if self.evidence.of("undecided") or self._failed else "none memorised"
+
+    @property
+    def answer(self) -> str:
+        """The verdict in a sentence or two."""
+        if not self.memorised:
+            return self._none_certain()
+        answer = f"{len(self.memorised)} of {len(self.evidence.first)} captions are memorised"
+        undecided = len(self.evidence.of("undecided"))
+        others = f" {undecided} more are undecided." if undecided else ""
+        if self.verification is None:
+            return f"{answer}, and no neurons were found for any.{others}"
+        summary = self.verification.summary()
+        return (
+            f"{answer}. With {len(self.neurons)} neurons ablated the verdict is {self.verification.verdict}: "
+            f"{summary['closed']} closed, {summary['open']} open, {summary['inconclusive']} inconclusive.{others}"
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the audit in figures."""
+        found: dict[str, Any] = {
+            "captions": len(self.evidence.first),
+            "memorised": len(self.memorised),
+            "undecided": len(self.evidence.of("undecided")),
+            "drawn": len(self.evidence.found.looks),
+            "tau": self.calibration.tau,
+            "tau_interval": self.calibration.interval,
+            "false_alarm_rate": self.calibration.false_alarm_rate,
+            "failed": self._failed,
+        }
+        if self.evaluation is not None:
+            found |= {"evaluation": self.evaluation.rows(), "measured_in": self.evaluation.source}
+        if self.edit is not None:
+            found |= {
+                "neurons": len(self.edit.neurons),
+                "neurons_of_minimal_set": len(self.edit.minimal.neurons),
+                "neurons_of_union": len(self.edit.minimal.union.neurons),
+                "damage": self.edit.minimal.chosen.damage,
+                "needed_all_candidates": list(self.edit.widened_for),
+            }
+        found |= {"verdict": self.verdict, "closed": self.closed, "answer": self.answer}
+        return found if self.verification is None else found | {"verification": self.verification.summary()}
+
+    @property
+    def _failed(self) -> int:
+        return sum(result.status == "error" for result in self.results.distinct())
+
+    def _none_certain(self) -> str:
+        count, looked_at = len(self.evidence.first), len(self.evidence.found.looks)
+        looked = f"the first steps of all were compared, and images of the {looked_at} most consistent ones"
+        if looked_at == count:
+            looked = "the first steps and the images of all were compared"
+        if undecided := len(self.evidence.of("undecided")):
+            why = "seeds give images that are alike, but not most of them"
+            if not self.evidence.found.usual.telling:
+                why = "seeds give images that are alike, and so they do for ordinary captions of this model"
+            return f"Undecided for {undecided} of {count} captions: {why}. No other is memorised: {looked}."
+        if self._failed:
+            return f"{self._failed} of {count} captions failed. No other is memorised: {looked}."
+        return f"None of {count} captions is memorised: {looked}."
+
+
+def audit(
+    model: DiffusionModel | FirstStep,
+    prompts: Sequence[str],
+    ordinary: Sequence[str],
+    *,
+    references: Mapping[str, Sequence[str]] | None = None,
+    seeds: Sequence[int] = range(FIRST_IMAGE_SEED, FIRST_IMAGE_SEED + 10),
+    settings: ImageSettings | None = None,
+    search: SearchSettings | None = None,
+    quantile: float | None = 0.99,
+    judges: Judges | None = None,
+    originals: Mapping[str, Tensor] | None = None,
+    map: Map = each_unit,
+    on_part: Callable[[Any], None] | None = None,
+) -> Audit:
+    """Finds what is memorised, a set of neurons that stops it, and tests whether the leak is closed.
 
     Args:
-        audit: What and how.
-        run: Where everything is kept; interrupted, it goes on where it stopped.
-        fabric: Processes that share localisation and proof.
+        model: The model, or its `FirstStep` where settings differ from the defaults.
+        prompts: Prompts to audit.
+        ordinary: Prompts that are not memorised: they set the threshold, and must not suffer.
+        references: Ordinary prompts and others of the audited prompts' style, by name, for what neurons usually do; by
+            default the ordinary ones.
+        seeds: Seeds of the images; none of localization, none of verification.
+        settings: How images are generated.
+        search: Candidate sets and refinement.
+        quantile: Quantile of ordinary prompts that sets the threshold; None is mean plus standard deviation.
+        judges: Networks that look at images; each that is missing is replaced by what needs no weights.
+        originals: Training images by prompt, where they are known.
+        map: Way to go through the prompts; `diffcore.run.RunMap` resumes and shares the work.
+        on_part: Called with each part as soon as it is known: `Statistics`, `Calibration`, `Evidence`, `Results`,
+            `ConfirmedEdit`, the images by mitigation, `Evaluation`, `Verification`.
 
     Raises:
         UserError: What was given does not fit together.
-        MachineError: Memory or disk do not suffice.
+        MachineError: Memory does not hold a single row.
     """
-    step = audit.step
-    statistics, calibration = _usual(audit, run, fabric)
-    evidence = _looked(audit, calibration, run, fabric)
+    step, settings, judges = FirstStep.of(model), settings or ImageSettings(), judges or Judges()
+    originals, tell = originals or {}, on_part or (lambda part: None)
+    judge = likeness(judges.copies, of_latents=shows_latents(step.model))
+
+    sources = references or {"ordinary": ordinary}
+    statistics = merged([collect_statistics(step.model, own, source=key, up=step.up) for key, own in sources.items()])
+    tell(statistics)
+    calibration = calibrate(step, ordinary, quantile=quantile, map=map)
+    tell(calibration)
+    evidence = collect_evidence(
+        step, prompts, ordinary, calibration, judge=judge, settings=settings, originals=originals, map=map
+    )
+    tell(evidence)
     memorised, tau = evidence.of("memorised"), evidence.suppressed_below
-    searched = localize(step, memorised, tau=tau, statistics=statistics, settings=audit.search, run=run, fabric=fabric)
-    by_prompt = evidence.completed({result.prompt: result for result in searched})
-    results = Results(tuple(by_prompt[prompt] for prompt in audit.prompts))
-    if run.leading:
-        results.write_jsonl(run.folder / RESULTS)
-    counts = save_neurons(run, results, step, statistics)["counts"]
-    found = _counted(evidence) | {"failed": counts["error"]}
-    unsettled = found["undecided"] + found["failed"] > 0
-    if not memorised:
-        verdict = "undecided" if unsettled else "none memorised"
-        answer = _none_certain(found, telling=evidence.found.usual.telling)
-        return found | {"verdict": verdict, "closed": not unsettled, "answer": answer}
-    answer = f"{len(memorised)} of {found['captions']} captions are memorised"
-    others = f" {found['undecided']} more are undecided." if found["undecided"] else ""
-    if not counts["localised"]:
-        answer += f", and no neurons were found for any.{others}"
-        return found | {"verdict": "open", "closed": False, "answer": answer}
-    neurons, chosen = _edit(audit, run, results, memorised, tau)
-    found |= _measured(audit, run, memorised, neurons)
-    controls = [text for text in dict.fromkeys(audit.ordinary) if text not in set(audit.prompts)][:_CONTROLS]
-    proof = prove(
+    found = localize(step, memorised, tau=tau, statistics=statistics, search=search, map=map)
+    by_prompt = evidence.completed({result.prompt: result for result in found})
+    results = Results(tuple(by_prompt[prompt] for prompt in prompts))
+    tell(results)
+    if not any(result.status == "localized" for result in results):
+        return Audit(statistics, calibration, evidence, results)
+
+    spared = ordinary[:_DAMAGE_PROMPTS]
+    common = minimal_set(step, results, spared, tau=tau)
+    neurons, stubborn = confirm(
+        step.model,
+        results,
+        common.neurons,
+        memorised,
+        seeds,
+        judge=judge,
+        settings=settings,
+        originals=originals,
+        affordable=within_budget(step, spared),
+        map=map,
+    )
+    edit = ConfirmedEdit(neurons, common, tuple(stubborn))
+    tell(edit)
+    images = generate(
+        step.model, memorised, seeds, mitigations=MITIGATIONS, neurons=neurons, settings=settings, map=map
+    )
+    tell(images)
+    evaluation = evaluate(memorised, images, originals=originals, judges=judges, of_latents=shows_latents(step.model))
+    tell(evaluation)
+    controls = [text for text in dict.fromkeys(ordinary) if text not in set(prompts)][:_CONTROLS]
+    verification = verify(
         step,
         neurons,
         memorised,
         controls,
         tau=tau,
-        originals=audit.originals,
-        copies=audit.judges.copies,
-        drawing=audit.drawing,
-        run=run,
-        fabric=fabric,
+        originals=originals,
+        copies=judges.copies,
+        settings=settings,
+        map=map,
     )
-    write_json(run.folder / "proof.json", proof.to_json())
-    save_proof(run, proof)
-    summary = proof.summary()
-    answer += (
-        f". With {len(neurons)} neurons off the proof is {proof.verdict}: {summary['closed']} closed, "
-        f"{summary['open']} open, {summary['inconclusive']} inconclusive.{others}"
-    )
-    closed = proof.exit_code == 0 and not unsettled
-    return found | chosen | {"verdict": proof.verdict, "closed": closed, "answer": answer, "proof": summary}
-
-
-def _looked(audit: Audit, calibration: Calibration, run: Run, fabric: "Fabric | None") -> Evidence:
-    """Returns the evidence on each caption, and keeps it for the report with the pictures of those that have most."""
-    model = audit.step.model
-    judge = likeness(audit.judges.copies, of_latents=shows_latents(model))
-    evidence = collect_evidence(
-        audit.step,
-        audit.prompts,
-        audit.ordinary,
-        calibration,
-        audit.drawing,
-        judge,
-        run,
-        originals=audit.originals,
-        fabric=fabric,
-    )
-    if run.leading:
-        suspicious = len(evidence.of("memorised") + evidence.of("undecided"))
-        prompts = list(evidence.verdicts)[: max(_SHOWN_CLEAN, min(suspicious, _SHOWN))]
-        latents = quick_latents(model, prompts, FIRST_SEEDS, audit.drawing) if prompts else ()
-        shown = [seen(model, own).cpu() for own in latents]
-        save_evidence(run, evidence, dict(zip(prompts, shown, strict=True)), audit.originals)
-        write_page(run)
-    return evidence
-
-
-def _counted(evidence: Evidence) -> dict[str, Any]:
-    """Returns the summary of what was looked at and found."""
-    calibration = evidence.calibration
-    return {
-        "captions": len(evidence.first),
-        "memorised": len(evidence.of("memorised")),
-        "undecided": len(evidence.of("undecided")),
-        "drawn": len(evidence.found.looks),
-        "tau": calibration.tau,
-        "tau_interval": calibration.interval,
-        "false_alarm_rate": calibration.false_alarm_rate,
-    }
-
-
-def _none_certain(found: Mapping[str, Any], *, telling: bool) -> str:
-    """Returns the answer of an audit that found no certain memory."""
-    count = found["captions"]
-    looked = f"the first steps of all were compared, and pictures of the {found['drawn']} most consistent ones"
-    if found["drawn"] == count:
-        looked = "the first steps and the pictures of all were compared"
-    if found["undecided"]:
-        why = "seeds draw pictures that are alike, but not most of them"
-        if not telling:
-            why = "seeds draw pictures that are alike, and so they do for ordinary captions of this model"
-        return f"Undecided for {found['undecided']} of {count} captions: {why}. No other is memorised: {looked}."
-    if found["failed"]:
-        return f"{found['failed']} of {count} captions failed. No other is memorised: {looked}."
-    return f"None of {count} captions is memorised: {looked}."
-
-
-def _usual(audit: Audit, run: Run, fabric: "Fabric | None") -> tuple[Statistics, Calibration]:
-    """Returns how active neurons usually are, and the threshold."""
-    up = any(site.module.startswith("up_blocks") for site in audit.step.sites.sites)
-    statistics = merged(
-        [
-            collect_statistics(audit.step.model, prompts, source=name, up=up)
-            for name, prompts in audit.references.items()
-        ]
-    )
-    calibration = calibrate(audit.step, audit.ordinary, quantile=audit.quantile, run=run, fabric=fabric)
-    if run.leading:
-        statistics.save(run.folder / "statistics.safetensors")
-        calibration.save(run.folder / "calibration.json")
-    return statistics, calibration
-
-
-def _edit(
-    audit: Audit, run: Run, results: Results, memorised: Sequence[str], tau: float
-) -> tuple[NeuronSet, dict[str, Any]]:
-    """Returns a small set for all captions that pictures agree with, and writes the edited checkpoint."""
-    spared = audit.ordinary[:_DAMAGE_CAPTIONS]
-    common = minimal_set(audit.step, results, spared, tau=tau)
-    judge = likeness(audit.judges.copies, of_latents=shows_latents(audit.step.model))
-    neurons, stubborn = confirm(
-        audit.step.model,
-        results,
-        common.neurons,
-        memorised,
-        audit.seeds,
-        audit.drawing,
-        run,
-        judge=judge,
-        originals=audit.originals,
-        affordable=within_budget(audit.step, spared),
-    )
-    captions = {prompt: found.to_json() for prompt, found in by_caption(results).items()}
-    if run.leading:
-        write_json(
-            run.folder / "neurons.json",
-            {"neurons": neurons.to_json(), "captions": captions, "minimal_set": common.to_json()},
-        )
-        save_table(
-            run,
-            "sets",
-            common.rows(),
-            "One set of neurons for all captions. Change: one minus the likeness of first steps of ordinary captions, "
-            f"before and after; bearable up to {common.budget:g}.",
-        )
-        if checkpoint_in(run.folder) is None:
-            write_edit(audit.source, neurons, run.folder, reasons=by_caption(results))
-    return neurons, {
-        "neurons": len(neurons),
-        "neurons_of_minimal_set": len(common.neurons),
-        "neurons_of_union": len(common.union.neurons),
-        "damage": common.chosen.damage,
-        "needed_all_candidates": stubborn,
-    }
-
-
-def _measured(audit: Audit, run: Run, memorised: Sequence[str], neurons: NeuronSet) -> dict[str, Any]:
-    """Draws before and after, and measures; what is drawn with the confirmed set is kept apart from what was tried."""
-    model = audit.step.model
-    pictures = generate(model, memorised, _WAYS, audit.seeds, audit.drawing, run, neurons=neurons, repeat=len(neurons))
-    save_gallery(run, memorised, pictures, audit.seeds, audit.originals)
-    if run.leading:
-        write_page(run)
-    measured = evaluate(
-        memorised,
-        pictures,
-        originals=audit.originals,
-        judges=audit.judges,
-        of_latents=shows_latents(model),
-    )
-    save_evaluation(run, measured)
-    return {"evaluation": measured.rows(), "measured_in": measured.source}
+    tell(verification)
+    return Audit(statistics, calibration, evidence, results, edit, images, evaluation, verification)

@@ -7,22 +7,17 @@ References:
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from diffcore.errors import CorruptArtifactError, IncompatibleModelError, UserError, printable
-from diffcore.io.jsonfile import read_object, write_json
-from diffcore.run import Run
-from nemo_localize.detect import encode, measure
+from diffcore.errors import IncompatibleModelError, UserError, printable
+from diffcore.models import DiffusionModel
+from diffcore.units import Map, each_unit
+from nemo_localize.detect import detect
 from nemo_localize.first_step import FirstStep
 from nemo_localize.settings import described, require_tau
-from nemo_localize.units import Rows, in_units
-
-if TYPE_CHECKING:
-    from lightning.fabric import Fabric
 
 PUBLISHED_TAU = 0.428  # Stable Diffusion v1.4, 512 pixels, 50 DDIM steps: paper, section 4
 _PUBLISHED: dict[str, Any] = {  # what that threshold is of: the defaults of the published code
@@ -33,7 +28,6 @@ _PUBLISHED: dict[str, Any] = {  # what that threshold is of: the defaults of the
     "num_seeds": 10,
     "guidance_scale": 1.0,
 }
-_SCHEMA = "nemo-localize/calibration@1"
 _DRAWS = 1000
 _QUANTILES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 
@@ -90,60 +84,43 @@ class Calibration:
         if self.fingerprint != step.model.fingerprint:
             raise IncompatibleModelError(f"the calibration is not of {step.model.name}; calibrate this model")
 
-    def save(self, path: Path) -> Path:
-        """Writes the calibration as JSON."""
-        return write_json(path, {"schema": _SCHEMA, **asdict(self)})
-
-    @classmethod
-    def load(cls, path: Path) -> "Calibration":
-        """Reads what `save` wrote.
-
-        Raises:
-            CorruptArtifactError: The file is damaged, or something else.
-        """
-        found = read_object(path)
-        if found.pop("schema", None) != _SCHEMA:
-            raise CorruptArtifactError(
-                f"{printable(path, 300)} is no calibration; make one with: nemo-localize calibrate"
-            )
-        try:
-            interval = found.pop("interval", None)
-            return cls(**found, interval=interval and tuple(interval))
-        except TypeError as error:
-            raise CorruptArtifactError(f"{printable(path, 300)} is damaged ({error}); calibrate again") from error
-
 
 def calibrate(
-    step: FirstStep,
-    prompts: Sequence[str],
+    model: DiffusionModel | FirstStep,
+    ordinary: Sequence[str],
     *,
     quantile: float | None = None,
     unit_size: int = 16,
-    run: Run | None = None,
-    fabric: "Fabric | None" = None,
+    map: Map = each_unit,
 ) -> Calibration:
-    """Finds the threshold of a model from ordinary captions, and how often it is wrong on others of them.
+    """Finds the threshold of a model from ordinary prompts, and how often it is wrong on others of them.
 
-    Every second distinct caption sets the threshold; the others check it.
+    Every second distinct prompt sets the threshold; the others check it.
 
     Args:
-        step: The model and the settings under which captions will be judged.
-        prompts: Captions that are not memorised; the paper took 50 000, a thousand give tau to about 0.003.
-        quantile: Take this quantile instead of mean plus standard deviation; where few ordinary captions are allowed
+        model: A text-conditioned U-Net, or its `FirstStep` with the settings under which prompts will be judged.
+        ordinary: Prompts that are not memorised; the paper took 50 000, a thousand give tau to about 0.003.
+        quantile: Take this quantile instead of mean plus standard deviation; where few ordinary prompts are allowed
             to be called memorised, 0.99 is the better rule.
-        unit_size: Captions that share batches.
-        run: Where to keep parts, and resume from.
-        fabric: Processes that share the work.
+        unit_size: Number of prompts that share batches.
+        map: Way to go through the prompts; `diffcore.run.RunMap` resumes and shares the work.
 
     Raises:
-        UserError: Fewer than four distinct captions have a score, or the quantile is none.
+        UserError: Fewer than four distinct prompts have a score, or the quantile is none.
+
+    Example:
+        >>> from nemo_localize.planted import ordinary_captions, planted_model
+        >>> found = calibrate(planted_model([], side=8).model, ordinary_captions(8))
+        >>> 0 < found.tau < 1, found.num_prompts
+        (True, 4)
     """
     if quantile is not None and not 0 < quantile < 1:
-        raise UserError(f"--quantile is {quantile}; give a number between 0 and 1, such as 0.99")
-    rows = scored(step, prompts, name="calibration", unit_size=unit_size, run=run, fabric=fabric)
-    levels = [max(row["consistency"]) for row in rows if row["error"] is None]
+        raise UserError(f"`quantile` is {quantile}; give a number between 0 and 1, such as 0.99")
+    step, distinct = FirstStep.of(model), list(dict.fromkeys(ordinary))
+    rows = detect(step, distinct, unit_size=unit_size, name="calibration", map=map)
+    levels = [row.level for row in rows if row.error is None]
     if len(levels) < 4:
-        raise UserError(f"{len(levels)} distinct captions have a score; a threshold needs at least 4, better 1000")
+        raise UserError(f"{len(levels)} distinct prompts have a score; a threshold needs at least 4, better 1000")
     fitted, checked = levels[::2], levels[1::2]
     mean, sd = statistics.fmean(fitted), statistics.stdev(fitted)
     tau = float(_tau(np.asarray(fitted), quantile))
@@ -178,54 +155,22 @@ def _interval(levels: np.ndarray, quantile: float | None) -> tuple[float, float]
     return float(low), float(high)
 
 
-def scored(
+def threshold(
     step: FirstStep,
-    prompts: Sequence[str],
+    calibration: Calibration | None = None,
     *,
-    name: str,
-    unit_size: int = 16,
-    run: Run | None = None,
-    fabric: "Fabric | None" = None,
-) -> Rows:
-    """Returns the consistency of each distinct caption, as `consistency_rows`; what the run has is read.
+    tau: float | None = None,
+    ordinary: Sequence[str] = (),
+    map: Map = each_unit,
+) -> float:
+    """Returns tau: the one asked for, a calibration's, or the published one where its code and model are reproduced.
 
     Args:
-        step: The model and its step.
-        prompts: Captions.
-        name: Of this kind of work in the run.
-        unit_size: Captions that share batches.
-        run: Where to keep parts, and resume from.
-        fabric: Processes that share the work.
-    """
-    distinct = list(dict.fromkeys(prompts))
-    return in_units(
-        distinct, lambda unit: consistency_rows(step, unit), unit_size=unit_size, run=run, name=name, fabric=fabric
-    )
-
-
-def consistency_rows(step: FirstStep, prompts: Sequence[str]) -> Rows:
-    """Returns each caption's consistency per seed, or why it has none."""
-    cond, truncated, lost = encode(step, prompts)
-    found = measure(step, cond)
-    return [
-        {
-            "prompt": prompt,
-            "consistency": found.consistency[i],
-            "truncated": truncated[i],
-            "lost": lost[i],
-            "error": found.errors.get(i),
-        }
-        for i, prompt in enumerate(prompts)
-    ]
-
-
-def threshold(step: FirstStep, calibration: Calibration | None, *, tau: float | None = None) -> float:
-    """Returns tau: the one asked for, the calibration's, or the published one where its code and model are reproduced.
-
-    Args:
-        step: The model and the settings under which captions will be judged.
-        calibration: Of these.
-        tau: Take this one; whether it fits the model is for the caller to know.
+        step: The model and the settings under which prompts will be judged.
+        calibration: Threshold that was found before, under the same settings.
+        tau: The threshold itself; whether it fits the model is for the caller to know.
+        ordinary: Prompts that are not memorised, to find the threshold from where there is none yet.
+        map: Way to go through those.
 
     Raises:
         IncompatibleModelError: The calibration is of other settings or of another model.
@@ -233,24 +178,30 @@ def threshold(step: FirstStep, calibration: Calibration | None, *, tau: float | 
     """
     if tau is not None:
         if calibration is not None:
-            raise UserError(f"--tau {tau} and --calibration are two thresholds; give one of them")
+            raise UserError(f"`tau` {tau} and `calibration` are two thresholds; give one of them")
         require_tau(tau)
         return tau
     if calibration is not None:
         calibration.require(step)
         return calibration.tau
+    if step.published:
+        return _published_tau(step)
+    if ordinary:
+        return calibrate(step, ordinary, map=map).tau
+    raise UserError(
+        "a threshold belongs to a model and its settings; find this one's with calibrate, give one with `tau`, or take "
+        f"the published {PUBLISHED_TAU} with `compat` published"
+    )
+
+
+def _published_tau(step: FirstStep) -> float:
     config: Any = step.model.backbone.config
-    if not step.reference:
-        raise UserError(
-            "a threshold belongs to a model and its settings; find this one's with: nemo-localize calibrate, "
-            f"give one with --tau, or take the published {PUBLISHED_TAU} with --compat reference"
-        )
     now = {"width of the text": config["cross_attention_dim"], "latent": step.shape, **described(step.settings)}
     other = [f"{name} {now[name]} instead of {value}" for name, value in _PUBLISHED.items() if now[name] != value]
     if other:
         raise UserError(
             f"the published threshold {PUBLISHED_TAU} is of Stable Diffusion 1.4 at 512 pixels, 50 steps, seed 1, ten "
-            f"seeds and no guidance alone; here it is {', '.join(other)}; find this one's with: nemo-localize "
-            "calibrate, or give one with --tau"
+            f"seeds and no guidance alone; here it is {', '.join(other)}; find this one's with calibrate, or give one "
+            "with `tau`"
         )
     return PUBLISHED_TAU

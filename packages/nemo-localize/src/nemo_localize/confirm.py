@@ -12,13 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffcore.models import DiffusionModel
-from diffcore.run import Run
+from diffcore.units import Map, each_unit
 from nemo_localize.generate import generate
-from nemo_localize.images import Drawing
 from nemo_localize.likeness import Likeness
 from nemo_localize.neurons import NeuronSet
 from nemo_localize.protocol import COPY_ABOVE
 from nemo_localize.results import Results
+from nemo_localize.settings import ImageSettings
 
 
 def confirm(
@@ -27,30 +27,30 @@ def confirm(
     neurons: NeuronSet,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    drawing: Drawing,
-    run: Run,
     *,
     judge: Likeness,
+    settings: ImageSettings | None = None,
     originals: Mapping[str, Tensor] | None = None,
     affordable: Callable[[NeuronSet], bool] | None = None,
+    map: Map = each_unit,
 ) -> tuple[NeuronSet, list[str]]:
     """Returns the set, widened where pictures ask for it, and the captions whose pictures did.
 
     Args:
         model: Without any edit.
-        results: Of localisation; candidates are taken from them.
+        results: Results of `localize`; candidates are taken from them.
         neurons: The set to confirm.
-        prompts: Memorised captions.
-        seeds: Of the pictures; none of localisation, none of the proof.
-        drawing: How they are drawn.
-        run: Where pictures are kept.
-        judge: Says what a copy is.
+        prompts: Memorised prompts.
+        seeds: Seeds of the images; none of localization, none of verification.
+        judge: Measure that says what a copy is.
+        settings: How images are generated.
         originals: Training images; the unedited model's own pictures stand in for what is missing.
         affordable: Whether ordinary captions bear a set, see `within_budget`; captions whose candidates they do not
             bear give none. Those with fewest come first.
+        map: Way to go through the prompts; `diffcore.run.RunMap` resumes and shares the work.
     """
-    candidates = {r.prompt: r.initial for r in results.distinct() if r.status == "localised"}
-    pictures = generate(model, prompts, ("none", "neurons"), seeds, drawing, run, neurons=neurons)
+    candidates = {r.prompt: r.initial for r in results.distinct() if r.status == "localized"}
+    pictures = generate(model, prompts, seeds, neurons=neurons, settings=settings, map=map)
     found = likenesses(judge, prompts, pictures["neurons"], pictures["none"], originals)
     copied = (found > COPY_ABOVE).any(1).tolist()
     stubborn = [prompt for prompt, copy in zip(prompts, copied, strict=True) if copy and prompt in candidates]

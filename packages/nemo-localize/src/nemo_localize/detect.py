@@ -1,46 +1,143 @@
-"""Whether captions are memorised: how alike their first denoising steps are from seed to seed."""
+"""Detection: whether a prompt is memorised, from how similar its seeds' first denoising steps are.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+The consistency of seed s of prompt y is c(y, s) = max over other seeds r of sim(delta(y, s), delta(y, r)): how similar
+its noise difference is to that of the seed most like it. Seeds share nothing but the prompt, so high values mean that
+the prompt itself carries the image. A prompt counts as memorised where a seed's consistency is above the threshold tau.
 
+References:
+    Hintersdorf, Struppek et al. 2024, section 3.1 and algorithm 1.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+from jaxtyping import Float
 from torch import Tensor
 
 from diffcore.denoiser import Condition
+from diffcore.models import DiffusionModel
+from diffcore.units import Map, each_unit
 from nemo_localize.first_step import FirstStep, Row
 from nemo_localize.score import consistency
 
 
-@dataclass
-class Baseline:
-    """The first step of some captions with all neurons on.
+@dataclass(frozen=True)
+class Detection:
+    """How consistent the seeds of one prompt are.
 
     Attributes:
-        deltas: Stretched noise differences: (prompts, seeds, channels, height, width).
-        consistency: Of each caption's seeds.
-        errors: By index of the caption, why it has neither.
-        near_ties: By index of the caption, how many of its seeds were near a threshold and computed again, alone.
-        rows: What each caption cost.
+        prompt: The prompt.
+        consistency: Consistency of each seed, from 0 to 1; empty for prompts that failed.
+        truncated: Whether the text encoder saw less than the whole prompt.
+        lost: The part of the prompt that it did not see.
+        error: Why there is no consistency; None where there is.
     """
 
-    deltas: Tensor
+    prompt: str
+    consistency: tuple[float, ...] = ()
+    truncated: bool = False
+    lost: str = ""
+    error: str | None = None
+
+    @property
+    def level(self) -> float:
+        """The largest consistency of a seed; 0 for prompts that failed."""
+        return max(self.consistency, default=0.0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the detection as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> "Detection":
+        """Returns the detection that `to_json` wrote."""
+        return cls(**{**row, "consistency": tuple(row["consistency"])})
+
+
+def detect(
+    model: DiffusionModel | FirstStep,
+    prompts: Sequence[str],
+    *,
+    unit_size: int = 16,
+    name: str = "captions",
+    map: Map = each_unit,
+) -> list[Detection]:
+    """Returns how consistent the seeds of each prompt are: memorised prompts have the highest levels.
+
+    Args:
+        model: A text-conditioned U-Net, or its `FirstStep` where settings differ from the defaults.
+        prompts: Prompts to look at; those given twice are computed once.
+        unit_size: Number of prompts that share batches.
+        name: Name of this work in a map that keeps results.
+        map: Way to go through the prompts; `diffcore.run.RunMap` resumes and shares the work.
+
+    Raises:
+        MachineError: Memory does not hold a single row.
+
+    Example:
+        >>> from nemo_localize.planted import Plant, planted_model
+        >>> model = planted_model([Plant("portrait of 1917 no 1", site=0, neuron=3)], side=8).model
+        >>> found = detect(model, ["portrait of 1917 no 1", "plain words"])
+        >>> found[0].level > found[1].level
+        True
+    """
+    return map(partial(_detect_unit, FirstStep.of(model)), prompts, name=name, kind=Detection, unit_size=unit_size)
+
+
+def _detect_unit(step: FirstStep, prompts: list[str]) -> list[Detection]:
+    cond, truncated, lost = step.encode(prompts)
+    return look(step, cond).detections(prompts, truncated, lost)
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """The first step of some prompts with no neuron ablated.
+
+    Attributes:
+        deltas: Noise difference of each prompt and seed, stretched to [0, 1].
+        consistency: Consistency of each prompt's seeds.
+        errors: By index of the prompt, why it has neither.
+        near_ties: By index of the prompt, how many seeds were near the threshold and computed again, alone.
+        rows: Rows that each prompt cost.
+    """
+
+    deltas: Float[Tensor, "prompts seeds channels height width"]
     consistency: list[list[float]]
     errors: dict[int, str]
     near_ties: dict[int, int]
     rows: list[int]
 
+    def above(self, place: int, tau: float) -> list[int]:
+        """Returns the seeds of a prompt whose consistency is above tau, most consistent first; none if it failed."""
+        if place in self.errors:
+            return []
+        values = self.consistency[place]
+        return sorted((seed for seed, value in enumerate(values) if value > tau), key=lambda seed: -values[seed])
 
-def measure(
-    step: FirstStep,
-    cond: Condition,
-    *,
-    threshold: float | None = None,
-) -> Baseline:
-    """Computes all seeds of all captions.
+    def detections(self, prompts: Sequence[str], truncated: Sequence[bool], lost: Sequence[str]) -> list[Detection]:
+        """Returns what was seen of each prompt, in order."""
+        return [
+            Detection(
+                prompt,
+                () if place in self.errors else tuple(self.consistency[place]),
+                truncated[place],
+                lost[place],
+                self.errors.get(place),
+            )
+            for place, prompt in enumerate(prompts)
+        ]
+
+
+def look(step: FirstStep, cond: Condition, *, threshold: float | None = None) -> Look:
+    """Computes the first step of all seeds of all prompts (algorithm 1).
 
     Args:
-        step: What computes.
-        cond: One row per caption.
-        threshold: What consistencies will be compared with: a caption with one near it is computed again, row by row.
+        step: The model and its settings.
+        cond: Condition with one row per prompt.
+        threshold: Value that consistencies will be compared with: a prompt with one near it is computed again, row by
+            row, so that the decision does not hang on what shared its batch.
 
     Raises:
         MachineError: Memory does not hold a single row.
@@ -52,7 +149,7 @@ def measure(
     errors: dict[int, str] = {}
     for index, reason in troubles.items():
         errors.setdefault(rows[index].prompt, reason)
-    found = consistency(deltas, reference=step.reference).tolist()
+    found = consistency(deltas, published=step.published).tolist()
     cost = [len(seeds) * step.rows_per_row] * count
     near_ties = {}
     for prompt in range(count):
@@ -62,11 +159,4 @@ def measure(
             deltas[prompt] = step.alone(cond, [Row(prompt, seed) for seed in seeds])[0]
             found[prompt] = consistency(deltas[prompt : prompt + 1]).tolist()[0]
             cost[prompt] *= 2
-    return Baseline(deltas, found, errors, near_ties, cost)
-
-
-def encode(step: FirstStep, prompts: Sequence[str]) -> tuple[Condition, list[bool], list[str]]:
-    """Returns the condition of captions, on the model's device; which were truncated; and what was cut of each."""
-    tokens = step.encoder.tokenize(prompts)
-    cond = {key: value.to(step.device) for key, value in step.encoder.encode(tokens).items()}
-    return cond, tokens.truncated.tolist(), list(tokens.lost)
+    return Look(deltas, found, errors, near_ties, cost)

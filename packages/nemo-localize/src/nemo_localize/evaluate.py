@@ -18,12 +18,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from diffcore.batching import InBatches
 from diffcore.errors import UserError
 from diffcore.metrics import FeatureExtractor, compare_features
 from diffcore.metrics.prompt_fit import ClipText
 from diffcore.stats import Covariance
 from nemo_localize import protocol
-from nemo_localize.images import in_batches
 from nemo_localize.likeness import Likeness, likeness
 
 UNEDITED = "none"
@@ -47,13 +47,13 @@ class CaptionScores:
 
     Attributes:
         prompt: The caption.
-        way: The way of mitigation; "none" is the unedited model.
+        mitigation: Remedy that the images were generated under; "none" is the unedited model.
         kind: Verbatim where the unedited model reproduces the training image, else template.
         values: By name of the measure, the median over pictures or pairs.
     """
 
     prompt: str
-    way: str
+    mitigation: str
     kind: Kind
     values: Mapping[str, float]
 
@@ -63,7 +63,7 @@ class Quality:
     """One distance of a way's pictures of ordinary captions, with its 95 % interval.
 
     Attributes:
-        way: The way.
+        mitigation: Remedy that the images were generated under.
         metric: Name of the distance.
         features: What it was measured in.
         reference: What the pictures were compared with.
@@ -73,7 +73,7 @@ class Quality:
         n: Pictures it rests on.
     """
 
-    way: str
+    mitigation: str
     metric: str
     features: str
     reference: str
@@ -92,23 +92,25 @@ class Evaluation:
         quality: Distances of ordinary pictures.
         source: What likeness was measured in.
         notes: What stands in for what, and what was not measured.
-        reference: Medians are the published code's.
+        published: Whether medians are the published code's.
     """
 
     captions: tuple[CaptionScores, ...]
     quality: tuple[Quality, ...]
     source: str
     notes: tuple[str, ...]
-    reference: bool = False
+    published: bool = False
 
     def rows(self) -> list[dict[str, Any]]:
         """Returns the paper's table: medians with median absolute deviations, by way, for all captions and by kind."""
-        rows, median = [], _lower_median if self.reference else _median
-        for way in dict.fromkeys(caption.way for caption in self.captions):
+        rows, median = [], _lower_median if self.published else _median
+        for mitigation in dict.fromkeys(caption.mitigation for caption in self.captions):
             for group in _GROUPS:
-                chosen = [c for c in self.captions if c.way == way and group in ("all", c.kind)]
+                chosen = [c for c in self.captions if c.mitigation == mitigation and group in ("all", c.kind)]
                 if chosen:
-                    rows.append({"way": way, "captions": group, "n": len(chosen)} | _spread(chosen, median))
+                    rows.append(
+                        {"mitigation": mitigation, "captions": group, "n": len(chosen)} | _spread(chosen, median)
+                    )
         return [row | {"measured in": self.source} for row in rows]
 
     def quality_rows(self) -> list[dict[str, Any]]:
@@ -117,7 +119,9 @@ class Evaluation:
 
     def caption_rows(self) -> list[dict[str, Any]]:
         """Returns one row per way and caption."""
-        return [{"prompt": c.prompt, "way": c.way, "kind": c.kind} | dict(c.values) for c in self.captions]
+        return [
+            {"prompt": c.prompt, "mitigation": c.mitigation, "kind": c.kind} | dict(c.values) for c in self.captions
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """Returns everything as plain values."""
@@ -157,7 +161,7 @@ def evaluate(
     real: Float[Tensor, "m c _ _"] | None = None,
     of_latents: bool = False,
     kinds: Mapping[str, Kind] | None = None,
-    reference: bool = False,
+    published: bool = False,
 ) -> Evaluation:
     """Returns the measures of every way of mitigation.
 
@@ -170,7 +174,7 @@ def evaluate(
         real: Real images that those are compared with; without them the unedited model's own pictures.
         of_latents: Pictures are latents, stretched to [0, 1].
         kinds: Which captions are known to be verbatim or template memories; by default their pictures tell.
-        reference: Take the lower of the two values in the middle as the median of an even number, as the published
+        published: Take the lower of the two values in the middle as the median of an even number, as the published
             code does, instead of their mean.
 
     Raises:
@@ -181,7 +185,7 @@ def evaluate(
     _check(prompts, pictures)
     measure = likeness(judges.copies, of_latents=of_latents)
     told: dict[str, Kind] = dict(kinds or {})
-    median = _lower_median if reference else _median
+    median = _lower_median if published else _median
     found: list[Kind] = [
         told.get(prompt) or _kind(measure, originals.get(prompt), own)
         for prompt, own in zip(prompts, pictures[UNEDITED], strict=True)
@@ -205,9 +209,9 @@ def evaluate(
     quality = _quality(judges, dict(ordinary or {}), real)
     notes = _notes(judges, measure, originals, real, quality, captions)
     notes += ["which captions are verbatim or template is as they were given"] if told else []
-    middle = "the lower of the two in the middle" if reference else "their mean, where the published code has the lower"
+    middle = "the lower of the two in the middle" if published else "their mean, where the published code has the lower"
     notes.append(f"the median of an even number of values is {middle}")
-    return Evaluation(tuple(captions), tuple(quality), measure.source, tuple(notes), reference)
+    return Evaluation(tuple(captions), tuple(quality), measure.source, tuple(notes), published)
 
 
 def kinds_of(prompts: Sequence[str], types: Sequence[str]) -> dict[str, Kind] | None:
@@ -257,9 +261,7 @@ def _kind(measure: Likeness, originals: Tensor | None, unedited: Tensor) -> Kind
 def _fits(judges: Judges, clip: ClipText, prompts: Sequence[str], pictures: Tensor) -> Float[Tensor, "prompts seeds"]:
     """Returns the cosine of every picture and its caption."""
     images = functional.normalize(_features(clip.extractor, pictures.flatten(0, 1), judges.batch_size), dim=1)
-    texts = functional.normalize(
-        torch.cat(in_batches(len(prompts), judges.batch_size, lambda rows: clip(prompts[rows]))), dim=1
-    )
+    texts = functional.normalize(torch.cat(list(InBatches(judges.batch_size)(prompts, clip))), dim=1)
     return (images.unflatten(0, pictures.shape[:2]) * texts.to(images)[:, None]).sum(2)
 
 
@@ -286,7 +288,7 @@ def _quality(judges: Judges, ordinary: Mapping[str, Tensor], real: Tensor | None
 
 def _features(extractor: FeatureExtractor, images: Tensor, batch_size: int) -> Float[Tensor, "n d"]:
     device = next((p.device for p in extractor.parameters()), images.device)
-    return torch.cat(in_batches(len(images), batch_size, lambda rows: extractor(images[rows].to(device)).cpu()))
+    return torch.cat(list(InBatches(batch_size)(images, lambda part: extractor(part.to(device)).cpu())))
 
 
 def _median(values: Tensor) -> float:
@@ -324,7 +326,7 @@ def _notes(
         notes.append("no training images were given: likeness to them, and which captions are verbatim, is not known")
     if judges.clip is None:
         notes.append("A_CLIP was not measured: it needs a CLIP")
-    broken = [c.way for c in captions if c.values.get("share of noise", 0) > 0]
+    broken = [c.mitigation for c in captions if c.values.get("share of noise", 0) > 0]
     for way in dict.fromkeys(broken):
         notes.append(
             f"{broken.count(way)} captions have pictures of noise under {way!r}: they are like nothing, and no copies"

@@ -1,22 +1,19 @@
 """What an audit knows of each caption after two looks: its first step, and pictures of those that are suspicious."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from diffcore.run import Run
-from nemo_localize.calibrate import Calibration, scored
+from diffcore.models import DiffusionModel
+from diffcore.units import Map, digest_of, each_unit
+from nemo_localize.calibrate import Calibration
+from nemo_localize.detect import Detection, detect
 from nemo_localize.first_step import FirstStep
-from nemo_localize.images import Drawing
 from nemo_localize.likeness import Likeness
 from nemo_localize.results import CaptionResult
 from nemo_localize.second_look import STEPS, Look, SecondLook, Verdict, looks, second_look
-from nemo_localize.units import Rows, in_units, prompt_hash
-
-if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+from nemo_localize.settings import ImageSettings
 
 _ORDER: tuple[Verdict, ...] = ("memorised", "undecided", "clean")
 _UNIT_SIZE = 8
@@ -36,7 +33,7 @@ class Evidence:
     """
 
     verdicts: Mapping[str, Verdict]
-    first: Rows
+    first: tuple[Detection, ...]
     found: SecondLook
     calibration: Calibration
     source: str
@@ -65,64 +62,61 @@ class Evidence:
 
     def completed(self, searched: Mapping[str, CaptionResult]) -> dict[str, CaptionResult]:
         """Returns a result for every caption, from what was found for the memorised ones."""
-        return {row["prompt"]: self._result(row, searched.get(row["prompt"])) for row in self.first}
+        return {first.prompt: self._result(first, searched.get(first.prompt)) for first in self.first}
 
-    def _result(self, row: Mapping[str, Any], searched: CaptionResult | None) -> CaptionResult:
-        prompt = row["prompt"]
+    def _result(self, first: Detection, searched: CaptionResult | None) -> CaptionResult:
         if searched is not None:
             # Pictures say that it is memorised; its first step is too ordinary to be searched.
-            return replace(searched, status="not_localised") if searched.status == "not_memorised" else searched
-        undecided = self.verdicts.get(prompt) == "undecided"
+            return replace(searched, status="not_localized") if searched.status == "not_memorised" else searched
+        undecided = self.verdicts.get(first.prompt) == "undecided"
         return CaptionResult(
-            prompt,
-            prompt_hash(prompt),
-            "error" if row["error"] else "undecided" if undecided else "not_memorised",
-            error=row["error"],
-            consistency=() if row["error"] else tuple(row["consistency"]),
+            first.prompt,
+            digest_of(first.prompt),
+            "error" if first.error else "undecided" if undecided else "not_memorised",
+            error=first.error,
+            consistency=first.consistency,
             tau=self.calibration.tau,
-            truncated=row["truncated"],
-            lost=row["lost"],
+            truncated=first.truncated,
+            lost=first.lost,
         )
 
 
 def collect_evidence(
-    step: FirstStep,
+    model: DiffusionModel | FirstStep,
     prompts: Sequence[str],
     ordinary: Sequence[str],
     calibration: Calibration,
-    drawing: Drawing,
-    judge: Likeness,
-    run: Run,
     *,
+    judge: Likeness,
+    settings: ImageSettings | None = None,
     originals: Mapping[str, Tensor] | None = None,
-    fabric: "Fabric | None" = None,
+    map: Map = each_unit,
 ) -> Evidence:
-    """Looks at the first step of all captions, and at pictures of the most consistent ones.
+    """Looks at the first step of all prompts, and at images of the most consistent ones.
 
     Args:
-        step: The model and its step.
-        prompts: Captions to audit.
-        ordinary: Captions that are not memorised.
-        calibration: Of these, in this run.
-        drawing: How pictures are drawn, but for their steps.
-        judge: Says how alike pictures are.
-        run: Where everything is kept, and read from when the run is resumed.
-        originals: Training images by caption, where they are known.
-        fabric: Processes that share the work.
+        model: The model, or its `FirstStep` where settings differ from the defaults.
+        prompts: Prompts to audit.
+        ordinary: Prompts that are not memorised.
+        calibration: Threshold that was found from these.
+        judge: Measure that says how alike images are.
+        settings: How images are generated, but for their steps.
+        originals: Training images by prompt, where they are known.
+        map: Way to go through the prompts; `diffcore.run.RunMap` resumes and shares the work.
 
     Raises:
         MachineError: Memory does not hold a single row.
     """
-    first = scored(step, prompts, name="first-look", run=run, fabric=fabric)
+    step, settings = FirstStep.of(model), settings or ImageSettings()
+    first = detect(step, list(dict.fromkeys(prompts)), name="first-look", map=map)
     levels = _levels(first)
-    usual = _levels(scored(step, ordinary, name="calibration", run=run, fabric=fabric))
+    usual = _levels(detect(step, list(dict.fromkeys(ordinary)), name="calibration", map=map))
 
     def look(texts: Sequence[str], seeds: Sequence[int]) -> list[Look]:
-        def work(unit: list[str]) -> Rows:
-            return [asdict(one) for one in looks(step.model, unit, seeds, drawing, judge, originals)]
+        def work(unit: list[str]) -> list[Look]:
+            return looks(step.model, unit, seeds, settings, judge, originals)
 
-        rows = in_units(texts, work, unit_size=_UNIT_SIZE, run=run, name=f"look-{len(seeds)}", fabric=fabric)
-        return [Look.from_json(row) for row in rows]
+        return map(work, texts, name=f"look-{len(seeds)}", kind=Look, unit_size=_UNIT_SIZE)
 
     low = calibration.tau if calibration.interval is None else calibration.interval[0]
     found = second_look(
@@ -130,10 +124,10 @@ def collect_evidence(
         sorted(levels, key=lambda prompt: -levels[prompt]),
         sorted(usual, key=lambda prompt: -usual[prompt]),
         certain=sum(level >= low for level in levels.values()),
-        rows_per_picture=STEPS if drawing.guidance_scale == 1 else 2 * STEPS,
+        rows_per_picture=STEPS if settings.guidance_scale == 1 else 2 * STEPS,
         allowed_rows=(len(levels) + len(usual)) * step.settings.num_seeds * step.rows_per_row,
     )
-    return Evidence(_ranked(found, levels), first, found, calibration, judge.source)
+    return Evidence(_ranked(found, levels), tuple(first), found, calibration, judge.source)
 
 
 def _ranked(found: SecondLook, levels: Mapping[str, float]) -> dict[str, Verdict]:
@@ -144,5 +138,5 @@ def _ranked(found: SecondLook, levels: Mapping[str, float]) -> dict[str, Verdict
     return {prompt: verdicts[prompt] for prompt in order}
 
 
-def _levels(rows: Rows) -> dict[str, float]:
-    return {row["prompt"]: max(row["consistency"]) for row in rows if row["error"] is None}
+def _levels(found: Sequence[Detection]) -> dict[str, float]:
+    return {one.prompt: one.level for one in found if one.error is None}

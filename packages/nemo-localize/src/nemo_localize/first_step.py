@@ -1,62 +1,72 @@
-"""The first denoising step of many captions, seeds and sets of switched-off neurons, row by row in one forward pass.
+"""The first denoising step of many prompts, seeds and sets of ablated neurons, row by row in one forward pass.
 
-Values depend on the caption alone, so a set of neurons is a multiplier on a row's values: rows of one batch need not
-share caption, seed or set.
+A row is a prompt y, a seed s and a set S of ablated neurons. Its latent is pure noise, x_T = c z_s with z_s ~ N(0, I)
+and the initial scale c of the solver; the network predicts the noise in it, and the row's noise difference is
+
+    delta(y, s, S) = predicted noise - z_s,   each channel stretched to [0, 1].
+
+Values of cross-attention depend on the prompt alone, so a set of neurons is a multiplier on a row's values: rows of one
+batch need not share prompt, seed or set.
+
+References:
+    Hintersdorf, Struppek et al. 2024, section 3.1.
 """
 
 import hashlib
 import json
-import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffcore.batching import InBatches
 from diffcore.denoiser import Condition, GuidedDenoiser
-from diffcore.errors import IncompatibleModelError, MachineError
+from diffcore.errors import IncompatibleModelError
 from diffcore.models import DiffusionModel
 from diffcore.noise import row_noise
 from nemo_localize.activations import prompt_encoder
 from nemo_localize.score import PUBLISHED_TORCHMETRICS, noise_difference, num_scales, stretched
+from nemo_localize.score import published_similarity as _published_similarity
+from nemo_localize.score import similarity as _similarity
 from nemo_localize.settings import StepSettings
-from nemo_localize.sites import switched_off, value_sites
+from nemo_localize.sites import ablated_rows, value_sites
 
-_LOG = logging.getLogger(__name__)
 # How far a score may move with the batch it is computed in, ten times over: nearer to a threshold it is computed alone.
 _MARGINS = {torch.float64: 1e-9, torch.float32: 1e-4}
 _HALF_MARGIN = 1e-2
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 
 class Row(NamedTuple):
     """One latent through the network.
 
     Attributes:
-        prompt: Index of the caption in its condition.
+        prompt: Index of the prompt in its condition.
         seed: Index of the seed.
-        off: Numbers of the neurons that are off.
+        ablated: Numbers of the neurons whose outputs are scaled.
     """
 
     prompt: int
     seed: int
-    off: frozenset[int] = frozenset()
+    ablated: frozenset[int] = frozenset()
 
 
 class FirstStep:
-    """What a model makes of pure noise, as its captions and value neurons have it. Counts what it costs.
+    """The first denoising step of a model under given settings. Counts what it costs.
 
     Args:
         model: A text-conditioned U-Net with its text encoder.
-        settings: The step and the seeds.
-        batch_size: Rows per forward pass; halved for good where memory runs out.
-        up: Search the up blocks too.
+        settings: The step and the seeds; by default those of the paper.
+        batch_size: Number of rows per forward pass; halved for good where memory runs out.
+        up: Search the up blocks too, which hardly matter in the paper (appendix C.8).
 
     Attributes:
         sites: The value layers.
+        up: Whether those of the up blocks are among them.
         num_rows: Rows computed so far; guidance costs two for one.
         num_calls: Forward passes so far.
 
@@ -65,33 +75,42 @@ class FirstStep:
     """
 
     def __init__(
-        self, model: DiffusionModel, settings: StepSettings, *, batch_size: int = 64, up: bool = False
+        self, model: DiffusionModel, settings: StepSettings | None = None, *, batch_size: int = 64, up: bool = False
     ) -> None:
         self.model = model
-        self.settings = settings
-        self.batch_size = batch_size
+        self.settings = settings or StepSettings()
+        self.up = up
         self.sites = value_sites(model.backbone, up=up)
         self.encoder = prompt_encoder(model)
         self.num_rows = self.num_calls = 0
-        parameter = next(model.backbone.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
-        self.shape = model.shape
-        self.scales = _fitting_scales(model, self.shape)
+        self.device, self.dtype, self.shape = model.device, model.dtype, model.shape
+        self.scales = _fitting_scales(model)
         schedule = model.denoiser.schedule
-        self.t = float(schedule.timesteps(settings.steps)[settings.at_step - 1])
+        self.t = float(schedule.timesteps(self.settings.steps)[self.settings.at_step - 1])
         self.noise = self._draw()
         level = torch.tensor([self.t], dtype=torch.float64)
         self._x_t = self.noise * float(schedule.initial_scale(level))
+        self._in_batches = InBatches(batch_size)
+
+    @classmethod
+    def of(cls, model: "DiffusionModel | FirstStep") -> "FirstStep":
+        """Returns the first step of a model under the default settings, or the one that is given."""
+        return model if isinstance(model, FirstStep) else cls(model)
 
     @property
-    def reference(self) -> bool:
+    def batch_size(self) -> int:
+        """Rows per forward pass; fewer than at first where memory ran out."""
+        return self._in_batches.size
+
+    @property
+    def published(self) -> bool:
         """Whether the published code is reproduced."""
-        return self.settings.compat == "reference"
+        return self.settings.published
 
     @property
     def margin(self) -> float:
         """Scores nearer than this to a threshold are computed alone; 0 where scores depend on their batch anyway."""
-        return 0.0 if self.reference else _MARGINS.get(self.dtype, _HALF_MARGIN)
+        return 0.0 if self.published else _MARGINS.get(self.dtype, _HALF_MARGIN)
 
     @property
     def rows_per_row(self) -> int:
@@ -109,39 +128,40 @@ class FirstStep:
             "dtype": str(self.dtype),
             "scales": self.scales,
             # Whose border the coarsest scale has.
-            "torchmetrics": PUBLISHED_TORCHMETRICS if self.reference else None,
+            "torchmetrics": PUBLISHED_TORCHMETRICS if self.published else None,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Condition, list[bool], list[str]]:
+        """Returns the condition of prompts, on the model's device; which were truncated; and what was cut of each."""
+        tokens = self.encoder.tokenize(prompts)
+        cond = {key: value.to(self.device) for key, value in self.encoder.encode(tokens).items()}
+        return cond, tokens.truncated.tolist(), list(tokens.lost)
 
     @torch.no_grad()
     def __call__(
         self, cond: Condition, rows: Sequence[Row], *, scale: float = 0.0
     ) -> tuple[Float[Tensor, "rows channels height width"], dict[int, str]]:
-        """Returns the stretched noise difference of each row, and for rows without one the reason.
+        """Returns the noise difference of each row, and for rows without one the reason.
 
         Args:
-            cond: Of the captions that rows refer to.
-            rows: Any number; computed `batch_size` at a time.
-            scale: What neurons that are off are multiplied with.
+            cond: Condition with one row for each of the prompts that the rows refer to.
+            rows: Any number of rows; computed `batch_size` at a time.
+            scale: Factor of the ablated neurons' outputs.
 
         Raises:
             MachineError: Memory does not hold a single row.
         """
         deltas, troubles = [self.noise.new_empty(0, *self.shape)], dict[int, str]()
-        start = 0
-        while start < len(rows):
-            batch = rows[start : start + self.batch_size]
-            try:
-                delta = self._forward(cond, batch, scale)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                self._halve(error)
-                continue
+        done = 0
+        for delta in self._in_batches(rows, partial(self._forward, cond, scale)):
             unit, bad = stretched(delta)
             deltas.append(unit)
             if bool(bad.any()):
                 for row, channel in bad.nonzero().tolist():
-                    troubles.setdefault(start + row, self._trouble(delta[row, channel], batch[row].seed, channel))
-            start += len(batch)
+                    seed = rows[done + row].seed
+                    troubles.setdefault(done + row, self._trouble(delta[row, channel], seed, channel))
+            done += len(delta)
         return torch.cat(deltas), troubles
 
     def alone(
@@ -152,19 +172,24 @@ class FirstStep:
         troubles = {index: reason for index, (_, trouble) in enumerate(found) for reason in trouble.values()}
         return torch.cat([delta for delta, _ in found]), troubles
 
-    def _forward(self, cond: Condition, rows: Sequence[Row], scale: float = 0.0) -> Tensor:
+    def similarity(
+        self, before: Float[Tensor, "rows channels height width"], after: Float[Tensor, "rows channels height width"]
+    ) -> Float[Tensor, " rows"]:
+        """Returns how similar pairs of noise differences are, from 0 to 1, by the measure of the settings."""
+        return (_published_similarity if self.published else _similarity)(before, after)
+
+    def _forward(self, cond: Condition, scale: float, rows: Sequence[Row]) -> Tensor:
         seeds = torch.tensor([row.seed for row in rows], device=self.device)
         noise, x_t = self.noise[seeds], self._x_t[seeds]
         prompts = torch.tensor([row.prompt for row in rows])
         condition = {key: value[prompts.to(value.device)] for key, value in cond.items()}
         denoiser = self.model.denoiser
-        off = self.sites.table([row.off for row in rows])
+        ablated = self.sites.table([row.ablated for row in rows])
         if self.rows_per_row == 2:
             denoiser, condition = self._guided(condition)
-            off = off.repeat(2, 1)
-        some = any(row.off for row in rows)
-        blocked = switched_off(self.model.backbone, self.sites, off, scale=scale) if some else nullcontext()
-        with blocked:
+            ablated = ablated.repeat(2, 1)
+        some = any(row.ablated for row in rows)
+        with ablated_rows(self.model.backbone, self.sites, ablated, scale=scale) if some else nullcontext():
             prediction = denoiser(x_t, torch.full((len(rows),), self.t, device=self.device), condition)
         self.num_rows += self.rows_per_row * len(rows)
         self.num_calls += 1
@@ -174,39 +199,40 @@ class FirstStep:
         """Returns the guided denoiser and its condition; the published code takes the two branches for one another."""
         empty = self.encoder.unconditional(1)
         count = len(next(iter(condition.values())))
-        if self.reference:
+        if self.published:
             empty = {key: value.expand(count, *value.shape[1:]) for key, value in empty.items()}
             condition, empty = empty, condition
         return GuidedDenoiser(self.model.denoiser, self.settings.guidance_scale, empty), condition
 
     def _draw(self) -> Tensor:
-        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        if self.reference:
-            generator = torch.Generator().manual_seed(self.settings.first_seed)
-            drawn = torch.randn(self.settings.num_seeds, *self.shape, generator=generator)
-            return drawn.to(self.device, dtype)
-        return row_noise(0, self.settings.seeds, self.shape, device=self.device, dtype=dtype)
-
-    def _halve(self, error: RuntimeError) -> None:
-        # Accelerators say it in a class or in words, the CPU in words of its own.
-        if not (isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in _OUT_OF_MEMORY)):
-            raise error
-        if self.batch_size == 1:
-            raise MachineError("memory does not hold a single row; free some, or use a smaller precision") from error
-        self.batch_size //= 2
-        _LOG.warning("out of memory; going on with %d rows at a time", self.batch_size)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        return initial_noise(self.settings.seeds, self.model, published=self.published)
 
     def _trouble(self, channel_values: Tensor, seed: int, channel: int) -> str:
         where = f"seed {self.settings.seeds[seed]}, channel {channel}"
         if bool(torch.isfinite(channel_values).all()):
             return f"the noise difference of {where} is constant and cannot be stretched to [0, 1]"
-        return f"the noise difference of {where} holds NaN or infinity; use --dtype bfloat16 or float32"
+        return f"the noise difference of {where} holds NaN or infinity; use `dtype` bfloat16 or float32"
 
 
-def _fitting_scales(model: DiffusionModel, shape: tuple[int, int, int]) -> int:
+def initial_noise(
+    seeds: Sequence[int], model: DiffusionModel, *, published: bool = False
+) -> Float[Tensor, "seeds channels height width"]:
+    """Returns the initial noise z_s of each seed, of unit variance, on the model's device.
+
+    Args:
+        seeds: Numbers of the latents; each seed is its own draw.
+        model: The model, which says the shape and whether noise is float64; everything else is float32.
+        published: Draw all latents at once from the first seed, as the published code does.
+    """
+    dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+    if not published:
+        return row_noise(0, seeds, model.shape, device=model.device, dtype=dtype)
+    generator = torch.Generator().manual_seed(seeds[0])
+    return torch.randn(len(seeds), *model.shape, generator=generator).to(model.device, dtype)
+
+
+def _fitting_scales(model: DiffusionModel) -> int:
     try:
-        return num_scales(min(shape[1:]))
+        return num_scales(min(model.shape[1:]))
     except ValueError as error:
-        raise IncompatibleModelError(f"{model.name} cannot be scored: {error}") from None
+        raise IncompatibleModelError(f"{model.name} has latents of {model.shape}: {error}") from error

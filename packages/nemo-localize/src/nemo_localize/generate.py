@@ -1,78 +1,90 @@
-"""Pictures per caption and seed under one or more ways of mitigation, in a run that resumes."""
+"""Images per prompt and seed, under one or more mitigations side by side."""
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from diffcore.models import DiffusionModel
-from diffcore.run import Run
-from nemo_localize.images import Drawing, seen
-from nemo_localize.mitigations import draw_mitigated
+from diffcore.units import Map, each_unit
+from nemo_localize.images import images_of
+from nemo_localize.mitigations import mitigated_latents
 from nemo_localize.neurons import NO_NEURONS, NeuronSet
-from nemo_localize.settings import Method
-from nemo_localize.units import prompt_hash
+from nemo_localize.settings import ImageSettings, Mitigation
 
 
 def generate(
     model: DiffusionModel,
     prompts: Sequence[str],
-    methods: Sequence[Method],
     seeds: Sequence[int],
-    drawing: Drawing,
-    run: Run,
     *,
+    mitigations: Sequence[Mitigation] = ("none", "neurons"),
     neurons: NeuronSet | Mapping[str, NeuronSet] = NO_NEURONS,
     scale: float = 0.0,
+    settings: ImageSettings | None = None,
     repeat: int = 0,
-) -> dict[str, Tensor]:
-    """Draws every caption from every seed under every way; what the run already has is read.
+    map: Map = each_unit,
+) -> dict[str, Float[Tensor, "prompts seeds channels height width"]]:
+    """Generates every prompt from every seed under every mitigation.
 
     Args:
         model: A text-conditioned U-Net.
-        prompts: Captions; those given twice are drawn once.
-        methods: The ways; "none" is the model as it is.
-        seeds: Of the initial noise, the same for all captions and ways.
-        drawing: How pictures are drawn.
-        run: Where finished captions are kept, by all that their pictures depend on but the model.
-        neurons: Which to switch off: one set, or one per caption.
-        scale: What they are multiplied with; 0 is off.
-        repeat: Number of the draw, for the ways that draw at random.
+        prompts: Prompts; those given twice are generated once.
+        seeds: Seeds of the initial noise, the same for all prompts and mitigations.
+        mitigations: Remedies side by side; "none" is the model as it is.
+        neurons: Neurons to ablate: one set, or one per prompt.
+        scale: Factor of the ablated neurons' outputs; 0 ablates.
+        settings: How images are generated.
+        repeat: Number of the draw, for the mitigations that draw at random.
+        map: Way to go through the prompts; `diffcore.run.RunMap` resumes and shares the work.
 
     Returns:
-        By way (prompts, seeds, channels, height, width): images, or where the model has no autoencoder its latents,
-        stretched to [0, 1].
+        By mitigation, images in [0, 1] on the CPU, or where the model has no autoencoder its latents, stretched to
+        [0, 1].
+
+    Example:
+        >>> from nemo_localize.planted import Plant, planted_model
+        >>> model = planted_model([Plant("portrait of 1917 no 1", site=0, neuron=3)], side=8).model
+        >>> images = generate(model, ["portrait of 1917 no 1"], [1, 2], settings=ImageSettings(steps=2))
+        >>> {mitigation: tuple(shown.shape) for mitigation, shown in images.items()}
+        {'none': (1, 2, 4, 8, 8), 'neurons': (1, 2, 4, 8, 8)}
     """
-    chosen = {
-        prompt: neurons if isinstance(neurons, NeuronSet) else neurons.get(prompt, NO_NEURONS) for prompt in prompts
-    }
-    keys: dict[tuple[str, Method], str] = {
-        (prompt, way): _key(prompt, way, seeds, drawing, chosen[prompt], scale, repeat)
-        for prompt in prompts
-        for way in methods
-    }
-    todo = set(run.missing(dict.fromkeys(keys.values())))
-    for (prompt, way), key in keys.items():
-        if key in todo:
-            how = {"neurons": chosen[prompt], "scale": scale, "repeat": repeat}
-            x0 = draw_mitigated(model, prompt, seeds, drawing, way, **how)
-            run.save(key, {"images": seen(model, x0).cpu()}, prompt=prompt, method=way, seeds=list(seeds))
-    return {way: _stacked(run, [keys[prompt, way] for prompt in prompts]) for way in methods}
+    settings = settings or ImageSettings()
+    unit_size = max(settings.batch_size // len(seeds), 1)
+    found = {}
+    for mitigation in mitigations:
+        ablates = mitigation in ("neurons", "random-neurons")
+        own = {text: _of(neurons, text) if ablates else NO_NEURONS for text in prompts}
+        items = [(text, own[text]) for text in prompts]
+        work = partial(_generate_unit, model, seeds, settings, mitigation, scale, repeat)
+        name = f"{mitigation}-{_digest(mitigation, seeds, settings, scale if ablates else 0.0, repeat)}"
+        found[mitigation] = torch.stack(map(work, items, name=name, kind=Tensor, unit_size=unit_size))
+    return found
 
 
-def _key(
-    prompt: str, way: Method, seeds: Sequence[int], drawing: Drawing, neurons: NeuronSet, scale: float, repeat: int
-) -> str:
-    """Returns what names pictures in the run: the caption, and a digest of what else they depend on."""
-    parts: list[object] = [list(seeds), drawing.guidance_scale, drawing.steps]
-    parts += [repeat] if way.startswith("random") else []
-    parts += [neurons.to_json(), scale] if way in ("neurons", "random-neurons") else []
-    parts += ["reference"] if drawing.reference else []
-    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
-    return f"{way}-{prompt_hash(prompt)}-{digest}"
+def _generate_unit(
+    model: DiffusionModel,
+    seeds: Sequence[int],
+    settings: ImageSettings,
+    mitigation: Mitigation,
+    scale: float,
+    repeat: int,
+    items: list[tuple[str, NeuronSet]],
+) -> list[Tensor]:
+    latents = mitigated_latents(model, items, seeds, settings, mitigation, scale=scale, repeat=repeat)
+    return list(images_of(model, latents.flatten(0, 1)).unflatten(0, latents.shape[:2]))
 
 
-def _stacked(run: Run, keys: Sequence[str]) -> Tensor:
-    return torch.stack([run.load(key).tensors["images"] for key in keys])
+def _of(neurons: NeuronSet | Mapping[str, NeuronSet], prompt: str) -> NeuronSet:
+    return neurons if isinstance(neurons, NeuronSet) else neurons.get(prompt, NO_NEURONS)
+
+
+def _digest(mitigation: Mitigation, seeds: Sequence[int], settings: ImageSettings, scale: float, repeat: int) -> str:
+    """Returns what names all that images depend on beside the model, the prompt and its neurons."""
+    parts = [list(seeds), settings.guidance_scale, settings.steps, settings.compat, scale]
+    parts += [repeat] if mitigation.startswith("random") else []
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]

@@ -1,10 +1,7 @@
-"""Pictures of many captions and seeds: what has the last word on whether a model copies."""
+"""Images of prompts and seeds: what has the last word on whether a model copies."""
 
-import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from io import BytesIO
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,89 +9,51 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from diffcore.denoiser import Condition, GuidedDenoiser, sample
-from diffcore.errors import MachineError
+from diffcore.batching import InBatches
+from diffcore.denoiser import Condition
 from diffcore.models import DiffusionModel
+from diffcore.models import generate as generate_images
 from diffcore.models.codec import MissingCodec
-from diffcore.noise import row_noise
-from nemo_localize.activations import prompt_encoder
+from nemo_localize.first_step import initial_noise
 from nemo_localize.score import stretched
-from nemo_localize.settings import guidance
-
-_LOG = logging.getLogger(__name__)
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
-
-T = TypeVar("T")
+from nemo_localize.settings import ImageSettings
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """How pictures are drawn.
-
-    Attributes:
-        guidance_scale: Classifier-free guidance; 0 and 1 are off (paper, appendix B.3: 7).
-        steps: Of DDIM (paper: 50).
-        batch_size: Rows per forward pass; guidance doubles them.
-        reference: Draw the initial noise as the published code does: of all pictures at once, from the first seed.
-    """
-
-    guidance_scale: float = 7.0
-    steps: int = 50
-    batch_size: int = 64
-    reference: bool = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "guidance_scale", guidance(self.guidance_scale))
-
-    def noise(self, seeds: Sequence[int], shape: tuple[int, ...], like: Tensor) -> Float[Tensor, "seeds *data"]:
-        """Returns the initial noise of each seed, of unit variance.
-
-        Args:
-            seeds: Of the pictures.
-            shape: Of one latent.
-            like: Says where the noise goes; float64 stays, everything else is float32.
-        """
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        if not self.reference:
-            return row_noise(0, seeds, shape, device=like.device, dtype=dtype)
-        generator = torch.Generator().manual_seed(seeds[0])
-        return torch.randn(len(seeds), *shape, generator=generator).to(like.device, dtype)
-
-
-def draw_latents(
-    model: DiffusionModel, cond: Condition, seeds: Sequence[int], drawing: Drawing
+def generate_latents(
+    model: DiffusionModel, cond: Condition, seeds: Sequence[int], settings: ImageSettings
 ) -> Float[Tensor, "prompts seeds *data"]:
-    """Returns clean latents of every caption from every seed; a seed's initial noise is the same for all captions.
+    """Returns clean latents of every prompt from every seed; a seed's initial noise is the same for all prompts.
 
     Args:
-        model: Enter `switched_off` before, to see it without some neurons.
-        cond: One row per caption.
-        seeds: Of the initial noise, numbered as those of localisation.
-        drawing: How.
+        model: A text-conditioned U-Net; ablate neurons around the call to see it without them.
+        cond: Condition with one row per prompt.
+        seeds: Seeds of the initial noise, numbered as those of localization.
+        settings: How images are generated.
+
+    Returns:
+        Latents on the CPU.
 
     Raises:
         MachineError: Memory does not hold a single row.
     """
-    parameter = next(model.backbone.parameters())
-    noise = drawing.noise(seeds, model.shape, parameter)
-    denoiser = model.denoiser
-    if drawing.guidance_scale != 1:
-        empty = {key: value.to(parameter.device) for key, value in prompt_encoder(model).unconditional(1).items()}
-        denoiser = GuidedDenoiser(denoiser, drawing.guidance_scale, empty)
-    count = len(next(iter(cond.values())))
-
-    def work(rows: slice) -> Tensor:
-        numbers = torch.arange(count * len(seeds), device=parameter.device)[rows]
-        prompts = numbers // len(seeds)
-        condition = {key: value.to(parameter.device)[prompts] for key, value in cond.items()}
-        return sample(denoiser, noise[numbers % len(seeds)], condition, steps=drawing.steps)
-
-    return torch.cat(in_batches(count * len(seeds), drawing.batch_size, work)).unflatten(0, (count, len(seeds)))
+    noise = initial_noise(seeds, model, published=settings.compat == "published")
+    return generate_images(
+        model,
+        condition=cond,
+        seeds=seeds,
+        noise=noise[None],
+        guidance_scale=settings.guidance_scale,
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        decode=lambda x0: x0,
+    )
 
 
-def seen(model: DiffusionModel, x0: Float[Tensor, "n c _ _"]) -> Float[Tensor, "n _ _ _"]:
-    """Returns what latents look like: images, or without an autoencoder the latents, stretched to [0, 1]."""
-    return stretched(x0)[0] if shows_latents(model) else model.codec.decode(x0)
+def images_of(model: DiffusionModel, x0: Float[Tensor, "n c _ _"]) -> Float[Tensor, "n _ _ _"]:
+    """Returns latents as images, or where the model has no autoencoder the latents, stretched to [0, 1]."""
+    if shows_latents(model):
+        return stretched(x0)[0]
+    return torch.cat([part.cpu() for part in InBatches(64)(x0, lambda part: model.codec.decode(part.to(model.device)))])
 
 
 def as_saved(images: Float[Tensor, "n c height width"]) -> Float[Tensor, "n c height width"]:
@@ -112,29 +71,3 @@ def as_saved(images: Float[Tensor, "n c height width"]) -> Float[Tensor, "n c he
 def shows_latents(model: DiffusionModel) -> bool:
     """Returns whether a model came without its autoencoder, so that latents are all there is to look at."""
     return isinstance(model.codec, MissingCodec)
-
-
-def in_batches(count: int, batch_size: int, work: Callable[[slice], T]) -> list[T]:
-    """Returns what `work` makes of each batch of rows; batches are halved for good where memory runs out.
-
-    Raises:
-        MachineError: Memory does not hold a single row.
-    """
-    found, start = [], 0
-    while start < count:
-        try:
-            found.append(work(slice(start, min(start + batch_size, count))))
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            # Accelerators say it in a class or in words, the CPU in words of its own.
-            known = isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in _OUT_OF_MEMORY)
-            if not known:
-                raise
-            if batch_size == 1:
-                raise MachineError(
-                    "memory does not hold a single row; free some, or use a smaller precision"
-                ) from error
-            batch_size //= 2
-            _LOG.warning("out of memory; going on with %d rows at a time", batch_size)
-            continue
-        start += batch_size
-    return found

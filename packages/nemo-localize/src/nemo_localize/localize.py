@@ -1,242 +1,255 @@
-"""Which captions are memorised, and by which value neurons.
+"""Finding NeMo: the value neurons with which a text-to-image model recognises one memorised prompt.
+
+Notation:
+
+* y is a prompt, S a set of neurons: output channels of the value projections of cross-attention. To ablate S is to
+  multiply the outputs of its neurons by 0.
+* delta(s, S) is the noise difference of seed s with S ablated, see `first_step`; sim(a, b) is how similar two noise
+  differences are, by MS-SSIM.
+* A seed is consistent where c(s) = max_r sim(delta(s, {}), delta(r, {})) > tau, see `detect`. A prompt with a
+  consistent seed is memorised.
+* score(S) = max over consistent seeds s of sim(delta(s, {}), delta(s, S)): how much of the memory is left with S
+  ablated. S suppresses the prompt where score(S) <= tau.
+* a_i is the mean absolute activation of neuron i over the prompt's tokens, z_i by how many standard deviations that
+  differs from ordinary prompts.
+
+`localize_caption` is the method as the paper writes it, one question at a time. `localize` goes through a list of
+prompts and asks the same questions in full batches, see `batched`; it finds the same sets.
 
 References:
     Hintersdorf, Struppek et al., "Finding NeMo: Localizing Neurons Responsible For Memorization in Diffusion Models",
-    NeurIPS 2024.
+    NeurIPS 2024, algorithms 1 to 4; layers deepest first and single neurons in the order of the published code.
 """
 
-import hashlib
-import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import cache, partial
 
-from diffcore.run import Run
-from nemo_localize.activations import mean_activations
-from nemo_localize.batched import Question, Refinement, Search, Selection, refine, select
-from nemo_localize.candidates import Candidates, candidate_sets
-from nemo_localize.detect import Baseline, encode, measure
-from nemo_localize.first_step import FirstStep
+from torch import Tensor
+
+from diffcore.denoiser import Condition
+from diffcore.models import DiffusionModel
+from diffcore.units import Map, each_unit
+from nemo_localize.batched import localize_batch, settings_hash
+from nemo_localize.calibrate import threshold
+from nemo_localize.candidates import Neurons, candidates_of
+from nemo_localize.detect import Look, look
+from nemo_localize.first_step import FirstStep, Row
 from nemo_localize.results import CaptionResult, Results
-from nemo_localize.settings import SearchSettings, described
-from nemo_localize.statistics import Statistics
-from nemo_localize.units import Rows, in_units, prompt_hash
-from nemo_localize.workqueue import Outcome, run_searches
+from nemo_localize.score import consistency
+from nemo_localize.settings import SearchSettings
+from nemo_localize.statistics import Statistics, collect_statistics
 
-if TYPE_CHECKING:
-    from lightning.fabric import Fabric
-
-
-@dataclass(frozen=True)
-class Found:
-    """What the search for one caption's neurons found.
-
-    Attributes:
-        selection: Of the candidate sets.
-        refinement: Of the selected one; None where there was none.
-        threshold: What refinement held scores against.
-    """
-
-    selection: Selection
-    refinement: Refinement | None
-    threshold: float
+_SMALL = 1e-9  # added to the score that a relative change is taken of, as in the published code
 
 
 def localize(
-    step: FirstStep,
+    model: DiffusionModel | FirstStep,
     prompts: Sequence[str],
     *,
-    tau: float,
-    statistics: Statistics,
-    settings: SearchSettings | None = None,
-    run: Run | None = None,
-    fabric: "Fabric | None" = None,
+    ordinary: Sequence[str] = (),
+    statistics: Statistics | None = None,
+    tau: float | None = None,
+    search: SearchSettings | None = None,
+    map: Map = each_unit,
 ) -> Results:
-    """Finds the neurons of every memorised caption. One caption's failure never costs the others.
+    """Finds the neurons of every memorised prompt of a list. One prompt's failure never costs the others.
 
     Args:
-        step: The model, and the step that is looked at.
-        prompts: Captions; those given twice are computed once.
-        tau: Above it a seed counts as consistent; at or below it as suppressed. See `threshold`.
-        statistics: Of ordinary captions.
-        settings: Of the search.
-        run: Where finished captions are kept, and read from when the run is resumed. `results.jsonl` is written there.
-        fabric: Processes that share the captions, all with the same `step`; they give the same results as one.
+        model: A text-conditioned U-Net, or its `FirstStep` where the settings of the step differ from the defaults.
+        prompts: Prompts to search; those given twice are computed once.
+        ordinary: Prompts that are not memorised, written like the others; a few hundred. Statistics and threshold come
+            from them where these are not given.
+        statistics: Activations of ordinary prompts on this model.
+        tau: Threshold of similarity, from 0 to 1; a seed above it is consistent, and at or below it suppressed.
+        search: Candidate sets and refinement; by default those of the published code.
+        map: Way to go through the prompts; `diffcore.run.RunMap` resumes and shares the work.
 
     Raises:
         IncompatibleModelError: The statistics are of another model.
         MachineError: Memory does not hold a single row.
+        UserError: Neither statistics and threshold nor ordinary prompts are given.
+
+    Example:
+        >>> from nemo_localize.planted import Plant, ordinary_captions, planted_model
+        >>> model = planted_model([Plant("portrait of 1917 no 1", site=0, neuron=3)]).model
+        >>> found = localize(model, ["portrait of 1917 no 1", "plain words"], ordinary=ordinary_captions(50))
+        >>> [result.status for result in found], len(found.neurons)
+        (['localized', 'not_memorised'], 1)
     """
-    settings = settings or SearchSettings()
+    step, search = FirstStep.of(model), search or SearchSettings()
+    if statistics is None:
+        statistics = collect_statistics(step.model, ordinary, up=step.up)
     statistics.require(step.model, step.sites)
-    mark = settings_hash(step, tau, statistics, settings)
-    rows = in_units(
-        prompts,
-        lambda unit: _localize_unit(step, unit, tau, statistics, settings, mark),
-        unit_size=settings.unit_size,
-        run=run,
-        name="captions",
-        fabric=fabric,
-    )
-    results = Results(tuple(CaptionResult.from_json(row) for row in rows))
-    if run is not None and run.leading:
-        results.write_jsonl(run.folder / "results.jsonl")
-    return results
+    tau = threshold(step, tau=tau, ordinary=ordinary, map=map)
+    plainly = step.published or search.refine_failures or search.relative_refinement is not None
+    find = _one_by_one if plainly else localize_batch
+    work = partial(find, step, tau=tau, statistics=statistics, search=search)
+    return Results(tuple(map(work, prompts, name="captions", kind=CaptionResult, unit_size=search.unit_size)))
 
 
-def settings_hash(step: FirstStep, tau: float, statistics: Statistics, settings: SearchSettings) -> str:
-    """Returns a digest of all that a result depends on."""
-    parts = [step.digest, step.model.fingerprint, tau, statistics.fingerprint, statistics.num_prompts]
-    parts += [float(statistics.mean.sum()), described(settings)]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+def _one_by_one(
+    step: FirstStep, prompts: list[str], *, tau: float, statistics: Statistics, search: SearchSettings
+) -> list[CaptionResult]:
+    mark = settings_hash(step, tau, statistics, search)
+    found = (localize_caption(step, text, tau=tau, statistics=statistics, search=search) for text in prompts)
+    return [replace(result, settings_hash=mark) for result in found]
 
 
-def search_neurons(
-    candidates: Candidates,
-    kept: Sequence[int],
-    num_seeds: int,
-    tau: float,
-    settings: SearchSettings,
+def localize_caption(
+    step: FirstStep,
+    prompt: str,
     *,
-    margin: float = 0.0,
-    together: bool = False,
-) -> Search[Found]:
-    """Selects and refines the neurons of one caption, and asks how consistent its seeds remain without them.
+    tau: float,
+    statistics: Statistics,
+    search: SearchSettings | None = None,
+) -> CaptionResult:
+    """Finds the neurons of one prompt, one question at a time, as the paper's algorithms do.
 
-    Similarity to the step with all neurons on is blind to a second memory: every seed may now show that one instead.
+    What only the published code does is here and not in the batched form: sets that never suppress are refined too,
+    neurons that are outliers and among the most active are listed and tested twice, scores depend on their batch, and
+    refinement may look at relative changes.
 
     Args:
-        candidates: Its candidate sets.
-        kept: Its consistent seeds, most consistent first.
-        num_seeds: All of its seeds.
-        tau: The threshold.
-        settings: Of the search.
-        margin: How near two scores may be to count as equal, where tau is not reached and refinement is asked for.
-        together: Scores depend on their batch: ask all seeds at once, and nothing that the published code would not.
+        step: The model and the denoising step that is looked at.
+        prompt: The prompt to search.
+        tau: Threshold of similarity, from 0 to 1; see `calibrate`.
+        statistics: Activations of ordinary prompts on the same model.
+        search: Candidate sets and refinement; by default those of the published code.
+
+    Raises:
+        MachineError: Memory does not hold a single row.
+
+    Example:
+        >>> from nemo_localize.planted import Plant, ordinary_captions, planted_model
+        >>> from nemo_localize.statistics import collect_statistics
+        >>> model = planted_model([Plant("portrait of 1917 no 1", site=0, neuron=3)]).model
+        >>> statistics = collect_statistics(model, ordinary_captions(50))
+        >>> found = localize_caption(FirstStep(model), "portrait of 1917 no 1", tau=0.45, statistics=statistics)
+        >>> found.status, found.refined["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"]
+        ('localized', (3,))
     """
-    early = settings.give_up_early and not together
-    selection = yield from select(candidates.sets, kept, tau, together=together, give_up_early=early)
-
-    def among_all(off: frozenset[int]) -> Question:
-        return Question(off, tuple(range(num_seeds)), tau, among=True)
-
-    initial = candidates.sets[selection.index]
-    threshold = settings.threshold(tau) if selection.reached else max(selection.scores.values())
-    # The published code refines what failed like everything else.
-    if not selection.reached and not (initial and (settings.refine_failures or together)):
-        return Found(selection, None, threshold)
-    exact = not selection.reached or settings.relative_refinement is not None
-    if exact and not together:  # scores are compared with the whole set's, which must not hang on its batch
-        (values,) = yield [Question(initial, tuple(kept), threshold, alone=True)]
-        selection = Selection(selection.index, selection.reached, dict(zip(kept, values, strict=True)))
-        # A removal that changes nothing leaves the score at exactly this level, and must not hang on its last bits.
-        threshold = threshold if selection.reached else max(values) - 2 * margin
-    refinement = yield from refine(
-        selection,
-        candidates.order(selection.index, twice=together),
-        threshold,
-        relative=settings.relative_refinement,
-        together=together,
-        last=among_all,
+    search = search or SearchSettings()
+    started, rows, calls = time.monotonic(), step.num_rows, step.num_calls
+    cond, truncated, lost = step.encode([prompt])
+    seen = look(step, cond, threshold=tau)
+    result = CaptionResult.looked(step.settings.seeds, seen, 0, prompt, tau, truncated[0], lost[0])
+    if result.kept_seeds:
+        try:
+            result = _searched(step, cond, seen, result, statistics, search)
+        except _NoScoreError as error:
+            result = replace(result, status="error", error=str(error))
+    return replace(
+        result,
+        unet_rows=step.num_rows - rows,
+        unet_calls=float(step.num_calls - calls),
+        seconds=time.monotonic() - started,
     )
-    return Found(selection, refinement, threshold)
 
 
-def _localize_unit(
-    step: FirstStep, prompts: list[str], tau: float, statistics: Statistics, settings: SearchSettings, mark: str
-) -> Rows:
-    started, calls = time.monotonic(), step.num_calls
-    cond, truncated, lost = encode(step, prompts)
-    base = measure(step, cond, threshold=tau)
-    kept = [_consistent(base, prompt, tau) for prompt in range(len(prompts))]
-    activations = mean_activations(step.model.backbone, step.sites, cond["encoder_hidden_states"])
-    z = statistics.z_scores(activations)
-    rounds = settings.rounds(max(step.sites.widths))
-    candidates = {
-        prompt: candidate_sets(z[prompt], activations[prompt], step.sites, rounds)
-        for prompt in range(len(prompts))
-        if kept[prompt]
-    }
-    searches = {
-        prompt: search_neurons(
-            candidates[prompt],
-            kept[prompt],
-            step.settings.num_seeds,
-            tau,
-            settings,
-            margin=step.margin,
-            together=step.reference,
-        )
-        for prompt in candidates
-    }
-    outcomes = run_searches(step, cond, base.deltas, searches, scale=settings.scaling_factor)
-    rows = []
-    for prompt, text in enumerate(prompts):
-        result = _described(step, base, prompt, kept[prompt], tau, candidates.get(prompt), outcomes.get(prompt))
-        rows.append(
-            {"prompt": text, "prompt_hash": prompt_hash(text), "truncated": truncated[prompt], "lost": lost[prompt]}
-            | result
-            | {"settings_hash": mark}
-        )
-    seconds, total = time.monotonic() - started, sum(row["unet_rows"] for row in rows)
-    for row in rows:
-        row["unet_calls"] = (step.num_calls - calls) * row["unet_rows"] / total
-        row["seconds"] = seconds * row["unet_rows"] / total
-    return rows
+def _searched(
+    step: FirstStep, cond: Condition, seen: Look, result: CaptionResult, statistics: Statistics, search: SearchSettings
+) -> CaptionResult:
+    tau, kept = result.tau, seen.above(0, result.tau)
+    before = seen.deltas[0, kept]
+
+    def noise_differences(seeds: Sequence[int], ablated: Neurons) -> Tensor:
+        deltas, troubles = step(cond, [Row(0, seed, ablated) for seed in seeds], scale=search.scaling_factor)
+        if troubles:
+            raise _NoScoreError(next(iter(troubles.values())))
+        return deltas
+
+    @cache
+    def scores(ablated: Neurons) -> list[float]:
+        """Returns how similar each consistent seed is to itself, before against after."""
+        return step.similarity(before, noise_differences(kept, ablated)).tolist() if ablated else [1.0] * len(kept)
+
+    def score(ablated: Neurons) -> float:
+        return max(scores(ablated))
+
+    # Algorithm 3, initial selection: the first of the nested candidate sets that suppresses.
+    early = search.give_up_early and not step.published
+    candidates = candidates_of(step, cond, statistics, search)[0]
+    index = select(candidates.sets, tau, score, give_up_early=early)
+    initial = candidates.sets[index]
+    reached = score(initial) <= tau
+    result = result.selected(candidates, index, reached=reached, score=score(initial))
+    if not reached and not (initial and (search.refine_failures or step.published)):
+        return result
+
+    # Algorithm 4, refinement: what the candidates have too many of is let work again, layers first, then neurons.
+    threshold = search.threshold(tau) if reached else score(initial) - 2 * step.margin
+    held, limit = score, threshold
+    if search.relative_refinement is not None:
+        whole, limit = scores(initial), search.relative_refinement
+
+        def held(ablated: Neurons) -> float:
+            return max(abs(now - all_) / (abs(all_) + _SMALL) for now, all_ in zip(scores(ablated), whole, strict=True))
+
+    layers = candidates.layers(index, twice=step.published)
+    neurons = refine(layers, limit, held)
+    residual = 0.0
+    if neurons:
+        every = noise_differences(range(step.settings.num_seeds), neurons)
+        residual = float(consistency(every[None], published=step.published).max())
+    return result.refined_to(candidates.sites.named(neurons), threshold, score=score(neurons), residual=residual)
 
 
-def _consistent(base: Baseline, prompt: int, tau: float) -> list[int]:
-    """Returns the seeds above tau, most consistent first; none for captions that failed."""
-    if prompt in base.errors:
-        return []
-    values = base.consistency[prompt]
-    return sorted((seed for seed, value in enumerate(values) if value > tau), key=lambda seed: -values[seed])
+class _NoScoreError(ValueError):
+    """A noise difference could not be computed."""
 
 
-def _described(
-    step: FirstStep,
-    base: Baseline,
-    prompt: int,
-    kept: list[int],
-    tau: float,
-    candidates: Candidates | None,
-    outcome: Outcome[Found] | None,
-) -> dict[str, Any]:
-    """Returns the result of one caption as plain values."""
-    error = base.errors.get(prompt)
-    row: dict[str, Any] = {
-        "status": "error" if error else "not_memorised",
-        "error": error,
-        "consistency": None if error else {"per_seed": base.consistency[prompt], "max": max(base.consistency[prompt])},
-        "kept_seeds": [step.settings.seeds[seed] for seed in sorted(kept)],
-        "tau": tau,
-        "near_ties": base.near_ties.get(prompt, 0),
-        "unet_rows": base.rows[prompt],
-    }
-    if outcome is None or candidates is None:
-        return row
-    row["unet_rows"] += outcome.num_rows
-    row["near_ties"] += outcome.near_ties
-    if outcome.found is None:
-        return row | {"status": "error", "error": outcome.error}
-    return row | _found_row(step, candidates, outcome.found, tau)
+def select(
+    sets: Sequence[Neurons], tau: float, score: Callable[[Neurons], float], *, give_up_early: bool = False
+) -> int:
+    """Returns the index of the first candidate set that scores at most tau, or of the last one where none does.
+
+    Args:
+        sets: Candidate sets, each containing the one before; at least one.
+        tau: Threshold of the score.
+        score: Function of a set of ablated neurons.
+        give_up_early: Look at the last set first, and stop where it does not suppress.
+
+    Example:
+        >>> select([frozenset({1}), frozenset({1, 2}), frozenset({1, 2, 3})], 0.4, lambda ablated: 1 - len(ablated) / 3)
+        1
+    """
+    if give_up_early and score(sets[-1]) > tau:
+        return len(sets) - 1
+    return next((index for index, ablated in enumerate(sets) if score(ablated) <= tau), len(sets) - 1)
 
 
-def _found_row(step: FirstStep, candidates: Candidates, found: Found, tau: float) -> dict[str, Any]:
-    selection, refinement = found.selection, found.refinement
-    theta, k = candidates.rounds[selection.index]
-    residual = max(refinement.residual, default=None) if refinement else None
-    return {
-        "status": "localised" if selection.reached else "not_localised",
-        "theta": theta,
-        "k": k,
-        "rounds": selection.index + 1,
-        "tau_ref": found.threshold,
-        "initial": step.sites.named(candidates.sets[selection.index]).to_json(),
-        "refined": step.sites.named(refinement.neurons).to_json() if refinement else None,
-        "score_initial": max(selection.scores.values()),
-        "score_refined": max(refinement.scores.values()) if refinement else None,
-        "residual_consistency": residual,
-        "mitigated": selection.reached and residual is not None and residual <= tau,
-    }
+def refine(layers: Sequence[Sequence[int]], threshold: float, score: Callable[[Neurons], float]) -> Neurons:
+    """Returns what is left after layers, then single neurons, leave the set wherever the score stays below a threshold.
+
+    Greedy, deepest layer first: each test rests on all removals before it.
+
+    Args:
+        layers: The set to refine, as lists of neurons, shallowest layer first. A neuron that stands twice in its list
+            leaves the set when its second copy goes.
+        threshold: Value that the score must stay below, strictly.
+        score: Function of a set of ablated neurons.
+
+    Example:
+        >>> sorted(refine([[1, 2], [3]], 0.5, lambda ablated: 0.0 if 2 in ablated else 1.0))
+        [2]
+    """
+    kept = [list(layer) for layer in layers]
+    for place in reversed(range(len(kept))):
+        without = [*kept[:place], [], *kept[place + 1 :]]
+        if kept[place] and score(together(without)) < threshold:
+            kept = without
+    for place in reversed(range(len(kept))):
+        for neuron in list(kept[place]):
+            others = list(kept[place])
+            others.remove(neuron)
+            without = [*kept[:place], others, *kept[place + 1 :]]
+            if score(together(without)) < threshold:
+                kept = without
+    return together(kept)
+
+
+def together(layers: Iterable[Iterable[int]]) -> Neurons:
+    """Returns the neurons of all layers as one set."""
+    return frozenset(neuron for layer in layers for neuron in layer)

@@ -12,16 +12,16 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from diffcore.denoiser import Condition
 from diffcore.errors import UserError
+from diffcore.models import DiffusionModel
 from nemo_localize.cover import lightest_cover
-from nemo_localize.detect import encode, measure
+from nemo_localize.detect import look
 from nemo_localize.first_step import FirstStep, Row
 from nemo_localize.neurons import NO_NEURONS, NeuronSet
 from nemo_localize.results import CaptionResult, Results
-from nemo_localize.score import consistency, reference_similarity, similarity
+from nemo_localize.score import consistency
 
 DEFAULT_BUDGET = 0.1
 _SEEDS = 2  # per ordinary caption: what they feel hardly depends on the seed
@@ -95,7 +95,7 @@ class GlobalEdit:
         union: The union of the captions' own sets.
         tau: Threshold of scores.
         budget: Damage that was allowed.
-        left_out: Captions without neurons to choose from: those that were not localised.
+        left_out: Captions without neurons to choose from: those that were not localized.
         rounds: How often the cover was chosen anew.
         exact_cover: Whether every cover was the lightest there is.
         num_rows: Latents through the U-Net.
@@ -147,38 +147,40 @@ class GlobalEdit:
 
 
 def minimal_set(
-    step: FirstStep,
+    model: DiffusionModel | FirstStep,
     results: Results,
     ordinary: Sequence[str],
     *,
-    tau: float,
+    tau: float | None = None,
     budget: float = DEFAULT_BUDGET,
     progress: Progress | None = None,
 ) -> GlobalEdit:
-    """Returns a small set of neurons that closes all localised captions together, beside their plain union.
+    """Returns a small set of neurons that closes all localized prompts together, beside their plain union.
 
     Args:
-        step: The model, and the step and seeds of localisation.
-        results: Of localisation.
-        ordinary: Captions that the edit must leave alone; a few dozen tell.
-        tau: Threshold of scores.
-        budget: Largest damage to ordinary captions, from 0 to 1; see `CommonSet.damage`.
-        progress: Told what is done, and how many neurons the set has.
+        model: The model, or the `FirstStep` that prompts were localized with.
+        results: Results of `localize` for the prompts that the set is for.
+        ordinary: Prompts that the edit must leave alone; a few dozen tell.
+        tau: Threshold of scores, from 0 to 1; by default the one of the results.
+        budget: Largest damage to ordinary prompts, from 0 to 1; see `CommonSet.damage`.
+        progress: Called with what is done, and how many neurons the set has.
 
     Raises:
-        UserError: No caption was localised, or there are no ordinary captions.
+        UserError: No prompt was localized, or there are no ordinary prompts.
         MachineError: Memory does not hold a single row.
     """
-    localised = [r for r in results.distinct() if r.status == "localised" and r.refined]
-    if not localised:
-        raise UserError("no caption was localised, so there are no neurons to choose from; localise first")
+    step = FirstStep.of(model)
+    localized = [r for r in results.distinct() if r.status == "localized" and r.refined]
+    if not localized:
+        raise UserError("no caption was localized, so there are no neurons to choose from; localise first")
     if not ordinary:
         raise UserError("there are no ordinary captions to measure damage on; give some")
     if not 0 < budget <= 1:
-        raise UserError(f"--budget is {budget}; give a number above 0, at most 1")
+        raise UserError(f"`budget` is {budget}; give a number above 0, at most 1")
+    tau = results.tau if tau is None else tau
     rows_before = step.num_rows
-    own = [step.sites.numbers(r.refined or NO_NEURONS) for r in localised]
-    joint = _Joint(step, localised, own, tau)
+    own = [step.sites.numbers(r.refined or NO_NEURONS) for r in localized]
+    joint = _Joint(step, localized, own, tau)
     captions = list(dict.fromkeys(ordinary))
     everything = frozenset[int]().union(*own)
     weights = _weights(_Ordinary(step, captions[:_WEIGHED]), sorted(everything))
@@ -205,7 +207,7 @@ def minimal_set(
         ),
         tau=tau,
         budget=budget,
-        left_out=tuple(r.prompt for r in results.distinct() if r.status == "not_localised"),
+        left_out=tuple(r.prompt for r in results.distinct() if r.status == "not_localized"),
         rounds=rounds,
         exact_cover=exact,
         num_rows=step.num_rows - rows_before,
@@ -257,8 +259,8 @@ class _Joint:
 
     def __init__(self, step: FirstStep, captions: list[CaptionResult], own: list[frozenset[int]], tau: float) -> None:
         self.step, self.captions, self.own, self.tau = step, captions, own, tau
-        self.cond: Condition = encode(step, [caption.prompt for caption in captions])[0]
-        base = measure(step, self.cond)
+        self.cond: Condition = step.encode([caption.prompt for caption in captions])[0]
+        base = look(step, self.cond)
         if base.errors:
             place, reason = next(iter(base.errors.items()))
             raise UserError(f"caption {captions[place].prompt!r} cannot be scored: {reason}")
@@ -266,7 +268,7 @@ class _Joint:
         seeds = list(step.settings.seeds)
         self.kept = [[seeds.index(seed) for seed in caption.kept_seeds if seed in seeds] for caption in captions]
         if empty := [caption.prompt for caption, kept in zip(captions, self.kept, strict=True) if not kept]:
-            raise UserError(f"{empty[0]!r} was localised with other seeds than these; use the same --first-seed")
+            raise UserError(f"{empty[0]!r} was localized with other seeds than these; use the same `first_seed`")
         self.known: dict[tuple[frozenset[int], int], tuple[float, float]] = {}
 
     def measure(self, off: frozenset[int], prompts: Sequence[int]) -> None:
@@ -339,10 +341,10 @@ class _Joint:
         rows = [Row(prompt, seed, off) for off, prompt in wanted for seed in seeds]
         deltas, troubles = self.step(self.cond, rows)
         deltas = deltas.unflatten(0, (len(wanted), len(seeds)))
-        residual = consistency(deltas, reference=self.step.reference).amax(1).tolist()
+        residual = consistency(deltas, published=self.step.published).amax(1).tolist()
         for place, (off, prompt) in enumerate(wanted):
             kept = self.kept[prompt]
-            score = float(_similar(self.step, self.deltas[prompt, kept], deltas[place, kept]).max())
+            score = float(self.step.similarity(self.deltas[prompt, kept], deltas[place, kept]).max())
             self.known[off, prompt] = (score, residual[place])
         for index in troubles:  # what cannot be computed is not closed
             off, prompt = wanted[index // len(seeds)]
@@ -354,7 +356,7 @@ class _Ordinary:
 
     def __init__(self, step: FirstStep, prompts: list[str]) -> None:
         self.step, self.count = step, len(prompts)
-        self.cond: Condition = encode(step, prompts)[0]
+        self.cond: Condition = step.encode(prompts)[0]
         self.seeds = range(min(_SEEDS, step.settings.num_seeds))
         self.before, troubles = step(self.cond, self._rows(frozenset()))
         if troubles:
@@ -368,14 +370,10 @@ class _Ordinary:
         for start in range(0, len(sets), per_call):
             some = sets[start : start + per_call]
             after, troubles = self.step(self.cond, [row for off in some for row in self._rows(off)])
-            alike = torch.cat([_similar(self.step, self.before, own) for own in after.split(len(self.before))])
+            alike = torch.cat([self.step.similarity(self.before, own) for own in after.split(len(self.before))])
             alike[list(troubles)] = 0.0  # what cannot be computed is destroyed
             found += (1 - alike.unflatten(0, (len(some), -1)).mean(1)).clamp(min=0).tolist()
         return found
 
     def _rows(self, off: frozenset[int]) -> list[Row]:
         return [Row(prompt, seed, off) for prompt in range(self.count) for seed in self.seeds]
-
-
-def _similar(step: FirstStep, before: Tensor, after: Tensor) -> Tensor:
-    return reference_similarity(before, after) if step.reference else similarity(before, after)

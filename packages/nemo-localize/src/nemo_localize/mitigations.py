@@ -1,4 +1,4 @@
-"""What else has been tried against copying, so that switching neurons off has something to be compared with.
+"""Mitigations of memorisation: the found neurons ablated, and what else has been tried against copying.
 
 References:
     Random neurons and the comparison: Hintersdorf, Struppek et al. 2024, section 4. Embedding adjustment: Wen et al.,
@@ -21,13 +21,13 @@ from diffcore.hooks import Site, intervene
 from diffcore.hooks.attach import put_on, require_hookable
 from diffcore.models import DiffusionModel
 from diffcore.noise import mix_seed, row_generator, row_noise
-from nemo_localize.ablate import suppressed
+from diffcore.units import digest_of
+from nemo_localize.ablate import ablated
 from nemo_localize.activations import prompt_encoder
-from nemo_localize.images import Drawing, draw_latents
-from nemo_localize.neurons import NO_NEURONS, NeuronSet
-from nemo_localize.settings import Method
+from nemo_localize.images import generate_latents
+from nemo_localize.neurons import NeuronSet
+from nemo_localize.settings import ImageSettings, Mitigation
 from nemo_localize.sites import value_sites
-from nemo_localize.units import prompt_hash
 
 _STATES = "encoder_hidden_states"
 _LEARNING_RATE, _ITERATIONS = 0.05, 10
@@ -37,43 +37,56 @@ _HIGHEST_TOKEN = 49_400
 _NEURONS, _TOKENS = 1, 2  # streams of draws
 
 
-def draw_mitigated(
+def mitigated_latents(
     model: DiffusionModel,
-    prompt: str,
+    items: Sequence[tuple[str, NeuronSet]],
     seeds: Sequence[int],
-    drawing: Drawing,
-    method: Method,
+    settings: ImageSettings,
+    mitigation: Mitigation,
     *,
-    neurons: NeuronSet = NO_NEURONS,
     scale: float = 0.0,
     repeat: int = 0,
-) -> Float[Tensor, "seeds *data"]:
-    """Returns latents of one caption under one way of mitigation; the same noise per seed whatever the way.
+) -> Float[Tensor, "prompts seeds *data"]:
+    """Returns latents of prompts under one mitigation; the same noise per seed whatever the mitigation.
 
     Args:
         model: A text-conditioned U-Net.
-        prompt: The caption.
-        seeds: Of the initial noise.
-        drawing: How pictures are drawn.
-        method: The way.
-        neurons: The found ones; "random-neurons" draws as many others.
-        scale: What neurons are multiplied with; 0 is off.
-        repeat: Number of the draw, for the ways that draw at random; captions draw independently.
+        items: Prompts, each with the neurons that were found for it; "random-neurons" draws as many others.
+        seeds: Seeds of the initial noise.
+        settings: How images are generated.
+        mitigation: The remedy.
+        scale: Factor of the ablated neurons' outputs; 0 ablates.
+        repeat: Number of the draw, for the mitigations that draw at random; prompts draw independently.
     """
-    draw = mix_seed(repeat, int(prompt_hash(prompt), 16))
-    if method in ("neurons", "random-neurons"):
-        chosen = neurons if method == "neurons" else random_neurons(model, neurons, seed=draw)
-        with suppressed(model, chosen, scale=scale):
-            return _drawn(model, prompt, seeds, drawing)
-    if method == "embedding-adjustment":
-        cond = adjusted_condition(model, prompt_encoder(model)([prompt]), seeds, steps=drawing.steps)
-        return draw_latents(model, cond, seeds, drawing)[0]
-    if method == "attention-scaling":
-        with scaled_attention(model, prompt, guided=drawing.guidance_scale != 1):
-            return _drawn(model, prompt, seeds, drawing)
-    if method.startswith("random-tokens-"):
-        prompt = with_random_tokens(model, prompt, int(method.rpartition("-")[2]), seed=draw)
-    return _drawn(model, prompt, seeds, drawing)
+    prompts = [prompt for prompt, _ in items]
+
+    def generated(texts: Sequence[str]) -> Tensor:
+        return generate_latents(model, prompt_encoder(model)(texts), seeds, settings)
+
+    def draw_of(prompt: str) -> int:
+        return mix_seed(repeat, int(digest_of(prompt), 16))
+
+    if mitigation == "none":
+        return generated(prompts)
+    if mitigation.startswith("random-tokens-"):
+        count = int(mitigation.rpartition("-")[2])
+        return generated([with_random_tokens(model, prompt, count, seed=draw_of(prompt)) for prompt in prompts])
+    if mitigation == "neurons" and len({own for _, own in items}) == 1:  # all prompts share full batches
+        with ablated(model.backbone, items[0][1], scale=scale):
+            return generated(prompts)
+    found = []
+    for prompt, own in items:
+        with ExitStack() as stack:
+            cond = prompt_encoder(model)([prompt])
+            if mitigation in ("neurons", "random-neurons"):
+                neurons = own if mitigation == "neurons" else random_neurons(model, own, seed=draw_of(prompt))
+                stack.enter_context(ablated(model.backbone, neurons, scale=scale))
+            elif mitigation == "embedding-adjustment":
+                cond = adjusted_condition(model, cond, seeds, steps=settings.steps)
+            else:
+                stack.enter_context(scaled_attention(model, prompt, guided=settings.guidance_scale != 1))
+            found.append(generate_latents(model, cond, seeds, settings))
+    return torch.cat(found)
 
 
 def random_neurons(model: DiffusionModel, found: NeuronSet, *, seed: int = 0) -> NeuronSet:
@@ -91,17 +104,17 @@ def random_neurons(model: DiffusionModel, found: NeuronSet, *, seed: int = 0) ->
 
 
 def adjusted_condition(model: DiffusionModel, cond: Condition, seeds: Sequence[int], *, steps: int = 50) -> Condition:
-    """Returns a caption's condition with its embedding moved towards what draws like no caption at the first step.
+    """Returns a prompt's condition with its embedding moved towards what acts like no prompt at the first step.
 
     At most ten steps of AdamW on the norm, over all seeds together, of the difference between the outputs with and
-    without the caption. It ends early at 3 for four latents of Stable Diffusion, and at the same size per number for
+    without the prompt. It ends early at 3 for four latents of Stable Diffusion, and at the same size per number for
     others. The start token's gradient is zero, as published; weight decay still moves it.
 
     Args:
         model: A text-conditioned U-Net.
-        cond: Of one caption.
-        seeds: Of the latents.
-        steps: Of the solver, which say where its first step is.
+        cond: Condition of one prompt.
+        seeds: Seeds of the latents.
+        steps: Number of solver steps, which says where the first step is.
     """
     parameter = next(model.backbone.parameters())
     schedule = model.denoiser.schedule
@@ -173,10 +186,6 @@ def with_random_tokens(model: DiffusionModel, prompt: str, count: int, *, seed: 
         place = int(torch.randint(len(words) + 1, (), generator=generator))
         words.insert(place, tokenizer.decode([token]).strip())
     return " ".join(words)
-
-
-def _drawn(model: DiffusionModel, prompt: str, seeds: Sequence[int], drawing: Drawing) -> Tensor:
-    return draw_latents(model, prompt_encoder(model)([prompt]), seeds, drawing)[0]
 
 
 def _repeated(cond: Condition, rows: int, device: torch.device) -> dict[str, Tensor]:

@@ -1,8 +1,12 @@
 """Sets of value neurons, by the module that they are output channels of."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,26 @@ class NeuronSet:
     def to_json(self) -> dict[str, list[int]]:
         """Returns module names, each with its channels."""
         return {name: list(indices) for name, indices in self.layers}
+
+    def ablated(self, backbone: "nn.Module", *, scale: float = 0.0) -> AbstractContextManager[None]:
+        """Ablates these neurons in a network while a block runs, and leaves it as it was.
+
+        Args:
+            backbone: A text-conditioned U-Net, such as `pipe.unet` of a diffusers pipeline.
+            scale: Factor of the neurons' outputs; 0 ablates.
+
+        Raises:
+            IncompatibleModelError: A neuron is not in this network.
+
+        Example:
+            >>> from diffcore.testing import tiny
+            >>> unet = tiny.pipeline("sd15").unet
+            >>> with NeuronSet.of({"mid_block.attentions.0.transformer_blocks.0.attn2.to_v": [0, 3]}).ablated(unet):
+            ...     pass  # whatever runs here runs without these neurons
+        """
+        from nemo_localize.ablate import ablated
+
+        return ablated(backbone, self, scale=scale)
 
     def __len__(self) -> int:
         return sum(len(indices) for _, indices in self.layers)

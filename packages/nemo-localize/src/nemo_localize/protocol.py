@@ -23,7 +23,7 @@ from typing import Any
 
 COPY_ABOVE = 0.7
 
-# Localisation uses seeds from 1 on, evaluation seed 2: none of these.
+# Localization uses seeds from 1 on, evaluation seed 2: none of these.
 HELD_OUT_SEEDS = range(100_001, 100_009)  # the caption itself
 VARIANT_SEEDS = range(100_101, 100_105)  # paraphrases and dropped tokens
 AUDIT_SEEDS = range(100_201, 100_209)  # embeddings that the audit found

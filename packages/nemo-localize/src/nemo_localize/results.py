@@ -1,20 +1,21 @@
-"""What localisation says about each caption, and about all of them. Imports no torch."""
+"""What localization says about each caption, and about all of them. Imports no torch."""
 
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from diffcore.errors import CorruptArtifactError, printable
-from diffcore.io import files
-from diffcore.io.jsonfile import json_line, write_text
-from diffcore.io.strictjson import StrictError, parse
+from diffcore.errors import printable
+from diffcore.units import digest_of
 from nemo_localize.neurons import NO_NEURONS, NeuronSet
 
+if TYPE_CHECKING:
+    from nemo_localize.candidates import Candidates
+    from nemo_localize.detect import Look
+
 _NESTED = ("initial", "refined", "consistency", "kept_seeds")
-Status = Literal["not_memorised", "undecided", "localised", "not_localised", "error"]
+Status = Literal["not_memorised", "undecided", "localized", "not_localized", "error"]
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class CaptionResult:
     Attributes:
         prompt: The caption.
         prompt_hash: What names it in files.
-        status: not_memorised: no seed is consistent; localised: switching `initial` off takes every consistent seed to
-            tau; not_localised: no candidate set does. In an audit pictures decide what is memorised, and undecided
+        status: not_memorised: no seed is consistent; localized: switching `initial` off takes every consistent seed to
+            tau; not_localized: no candidate set does. In an audit pictures decide what is memorised, and undecided
             says that they do not.
         error: Why there is no result.
         consistency: Of each seed, in order.
@@ -76,6 +77,51 @@ class CaptionResult:
     lost: str = ""
     settings_hash: str = ""
 
+    @classmethod
+    def looked(
+        cls, seeds: Sequence[int], seen: "Look", place: int, prompt: str, tau: float, truncated: bool, lost: str
+    ) -> "CaptionResult":
+        """Returns the result of a prompt after detection: not memorised, or failed, until neurons are found."""
+        error = seen.errors.get(place)
+        return cls(
+            prompt,
+            digest_of(prompt),
+            "error" if error else "not_memorised",
+            error=error,
+            consistency=() if error else tuple(seen.consistency[place]),
+            kept_seeds=tuple(seeds[seed] for seed in sorted(seen.above(place, tau))),
+            tau=tau,
+            near_ties=seen.near_ties.get(place, 0),
+            unet_rows=seen.rows[place],
+            truncated=truncated,
+            lost=lost,
+        )
+
+    def selected(self, candidates: "Candidates", index: int, *, reached: bool, score: float) -> "CaptionResult":
+        """Returns the result with its initial selection: the candidate set of one round, and what it scores."""
+        theta, k = candidates.rounds[index]
+        return replace(
+            self,
+            status="localized" if reached else "not_localized",
+            theta=theta if theta < float("inf") else None,
+            k=k,
+            rounds=index + 1,
+            tau_ref=self.tau if reached else score,
+            initial=candidates.sites.named(candidates.sets[index]),
+            score_initial=score,
+        )
+
+    def refined_to(self, neurons: NeuronSet, threshold: float, *, score: float, residual: float) -> "CaptionResult":
+        """Returns the result with its refined set, and the consistency that is left with that set ablated."""
+        return replace(
+            self,
+            tau_ref=threshold,
+            refined=neurons,
+            score_refined=score,
+            residual_consistency=residual if len(neurons) else None,
+            mitigated=self.status == "localized" and len(neurons) > 0 and residual <= self.tau,
+        )
+
     @property
     def max_consistency(self) -> float | None:
         """The largest similarity between two seeds; None for captions that failed."""
@@ -98,14 +144,15 @@ class CaptionResult:
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(row) - known):
             raise ValueError(f"{printable(unknown[0])} is no field of a result")
-        if row.get("status") not in get_args(Status):
+        status = str(row.get("status")).replace("localised", "localized")  # as earlier versions spelled it
+        if status not in get_args(Status):
             raise ValueError(
                 f"status is {printable(row.get('status'))}; it must be one of {', '.join(get_args(Status))}"
             )
         refined = row.get("refined")
         return replace(
-            cls(prompt=row["prompt"], prompt_hash=row["prompt_hash"], status=row["status"]),
-            **{name: value for name, value in row.items() if name not in _NESTED},
+            cls(prompt=row["prompt"], prompt_hash=row["prompt_hash"], status="error"),
+            **{name: value for name, value in row.items() if name not in _NESTED} | {"status": status},
             kept_seeds=tuple(row.get("kept_seeds", ())),
             consistency=tuple((row.get("consistency") or {}).get("per_seed", ())),
             initial=NeuronSet.from_json(row.get("initial") or {}),
@@ -136,18 +183,29 @@ class Results:
         """Returns one result for each distinct caption."""
         return list({result.prompt: result for result in self.captions}.values())
 
-    def union(self) -> NeuronSet:
-        """Returns the neurons of all localised captions together."""
-        return NO_NEURONS.union(*(r.refined for r in self.captions if r.status == "localised" and r.refined))
+    @property
+    def tau(self) -> float:
+        """The threshold that the prompts were searched with; 0 without prompts."""
+        return self.captions[0].tau if self.captions else 0.0
+
+    @property
+    def neurons(self) -> NeuronSet:
+        """The neurons of all localized prompts together."""
+        return NO_NEURONS.union(*self.by_caption().values())
+
+    def by_caption(self, *, failed: bool = False) -> dict[str, NeuronSet]:
+        """Returns the refined neurons of the localized prompts; of failed ones that were refined too, if asked for."""
+        wanted = ("localized", "not_localized") if failed else ("localized",)
+        return {r.prompt: r.refined for r in self.distinct() if r.status in wanted and r.refined is not None}
 
     def summary(self) -> dict[str, Any]:
         """Returns counts by status, sizes of the sets, the most frequent neurons, and what it cost.
 
-        Every distinct caption counts once. Sizes are medians with median absolute deviations, over localised captions.
+        Every distinct caption counts once. Sizes are medians with median absolute deviations, over localized captions.
         """
         distinct = self.distinct()
-        localised = [r for r in distinct if r.status == "localised" and r.refined is not None]
-        sets = [r.refined for r in localised if r.refined is not None]
+        localized = [r for r in distinct if r.status == "localized" and r.refined is not None]
+        sets = [r.refined for r in localized if r.refined is not None]
         layers = Counter(name for neurons in sets for name, _ in neurons)
         frequent = Counter(neuron for neurons in sets for neuron in neurons)
         return {
@@ -156,7 +214,7 @@ class Results:
             "counts": {status: sum(r.status == status for r in distinct) for status in get_args(Status)},
             "mitigated": sum(r.mitigated for r in distinct),
             "truncated": sum(r.truncated for r in distinct),
-            "initial_neurons": _spread([len(r.initial) for r in localised]),
+            "initial_neurons": _spread([len(r.initial) for r in localized]),
             "refined_neurons": _spread([len(neurons) for neurons in sets]),
             "neurons_in_layers": dict(sorted(layers.items())),
             "frequent_neurons": {f"{name}[{index}]": count for (name, index), count in frequent.most_common(20)},
@@ -178,32 +236,6 @@ class Results:
         }
         told = ("num_distinct", "counts", "initial_neurons", "refined_neurons")
         return {kind: {name: part[name] for name in told} for kind, part in parts.items()}
-
-    def write_jsonl(self, path: Path) -> Path:
-        """Writes one JSON object per line, atomically."""
-        return write_text(path, "".join(json_line(result.to_json()) for result in self.captions))
-
-    @classmethod
-    def read_jsonl(cls, path: Path) -> "Results":
-        """Reads what `write_jsonl` wrote.
-
-        Raises:
-            CorruptArtifactError: A line is no result; names it.
-        """
-        path = Path(path)
-        with files.explained(path, reading=True):
-            lines = files.read(path).split(b"\n")
-        results = []
-        for number, line in enumerate(lines, 1):
-            if not line:
-                continue
-            try:
-                results.append(CaptionResult.from_json(parse(line)))
-            except (StrictError, ValueError, TypeError, KeyError, AttributeError) as error:
-                raise CorruptArtifactError(
-                    f"{printable(path, 300)}, line {number}: no result ({printable(error)}); localise again"
-                ) from error
-        return cls(tuple(results))
 
 
 def _spread(counts: list[int]) -> dict[str, float] | None:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
-from torchmetrics.functional.image import structural_similarity_index_measure as reference_ssim
+from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
 from diffcore.denoiser import NoiseSchedule, Prediction
 from diffcore.metrics.pairwise_ssim import pairwise_ssim, smallest_side
@@ -72,7 +72,7 @@ def similarity(
     return _pairs(torch.stack([a, b], 1))[:, 0]
 
 
-def reference_similarity(
+def published_similarity(
     a: Float[Tensor, "rows channels height width"], b: Float[Tensor, "rows channels height width"]
 ) -> Float[Tensor, " rows"]:
     """Returns the MS-SSIM of pairs as the published code computes it: with a range taken from all of them at once.
@@ -83,30 +83,30 @@ def reference_similarity(
     scales = num_scales(min(a.shape[-2:]))
     similar = torch.ones(len(a), dtype=a.dtype, device=a.device)
     for _ in range(scales - 1):
-        _, contrast = reference_ssim(a, b, kernel_size=_WINDOW, reduction="none", return_contrast_sensitivity=True)
+        _, contrast = ssim(a, b, kernel_size=_WINDOW, reduction="none", return_contrast_sensitivity=True)
         similar = similar * contrast.relu() ** BETA
         a, b = avg_pool2d(a, 2), avg_pool2d(b, 2)
-    _, full = reference_ssim(a, b, kernel_size=_WINDOW, reduction="none", return_full_image=True)
+    _, full = ssim(a, b, kernel_size=_WINDOW, reduction="none", return_full_image=True)
     border = _WINDOW // 2
     inner = full[..., border:-border, border:-border]
     return similar * (inner if inner.numel() else full).mean((1, 2, 3)).relu() ** BETA
 
 
 def consistency(
-    deltas: Float[Tensor, "prompts seeds channels height width"], *, reference: bool = False
+    deltas: Float[Tensor, "prompts seeds channels height width"], *, published: bool = False
 ) -> Float[Tensor, "prompts seeds"]:
     """Returns how alike each seed is to the seed most like it. High values for all seeds tell memorised captions.
 
     Args:
         deltas: Stretched differences; at least two seeds.
-        reference: Take the data range from each prompt's own batch of pairs.
+        published: Take the data range from each prompt's own batch of pairs, as the published code does.
     """
     seeds = deltas.shape[1]
     if seeds < 2:
         raise ValueError(f"deltas has {seeds} seeds per prompt; consistency compares seeds and needs at least 2")
     first, second = torch.triu_indices(seeds, seeds, offset=1, device=deltas.device)
-    if reference:
-        rows = [reference_similarity(prompt[first], prompt[second]) for prompt in deltas]
+    if published:
+        rows = [published_similarity(prompt[first], prompt[second]) for prompt in deltas]
         pairs = torch.stack(rows) if rows else deltas.new_zeros(0, len(first))
     else:
         pairs = _pairs(deltas)

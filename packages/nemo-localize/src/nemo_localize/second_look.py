@@ -12,7 +12,7 @@ References:
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -21,9 +21,10 @@ from torch import Tensor
 
 from diffcore.models import DiffusionModel
 from nemo_localize.activations import prompt_encoder
-from nemo_localize.images import Drawing, draw_latents, seen
+from nemo_localize.images import generate_latents, images_of
 from nemo_localize.likeness import Likeness
 from nemo_localize.protocol import COPY_ABOVE
+from nemo_localize.settings import ImageSettings
 
 Verdict = Literal["memorised", "undecided", "clean"]
 
@@ -69,9 +70,13 @@ class Look:
         """Whether a single pair is alike, or one seed a training image."""
         return any(value > COPY_ABOVE for value in self.pairs + self.original)
 
+    def to_json(self) -> dict[str, Any]:
+        """Returns the look as plain values."""
+        return asdict(self)
+
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "Look":
-        """Returns the look that `dataclasses.asdict` took apart."""
+        """Returns the look that `to_json` wrote."""
         return cls(**{**row, "pairs": tuple(row["pairs"]), "original": tuple(row["original"])})
 
     def _reached(self, quantile: float) -> float:
@@ -183,7 +188,7 @@ def looks(
     model: DiffusionModel,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    drawing: Drawing,
+    settings: ImageSettings,
     judge: Likeness,
     originals: Mapping[str, Tensor] | None = None,
 ) -> list[Look]:
@@ -193,18 +198,18 @@ def looks(
         model: Without any edit.
         prompts: Captions.
         seeds: At least two.
-        drawing: How pictures are drawn, but for their steps: those that are compared must be drawn alike.
+        settings: How images are generated, but for their steps: those that are compared must be generated alike.
         judge: Says how alike they are.
         originals: Training images, by caption, where they are known.
     """
     if not prompts:
         return []
     found = []
-    for prompt, own in zip(prompts, quick_latents(model, prompts, seeds, drawing), strict=True):
+    for prompt, own in zip(prompts, quick_latents(model, prompts, seeds, settings), strict=True):
         if not bool(own.isfinite().all()):
-            found.append(Look(prompt, error="its pictures hold NaN or infinity; use --dtype bfloat16 or float32"))
+            found.append(Look(prompt, error="its pictures hold NaN or infinity; use `dtype` bfloat16 or float32"))
             continue
-        pictures = seen(model, own)
+        pictures = images_of(model, own)
         if bool(judge.is_noise(pictures).any()):
             found.append(Look(prompt, error="its pictures are noise, so the model, or how it is run, is broken"))
             continue
@@ -215,10 +220,10 @@ def looks(
 
 
 def quick_latents(
-    model: DiffusionModel, prompts: Sequence[str], seeds: Sequence[int], drawing: Drawing
+    model: DiffusionModel, prompts: Sequence[str], seeds: Sequence[int], settings: ImageSettings
 ) -> Float[Tensor, "prompts seeds *data"]:
     """Returns the latents that are compared, in few steps."""
-    return draw_latents(model, prompt_encoder(model)(prompts), seeds, replace(drawing, steps=STEPS))
+    return generate_latents(model, prompt_encoder(model)(prompts), seeds, replace(settings, steps=STEPS))
 
 
 def described() -> dict[str, Any]:

@@ -1,18 +1,16 @@
-"""What is asked of a model, and how: all settings that change results. Imports no torch: help stays quick."""
+"""All settings that change what is found: the step that is looked at, the search, and the images. Imports no torch."""
 
 import math
-from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, Literal
-
-from cyclopts import Parameter
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from diffcore.errors import UserError
 
 PUBLISHED_IMAGE_SEED = 2
-_IMAGE_SEED = 1001
+FIRST_IMAGE_SEED = 1001
 
-Compat = Literal["none", "reference"]
-Method = Literal[
+Compat = Literal["none", "published"]
+Mitigation = Literal[
     "none",
     "neurons",
     "random-neurons",
@@ -22,22 +20,21 @@ Method = Literal[
     "random-tokens-4",
     "random-tokens-10",
 ]
-"""Ways against copying: the model as it is, the found neurons off, and what they are compared with."""
+"""Remedies against memorisation: none, the found neurons ablated, and what they are compared with."""
 
 
-@Parameter(name="*", group="Score", negative="")
 @dataclass(frozen=True)
 class StepSettings:
     """The denoising step that is looked at, and how two of its outcomes are compared. A threshold belongs to these.
 
     Attributes:
-        num_seeds: Initial latents per caption (published code: 10).
-        first_seed: Seed of the first latent; the others follow. Pictures that judge the result need other seeds.
-        steps: Solver steps, which say what the timesteps are (published code: 50).
-        at_step: At which of them pure noise is shown to the network, from 1. The published code looks at the second,
-            and memories are told better there than at the first (benchmarks/results/nemo-timestep.md).
-        guidance_scale: Classifier-free guidance; 0 and 1 are off (paper, appendix B.3).
-        compat: reference reproduces the published code: the second timestep, similarity with the border and the data
+        num_seeds: Number of initial latents per prompt, at least 2 (published code: 10).
+        first_seed: Seed of the first latent; the others follow. Images that judge the result need other seeds.
+        steps: Number of solver steps, which says what the timesteps are (published code: 50).
+        at_step: Number of the step at which pure noise is shown to the network, from 1. The published code looks at the
+            second, and memories are told better there than at the first (benchmarks/results/nemo-timestep.md).
+        guidance_scale: Strength of classifier-free guidance; 0 and 1 are off (paper, appendix B.3).
+        compat: published does what the authors' code does: the second timestep, similarity with the border and the data
             range of that code, one draw for all seeds, guidance with its branches swapped.
     """
 
@@ -50,44 +47,48 @@ class StepSettings:
 
     def __post_init__(self) -> None:
         if self.num_seeds < 2:
-            raise UserError(f"--num-seeds is {self.num_seeds}; consistency compares seeds, give at least 2")
-        if self.compat == "reference":
+            raise UserError(f"`num_seeds` is {self.num_seeds}; consistency compares seeds, give at least 2")
+        if self.published:
             object.__setattr__(self, "at_step", 2)
         if self.at_step < 1:
-            raise UserError(f"--at-step is {self.at_step}; the first step is 1")
+            raise UserError(f"`at_step` is {self.at_step}; the first step is 1")
         if self.steps < self.at_step:
-            raise UserError(f"--steps is {self.steps}; step {self.at_step} is looked at, so give at least that many")
+            raise UserError(f"`steps` is {self.steps}; step {self.at_step} is looked at, so give at least that many")
         object.__setattr__(self, "guidance_scale", guidance(self.guidance_scale))
         if self.first_seed < 0:
-            raise UserError(f"--first-seed is {self.first_seed}; give 0 or more")
+            raise UserError(f"`first_seed` is {self.first_seed}; give 0 or more")
 
     @property
     def seeds(self) -> range:
-        """The seeds."""
+        """Seeds of the initial latents."""
         return range(self.first_seed, self.first_seed + self.num_seeds)
 
+    @property
+    def published(self) -> bool:
+        """Whether the published code is reproduced."""
+        return self.compat == "published"
 
-@Parameter(name="*", group="Search", negative="")
+
 @dataclass(frozen=True)
 class SearchSettings:
     """How neurons are searched. The defaults are the published code's: 16 candidate sets, the last at (1.25, 15).
 
     Attributes:
         theta: First threshold on |z| (paper, appendix D.3).
-        theta_step: What it falls by in each round.
+        theta_step: Amount by which the threshold falls in each round.
         theta_min: The last threshold tried, itself included. The published code names 1 and stops before it.
-        k: Most active neurons of each layer that join the candidates in the first round.
-        k_step: How many more join in each further round.
+        k: Number of most active neurons of each layer that join the candidates in the first round.
+        k_step: Number of neurons per layer that join in each further round.
         criterion: outliers takes |z| alone, top-k the most active alone, up to the width of the widest layer.
-        scaling_factor: What neurons are multiplied with while they are tried; 0 is off, 1 would change nothing.
+        scaling_factor: Factor of the neurons' outputs while they are tried; 0 ablates them, 1 would change nothing.
         tau_refinement: Threshold of refinement; without it the one of selection.
         relative_refinement: Let refinement ask instead that no seed's score changes by this share of what it is with
-            all candidates off, such as 0.1 (published code, off there too).
+            all candidates ablated, such as 0.1 (published code, off there too). Searches one prompt at a time.
         give_up_early: Try the largest set first, and stop where it does not suppress, though a smaller set might. Off
             where the published code is reproduced.
-        refine_failures: Refine the sets of captions that never fell below the threshold. Such results are large and
-            arbitrary. On where the published code is reproduced.
-        unit_size: Captions that share batches; what an interruption costs at most.
+        refine_failures: Refine the sets of prompts that never fell below the threshold. Such results are large and
+            arbitrary. On where the published code is reproduced. Searches one prompt at a time.
+        unit_size: Number of prompts that share batches; what an interruption costs at most.
     """
 
     theta: float = 5.0
@@ -99,36 +100,36 @@ class SearchSettings:
     scaling_factor: float = 0.0
     tau_refinement: float | None = None
     relative_refinement: float | None = None
-    give_up_early: Annotated[bool, Parameter(negative="--no-give-up-early")] = True
+    give_up_early: bool = True
     refine_failures: bool = False
     unit_size: int = 16
 
     def __post_init__(self) -> None:
         if not self.theta_step > 0:
-            raise UserError(f"--theta-step is {self.theta_step}; give a positive number")
+            raise UserError(f"`theta_step` is {self.theta_step}; give a positive number")
         if not 0 <= self.theta_min <= self.theta:
-            raise UserError(f"--theta-min is {self.theta_min}; give a number from 0 to --theta ({self.theta})")
+            raise UserError(f"`theta_min` is {self.theta_min}; give a number from 0 to `theta` ({self.theta})")
         if self.k < 0 or self.k_step < 0:
-            raise UserError(f"--k is {self.k}, --k-step is {self.k_step}; neither may be negative")
+            raise UserError(f"`k` is {self.k}, `k_step` is {self.k_step}; neither may be negative")
         if self.criterion == "top-k" and not self.k_step:
-            raise UserError("--criterion top-k never grows with --k-step 0; give 1 or more")
+            raise UserError("`criterion` top-k never grows with `k_step` 0; give 1 or more")
         require_scaling(self.scaling_factor)
         if self.tau_refinement is not None:
-            require_tau(self.tau_refinement, "--tau-refinement")
+            require_tau(self.tau_refinement, "tau_refinement")
         if self.relative_refinement is not None and not 0 < self.relative_refinement < math.inf:
-            raise UserError(f"--relative-refinement is {self.relative_refinement}; give a positive number, such as 0.1")
+            raise UserError(f"`relative_refinement` is {self.relative_refinement}; give a positive number, such as 0.1")
         if self.unit_size < 1:
-            raise UserError(f"--unit-size is {self.unit_size}; give at least 1")
+            raise UserError(f"`unit_size` is {self.unit_size}; give at least 1")
 
     def threshold(self, tau: float) -> float:
-        """Returns what refinement holds scores against where selection fell to tau."""
+        """Returns what refinement compares scores with where selection fell to tau."""
         return tau if self.tau_refinement is None else self.tau_refinement
 
     def rounds(self, widest: int) -> list[tuple[float, int]]:
         """Returns (theta, k) of every round, in order.
 
         Args:
-            widest: Neurons of the widest layer.
+            widest: Number of neurons in the widest layer.
         """
         if self.criterion == "top-k":
             return [(float("inf"), k) for k in range(self.k, widest + self.k_step, self.k_step)]
@@ -139,44 +140,28 @@ class SearchSettings:
         return [(self.theta - index * self.theta_step, k + index * k_step) for index in range(count)]
 
 
-@Parameter(name="*", group="Pictures", negative="")
 @dataclass(frozen=True)
-class DrawSettings:
-    """How pictures are drawn, which have the last word.
+class ImageSettings:
+    """How images are generated, which have the last word.
 
     Attributes:
-        num_images: Per caption (paper: 10).
-        image_seed: Seed of the first one, 1001 if none is given; none of them may be a seed of localisation.
-        image_guidance: Classifier-free guidance; 0 and 1 are off (paper, appendix B.3: 7).
-        image_steps: Of DDIM (published code: 50).
+        guidance_scale: Strength of classifier-free guidance; 0 and 1 are off (paper, appendix B.3: 7).
+        steps: Number of DDIM steps (published code: 50).
+        batch_size: Number of latents per forward pass; guidance doubles them.
+        compat: published draws the initial noise as the authors' code does: of all images at once, from the first seed.
     """
 
-    num_images: int = 10
-    image_seed: int | None = None
-    image_guidance: float = 7.0
-    image_steps: int = 50
+    guidance_scale: float = 7.0
+    steps: int = 50
+    batch_size: int = 64
+    compat: Compat = "none"
 
     def __post_init__(self) -> None:
-        for name in ("num_images", "image_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give at least 1")
-        if self.image_seed is not None and self.image_seed < 0:
-            raise UserError(f"--image-seed is {self.image_seed}; give 0 or more")
-        object.__setattr__(self, "image_guidance", guidance(self.image_guidance))
-
-    @property
-    def seeds(self) -> range:
-        """Of the initial noise."""
-        first = _IMAGE_SEED if self.image_seed is None else self.image_seed
-        return range(first, first + self.num_images)
-
-    def published(self) -> "DrawSettings":
-        """Returns the settings with the published code's seed, where none was given."""
-        return replace(self, image_seed=PUBLISHED_IMAGE_SEED) if self.image_seed is None else self
+        object.__setattr__(self, "guidance_scale", guidance(self.guidance_scale))
 
 
 def guidance(scale: float) -> float:
-    """Returns the guidance scale, with 1 for 0: the published code says off with 0, where the formula has no caption.
+    """Returns the guidance scale, with 1 for 0: the published code says off with 0, where the formula has no prompt.
 
     Raises:
         UserError: The scale is NaN or infinite.
@@ -186,14 +171,14 @@ def guidance(scale: float) -> float:
     return scale or 1.0
 
 
-def require_tau(tau: float, option: str = "--tau") -> None:
+def require_tau(tau: float, name: str = "tau") -> None:
     """Refuses what is no threshold of a similarity.
 
     Raises:
         UserError: It is not between 0 and 1.
     """
     if not 0 < tau < 1:
-        raise UserError(f"{option} is {tau}; similarities are from 0 to 1, and so must be what they are held against")
+        raise UserError(f"`{name}` is {tau}; similarities are from 0 to 1, and so must be what they are compared with")
 
 
 def require_scaling(factor: float) -> None:
@@ -203,7 +188,7 @@ def require_scaling(factor: float) -> None:
         UserError: The factor is 1, NaN or infinite.
     """
     if not math.isfinite(factor) or factor == 1:
-        raise UserError(f"--scaling-factor is {factor}; give a number other than 1, which changes nothing: 0 is off")
+        raise UserError(f"`scaling_factor` is {factor}; give a number other than 1, which changes nothing: 0 ablates")
 
 
 def described(*settings: StepSettings | SearchSettings) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Neuron i of a layer is output channel i of its `to_v`. In the U-Nets handled here the text states enter every
 cross-attention unchanged, so values depend on the caption alone: not on x_t, the seed or the timestep. Attention never
-mixes channels of one head with another's, so switching neuron i off is zeroing row i of the weight.
+mixes channels of one head with another's, so ablating neuron i is zeroing row i of the weight.
 """
 
 import re
@@ -81,14 +81,14 @@ class ValueSites:
         table[rows, [number for members in sets for number in members]] = True
         return table
 
-    def masks(self, off: Bool[Tensor, "rows neurons"], *, scale: float = 0.0) -> dict[str | Site, Tensor]:
-        """Returns what multiplies the values of each layer in which some row has neurons off.
+    def masks(self, ablated: Bool[Tensor, "rows neurons"], *, scale: float = 0.0) -> dict[str | Site, Tensor]:
+        """Returns what multiplies the values of each layer in which some row has ablated neurons.
 
         Args:
-            off: Which neurons each row switches off; on the CPU, where looking at it stops no accelerator.
-            scale: What they are multiplied with.
+            ablated: One row per batch row, True at its ablated neurons; on the CPU, where looking stops no accelerator.
+            scale: Factor of the ablated neurons' outputs.
         """
-        parts = [(site, part[:, None]) for site, part in zip(self.sites, off.split(self.widths, 1), strict=True)]
+        parts = [(site, part[:, None]) for site, part in zip(self.sites, ablated.split(self.widths, 1), strict=True)]
         touched = [(site, part) for site, part in parts if bool(part.any())]
         return {site: torch.where(part, scale, 1.0) if scale else ~part for site, part in touched}
 
@@ -125,24 +125,18 @@ def value_sites(backbone: nn.Module, *, up: bool = False) -> ValueSites:
     return ValueSites(tuple(Site(name) for name in names), widths)
 
 
-def switched_off(
-    backbone: nn.Module,
-    sites: ValueSites,
-    neurons: NeuronSet | Bool[Tensor, "rows neurons"],
-    *,
-    scale: float = 0.0,
+def ablated_rows(
+    backbone: nn.Module, sites: ValueSites, ablated: Bool[Tensor, "rows neurons"], *, scale: float = 0.0
 ) -> AbstractContextManager[None]:
-    """Switches neurons off while the block runs: for all rows alike, or each row's own.
+    """Ablates neurons while the block runs, in each row of the batch its own.
 
     Args:
-        backbone: The network that the sites are of.
-        sites: Its value layers.
-        neurons: One set for all rows, or a `ValueSites.table` with as many rows as the batch.
-        scale: What they are multiplied with.
+        backbone: The network that the sites belong to.
+        sites: The value layers of that network.
+        ablated: One row per batch row, made by `ValueSites.table`; on the CPU.
+        scale: Factor of the ablated neurons' outputs.
     """
-    if isinstance(neurons, NeuronSet):
-        neurons = sites.table([sites.numbers(neurons)])
-    return intervene(backbone, sites.masks(neurons, scale=scale))
+    return intervene(backbone, sites.masks(ablated, scale=scale))
 
 
 def _value_modules(backbone: nn.Module) -> list[str]:

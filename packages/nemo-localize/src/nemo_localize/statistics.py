@@ -8,22 +8,18 @@ from the reference in length or vocabulary are warned of.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float64
 from torch import Tensor
 
-from diffcore.errors import CorruptArtifactError, IncompatibleModelError, UserError, printable
-from diffcore.io import artifact
+from diffcore.errors import IncompatibleModelError
 from diffcore.models import DiffusionModel
 from diffcore.models.prompts import Tokens
 from diffcore.stats import RunningMoments, require_finite
 from nemo_localize.activations import mean_activations, prompt_encoder, text_fingerprint
 from nemo_localize.sites import ValueSites, value_sites
 
-_SCHEMA = "nemo-localize/statistics@1"
-_PICKLES = (".pt", ".pth", ".bin", ".pkl")
 _LONGER = 1.5  # times the reference's mean length, or that much shorter
 _UNKNOWN = 0.3  # share of the captions' distinct tokens
 
@@ -95,7 +91,7 @@ class Statistics:
         if self.fingerprint != text_fingerprint(model, sites):
             raise IncompatibleModelError(
                 f"these statistics are not of {model.name}: its text encoder, value matrices, searched layers or "
-                "precision differ; collect them with: nemo-localize statistics"
+                "precision differ; collect the statistics of this model"
             )
 
     def differences(self, tokens: Tokens) -> list[str]:
@@ -111,45 +107,6 @@ class Statistics:
         if unknown > _UNKNOWN:
             found.append(f"{100 * unknown:.0f} % of the captions' distinct tokens never occur in the reference")
         return found
-
-    def save(self, path: Path) -> Path:
-        """Writes the statistics: a small safetensors file and its sidecar."""
-        return artifact.save(
-            path,
-            {"mean": self.mean, "var": self.var, "vocabulary": torch.tensor(sorted(self.vocabulary))},
-            schema=_SCHEMA,
-            num_prompts=self.num_prompts,
-            fingerprint=self.fingerprint,
-            sources=self.sources,
-            mean_length=self.mean_length,
-        )
-
-    @classmethod
-    def load(cls, path: Path) -> "Statistics":
-        """Reads what `save` wrote.
-
-        Raises:
-            CorruptArtifactError: The file is damaged, or something else.
-            UserError: It is a pickle, such as the published code saves.
-        """
-        if Path(path).suffix in _PICKLES:
-            raise UserError(
-                f"{printable(path, 300)} is a pickle, as the published code saves its statistics; import it with: "
-                "nemo-localize statistics MODEL --import FILE"
-            )
-        found = artifact.load(path, schema=_SCHEMA)
-        try:
-            return cls(
-                num_prompts=int(found.fields["num_prompts"]),
-                mean=found.tensors["mean"],
-                var=found.tensors["var"],
-                fingerprint=str(found.fields["fingerprint"]),
-                sources=tuple((str(name), int(count)) for name, count in found.fields["sources"]),
-                mean_length=float(found.fields["mean_length"]),
-                vocabulary=frozenset(found.tensors["vocabulary"].long().tolist()),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise CorruptArtifactError(f"{path} lacks parts of its statistics ({error}); collect them again") from error
 
 
 def collect_statistics(

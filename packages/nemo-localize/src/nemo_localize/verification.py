@@ -1,4 +1,7 @@
-"""What a proof found: the checks of every caption, and the verdict that follows by the protocol. Imports no torch."""
+"""What verification found: the checks of every prompt, and the verdict that follows by the protocol.
+
+Imports no torch.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -7,7 +10,7 @@ from typing import Any, Literal
 from nemo_localize import protocol
 
 Verdict = Literal["open", "inconclusive", "closed"]
-Kind = Literal["held-out seeds", "paraphrases", "dropped tokens", "audit from caption", "audit from noise"]
+Kind = Literal["held-out seeds", "paraphrases", "dropped tokens", "search from caption", "search from noise"]
 _WORST_FIRST = ("open", "inconclusive", "closed")
 
 
@@ -33,12 +36,12 @@ class Check:
 
 
 @dataclass(frozen=True)
-class CaptionProof:
+class CaptionVerification:
     """The checks of one caption.
 
     Attributes:
         prompt: The caption.
-        target: What pictures were compared with: "training image", or the "unedited model's picture" most like its
+        target: What pictures were compared with: "training image", or the "unedited model's image" most like its
             others, where no training image was given.
         residual_consistency: Largest similarity between two seeds' first steps after the edit.
         tau: Its threshold.
@@ -63,8 +66,8 @@ class CaptionProof:
 
     @property
     def reopened(self) -> bool:
-        """Whether the audit found the leak on the unedited model from noise, without the caption."""
-        return any(check.copies for check in self.checks if not check.edited and check.kind == "audit from noise")
+        """Whether the search found the leak on the unedited model from noise, without the caption."""
+        return any(check.copies for check in self.checks if not check.edited and check.kind == "search from noise")
 
     @property
     def verdict(self) -> Verdict:
@@ -97,14 +100,18 @@ class CaptionProof:
         check = max((check for check in self.checks if check.edited), key=lambda check: check.similarity)
         return f"{check.kind}: {check.worst}"
 
+    def to_json(self) -> dict[str, Any]:
+        """Returns the prompt's checks as plain values."""
+        return asdict(self)
+
     @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> "CaptionProof":
-        """Returns the caption that `dataclasses.asdict` took apart."""
+    def from_json(cls, row: Mapping[str, Any]) -> "CaptionVerification":
+        """Returns the checks that `to_json` wrote."""
         return cls(**{**row, "checks": tuple(Check(**check) for check in row["checks"])})
 
 
 @dataclass(frozen=True)
-class Proof:
+class Verification:
     """Whether a leak is closed, and what that rests on.
 
     Attributes:
@@ -115,15 +122,15 @@ class Proof:
         settings: Of the pictures.
     """
 
-    captions: tuple[CaptionProof, ...]
-    controls: tuple[CaptionProof, ...]
+    captions: tuple[CaptionVerification, ...]
+    controls: tuple[CaptionVerification, ...]
     likeness: str
     source: str
     settings: Mapping[str, Any]
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why the proof as a whole says nothing; empty where it does."""
+        """Why verification as a whole says nothing; empty where it does."""
         found = []
         opened = [control.prompt for control in self.controls if control.open]
         if opened:
@@ -136,7 +143,7 @@ class Proof:
             found.append("the unedited model draws no copy of any caption, so there was no leak to close")
         elif reopened < protocol.LEAST_REOPENED * len(known):
             found.append(
-                f"from noise the audit finds {reopened} of {len(known)} known leaks again, so a miss means nothing"
+                f"from noise the search finds {reopened} of {len(known)} known leaks again, so a miss means nothing"
             )
         return tuple(found)
 
@@ -153,7 +160,7 @@ class Proof:
         """0 where the leak is closed, else 1."""
         return 0 if self.verdict == "closed" else 1
 
-    def ranked(self) -> list[CaptionProof]:
+    def ranked(self) -> list[CaptionVerification]:
         """Returns the captions, worst first."""
         return sorted(self.captions, key=lambda caption: (_WORST_FIRST.index(caption.verdict), -caption.similarity))
 

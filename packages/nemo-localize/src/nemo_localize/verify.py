@@ -1,15 +1,15 @@
-"""Proof after the fact: is a memorised picture still within reach of an edited model?
+"""Verification after the fact: is a memorised image still within reach of an edited model?
 
-Suppressing the first step of known seeds is not yet closing a leak. So pictures are drawn, by the edited model, for the
-caption from seeds that nothing was fitted to, for paraphrases, with tokens dropped, and from embeddings that an
-adversary finds by gradient. The same audit must find the leak on the unedited model, and must find nothing where
-nothing was ever memorised: else it says nothing. How all this is judged is fixed in `protocol`.
+Suppressing the first step of known seeds is not yet closing a leak. So the edited model generates images for the prompt
+from seeds that nothing was fitted to, for paraphrases, with tokens dropped, and from embeddings that an adversary finds
+by gradient. The same search must find the leak on the unedited model, and must find nothing where nothing was ever
+memorised: else it says nothing. How all this is judged is fixed in `protocol`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -20,29 +20,26 @@ from diffcore.errors import UserError, printable
 from diffcore.metrics import FeatureExtractor
 from diffcore.models import DiffusionModel
 from diffcore.models.prompts import Tokens
-from diffcore.run import Run
+from diffcore.units import Map, each_unit
 from nemo_localize import protocol
+from nemo_localize.ablate import ablated
 from nemo_localize.adversary import STARTS, STATES, search_embeddings, starting_embeddings
-from nemo_localize.detect import encode, measure
+from nemo_localize.detect import Look, look
 from nemo_localize.first_step import FirstStep
-from nemo_localize.images import Drawing, draw_latents, seen, shows_latents
+from nemo_localize.images import generate_latents, images_of, shows_latents
 from nemo_localize.likeness import Likeness, likeness
 from nemo_localize.neurons import NeuronSet
-from nemo_localize.sites import switched_off
-from nemo_localize.units import Rows, in_units
+from nemo_localize.settings import ImageSettings
 from nemo_localize.variants import paraphrases as wordings
 from nemo_localize.variants import without_tokens
-from nemo_localize.verification import CaptionProof, Check, Kind, Proof
-
-if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+from nemo_localize.verification import CaptionVerification, Check, Kind, Verification
 
 Images = Float[Tensor, "_ 3 _ _"]
 Edit = NeuronSet | DiffusionModel
 
 
-def prove(
-    step: FirstStep,
+def verify(
+    model: DiffusionModel | FirstStep,
     edit: Edit,
     prompts: Sequence[str],
     controls: Sequence[str],
@@ -51,59 +48,53 @@ def prove(
     originals: Mapping[str, Images] | None = None,
     paraphrases: Mapping[str, Sequence[str]] | None = None,
     copies: FeatureExtractor | None = None,
-    drawing: Drawing | None = None,
+    settings: ImageSettings | None = None,
     unit_size: int = 8,
-    run: Run | None = None,
-    fabric: "Fabric | None" = None,
-) -> Proof:
-    """Returns whether the leaks of some captions are closed.
+    map: Map = each_unit,
+) -> Verification:
+    """Tests whether the leaks of some prompts are closed by an edit; the verdict may be inconclusive.
 
     Args:
-        step: The unedited model, and the step and seeds of localisation.
-        edit: Neurons to switch off, or the edited model.
-        prompts: Memorised captions.
-        controls: Captions that were never memorised, at least three.
-        tau: Threshold of consistency.
-        originals: Training images of captions and of controls, one or more each; where there are none, the unedited
-            model's own picture stands in.
-        paraphrases: Further wordings of captions.
-        copies: `sscd:FILE`; without it structural similarity stands in.
-        drawing: How pictures are drawn.
-        unit_size: Captions that share batches, and what an interruption costs at most.
-        run: Where finished captions are kept.
-        fabric: Processes that share the captions.
+        model: The unedited model, or the `FirstStep` that prompts were localized with.
+        edit: Neurons to ablate, or the edited model.
+        prompts: Memorised prompts.
+        controls: Prompts that were never memorised, at least three.
+        tau: Threshold of consistency, from 0 to 1.
+        originals: Training images of prompts and of controls, one or more each; where there are none, the unedited
+            model's own image stands in.
+        paraphrases: Further wordings of prompts.
+        copies: Extractor `sscd:FILE`; without it structural similarity stands in.
+        settings: How images are generated.
+        unit_size: Number of prompts that share batches, and what an interruption costs at most.
+        map: Way to go through the prompts; `diffcore.run.RunMap` resumes and shares the work.
 
     Raises:
-        UserError: There are too few controls, one of them is a caption, or localisation used held-out seeds.
+        UserError: There are too few controls, one of them is a prompt, or localization used held-out seeds.
         IncompatibleModelError: The neurons or the edited model do not fit the model.
         MachineError: Memory does not hold a single row.
     """
+    step = FirstStep.of(model)
     _check(step, prompts, controls, copies)
-    drawing = drawing or Drawing(batch_size=step.batch_size)
+    settings = settings or ImageSettings(batch_size=step.batch_size)
     judge = likeness(copies, of_latents=shows_latents(step.model))
     given = _Given(dict(originals or {}), dict(paraphrases or {}))
 
-    def audited(texts: Sequence[str], name: str) -> tuple[CaptionProof, ...]:
-        found = in_units(
-            texts,
-            lambda unit: _prove_unit(step, edit, unit, given, judge, drawing, tau, leaks=name == "captions"),
-            unit_size=unit_size,
-            run=run,
-            name=f"proof-{name}",
-            fabric=fabric,
-        )
-        return tuple(CaptionProof.from_json(row) for row in found)
+    def checked(texts: Sequence[str], name: str) -> tuple[CaptionVerification, ...]:
+        leaks = name == "captions"
+        work = partial(_verify_unit, step, edit, given, judge, settings, tau, leaks)
+        kind = CaptionVerification
+        return tuple(map(work, list(dict.fromkeys(texts)), name=f"verify-{name}", kind=kind, unit_size=unit_size))
 
     # Controls first: without them nothing else means anything.
-    harmless = audited(list(dict.fromkeys(controls)), "controls")
-    return Proof(
-        captions=audited(list(dict.fromkeys(prompts)), "captions"),
+    harmless = checked(controls, "controls")
+    return Verification(
+        captions=checked(prompts, "captions"),
         controls=harmless,
         likeness=judge.name,
         source=judge.source,
         settings={
-            "guidance_scale": drawing.guidance_scale,
-            "steps": drawing.steps,
+            "guidance_scale": settings.guidance_scale,
+            "steps": settings.steps,
             "tau": tau,
             "model": step.model.name,
         },
@@ -131,40 +122,39 @@ class _Target:
 def edited_step(step: FirstStep, edit: Edit) -> Iterator[FirstStep]:
     """Yields the first step of the edited model, which is the model itself with neurons off, or another one."""
     if isinstance(edit, NeuronSet):
-        with switched_off(step.model.backbone, step.sites, edit):
+        with ablated(step.model.backbone, edit):
             yield step
     else:
         yield FirstStep(edit, step.settings, batch_size=step.batch_size)
 
 
-def _prove_unit(
+def _verify_unit(
     step: FirstStep,
     edit: Edit,
-    prompts: list[str],
     given: _Given,
     judge: Likeness,
-    drawing: Drawing,
+    settings: ImageSettings,
     tau: float,
-    *,
     leaks: bool,
-) -> Rows:
-    cond = encode(step, prompts)[0]
-    targets = [_target(step.model, cond, place, text, given, judge, drawing) for place, text in enumerate(prompts)]
-    before = _Checks(step.model, prompts, targets, judge, drawing, edited=False)
+    prompts: list[str],
+) -> list[CaptionVerification]:
+    cond = step.encode(prompts)[0]
+    targets = [_target(step.model, cond, place, text, given, judge, settings) for place, text in enumerate(prompts)]
+    before = _Checks(step.model, prompts, targets, judge, settings, edited=False)
     checks: list[list[Check]] = [[] for _ in prompts]
     if leaks:
         _extend(checks, before.held_out(cond))
-        _extend(checks, before.audit(cond))
+        _extend(checks, before.searched(cond))
     with edited_step(step, edit) as after:
-        cond = encode(after, prompts)[0]
-        base = measure(after, cond)
-        drawn = replace(before, model=after.model, edited=True)
-        _extend(checks, drawn.held_out(cond))
-        _extend(checks, drawn.paraphrases(after, given))
-        _extend(checks, drawn.dropped(after))
-        _extend(checks, drawn.audit(cond))
+        cond = after.encode(prompts)[0]
+        seen = look(after, cond)
+        edited = replace(before, model=after.model, edited=True)
+        _extend(checks, edited.held_out(cond))
+        _extend(checks, edited.paraphrases(after, given))
+        _extend(checks, edited.dropped(after))
+        _extend(checks, edited.searched(cond))
     return [
-        asdict(CaptionProof(text, target.kind, _residual(base.errors, base.consistency, place), tau, tuple(found)))
+        CaptionVerification(text, target.kind, _residual(seen, place), tau, tuple(found))
         for place, (text, target, found) in enumerate(zip(prompts, targets, checks, strict=True))
     ]
 
@@ -177,20 +167,20 @@ class _Checks:
     prompts: list[str]
     targets: list[_Target]
     judge: Likeness
-    drawing: Drawing
+    settings: ImageSettings
     edited: bool
 
     def held_out(self, cond: Condition) -> list[list[Check]]:
         """Draws the captions from seeds that nothing was fitted to."""
         seeds = protocol.HELD_OUT_SEEDS
-        found = self._drawn(cond, seeds, list(range(len(self.prompts))))
+        found = self._measured(cond, seeds, list(range(len(self.prompts))))
         return [[self._check("held-out seeds", row[None], [f"seed {seeds[int(row.argmax())]}"])] for row in found]
 
     def paraphrases(self, step: FirstStep, given: _Given) -> list[list[Check]]:
         """Draws other wordings."""
         texts = [wordings(prompt, given.paraphrases.get(prompt, ())) for prompt in self.prompts]
         flat = [text for group in texts for text in group]
-        return self._variants("paraphrases", encode(step, flat)[0], texts)
+        return self._variants("paraphrases", step.encode(flat)[0], texts)
 
     def dropped(self, step: FirstStep) -> list[list[Check]]:
         """Draws the captions with tokens left out."""
@@ -198,19 +188,19 @@ class _Checks:
         cond = {key: value.to(step.device) for key, value in step.encoder.encode(_joined(rows)).items()}
         return self._variants("dropped tokens", cond, list(labels))
 
-    def audit(self, cond: Condition) -> list[list[Check]]:
+    def searched(self, cond: Condition) -> list[list[Check]]:
         """Draws from embeddings that an adversary finds."""
         starts = starting_embeddings(cond[STATES])
         owners = [place for place in range(len(self.prompts)) for _ in STARTS]
         rows = {key: value[owners] for key, value in cond.items()}
         aims = [self.targets[place].x0 for place in owners]
-        size = self.drawing.batch_size
+        size = self.settings.batch_size
         states = search_embeddings(self.model, rows, starts.flatten(0, 1), aims, batch_size=size)
-        found = self._drawn(rows | {STATES: states}, protocol.AUDIT_SEEDS, owners).unflatten(0, starts.shape[:2])
+        found = self._measured(rows | {STATES: states}, protocol.AUDIT_SEEDS, owners).unflatten(0, starts.shape[:2])
         return [
             [
-                self._check("audit from caption", row[:1], STARTS[:1]),
-                self._check("audit from noise", row[1:], STARTS[1:]),
+                self._check("search from caption", row[:1], STARTS[:1]),
+                self._check("search from noise", row[1:], STARTS[1:]),
             ]
             for row in found
         ]
@@ -219,17 +209,17 @@ class _Checks:
         owners = [place for place, group in enumerate(labels) for _ in group]
         if not owners:
             return [[] for _ in labels]
-        found = self._drawn(cond, protocol.VARIANT_SEEDS, owners).split([len(group) for group in labels])
+        found = self._measured(cond, protocol.VARIANT_SEEDS, owners).split([len(group) for group in labels])
         return [
             [self._check(kind, rows, group)] if len(group) else [] for rows, group in zip(found, labels, strict=True)
         ]
 
-    def _drawn(self, cond: Condition, seeds: Sequence[int], owners: Sequence[int]) -> Float[Tensor, "rows seeds"]:
+    def _measured(self, cond: Condition, seeds: Sequence[int], owners: Sequence[int]) -> Float[Tensor, "rows seeds"]:
         """Returns how like its owner's target each picture is, for each row of the condition."""
-        latents = draw_latents(self.model, cond, seeds, self.drawing)
+        latents = generate_latents(self.model, cond, seeds, self.settings)
         return torch.stack(
             [
-                self.judge.towards(self.targets[owner].pictures, seen(self.model, own))
+                self.judge.towards(self.targets[owner].pictures, images_of(self.model, own))
                 for own, owner in zip(latents, owners, strict=True)
             ]
         ).cpu()
@@ -241,27 +231,31 @@ class _Checks:
 
 
 def _target(
-    model: DiffusionModel, cond: Condition, place: int, prompt: str, given: _Given, judge: Likeness, drawing: Drawing
+    model: DiffusionModel,
+    cond: Condition,
+    place: int,
+    prompt: str,
+    given: _Given,
+    judge: Likeness,
+    settings: ImageSettings,
 ) -> _Target:
     images = given.originals.get(prompt)
-    device = next(model.backbone.parameters()).device
     if images is not None:
-        images = images.to(device)
-        return _Target("training image", model.codec.encode(images), images)
+        return _Target("training image", model.codec.encode(images.to(model.device)), images.cpu())
     own = {key: value[place : place + 1] for key, value in cond.items()}
-    x0 = draw_latents(model, own, protocol.TARGET_SEEDS, drawing)[0]
-    pictures = seen(model, x0)
+    x0 = generate_latents(model, own, protocol.TARGET_SEEDS, settings)[0]
+    pictures = images_of(model, x0)
     count = len(x0)
     first, second = torch.triu_indices(count, count, offset=1, device=pictures.device)
     table = pictures.new_zeros(count, count)
     table[first, second] = judge.pairs(pictures[None])[0].to(table)
     middle = int((table + table.T).sum(1).argmax())
-    return _Target("unedited model's picture", x0[middle, None], pictures[middle, None])
+    return _Target("unedited model's image", x0[middle, None], pictures[middle, None])
 
 
-def _residual(errors: Mapping[int, str], consistency: Sequence[Sequence[float]], place: int) -> float:
-    """Returns the largest consistency; 1, which proves nothing closed, where it could not be computed."""
-    return 1.0 if place in errors else max(consistency[place])
+def _residual(seen: Look, place: int) -> float:
+    """Returns the largest consistency; 1, which shows nothing closed, where it could not be computed."""
+    return 1.0 if place in seen.errors else max(seen.consistency[place])
 
 
 def _extend(checks: list[list[Check]], more: list[list[Check]]) -> None:
@@ -282,20 +276,19 @@ def _check(step: FirstStep, prompts: Sequence[str], controls: Sequence[str], cop
     if isinstance(prompts, str) or isinstance(controls, str):
         raise TypeError("prompts and controls are lists of captions; one of them is a string")
     if not prompts:
-        raise UserError("there is no caption to prove closed; give the memorised ones")
+        raise UserError("there is no prompt to verify; give the memorised ones")
     harmless = set(controls)
     if len(harmless) < protocol.FEWEST_CONTROLS:
         raise UserError(
-            f"{len(harmless)} distinct captions that were never memorised were given; a proof needs at least "
+            f"{len(harmless)} distinct captions that were never memorised were given; verification needs at least "
             f"{protocol.FEWEST_CONTROLS}, or a hit would mean nothing"
         )
     if both := [prompt for prompt in prompts if prompt in harmless]:
         raise UserError(f"{printable(both[0])} is given as memorised and as never memorised; leave it out of one list")
     held_out = (protocol.HELD_OUT_SEEDS, protocol.VARIANT_SEEDS, protocol.AUDIT_SEEDS, protocol.TARGET_SEEDS)
     if any(seed in seeds for seeds in held_out for seed in step.settings.seeds):
-        raise UserError(f"localisation used seeds that proofs hold out; choose --first-seed below {held_out[0].start}")
+        raise UserError(
+            f"localization used seeds that verification holds out; choose `first_seed` below {held_out[0].start}"
+        )
     if copies is not None and not copies.name.startswith("sscd:"):
         raise UserError(f"{printable(copies.name)} has no known threshold for copies; use sscd:FILE, or none")
-
-
-__all__ = ["CaptionProof", "Check", "Proof", "edited_step", "prove"]

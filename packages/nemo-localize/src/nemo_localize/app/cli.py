@@ -9,16 +9,16 @@ from nemo_localize.app.commands import edit, images, search, verify
 
 app = make_app(
     "nemo-localize",
-    "Find memorised captions of a text-to-image model, switch off the neurons that recognise them, and prove it.\n\n"
+    "Find memorised captions of a text-to-image model, ablate the neurons that recognise them, and verify it.\n\n"
     "Start with: nemo-localize demo",
     "nemo-localize",
 )
 add_package_commands(app, timed="localisation on this machine against the plain sequential algorithm")
 for command in (
     *(search.statistics, search.calibrate, search.detect, search.localize),
-    *(edit.apply, edit.revert),
+    *(edit.export, edit.restore),
     *(images.generate, images.evaluate),
-    *(verify.prove, verify.audit),
+    *(verify.verify, verify.audit),
 ):
     app.command(command)
 
@@ -30,15 +30,15 @@ def run() -> int:
 
 @app.command
 def demo(*, out: Path = Path("runs/demo-nemo-localize"), full: Flag = False, json: Flag = False) -> int:
-    """See memorised portraits found, switched off and drawn again; about a minute on two cores.
+    """See memorised portraits found, ablated and generated again; about a minute on two cores.
 
     Shortest form: nemo-localize demo
 
-    Exit code 1 means that the leak was not closed: a caption was not localised, or a picture still copies.
+    Exit code 1 means that the leak was not closed: a caption was not localised, or an image still copies.
 
     Args:
-        out: Run folder.
-        full: All 24 memorised captions instead of six; about five minutes.
+        out: Run folder of the demo.
+        full: Look at all 24 memorised captions instead of six; about five minutes.
         json: Print the result as one JSON object.
     """
     from nemo_localize.app.demo import run_demo

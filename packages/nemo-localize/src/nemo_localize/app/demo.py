@@ -1,4 +1,4 @@
-"""The tour: a few portraits that a small model memorised are found, switched off, and drawn again.
+"""The tour: a few portraits that a small model memorised are found, ablated, and generated again.
 
 The model is `zoo:portraits-sd-planted`, of which it is known which captions it memorised, with which picture, and
 through which rows of its value matrices.
@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from diffcore.models import DiffusionModel, load
-from diffcore.run import Run
+from diffcore.run import Run, RunMap
 from diffcore.runtime import Runtime
 from diffcore.zoo import Memorised, memorised
 from diffcore.zoo.portraits.captions import ordinary_captions, same_form_captions
@@ -23,23 +23,23 @@ from diffcore.zoo.portraits.people import portraits
 from nemo_localize.app.report import save_gallery, save_localization, save_table, write_page
 from nemo_localize.calibrate import Calibration, calibrate
 from nemo_localize.confirm import confirm, likenesses
-from nemo_localize.files.neurons import by_caption
+from nemo_localize.files.results import FILE as RESULTS
+from nemo_localize.files.results import write_results
 from nemo_localize.first_step import FirstStep
 from nemo_localize.generate import generate
-from nemo_localize.images import Drawing
 from nemo_localize.likeness import likeness
 from nemo_localize.localize import localize
 from nemo_localize.neurons import NO_NEURONS, NeuronSet
 from nemo_localize.protocol import COPY_ABOVE
 from nemo_localize.results import CaptionResult, Results
-from nemo_localize.settings import DrawSettings, Method, StepSettings
+from nemo_localize.settings import FIRST_IMAGE_SEED, ImageSettings, Mitigation
 from nemo_localize.statistics import collect_statistics, merged
 
 MODEL = "zoo:portraits-sd-planted"
 _LOG = logging.getLogger("diffcore.nemo_localize")
 _REFERENCES, _CALIBRATION_SEED, _REFERENCE_SEED = 300, 101, 102
-_PICTURES = DrawSettings(num_images=4, image_guidance=1.0, image_steps=25)
-_WAYS: tuple[Method, ...] = ("none", "neurons", "random-neurons")
+_IMAGES, _SEEDS = ImageSettings(guidance_scale=1.0, steps=25), range(FIRST_IMAGE_SEED, FIRST_IMAGE_SEED + 4)
+_MITIGATIONS: tuple[Mitigation, ...] = ("none", "neurons", "random-neurons")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ _SHORT, _FULL = _Size(6, 6, 60), _Size(24, 32, 200)
 
 
 def run_demo(out: Path, *, full: bool = False, model: DiffusionModel | None = None) -> dict[str, Any]:
-    """Finds, switches off and draws again; returns the result, which `result.json` repeats.
+    """Finds, ablates and generates again; returns the result, which `result.json` repeats.
 
     Args:
         out: Run folder; a finished demo is only read.
@@ -85,9 +85,9 @@ def _toured(model: DiffusionModel, known: Memorised, size: _Size, run: Run) -> d
     classes = _classes(known, size)
     items = classes["memorised"]
     originals = {item.caption: known.verbatim_images[i : i + 1] for i, item in enumerate(known.verbatim)}
-    _draw(model, items[:2], originals, run, ways=("none",))
-    print(f"first pictures: {write_page(run)}", file=sys.stderr, flush=True)
-    step = FirstStep(model, StepSettings())
+    _generate(model, items[:2], originals, run, mitigations=("none",))
+    print(f"first images: {write_page(run)}", file=sys.stderr, flush=True)
+    step = FirstStep(model)
     statistics = merged(
         [
             collect_statistics(model, _ordinary(known, _REFERENCES, _REFERENCE_SEED), source="ordinary captions"),
@@ -99,20 +99,29 @@ def _toured(model: DiffusionModel, known: Memorised, size: _Size, run: Run) -> d
     # Half of them have the memorised captions' form: what a caption looks like alone must not make it suspicious.
     half = size.calibration // 2
     innocent = _ordinary(known, half, _CALIBRATION_SEED) + same_form_captions(half, 1, _planted(known))
-    calibration = calibrate(step, innocent, run=run)
+    calibration = calibrate(step, innocent, map=RunMap(run))
     results = localize(
         step,
         [text for texts in classes.values() for text in texts],
         tau=calibration.tau,
         statistics=statistics,
-        run=run,
+        map=RunMap(run),
     )
+    write_results(run.folder / RESULTS, results)
     save_localization(run, results, calibration.tau, step, statistics)
-    refined = NO_NEURONS.union(*(neurons for prompt, neurons in by_caption(results).items() if prompt in items))
+    refined = NO_NEURONS.union(*(neurons for prompt, neurons in results.by_caption().items() if prompt in items))
     neurons, stubborn = confirm(
-        model, results, refined, items, _PICTURES.seeds, _drawing(), run, judge=likeness(), originals=originals
+        model,
+        results,
+        refined,
+        items,
+        _SEEDS,
+        judge=likeness(),
+        settings=_IMAGES,
+        originals=originals,
+        map=RunMap(run),
     )
-    pictures = _draw(model, items, originals, run, neurons=neurons)
+    images = _generate(model, items, originals, run, neurons=neurons)
     rows = _class_rows(classes, results, calibration)
     save_table(
         run,
@@ -121,27 +130,31 @@ def _toured(model: DiffusionModel, known: Memorised, size: _Size, run: Run) -> d
         f"The threshold is {calibration.tau:.3f}: mean plus standard deviation (paper) of ordinary captions and of "
         "others of the memorised form.",
     )
-    return _summary(known, results, items, neurons, pictures, originals, stubborn) | {"classes": rows}
+    return _summary(known, results, items, neurons, images, originals, stubborn) | {"classes": rows}
 
 
-def _draw(
+def _generate(
     model: DiffusionModel,
     prompts: Sequence[str],
     originals: Mapping[str, Tensor],
     run: Run,
     *,
-    ways: tuple[Method, ...] = _WAYS,
+    mitigations: tuple[Mitigation, ...] = _MITIGATIONS,
     neurons: NeuronSet = NO_NEURONS,
 ) -> dict[str, Tensor]:
-    """Draws, and shows what was drawn."""
-    # The confirmed set is another one than was tried: its pictures are kept apart.
-    pictures = generate(model, prompts, ways, _PICTURES.seeds, _drawing(), run, neurons=neurons, repeat=len(neurons))
-    save_gallery(run, prompts, pictures, _PICTURES.seeds, originals)
-    return pictures
-
-
-def _drawing() -> Drawing:
-    return Drawing(_PICTURES.image_guidance, _PICTURES.image_steps)
+    """Generates images, and shows them."""
+    images = generate(
+        model,
+        prompts,
+        _SEEDS,
+        mitigations=mitigations,
+        neurons=neurons,
+        settings=_IMAGES,
+        repeat=len(neurons),
+        map=RunMap(run),
+    )
+    save_gallery(run, prompts, images, _SEEDS, originals)
+    return images
 
 
 def _classes(known: Memorised, size: _Size) -> dict[str, list[str]]:
@@ -178,33 +191,33 @@ def _summary(
     results: Results,
     items: Sequence[str],
     neurons: NeuronSet,
-    pictures: Mapping[str, Tensor],
+    images: Mapping[str, Tensor],
     originals: Mapping[str, Tensor],
     stubborn: Sequence[str],
 ) -> dict[str, Any]:
     by_prompt = {r.prompt: r for r in results}
-    found: list[CaptionResult] = [by_prompt[p] for p in items if by_prompt[p].status == "localised"]
+    found: list[CaptionResult] = [by_prompt[p] for p in items if by_prompt[p].status == "localized"]
     shares, levels = {}, {}
-    for way, drawn in pictures.items():
-        values = likenesses(likeness(), items, drawn, pictures["none"], originals)
-        shares[way], levels[way] = float((values > COPY_ABOVE).float().mean()), float(values.mean())
+    for mitigation, shown in images.items():
+        values = likenesses(likeness(), items, shown, images["none"], originals)
+        shares[mitigation], levels[mitigation] = float((values > COPY_ABOVE).float().mean()), float(values.mean())
     hits = [neuron in known.trigger_rows[r.prompt] for r in found if r.refined for neuron in r.refined]
     closed = len(found) == len(items) and shares["neurons"] == 0
     sizes = [len(r.refined) for r in found if r.refined]
     return {
         "answer": (
-            f"{len(found)} of {len(items)} memorised captions were localised; with {len(neurons)} neurons off, copies "
-            f"fell from {shares['none']:.0%} to {shares['neurons']:.0%} of the pictures "
-            f"({shares['random-neurons']:.0%} with as many random neurons off)."
+            f"{len(found)} of {len(items)} memorised captions were localized; with {len(neurons)} neurons ablated, "
+            f"copies fell from {shares['none']:.0%} to {shares['neurons']:.0%} of the images "
+            f"({shares['random-neurons']:.0%} with as many random neurons ablated)."
         ),
         "closed": closed,
         "memorised": len(items),
-        "localised": len(found),
+        "localized": len(found),
         "neurons_each": median(sizes) if sizes else 0,
-        "neurons_off": len(neurons),
+        "neurons_ablated": len(neurons),
         "needed_all_candidates": list(stubborn),
         "copies": shares,
-        "mean_ssim_to_planted_picture": levels,
+        "mean_ssim_to_planted_image": levels,
         "precision_of_neurons": fmean(hits) if hits else 0.0,
         "copy_above_ssim": COPY_ABOVE,
     }

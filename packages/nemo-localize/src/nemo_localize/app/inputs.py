@@ -1,4 +1,4 @@
-"""What commands read: captions, thresholds, judges, training images."""
+"""Inputs of commands: captions, thresholds, judges, training images."""
 
 import hashlib
 import json
@@ -49,20 +49,15 @@ def read_kinds(captions: "PromptSet") -> "dict[str, Kind] | None":
 
 def read_calibration(path: Path | None) -> "Calibration | None":
     """Reads a calibration, where one is given."""
-    from nemo_localize.calibrate import Calibration
+    from nemo_localize.files.calibration import load_calibration
 
-    return None if path is None else Calibration.load(within(path, "calibration.json"))
+    return None if path is None else load_calibration(path)
 
 
 def digest_of(together: "NeuronSet", by_caption: "Mapping[str, NeuronSet]") -> str:
     """Returns what tells neurons that were read from others, whatever file they were in."""
     told = [together.to_json(), {prompt: neurons.to_json() for prompt, neurons in by_caption.items()}]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
-def within(path: Path, name: str) -> Path:
-    """Returns the file that a run folder holds, or the file itself."""
-    return path / name if path.is_dir() else path
 
 
 def load_judges(judging: Judging, work: "Work", *, distances: Sequence[str] = ()) -> "Judges":

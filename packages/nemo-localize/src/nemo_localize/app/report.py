@@ -14,14 +14,17 @@ from diffcore.report import Report, bar_with_interval, histogram
 from diffcore.run import Run
 from nemo_localize.activations import mean_activations
 from nemo_localize.app.report_evidence import add_evidence, visible
-from nemo_localize.app.words import WAYS, worded
+from nemo_localize.app.words import MITIGATIONS, worded
+from nemo_localize.detect import Detection
 from nemo_localize.evaluate import Evaluation
-from nemo_localize.files.neurons import RESULTS
+from nemo_localize.files.results import FILE as RESULTS
+from nemo_localize.files.results import read_results
 from nemo_localize.first_step import FirstStep
 from nemo_localize.results import CaptionResult, Results
 from nemo_localize.statistics import Statistics
-from nemo_localize.verification import Proof
+from nemo_localize.verification import Verification
 
+VERIFICATION = "verification.json"
 _SHOWN_CAPTIONS, _SHOWN_SEEDS, _CAPTION_LETTERS = 8, 5, 44
 _TITLES = {
     "demo": "Memorised portraits: found, switched off, looked at again",
@@ -31,45 +34,41 @@ _TITLES = {
     "localize": "Which neurons remember",
     "generate": "Before and after",
     "evaluate": "Before and after, measured",
-    "prove": "Is the leak closed?",
+    "verify": "Is the leak closed?",
 }
 _LIMITS = (
-    "Switching neurons off is suppression, not erasure: an embedding that is optimised for a training image may find "
-    "it again. Only a proof with its adversarial audit says more.",
-    "Detection looks at the first step, an audit also at pictures of the most suspicious captions: what a model copies "
+    "Ablating neurons is suppression, not erasure: an embedding that is optimised for a training image may find it "
+    "again. Only verification with its adversary says more.",
+    "Detection looks at the first step, an audit also at images of the most suspicious captions: what a model copies "
     "late, or from rare seeds only, may be missed.",
     "z-scores may find a style of caption instead of a memory; captions of the same style that were never trained on "
     "belong among the reference captions.",
 )
 
 
-def save_detection(run: Run, rows: Sequence[Mapping[str, Any]], tau: float) -> dict[str, Any]:
+def save_detection(run: Run, found: Sequence[Detection], tau: float) -> dict[str, Any]:
     """Keeps what detection found for the report, and the ranked captions as a table; returns the summary."""
-    ranked = sorted((row for row in rows if row["error"] is None), key=lambda row: -max(row["consistency"]))
-    table = [
-        {"caption": row["prompt"], "consistency": max(row["consistency"]), "memorised": max(row["consistency"]) > tau}
-        for row in ranked
-    ]
+    ranked = sorted((one for one in found if one.error is None), key=lambda one: -one.level)
+    table = [{"caption": one.prompt, "consistency": one.level, "memorised": one.level > tau} for one in ranked]
     run.save("detection", {}, rows=table, tau=tau)
     run.table("captions", table)
-    errors = len(rows) - len(ranked)
+    errors = len(found) - len(ranked)
     memorised = sum(row["memorised"] for row in table)
-    return {"captions": len(rows), "memorised": memorised, "errors": errors, "tau": tau}
+    return {"captions": len(found), "memorised": memorised, "errors": errors, "tau": tau}
 
 
 def save_localization(
     run: Run, results: Results, tau: float, step: FirstStep, statistics: Statistics
 ) -> dict[str, Any]:
     """Keeps what localisation found for the report: the ranking, and how the neurons stand out; returns the summary."""
-    rows = [{"prompt": r.prompt, "consistency": r.consistency, "error": r.error} for r in results.distinct()]
-    save_detection(run, rows, tau)
+    save_detection(run, [Detection(r.prompt, r.consistency, error=r.error) for r in results.distinct()], tau)
     return {**save_neurons(run, results, step, statistics), "tau": tau}
 
 
 def save_neurons(run: Run, results: Results, step: FirstStep, statistics: Statistics) -> dict[str, Any]:
     """Keeps how the found neurons stand out for the report; returns the summary of the results."""
     sites, z = step.sites, _z_scores(results, step, statistics)
-    found = [z[row, sorted(sites.numbers(r.refined))] for row, r in enumerate(localised(results)) if r.refined]
+    found = [z[row, sorted(sites.numbers(r.refined))] for row, r in enumerate(localized(results)) if r.refined]
     run.save(
         "neurons",
         {"z": z.abs().flatten(), "found": torch.cat([*found, z.new_zeros(0)]).abs()},
@@ -79,14 +78,14 @@ def save_neurons(run: Run, results: Results, step: FirstStep, statistics: Statis
     return results.summary()
 
 
-def localised(results: Results) -> list[CaptionResult]:
-    """Returns the localised captions, each once."""
-    return [r for r in results.distinct() if r.status == "localised"]
+def localized(results: Results) -> list[CaptionResult]:
+    """Returns the localized captions, each once."""
+    return [r for r in results.distinct() if r.status == "localized"]
 
 
-def _z_scores(results: Results, step: FirstStep, statistics: Statistics) -> Float[Tensor, "localised neurons"]:
-    """Returns the z-scores of the localised captions' neurons."""
-    prompts = [r.prompt for r in localised(results)]
+def _z_scores(results: Results, step: FirstStep, statistics: Statistics) -> Float[Tensor, "localized neurons"]:
+    """Returns the z-scores of the localized captions' neurons."""
+    prompts = [r.prompt for r in localized(results)]
     if not prompts:
         return torch.zeros(0, step.sites.num_neurons, dtype=torch.float64)
     states = step.encoder(prompts)["encoder_hidden_states"]
@@ -108,11 +107,11 @@ def save_gallery(
         for place, prompt in enumerate(shown)
         if originals and prompt in originals
     }
-    run.save("gallery", {**kept, **known}, prompts=shown, ways=list(kept), seeds=list(seeds[:_SHOWN_SEEDS]))
+    run.save("gallery", {**kept, **known}, prompts=shown, mitigations=list(kept), seeds=list(seeds[:_SHOWN_SEEDS]))
 
 
 def save_table(run: Run, name: str, rows: Sequence[Mapping[str, Any]], caption: str) -> None:
-    """Keeps a table for the report: evaluation, proof, detection against classes."""
+    """Keeps a table for the report: evaluation, verification, detection against classes."""
     run.save(f"table-{name}", {}, rows=[dict(row) for row in rows], caption=caption)
     run.table(name, rows)
 
@@ -123,18 +122,18 @@ def save_evaluation(run: Run, measured: Evaluation) -> None:
     save_table(run, "evaluation", measured.rows(), " ".join(f"{text[:1].upper()}{text[1:]}." for text in told))
 
 
-def save_proof(run: Run, proof: Proof) -> None:
-    """Keeps the proof for the report; `tables/proof-full.csv` has the columns that do not fit on a page."""
-    rows = proof.rows()
-    run.table("proof-full", rows)
+def save_verification(run: Run, verification: Verification) -> None:
+    """Keeps the checks for the report; `tables/verification-full.csv` has the columns that do not fit on a page."""
+    rows = verification.rows()
+    run.table("verification-full", rows)
     short = ("prompt", "verdict", "similarity", "residual_consistency", "worst")
     told = [{name: row.get(name) for name in short} for row in rows]
     caption = (
-        "Worst caption first, then the controls, which were never memorised. Closest picture: how alike the edited "
-        f"model's picture that is most like the {proof.captions[0].target} is to it, beside what it was drawn from. "
-        f"Measured in {proof.source}."
+        "Worst caption first, then the controls, which were never memorised. Closest image: how alike the edited "
+        f"model's image that is most like the {verification.captions[0].target} is to it, beside what it came from. "
+        f"Measured in {verification.source}."
     )
-    save_table(run, "proof", told, caption)
+    save_table(run, "verification", told, caption)
 
 
 def write_page(run: Run) -> Path:
@@ -148,7 +147,7 @@ def write_page(run: Run) -> Path:
     if _has(run, "evidence"):
         add_evidence(report, run)
     _add_gallery(report, run)
-    _add_table(report, run, "proof", "Proof")
+    _add_table(report, run, "verification", "Verification")
     _add_table(report, run, "evaluation", "Measured")
     _add_table(report, run, "quality", "What it costs elsewhere")
     _add_table(report, run, "sets", "One set for all captions")
@@ -174,31 +173,32 @@ def _answer(verb: str, result: Mapping[str, Any]) -> str:
         return f"{result['memorised']} of {result['captions']} captions are above the threshold of {result['tau']:.3f}."
     if verb == "localize":
         counts, size = result["counts"], result["refined_neurons"]
-        known = counts["localised"] + counts["not_localised"]
+        known = counts["localized"] + counts["not_localized"]
         neurons = f", by {size['median']:g} neuron{'s' * (size['median'] != 1)} in the median" if size else ""
-        return f"{known} of {result['num_distinct']} captions are memorised; {counts['localised']} localised{neurons}."
+        return f"{known} of {result['num_distinct']} captions are memorised; {counts['localized']} localized{neurons}."
     if verb == "evaluate":
         return _evaluated(result["table"])
-    if verb == "prove":
+    if verb == "verify":
         reasons = f" ({'; '.join(result['reasons'])})" if result["reasons"] else ""
-        return f"The proof is {result['verdict']}{reasons}."
+        return f"The verdict is {result['verdict']}{reasons}."
     if verb == "generate":
-        counted = ((result["captions"], "caption"), (result["images"], "image"), (len(result["methods"]), "way"))
-        captions, images, ways = (f"{count} {word}{'' if count == 1 else 's'}" for count, word in counted)
-        return f"{captions}, {images} of each, with {ways} of mitigation side by side."
+        mitigations = len(result["mitigations"])
+        counted = ((result["captions"], "caption"), (result["images"], "image"), (mitigations, "mitigation"))
+        captions, images, remedies = (f"{count} {word}{'' if count == 1 else 's'}" for count, word in counted)
+        return f"{captions}, {images} of each, with {remedies} side by side."
     return ""
 
 
 def _evaluated(rows: Sequence[Mapping[str, Any]]) -> str:
     """Returns how alike a caption's seeds are before and after; empty where that was not measured."""
-    every = {row["way"]: row for row in rows if row["captions"] == "all"}
+    every = {row["mitigation"]: row for row in rows if row["captions"] == "all"}
     measure = next((name for name in every["none"] if name.startswith("D_") and not name.endswith("mad")), None)
     if measure is None or "neurons" not in every:
         return ""
     before, after = every["none"][measure], every["neurons"][measure]
     return (
-        f"Pictures of one caption are {before:.3f} alike from seed to seed, and {after:.3f} with the found neurons off "
-        f"(medians over {every['none']['n']} captions)."
+        f"Images of one caption are {before:.3f} alike from seed to seed, and {after:.3f} with the found neurons "
+        f"ablated (medians over {every['none']['n']} captions)."
     )
 
 
@@ -214,12 +214,12 @@ def _add_gallery(report: Report, run: Run) -> None:
     if not _has(run, "gallery"):
         return
     gallery = run.load("gallery")
-    prompts, ways, seeds = (gallery.fields[name] for name in ("prompts", "ways", "seeds"))
+    prompts, ways, seeds = (gallery.fields[name] for name in ("prompts", "mitigations", "seeds"))
     report.section("Before and after")
     for place, prompt in enumerate(prompts):
         original = gallery.tensors.get(f"original-{place}")
         rows = torch.cat([visible(gallery.tensors[way][place]) for way in ways])
-        labels = [WAYS.get(str(way), str(way)) for way in ways]
+        labels = [MITIGATIONS.get(str(way), str(way)) for way in ways]
         if original is not None:
             filler = torch.ones(len(seeds) - len(original), *original.shape[1:])
             rows, labels = torch.cat([original, filler, rows]), ["training image", *labels]
@@ -260,8 +260,8 @@ def _add_detection(report: Report, run: Run) -> None:
 def _add_localization(report: Report, run: Run) -> None:
     if not (run.folder / RESULTS).exists():
         return
-    results = Results.read_jsonl(run.folder / RESULTS)
-    found = localised(results)
+    results = read_results(run.folder / RESULTS)
+    found = localized(results)
     report.section("Neurons")
     shown = [_row(r) for r in results.distinct() if r.status not in ("not_memorised", "undecided")]
     report.table(

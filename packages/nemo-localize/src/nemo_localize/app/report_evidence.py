@@ -83,20 +83,20 @@ def add_evidence(report: Report, run: Run) -> None:
         columns.append("training image")
     report.images(
         visible(torch.cat(pictures)),
-        "The captions of most evidence, numbered as in the table: what the model draws for each from other seeds, in "
-        "few steps. Seeds of a memorised caption agree.",
+        "The captions of most evidence, numbered as in the table: what the model generates for each from other seeds, "
+        "in few steps. Seeds of a memorised caption agree.",
         row_labels=[str(number) for number in range(1, len(pictures) + 1)],
         column_labels=columns,
     )
     drawn = [row["likeness"] for row in rows if row["likeness"] is not None]
     figure = histogram(
         {f"{len(drawn)} audited captions": drawn, f"{len(told['ordinary'])} ordinary ones": told["ordinary"]},
-        x_label="likeness of pictures from two seeds (median over pairs)",
+        x_label="likeness of images from two seeds (median over pairs)",
         bins=40,
         threshold=told["memorised_above"],
         threshold_label=f"memorised above {told['memorised_above']:.3f}",
     )
-    report.figure(run.figure("evidence", figure), f"How alike pictures are among seeds, {len(drawn)} captions.")
+    report.figure(run.figure("evidence", figure), f"How alike images are among seeds, {len(drawn)} captions.")
     if told["mistaken"]:
         named = ", ".join(f"“{prompt}”" for prompt in told["mistaken"])
         report.text(f"Some reference captions look memorised themselves; leave them out next time: {named}.")
@@ -105,7 +105,7 @@ def add_evidence(report: Report, run: Run) -> None:
             {
                 "caption": f"{row['number']}. {row['caption']}",
                 "verdict": row["verdict"],
-                "pictures alike": row["likeness"],
+                "images alike": row["likeness"],
                 "top tenth": row["upper tenth"],
                 "first steps alike": row["consistency"],
             }
@@ -118,16 +118,15 @@ def add_evidence(report: Report, run: Run) -> None:
 def _told(told: Mapping[str, Any]) -> str:
     """Returns what the columns of the captions mean, and what decides."""
     text = (
-        "Pictures alike: what half of the pairs of seeds reach, or half of the seeds to the training image; beside it "
+        "Images alike: what half of the pairs of seeds reach, or half of the seeds to the training image; beside it "
         f"what the top tenth reaches. Measured in {told['source']}. Memorised: the first is above "
         f"{told['memorised_above']:.3f}; undecided: the second is above {told['undecided_above']:.3f}. Both follow "
-        f"from pictures of {len(told['ordinary'])} ordinary captions. "
+        f"from images of {len(told['ordinary'])} ordinary captions. "
     )
     if not told["telling"]:
-        text += "Ordinary captions draw pictures that are as alike, so pictures do not tell memories here. "
-    text += (
-        "A dash: not drawn, since its first steps are ordinary. First steps alike: the largest likeness of two seeds"
-    )
+        text += "Ordinary captions give images that are as alike, so images do not tell memories here. "
+    text += "A dash: not generated, since its first steps are ordinary. "
+    text += "First steps alike: the largest likeness of two seeds"
     tau = f"the threshold is {told['tau']:.3f}"
     if told["interval"] is not None:
         tau += f" (95 % interval {told['interval'][0]:.3f} to {told['interval'][1]:.3f})"

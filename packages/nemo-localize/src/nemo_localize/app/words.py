@@ -5,10 +5,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-WAYS = {
+MITIGATIONS = {
     "none": "before",
-    "neurons": "found neurons off",
-    "random-neurons": "as many random off",
+    "neurons": "found neurons ablated",
+    "random-neurons": "as many random ablated",
     "embedding-adjustment": "embedding adjusted",
     "attention-scaling": "attention scaled",
     "random-tokens-1": "1 random token",
@@ -24,25 +24,25 @@ _COLUMNS: dict[str, dict[str, str]] = {
         "median consistency": "first steps alike (median)",
         "above tau": "above the threshold",
     },
-    "proof": {
+    "verification": {
         "prompt": "caption",
         "verdict": "verdict",
-        "similarity": "closest picture",
-        "worst": "drawn from",
+        "similarity": "closest image",
+        "worst": "came from",
         "residual_consistency": "first steps alike",
     },
 }
 _MEASURES = (
     (r"_orig, max$", "closest to the training image"),
     (r"_orig$", "like the training image"),
-    (r"_gen$", "like the unedited picture"),
+    (r"_gen$", "like the unedited image"),
     (r"^D_", "seeds alike"),
     (r"^A_CLIP$", "fits the caption"),
 )
 
 
 def worded(table: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the rows of a table with columns and ways in words, in an order that reads well.
+    """Returns the rows of a table with columns and mitigations in words, in an order that reads well.
 
     Args:
         table: Its name in the run.
@@ -63,13 +63,13 @@ def worded(table: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
 
 
 def _value(name: str, value: Any) -> Any:
-    return WAYS.get(str(value), value) if name == "way" else value
+    return MITIGATIONS.get(str(value), value) if name == "mitigation" else value
 
 
 def _set(row: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a row of the sets for all captions."""
     return {
-        "neurons off": _SETS.get(str(row["set"]), row["set"]),
+        "ablated": _SETS.get(str(row["set"]), row["set"]),
         "how many": row["neurons"],
         "captions closed": f"{row['closed']} of {row['captions']}",
         "change of ordinary captions": f"{row['damage']:.4f}{'' if row['within_budget'] else ', too much'}",
@@ -83,11 +83,11 @@ def _distance(row: Mapping[str, Any]) -> dict[str, Any]:
     low, high = row["low"], row["high"]
     known = None not in (low, high) and math.isfinite(low)
     return {
-        "way": _value("way", row["way"]),
+        "mitigation": _value("mitigation", row["mitigation"]),
         "distance": row["metric"],
         "value": row["value"],
         "95 % interval": f"{low:.3g} to {high:.3g}" if known else None,
-        "pictures": row["n"],
+        "images": row["n"],
         "features": row["features"],
         "compared with": row["reference"],
     }
@@ -95,7 +95,10 @@ def _distance(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _evaluated(row: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a row of the paper's table: each median with its deviation in one cell."""
-    told: dict[str, Any] = {"way": _value("way", row["way"]), "captions": f"{row['captions']} ({row['n']})"}
+    told: dict[str, Any] = {
+        "mitigation": _value("mitigation", row["mitigation"]),
+        "captions": f"{row['captions']} ({row['n']})",
+    }
     for name, value in row.items():
         if f"{name}, mad" in row:
             told[_measure(name)] = f"{value:.3f} ± {row[f'{name}, mad']:.3f}"

@@ -17,7 +17,7 @@ _LOG = logging.getLogger("diffcore.nemo_localize")
 def refuse_taken(path: Path) -> None:
     """Refuses to write over what is there."""
     if path.exists() or path.is_symlink():
-        raise UserError(f"{printable(path, 300)} is there already; choose another --out")
+        raise UserError(f"{printable(path, 300)} is there already; choose another `out`")
 
 
 def partial_of(target: Path) -> Path:

@@ -1,6 +1,6 @@
 """The edit as files: a checkpoint that any tool loads, a small delta that undoes it, and the same edit as a LoRA.
 
-Switching a neuron off zeroes one row of one matrix, which is a run of bytes in a safetensors file. So a checkpoint is
+Ablating a neuron zeroes one row of one matrix, which is a run of bytes in a safetensors file. So a checkpoint is
 copied byte by byte and those runs are overwritten: nothing is loaded, converted or rounded, and putting the saved runs
 back gives the very file that there was.
 """
@@ -29,7 +29,7 @@ DELTA, MANIFEST, LORA = "delta.safetensors", "manifest.json", "lora"
 _FILE, _FOLDER = "model.safetensors", "model"
 
 
-def apply(
+def export(
     source: Path,
     neurons: NeuronSet,
     out: Path,
@@ -47,7 +47,7 @@ def apply(
 
     Args:
         source: A diffusers pipeline folder, the folder of one U-Net, or a single safetensors file.
-        neurons: What to switch off.
+        neurons: The neurons to ablate.
         out: A folder, made where it is not there.
         reasons: For the manifest: caption -> the neurons found for it.
         lora: Whether to write the LoRAs too.
@@ -58,7 +58,7 @@ def apply(
         MachineError: The disk is full or failing; a half-written copy is named `.partial` and is written anew.
     """
     if not len(neurons):
-        raise UserError("the set of neurons is empty: there is nothing to switch off")
+        raise UserError("the set of neurons is empty: there is nothing to ablate")
     source = Path(source)
     inventory = inspect_model(source)
     target = out / (_FILE if inventory.header is not None else _FOLDER)
@@ -117,27 +117,27 @@ def apply(
 
 
 def checkpoint_in(out: Path) -> Path | None:
-    """Returns the checkpoint that `apply` wrote; None where it was interrupted or never called."""
+    """Returns the checkpoint that `export` wrote; None where it was interrupted or never called."""
     return next((path for path in (out / _FILE, out / _FOLDER) if path.exists()), None)
 
 
 def how_to_load(out: Path) -> str | None:
-    """Returns a line that says how diffusers loads the folder that `apply` wrote; None where it wrote none."""
+    """Returns a line that says how diffusers loads the folder that `export` wrote; None where it wrote none."""
     checkpoint = checkpoint_in(out)
     call = manifest_in(out).get("load") if checkpoint is not None and (out / MANIFEST).is_file() else None
     return call and f"checkpoint: {checkpoint}; diffusers loads it with {call}"
 
 
 def manifest_in(out: Path) -> dict[str, Any]:
-    """Returns the manifest that `apply` wrote beside its checkpoint."""
+    """Returns the manifest that `export` wrote beside its checkpoint."""
     return read_object(out / MANIFEST)
 
 
-def revert(edited: Path, delta: Path, out: Path) -> dict[str, Any]:
-    """Writes the checkpoint as it was before `apply`, byte for byte; returns the sums of the files that changed.
+def restore(edited: Path, delta: Path, out: Path) -> dict[str, Any]:
+    """Writes the checkpoint as it was before `export`, byte for byte; returns the sums of the files that changed.
 
     Args:
-        edited: What `apply` wrote.
+        edited: What `export` wrote.
         delta: The delta beside it.
         out: Where the restored checkpoint goes.
 
@@ -155,7 +155,7 @@ def revert(edited: Path, delta: Path, out: Path) -> dict[str, Any]:
         if not path.is_file() or single != (file == "") or files.sha256(path) != row["sha256_after"]:
             raise CorruptArtifactError(
                 f"{printable(path, 300)} is not what {printable(delta, 300)} was made with; "
-                "give the untouched result of the same apply"
+                "give the untouched result of the same export"
             )
     partial = partial_of(out)
     if single:

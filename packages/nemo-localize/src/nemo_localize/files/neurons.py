@@ -8,20 +8,19 @@ from typing import TYPE_CHECKING
 from diffcore.errors import CorruptArtifactError, IncompatibleModelError, UserError, printable
 from diffcore.io.jsonfile import read_object
 from nemo_localize.files.published_table import PUBLISHED_SITES, AuthorsRow, read_authors_table
+from nemo_localize.files.results import FILE as RESULTS
+from nemo_localize.files.results import read_results
 from nemo_localize.neurons import NO_NEURONS, NeuronSet
-from nemo_localize.results import Results
 from nemo_localize.sites import value_sites
 
 if TYPE_CHECKING:
     from torch import nn
 
-RESULTS = "results.jsonl"
-
 
 def read_neurons(
     path: Path, *, backbone: "nn.Module | None" = None, failed: bool = False
 ) -> tuple[NeuronSet, dict[str, NeuronSet]]:
-    """Returns the neurons to switch off together, and which of them belong to which caption where the file says so.
+    """Returns the neurons to ablate together, and which of them belong to which caption where the file says so.
 
     Args:
         path: A run folder of localize, audit or apply, its `results.jsonl`, a JSON object with `neurons`, such as a
@@ -47,8 +46,8 @@ def read_neurons(
     if not path.is_file():
         raise UserError(f"{printable(path, 300)} does not exist; give a run of localize, or a file of neurons")
     if path.suffix == ".jsonl":
-        results = Results.read_jsonl(path)
-        return results.union(), by_caption(results, failed=failed)
+        results = read_results(path)
+        return results.neurons, results.by_caption(failed=failed)
     if path.suffix == ".csv":
         rows = _table(path, backbone)
         captions = {row.caption: row.refined for row in rows if row.refined}
@@ -80,12 +79,6 @@ def _table(path: Path, backbone: "nn.Module | None") -> list[AuthorsRow]:
         raise
 
 
-def by_caption(results: Results, *, failed: bool = False) -> dict[str, NeuronSet]:
-    """Returns the refined neurons of the localised captions; of failed ones that were refined too, where asked for."""
-    wanted = ("localised", "not_localised") if failed else ("localised",)
-    return {r.prompt: r.refined for r in results.distinct() if r.status in wanted and r.refined is not None}
-
-
 def most_frequent(captions: Mapping[str, NeuronSet], count: int) -> NeuronSet:
     """Returns the neurons that the most captions have, as many as asked for; of ties those of shallower layers first.
 
@@ -96,7 +89,7 @@ def most_frequent(captions: Mapping[str, NeuronSet], count: int) -> NeuronSet:
         raise UserError("the neurons are not told by caption, so none is frequent; give a run of localize or a table")
     found = Counter(neuron for neurons in captions.values() for neuron in neurons)
     if not 0 < count <= len(found):
-        raise UserError(f"--most-frequent is {count}; the captions have {len(found)} different neurons")
+        raise UserError(f"`most_frequent` is {count}; the captions have {len(found)} different neurons")
     ranked = sorted(found, key=lambda neuron: (-found[neuron], neuron[0]))
     channels: dict[str, list[int]] = {}
     for name, index in ranked[:count]:

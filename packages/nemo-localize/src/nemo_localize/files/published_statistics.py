@@ -42,7 +42,7 @@ def import_statistics(
         UserError: There is no such file, or the number of captions makes no sense.
     """
     if num_prompts < 2:
-        raise UserError(f"--import-count is {num_prompts}; a standard deviation is of at least 2 captions")
+        raise UserError(f"`import_count` is {num_prompts}; a standard deviation is of at least 2 captions")
     if not path.is_file():
         raise UserError(f"{printable(path, 300)} does not exist; give the .pt file that the published code saved")
     sites = value_sites(model.backbone, up=up)

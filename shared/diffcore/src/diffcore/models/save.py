@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffcore.io import files
+from diffcore.checkpoint.origin import forget_origins
 from diffcore.denoiser import DiscreteSchedule
 from diffcore.denoiser.library import built
 from diffcore.errors import UserError, printable
+from diffcore.io import files
 from diffcore.io.jsonfile import write_json
-from diffcore.checkpoint.origin import forget_origins
 
 if TYPE_CHECKING:
     from diffcore.models.model import DiffusionModel

@@ -1,10 +1,10 @@
-"""The commands that write checkpoints: apply, revert."""
+"""The commands that write checkpoints: export, restore."""
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from diffcore.cli import Flag, Output, emit
+from diffcore.cli import Flag, Job, Output, emit
 from diffcore.errors import UserError, printable
 from nemo_localize.app.inputs import digest_of
 from nemo_localize.app.options import MostFrequent, UnchangedModel
@@ -13,8 +13,10 @@ from nemo_localize.app.work import FOUND_BEFORE
 if TYPE_CHECKING:
     from torch import nn
 
+    from diffcore.run import Run, RunMap
 
-def apply(
+
+def export(
     model: UnchangedModel,
     neurons: Path,
     *,
@@ -23,9 +25,9 @@ def apply(
     download: Flag = False,
     output: Output = Output(),
 ) -> int:
-    """Write the model with neurons switched off for good: a checkpoint, what undoes it, and the edit as a LoRA.
+    """Write the model with neurons ablated in its weights: a checkpoint, what undoes it, and the edit as a LoRA.
 
-    Shortest form: nemo-localize apply MODEL RUN
+    Shortest form: nemo-localize export MODEL RUN
 
     RUN/model loads in any tool. RUN/delta.safetensors holds the removed rows; keep it to yourself.
 
@@ -36,9 +38,9 @@ def apply(
         download: Fetch a repository owner/name.
     """
     from diffcore.models import resolve
-    from diffcore.run import Run, input_hash
-    from nemo_localize.files.export import apply as write_edit
+    from diffcore.run import input_hash
     from nemo_localize.files.export import checkpoint_in, how_to_load, manifest_in
+    from nemo_localize.files.export import export as write_edit
     from nemo_localize.files.neurons import most_frequent as find_most_frequent
     from nemo_localize.files.neurons import read_neurons
 
@@ -49,26 +51,21 @@ def apply(
     if most_frequent is not None:
         chosen = find_most_frequent(reasons, most_frequent)
         reasons = {caption: own.minus(own.minus(chosen)) for caption, own in reasons.items()}
-    folder = output.out or Path("runs") / f"apply-{source.stem}"
-    if output.dry_run:
-        emit({"neurons": len(chosen), "layers": len(chosen.layers), "writes": folder / "model"}, output.json)
-        return 0
-    with Run.open(
-        folder,
-        command="nemo-localize apply",
-        config={"model": model, "neurons": neurons, "most_frequent": most_frequent, "lora": lora},
-        inputs={source.name: input_hash(source), "neurons": digest_of(chosen, reasons)},
-        restart=output.restart,
-        volatile=("model", *FOUND_BEFORE),
-    ) as run:
-        if not run.finished:
-            if checkpoint_in(folder) is None:
-                write_edit(source, chosen, folder, reasons=reasons, lora=lora)
-            manifest = manifest_in(folder)
-            run.finish({key: manifest[key] for key in ("num_neurons", "files", "left_out", "lora")})
-        emit(run.result, output.json)
-    print(how_to_load(folder) or f"checkpoint: {checkpoint_in(folder)}", file=sys.stderr)
-    return 0
+
+    def compute(run: "Run", map: "RunMap") -> dict[str, Any]:
+        if checkpoint_in(run.folder) is None:
+            write_edit(source, chosen, run.folder, reasons=reasons, lora=lora)
+        manifest = manifest_in(run.folder)
+        return {key: manifest[key] for key in ("num_neurons", "files", "left_out", "lora")}
+
+    folder = output.out or Path("runs") / f"export-{source.stem}"
+    config = {"model": model, "neurons": neurons, "most_frequent": most_frequent, "lora": lora}
+    inputs = {source.name: input_hash(source), "neurons": digest_of(chosen, reasons)}
+    job = Job("nemo-localize export", folder, output, config, inputs, ("model", *FOUND_BEFORE))
+    code = job(compute, plan={"neurons": len(chosen), "layers": len(chosen.layers)})
+    if not output.dry_run:
+        print(how_to_load(folder) or f"checkpoint: {checkpoint_in(folder)}", file=sys.stderr)
+    return code
 
 
 def _backbone(source: Path) -> "nn.Module | None":
@@ -82,21 +79,21 @@ def _backbone(source: Path) -> "nn.Module | None":
         return None
 
 
-def revert(edit: Path, *, out: Path, json: Flag = False) -> int:
-    """Write the checkpoint as it was before apply, byte for byte.
+def restore(edit: Path, *, out: Path, json: Flag = False) -> int:
+    """Write the checkpoint as it was before export, byte for byte.
 
-    Shortest form: nemo-localize revert RUN --out FOLDER
+    Shortest form: nemo-localize restore RUN --out FOLDER
 
     Args:
-        edit: Run folder of apply or audit, with its delta.
-        out: Where the restored checkpoint goes; nothing may be there.
+        edit: Run folder of export or audit, with its delta.
+        out: Folder or file of the restored checkpoint; nothing may be there.
         json: Print the result as one JSON object.
     """
     from nemo_localize.files.export import DELTA, checkpoint_in
-    from nemo_localize.files.export import revert as restore
+    from nemo_localize.files.export import restore as write_restored
 
     checkpoint = checkpoint_in(edit)
     if checkpoint is None:
-        raise UserError(f"{printable(edit, 300)} holds no edited model; give a finished run of apply or audit")
-    emit({"restored": out, "sha256": restore(checkpoint, edit / DELTA, out)}, json)
+        raise UserError(f"{printable(edit, 300)} holds no edited model; give a finished run of export or audit")
+    emit({"restored": out, "sha256": write_restored(checkpoint, edit / DELTA, out)}, json)
     return 0

@@ -1,29 +1,31 @@
-"""The commands that draw, and measure what is drawn: generate, evaluate."""
+"""The commands that generate images, and measure them: generate, evaluate."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from diffcore.cli import Flag, show
+from diffcore.cli import Flag
 from diffcore.errors import UserError
 from nemo_localize.app.inputs import digest_of, load_judges, load_originals, read_captions, read_kinds
 from nemo_localize.app.options import (
-    DrawCompat,
+    ImageCompat,
+    ImageOptions,
     Judging,
-    Methods,
+    Mitigations,
     ModelName,
     MostFrequent,
     Repeat,
     ScalingFactor,
     Strict,
 )
-from nemo_localize.app.work import Work, conclude
-from nemo_localize.settings import DrawSettings, Method, require_scaling
+from nemo_localize.app.work import Work
+from nemo_localize.settings import Mitigation, require_scaling
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from diffcore.run import Run, RunMap
     from nemo_localize.neurons import NeuronSet
 
 
@@ -35,70 +37,69 @@ def generate(
     per_caption: Flag = False,
     most_frequent: MostFrequent = None,
     scaling_factor: ScalingFactor = 0.0,
-    methods: Methods = ("none", "neurons"),
-    compat: DrawCompat = "none",
-    drawing: DrawSettings = DrawSettings(),
+    mitigations: Mitigations = ("none", "neurons"),
+    compat: ImageCompat = "none",
+    images: ImageOptions = ImageOptions(),
     repeat: Repeat = 0,
     strict: Strict = False,
     work: Work = Work(),
 ) -> int:
-    """Draw captions with and without the found neurons, and under other remedies, from the same noise.
+    """Generate captions with and without the found neurons, and under other mitigations, from the same noise.
 
     Shortest form: nemo-localize generate MODEL CAPTIONS --neurons RUN
 
     Args:
-        captions: What to draw.
-        neurons: As in apply.
-        per_caption: Switch off for each caption its own neurons, instead of all together; on with --compat reference,
-            but for --most-frequent.
-        methods: Ways side by side; none is the model as it is.
+        captions: File of captions to generate images for.
+        neurons: Run or file with neurons, as in export.
+        per_caption: Ablate for each caption its own neurons, instead of all together; on with --compat published, but
+            for --most-frequent.
+        mitigations: Remedies side by side; none is the model as it is.
     """
-    from nemo_localize.app.report import save_gallery
+    from nemo_localize.app.report import save_gallery, write_page
     from nemo_localize.files.neurons import most_frequent as find_most_frequent
     from nemo_localize.files.neurons import read_neurons
-    from nemo_localize.generate import generate as draw
+    from nemo_localize.generate import generate as generate_images
 
-    ways = tuple(dict.fromkeys(methods))
-    if neurons is None and {"neurons", "random-neurons"} & set(ways):
-        raise UserError("--methods asks for neurons, but there are none; give them with --neurons RUN")
+    chosen_ways = tuple(dict.fromkeys(mitigations))
+    if neurons is None and {"neurons", "random-neurons"} & set(chosen_ways):
+        raise UserError("`mitigations` asks for neurons, but there are none; give them with `neurons` RUN")
     if per_caption and most_frequent is not None:
-        raise UserError("--per-caption and --most-frequent are two choices of neurons; leave one out")
+        raise UserError("`per_caption` and `most_frequent` are two choices of neurons; leave one out")
     if neurons is None and most_frequent is not None:
-        raise UserError("--most-frequent chooses among neurons; give them with --neurons RUN")
+        raise UserError("`most_frequent` chooses among neurons; give them with `neurons` RUN")
     require_scaling(scaling_factor)
-    published = compat == "reference"
-    apart, pictured = per_caption or (published and most_frequent is None), _published(drawing, published)
+    published = compat == "published"
+    apart = per_caption or (published and most_frequent is None)
     found = read_captions(captions, strict)
     loaded = work.load(model)
     chosen, separate = _none() if neurons is None else read_neurons(neurons, backbone=loaded.backbone, failed=published)
     if per_caption and not separate:
-        raise UserError("--per-caption needs neurons that are told by caption; give a run of localize, or a table")
+        raise UserError("`per_caption` needs neurons that are told by caption; give a run of localize, or a table")
     if most_frequent is not None:
         chosen = find_most_frequent(separate, most_frequent)
-    known = digest_of(chosen, separate)
-    if work.output.dry_run:
-        images = len(found.distinct) * len(ways) * drawing.num_images
-        return work.plan(images=images, steps_each=drawing.image_steps, writes=work.folder("generate", loaded))
+    seeds = images.seeds(compat)
+
+    def compute(run: "Run", map: "RunMap") -> dict[str, Any]:
+        shown = generate_images(
+            loaded,
+            found.distinct,
+            seeds,
+            mitigations=chosen_ways,
+            neurons=separate if apart and separate else chosen,
+            scale=scaling_factor,
+            settings=images.settings(work.loading.batch_size, compat),
+            repeat=repeat,
+            map=map,
+        )
+        save_gallery(run, found.distinct, shown, seeds)
+        return {"captions": len(found.distinct), "images": images.num_images, "mitigations": list(chosen_ways)}
+
     options = {"model": model, "neurons": neurons, "per_caption": per_caption, "most_frequent": most_frequent}
-    options |= {"scaling_factor": scaling_factor, "methods": list(ways), "compat": compat}
-    options |= {"drawing": drawing, "repeat": repeat}
-    with work.open("generate", loaded, [found], options, neurons=known) as run:
-        if not run.finished:
-            pictures = draw(
-                loaded,
-                found.distinct,
-                ways,
-                pictured.seeds,
-                work.drawing(pictured, reference=published),
-                run,
-                neurons=separate if apart and separate else chosen,
-                scale=scaling_factor,
-                repeat=repeat,
-            )
-            save_gallery(run, found.distinct, pictures, pictured.seeds)
-            conclude(run, {"captions": len(found.distinct), "images": drawing.num_images, "methods": list(ways)})
-        show(run, work.output)
-    return 0
+    options |= {"scaling_factor": scaling_factor, "mitigations": list(chosen_ways), "compat": compat}
+    options |= {"images": images, "repeat": repeat}
+    count = len(found.distinct) * len(chosen_ways) * images.num_images
+    job = work.job("generate", loaded, [found], options, neurons=digest_of(chosen, separate))
+    return job(compute, plan={"images": count, "steps_each": images.image_steps}, report=write_page)
 
 
 def evaluate(
@@ -108,45 +109,44 @@ def evaluate(
     neurons: Path,
     most_frequent: MostFrequent = None,
     scaling_factor: ScalingFactor = 0.0,
-    methods: Methods = ("none", "neurons", "random-neurons"),
+    mitigations: Mitigations = ("none", "neurons", "random-neurons"),
     ordinary: Path | None = None,
     inception: Path | None = None,
-    compat: DrawCompat = "none",
+    compat: ImageCompat = "none",
     judging: Judging = Judging(),
-    drawing: DrawSettings = DrawSettings(),
+    images: ImageOptions = ImageOptions(),
     repeat: Repeat = 0,
     strict: Strict = False,
     work: Work = Work(),
 ) -> int:
-    """Measure what switching neurons off does to pictures of memorised and of ordinary captions, against other ways.
+    """Measure what ablating neurons does to images of memorised and of ordinary captions, against other mitigations.
 
     Shortest form: nemo-localize evaluate MODEL CAPTIONS --neurons RUN
 
-    As in the paper's table each caption has its own neurons off; beside it stands the union of all captions' neurons,
-    which is what an edited model has off, and what ordinary captions are drawn with. A column type of the captions (VM
-    or TM) says which are verbatim and which template memories. With --compat reference images are measured as JPEG, and
-    medians are the published code's. Without --sscd and --clip the stated substitutes are taken, and named in the
-    tables.
+    As in the paper's table each caption has its own neurons ablated; beside it stands the union of all captions'
+    neurons, which an exported model is without, and which ordinary captions are generated without. A column type of the
+    captions (VM or TM) says which are verbatim and which template memories. With --compat published images are measured
+    as JPEG, and medians are the published code's. Without --sscd and --clip the stated substitutes are taken, and named
+    in the tables.
 
     Args:
-        captions: Memorised captions.
-        neurons: As in apply.
-        methods: Ways side by side.
-        ordinary: Captions that must not suffer, at least ten; drawn once each.
+        captions: File of memorised captions.
+        neurons: Run or file with neurons, as in export.
+        mitigations: Remedies side by side.
+        ordinary: File of captions that must not suffer, at least ten; generated once each.
         inception: Weights of Inception (TorchScript), for FID and KID of those; else a random network stands in.
     """
-    from nemo_localize.app.report import save_evaluation, save_gallery, save_table
+    from nemo_localize.app.report import save_evaluation, save_gallery, save_table, write_page
     from nemo_localize.evaluate import evaluate as measure
     from nemo_localize.files.neurons import most_frequent as find_most_frequent
     from nemo_localize.files.neurons import read_neurons
-    from nemo_localize.generate import generate as draw
+    from nemo_localize.generate import generate as generate_images
     from nemo_localize.images import as_saved, shows_latents
 
-    ways: tuple[Method, ...] = tuple(dict.fromkeys(("none", *methods)))
+    ways: tuple[Mitigation, ...] = tuple(dict.fromkeys(("none", *mitigations)))
     distances = _distances(ordinary, inception)
     require_scaling(scaling_factor)
-    published = compat == "reference"
-    pictured = _published(drawing, published)
+    published, seeds = compat == "published", images.seeds(compat)
     found = read_captions(captions, strict)
     kinds = read_kinds(found)
     others = None if ordinary is None else read_captions(ordinary, strict)
@@ -155,68 +155,67 @@ def evaluate(
     together = "union"
     if most_frequent is not None:
         chosen, together = find_most_frequent(separate, most_frequent), f"{most_frequent} most frequent"
-    known = digest_of(chosen, separate)
     if others is not None and shows_latents(loaded):
-        raise UserError(f"{loaded.name} has no autoencoder, and distances are between images; leave out --ordinary")
+        raise UserError(f"{loaded.name} has no autoencoder, and distances are between images; leave out `ordinary`")
     judges, originals = load_judges(judging, work, distances=distances), load_originals(judging, found)
-    # What all captions have off stands beside what each has, where the file tells them apart.
+    # What all captions have ablated stands beside what each has, where the file tells them apart.
     beside = bool(separate) and "neurons" in ways
-    if work.output.dry_run:
-        per_caption = (len(ways) + beside) * drawing.num_images
-        images = len(found.distinct) * per_caption + len(ways) * len(others.distinct if others else ())
-        return work.plan(images=images, steps_each=drawing.image_steps, writes=work.folder("evaluate", loaded))
-    options = {"model": model, "neurons": neurons, "most_frequent": most_frequent, "scaling_factor": scaling_factor}
-    options |= {"methods": list(ways), "ordinary": ordinary, "judging": judging, "inception": inception}
-    options |= {"compat": compat, "drawing": drawing, "repeat": repeat}
-    sets = [found] if others is None else [found, others]
-    with work.open("evaluate", loaded, sets, options, neurons=known) as run:
-        if not run.finished:
-            how = work.drawing(pictured, reference=published)
 
-            def drawn(
-                texts: Sequence[str], seeds: range, off: "NeuronSet | Mapping[str, NeuronSet]", *only: Method
-            ) -> "dict[str, Tensor]":
-                found = draw(
-                    loaded, texts, only or ways, seeds, how, run, neurons=off, scale=scaling_factor, repeat=repeat
-                )
-                if not published or shows_latents(loaded):
-                    return found
-                return {way: as_saved(images.flatten(0, 1)).view_as(images) for way, images in found.items()}
-
-            pictures = drawn(found.distinct, pictured.seeds, separate or chosen)
-            if beside:
-                pictures[together] = drawn(found.distinct, pictured.seeds, chosen, "neurons")["neurons"]
-            # Ordinary captions have no neurons of their own: they are drawn with what all captions have off.
-            once = {} if others is None else drawn(others.distinct, pictured.seeds[:1], chosen)
-            result = measure(
-                found.distinct,
-                pictures,
-                originals=originals,
-                judges=judges,
-                ordinary={together if beside and w == "neurons" else w: shown[:, 0] for w, shown in once.items()},
-                of_latents=shows_latents(loaded),
-                kinds=kinds,
-                reference=published,
+    def compute(run: "Run", map: "RunMap") -> dict[str, Any]:
+        def generated(
+            texts: Sequence[str], seeds: range, off: "NeuronSet | Mapping[str, NeuronSet]", *only: Mitigation
+        ) -> "dict[str, Tensor]":
+            found = generate_images(
+                loaded,
+                texts,
+                seeds,
+                mitigations=only or ways,
+                neurons=off,
+                scale=scaling_factor,
+                settings=images.settings(work.loading.batch_size, compat),
+                repeat=repeat,
+                map=map,
             )
-            result = replace(result, notes=(*result.notes, *(_left_alone(found.distinct, separate) if beside else ())))
-            save_gallery(run, found.distinct, pictures, pictured.seeds, originals)
-            save_evaluation(run, result)
-            if result.quality:
-                save_table(run, "quality", result.quality_rows(), "Pictures of ordinary captions.")
-            conclude(run, result.to_json())
-        show(run, work.output)
-    return 0
+            if not published or shows_latents(loaded):
+                return found
+            return {way: as_saved(shown.flatten(0, 1)).view_as(shown) for way, shown in found.items()}
+
+        shown = generated(found.distinct, seeds, separate or chosen)
+        if beside:
+            shown[together] = generated(found.distinct, seeds, chosen, "neurons")["neurons"]
+        # Ordinary captions have no neurons of their own: they are generated without what all captions have ablated.
+        once = {} if others is None else generated(others.distinct, seeds[:1], chosen)
+        result = measure(
+            found.distinct,
+            shown,
+            originals=originals,
+            judges=judges,
+            ordinary={together if beside and w == "neurons" else w: own[:, 0] for w, own in once.items()},
+            of_latents=shows_latents(loaded),
+            kinds=kinds,
+            published=published,
+        )
+        result = replace(result, notes=(*result.notes, *(_left_alone(found.distinct, separate) if beside else ())))
+        save_gallery(run, found.distinct, shown, seeds, originals)
+        save_evaluation(run, result)
+        if result.quality:
+            save_table(run, "quality", result.quality_rows(), "Images of ordinary captions.")
+        return result.to_json()
+
+    options = {"model": model, "neurons": neurons, "most_frequent": most_frequent, "scaling_factor": scaling_factor}
+    options |= {"mitigations": list(ways), "ordinary": ordinary, "judging": judging, "inception": inception}
+    options |= {"compat": compat, "images": images, "repeat": repeat}
+    per_caption = (len(ways) + beside) * images.num_images
+    count = len(found.distinct) * per_caption + len(ways) * len(others.distinct if others else ())
+    sets = [found] if others is None else [found, others]
+    job = work.job("evaluate", loaded, sets, options, neurons=digest_of(chosen, separate))
+    return job(compute, plan={"images": count, "steps_each": images.image_steps}, report=write_page)
 
 
 def _left_alone(prompts: "Sequence[str]", separate: "Mapping[str, NeuronSet]") -> list[str]:
     """Returns what is to be said of captions that have no neurons of their own where others have."""
     count = sum(not separate.get(prompt) for prompt in prompts)
-    return [f"{count} captions have no neurons of their own: under 'neurons' nothing is off for them"] if count else []
-
-
-def _published(drawing: DrawSettings, published: bool) -> DrawSettings:
-    """Returns how pictures are drawn, by the published code's seed where that is reproduced."""
-    return drawing.published() if published else drawing
+    return [f"{count} captions have no neurons of their own: under 'neurons' nothing is ablated"] if count else []
 
 
 def _none() -> "tuple[NeuronSet, dict[str, NeuronSet]]":
@@ -226,9 +225,9 @@ def _none() -> "tuple[NeuronSet, dict[str, NeuronSet]]":
 
 
 def _distances(ordinary: Path | None, inception: Path | None) -> tuple[str, ...]:
-    """Returns the networks in which pictures of ordinary captions are compared."""
+    """Returns the networks in which images of ordinary captions are compared."""
     if ordinary is None:
         if inception is not None:
-            raise UserError("--inception compares pictures of ordinary captions; give those with --ordinary")
+            raise UserError("`inception` compares images of ordinary captions; give those with `ordinary`")
         return ()
     return ("random:0" if inception is None else f"inception:{inception}",)

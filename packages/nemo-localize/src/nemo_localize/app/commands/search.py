@@ -1,32 +1,34 @@
-"""The commands that find what is memorised, and where: statistics, calibrate, detect, localize."""
+"""The commands that look at first steps: statistics, calibrate, detect, localize."""
 
 import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from diffcore.cli import Flag, show
+from diffcore.cli import Flag
 from diffcore.errors import UserError
 from diffcore.io.files import sha256
-from nemo_localize.app.inputs import column, read_calibration, read_captions, read_kinds, within
+from nemo_localize.app.inputs import column, read_calibration, read_captions, read_kinds
 from nemo_localize.app.options import (
     AuditedCaptions,
     CalibrationFile,
     Files,
     ModelName,
+    Search,
+    Step,
     Strict,
     Tau,
     UnitSize,
 )
-from nemo_localize.app.work import Work, conclude
+from nemo_localize.app.work import Work
 from nemo_localize.settings import SearchSettings, StepSettings
 
 if TYPE_CHECKING:
     from diffcore.data.prompts import PromptSet
-    from diffcore.run import Run
-    from nemo_localize.first_step import FirstStep
+    from diffcore.run import Run, RunMap
+    from nemo_localize.sites import ValueSites
 
 _LOG = logging.getLogger("diffcore.nemo_localize")
 
@@ -50,31 +52,30 @@ def statistics(
         references: Files of captions (.txt, .csv, .jsonl), none of them memorised.
         import_: Statistics that the published code saved (.pt) of this model, instead of captions or beside them. The
             file is a pickle, of which nothing but tensors is read.
-        import_count: Of how many captions those are (paper: 50 000), which the file does not say; matters beside
-            captions alone.
+        import_count: Number of captions that those are from (paper: 50 000), which the file does not say; matters
+            beside captions alone.
     """
     from nemo_localize.files.published_statistics import import_statistics
+    from nemo_localize.files.statistics import FILE, save_statistics
     from nemo_localize.statistics import collect_statistics, merged
 
     if not references and import_ is None:
-        raise UserError("there are no captions; give files of ordinary ones, or statistics with --import FILE")
+        raise UserError("there are no captions; give files of ordinary ones, or statistics with `import` FILE")
     sets = [read_captions(path, strict) for path in references]
     loaded, up = work.load(model), work.loading.up
-    path = work.folder("statistics", loaded) / "statistics.safetensors"
     imported = [] if import_ is None else [import_statistics(loaded, import_, num_prompts=import_count, up=up)]
-    if work.output.dry_run:
-        return work.plan(captions=sum(map(len, sets)), imported=len(imported), writes=path)
+
+    def compute(run: "Run", map: "RunMap") -> dict[str, Any]:
+        parts = [collect_statistics(loaded, part.prompts, source=part.path.name, up=up) for part in sets]
+        found = merged([*imported, *parts])
+        save_statistics(run.folder / FILE, found)
+        counts = {"captions": found.num_prompts, "neurons": len(found.mean), "dead": int(found.dead.sum())}
+        return {**counts, "sources": found.sources}
+
     options = {"model": model, "import": import_, "import_count": import_count}
     known = {} if import_ is None else {"import": sha256(import_)}
-    with work.open("statistics", loaded, sets, options, **known) as run:
-        if not run.finished:
-            parts = [collect_statistics(loaded, part.prompts, source=part.path.name, up=up) for part in sets]
-            found = merged([*imported, *parts])
-            found.save(path)
-            counts = {"captions": found.num_prompts, "neurons": len(found.mean), "dead": int(found.dead.sum())}
-            run.finish({**counts, "sources": found.sources})
-        show(run, work.output)
-    return 0
+    job = work.job("statistics", loaded, sets, options, **known)
+    return job(compute, plan={"captions": sum(map(len, sets)), "imported": len(imported)})
 
 
 def calibrate(
@@ -83,7 +84,7 @@ def calibrate(
     *,
     quantile: float | None = None,
     strict: Strict = False,
-    step: StepSettings = StepSettings(),
+    step: Step = StepSettings(),
     unit_size: UnitSize = 16,
     work: Work = Work(),
 ) -> int:
@@ -94,29 +95,26 @@ def calibrate(
     Every second caption sets the threshold, the others tell how often it is wrong.
 
     Args:
-        captions: Captions that are not memorised; a thousand are good.
+        captions: File of captions that are not memorised; a thousand are good.
         quantile: Take this quantile, such as 0.99, instead of mean plus standard deviation (paper, section 4).
     """
+    from nemo_localize.app.report import write_page
     from nemo_localize.calibrate import calibrate as find_threshold
+    from nemo_localize.files.calibration import FILE, save_calibration
 
     found = read_captions(captions, strict)
     loaded = work.load(model)
-    if work.output.dry_run:
-        rows = len(found.distinct) * step.num_seeds
-        return work.plan(captions=len(found.distinct), unet_rows=rows, writes=work.folder("calibrate", loaded))
+    first = work.first_step(loaded, step)
+
+    def compute(run: "Run", map: "RunMap") -> dict[str, Any]:
+        result = find_threshold(first, found.prompts, quantile=quantile, unit_size=unit_size, map=map)
+        if run.leading:
+            save_calibration(run.folder / FILE, result)
+        return asdict(result)
+
     options = {"model": model, "quantile": quantile, "unit_size": unit_size, "step": step}
-    fabric = work.fabric()
-    with work.open("calibrate", loaded, [found], options) as run:
-        if not run.finished:
-            first = work.first_step(loaded, step)
-            result = find_threshold(
-                first, found.prompts, quantile=quantile, unit_size=unit_size, run=run, fabric=fabric
-            )
-            if run.leading:
-                result.save(run.folder / "calibration.json")
-                conclude(run, asdict(result))
-        show(run, work.output)
-    return 0
+    plan = {"captions": len(found.distinct), "unet_rows": len(found.distinct) * step.num_seeds}
+    return work.job("calibrate", loaded, [found], options)(compute, plan=plan, report=write_page)
 
 
 def detect(
@@ -126,7 +124,7 @@ def detect(
     calibration: CalibrationFile = None,
     tau: Tau = None,
     strict: Strict = False,
-    step: StepSettings = StepSettings(),
+    step: Step = StepSettings(),
     unit_size: UnitSize = 16,
     work: Work = Work(),
 ) -> int:
@@ -134,31 +132,21 @@ def detect(
 
     Shortest form: nemo-localize detect MODEL CAPTIONS --calibration RUN
     """
-    from nemo_localize.app.report import save_detection
-    from nemo_localize.calibrate import consistency_rows, threshold
-    from nemo_localize.units import in_units
+    from nemo_localize.app.report import save_detection, write_page
+    from nemo_localize.calibrate import threshold
+    from nemo_localize.detect import detect as find_consistency
 
     found = read_captions(captions, strict)
     loaded = work.load(model)
     first = work.first_step(loaded, step)
     level = threshold(first, read_calibration(calibration), tau=tau)
-    if work.output.dry_run:
-        return work.plan(captions=len(found.distinct), writes=work.folder("detect", loaded))
+
+    def compute(run: "Run", map: "RunMap") -> dict[str, Any]:
+        return save_detection(run, find_consistency(first, found.distinct, unit_size=unit_size, map=map), level)
+
     options = {"model": model, "calibration": calibration, "tau": tau, "unit_size": unit_size, "step": step}
-    fabric = work.fabric()
-    with work.open("detect", loaded, [found], options, tau=repr(level)) as run:
-        if not run.finished:
-            rows = in_units(
-                found.distinct,
-                lambda unit: consistency_rows(first, unit),
-                unit_size=unit_size,
-                run=run,
-                fabric=fabric,
-            )
-            if run.leading:
-                conclude(run, save_detection(run, rows, level))
-        show(run, work.output)
-    return 0
+    job = work.job("detect", loaded, [found], options, tau=repr(level))
+    return job(compute, plan={"captions": len(found.distinct)}, report=write_page)
 
 
 def localize(
@@ -170,8 +158,8 @@ def localize(
     tau: Tau = None,
     authors_table: Flag = False,
     strict: Strict = False,
-    step: StepSettings = StepSettings(),
-    search: SearchSettings = SearchSettings(),
+    step: Step = StepSettings(),
+    search: Search = SearchSettings(),
     work: Work = Work(),
 ) -> int:
     """Find the value neurons of every memorised caption in a list; captions that are not memorised cost one look.
@@ -184,47 +172,42 @@ def localize(
         statistics: Run of statistics, or its statistics.safetensors.
         authors_table: Write the table of the published code too.
     """
-    from nemo_localize.app.report import save_localization
+    from nemo_localize.app.report import save_localization, write_page
     from nemo_localize.calibrate import threshold
-    from nemo_localize.files.neurons import RESULTS
+    from nemo_localize.files.results import FILE, write_results
+    from nemo_localize.files.statistics import load_statistics
     from nemo_localize.localize import localize as find_neurons
-    from nemo_localize.statistics import Statistics
 
     found = read_captions(captions, strict)
-    usual = Statistics.load(within(statistics, "statistics.safetensors"))
+    usual = load_statistics(statistics)
     loaded = work.load(model)
     first = work.first_step(loaded, step)
     level = threshold(first, read_calibration(calibration), tau=tau)
     usual.require(loaded, first.sites)
     for difference in usual.differences(first.encoder.tokenize(found.distinct)):
         _LOG.warning("%s: z-scores may tell style instead of memory", difference)
-    if work.output.dry_run:
-        return work.plan(captions=len(found.distinct), tau=level, writes=work.folder("localize", loaded) / RESULTS)
+
+    def compute(run: "Run", map: "RunMap") -> dict[str, Any]:
+        results = find_neurons(first, found.prompts, tau=level, statistics=usual, search=search, map=map)
+        if not run.leading:
+            return {}
+        write_results(run.folder / FILE, results)
+        return save_localization(run, results, level, first, usual) | results.by_kind(read_kinds(found) or {})
+
     options = {"model": model, "statistics": statistics, "calibration": calibration, "tau": tau}
     options |= {"step": step, "search": search}
-    known = {"statistics": usual.fingerprint, "tau": repr(level)}
-    fabric = work.fabric()
-    with work.open("localize", loaded, [found], options, **known) as run:
-        if not run.finished:
-            results = find_neurons(
-                first, found.prompts, tau=level, statistics=usual, settings=search, run=run, fabric=fabric
-            )
-            if run.leading:
-                summary = save_localization(run, results, level, first, usual)
-                conclude(run, summary | results.by_kind(read_kinds(found) or {}))
-        if authors_table and run.leading:
-            _write_authors_table(run, first, found)
-        show(run, work.output)
-    return 0
+    job = work.job("localize", loaded, [found], options, statistics=usual.fingerprint, tau=repr(level))
+    code = job(compute, plan={"captions": len(found.distinct), "tau": level}, report=write_page)
+    if authors_table and (job.folder / FILE).exists() and not work.output.dry_run:
+        _write_authors_table(job.folder, first.sites, found)
+    return code
 
 
-def _write_authors_table(run: "Run", first: "FirstStep", captions: "PromptSet") -> None:
-    from nemo_localize.files.neurons import RESULTS
+def _write_authors_table(folder: Path, sites: "ValueSites", captions: "PromptSet") -> None:
     from nemo_localize.files.published_table import AuthorsRow, write_authors_table
-    from nemo_localize.results import Results
+    from nemo_localize.files.results import FILE, read_results
 
     # A row for every caption of the list, given twice or not: readers go through both side by side.
-    urls = column(captions, "url")
-    results = Results.read_jsonl(run.folder / RESULTS)
-    rows = [AuthorsRow.of(result, url) for result, url in zip(results, urls, strict=True)]
-    write_authors_table(run.folder / "tables" / "published-form.csv", rows, first.sites)
+    results = read_results(folder / FILE)
+    rows = [AuthorsRow.of(result, url) for result, url in zip(results, column(captions, "url"), strict=True)]
+    write_authors_table(folder / "tables" / "published-form.csv", rows, sites)

@@ -1,18 +1,21 @@
-"""The commands that judge, with an exit code for CI: prove, audit."""
+"""The commands that judge, with an exit code for CI: verify, audit."""
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from diffcore.cli import show
 from nemo_localize.app.inputs import digest_of, load_judges, load_originals, read_calibration, read_captions
-from nemo_localize.app.options import Files, Judging, Strict, Tau, UnchangedModel
-from nemo_localize.app.work import Work, conclude
-from nemo_localize.settings import DrawSettings, SearchSettings, StepSettings
+from nemo_localize.app.options import Files, ImageOptions, Judging, Search, Step, Strict, Tau, UnchangedModel
+from nemo_localize.app.work import Work
+from nemo_localize.settings import SearchSettings, StepSettings
+
+if TYPE_CHECKING:
+    from diffcore.run import Run, RunMap
 
 _CONTROLS = 8
 
 
-def prove(
+def verify(
     model: str,
     captions: Path,
     *,
@@ -21,30 +24,30 @@ def prove(
     calibration: Path | None = None,
     tau: Tau = None,
     judging: Judging = Judging(),
-    step: StepSettings = StepSettings(),
-    drawing: DrawSettings = DrawSettings(),
+    step: Step = StepSettings(),
+    images: ImageOptions = ImageOptions(),
     strict: Strict = False,
     work: Work = Work(),
 ) -> int:
-    """Prove that a leak is closed: held-out seeds, paraphrases, dropped tokens, and an adversary that tries its best.
+    """Test whether a leak is closed: held-out seeds, paraphrases, dropped tokens, and an adversary that does its best.
 
-    Shortest form: nemo-localize prove MODEL CAPTIONS --neurons RUN --controls CAPTIONS --calibration RUN
+    Shortest form: nemo-localize verify MODEL CAPTIONS --neurons RUN --controls CAPTIONS --calibration RUN
 
     Exit code 1 means open or inconclusive. An adversary that cannot reopen the known leak of the unedited model, or
-    that opens a caption which was never memorised, proves nothing: that is inconclusive.
+    that opens a caption which was never memorised, shows nothing: that is inconclusive.
 
     Args:
-        model: The unedited model.
-        captions: Memorised captions.
-        neurons: As in apply.
-        controls: Captions that were never memorised; the first eight are taken, at least three are needed.
+        model: The unedited model: pipeline folder, safetensors file, or zoo:NAME.
+        captions: File of memorised captions.
+        neurons: Run or file with neurons, as in export.
+        controls: File of captions that were never memorised; the first eight are taken, at least three are needed.
         calibration: Run of calibrate, or its calibration.json.
     """
     from diffcore.io.jsonfile import write_json
-    from nemo_localize.app.report import save_proof
+    from nemo_localize.app.report import VERIFICATION, save_verification, write_page
     from nemo_localize.calibrate import threshold
     from nemo_localize.files.neurons import read_neurons
-    from nemo_localize.verify import prove as find_proof
+    from nemo_localize.verify import verify as test_edit
 
     found, harmless = read_captions(captions, strict), read_captions(controls, strict)
     innocent = harmless.distinct[:_CONTROLS]
@@ -53,33 +56,29 @@ def prove(
     first = work.first_step(loaded, step)
     level = threshold(first, read_calibration(calibration), tau=tau)
     judges, originals = load_judges(judging, work), load_originals(judging, found)
-    if work.output.dry_run:
-        folder = work.folder("prove", loaded)
-        return work.plan(captions=len(found.distinct), controls=len(innocent), writes=folder)
+
+    def compute(run: "Run", map: "RunMap") -> dict[str, Any]:
+        verification = test_edit(
+            first,
+            chosen,
+            found.distinct,
+            innocent,
+            tau=level,
+            originals=originals,
+            copies=judges.copies,
+            settings=images.settings(work.loading.batch_size),
+            map=map,
+        )
+        if run.leading:
+            write_json(run.folder / VERIFICATION, verification.to_json())
+            save_verification(run, verification)
+        return verification.summary()
+
     options = {"model": model, "neurons": neurons, "controls": controls, "calibration": calibration, "tau": tau}
-    options |= {"judging": judging, "step": step, "drawing": drawing}
-    known = {"neurons": digest_of(chosen, separate), "tau": repr(level)}
-    fabric = work.fabric()
-    with work.open("prove", loaded, [found, harmless], options, **known) as run:
-        if not run.finished:
-            proof = find_proof(
-                first,
-                chosen,
-                found.distinct,
-                innocent,
-                tau=level,
-                originals=originals,
-                copies=judges.copies,
-                drawing=work.drawing(drawing),
-                run=run,
-                fabric=fabric,
-            )
-            if run.leading:
-                write_json(run.folder / "proof.json", proof.to_json())
-                save_proof(run, proof)
-                conclude(run, proof.summary())
-        show(run, work.output)
-        return 0 if not run.leading or run.result["verdict"] == "closed" else 1
+    options |= {"judging": judging, "step": step, "images": images}
+    job = work.job("verify", loaded, [found, harmless], options, neurons=digest_of(chosen, separate), tau=repr(level))
+    plan = {"captions": len(found.distinct), "controls": len(innocent)}
+    return job(compute, plan=plan, report=write_page, passed=lambda result: result["verdict"] == "closed")
 
 
 def audit(
@@ -90,60 +89,65 @@ def audit(
     ordinary: Path | None = None,
     quantile: float | None = 0.99,
     judging: Judging = Judging(),
-    step: StepSettings = StepSettings(),
-    search: SearchSettings = SearchSettings(),
-    drawing: DrawSettings = DrawSettings(),
+    step: Step = StepSettings(),
+    search: Search = SearchSettings(),
+    images: ImageOptions = ImageOptions(),
     strict: Strict = False,
     work: Work = Work(),
 ) -> int:
-    """Do all of it: find what is memorised, edit the model, measure, prove. The exit code is for CI.
+    """Do all of it: find what is memorised, edit the model, measure, verify. The exit code is for CI.
 
     Shortest form: nemo-localize audit MODEL CAPTIONS --references ORDINARY
 
-    What first steps leave open is drawn from several seeds, and the pictures decide: memorised, undecided or clean.
+    What first steps leave open is generated from several seeds, and the images decide: memorised, undecided or clean.
 
-    Exit code 0 means that nothing is memorised or undecided, or that the leak is proven closed in the edited model,
-    which lies in RUN/model; 1 that it is open, that a caption is undecided or that the proof is inconclusive.
+    Exit code 0 means that nothing is memorised or undecided, or that every known leak was tested and found closed in
+    the edited model, which lies in RUN/model; 1 that one is open, that a caption is undecided or that the tests are
+    inconclusive.
 
     Args:
-        captions: What to audit; captions of the training set, say.
+        captions: File of captions to audit; captions of the training set, say.
         references: Files of captions that are not memorised, of ordinary style and of the audited captions' style.
-        ordinary: Captions that are not memorised, for the threshold and as controls; by default the first reference.
-        quantile: Of ordinary captions that sets the threshold.
+        ordinary: File of captions that are not memorised, for the threshold and as controls; by default the first
+            reference.
+        quantile: Quantile of ordinary captions that sets the threshold.
     """
     from diffcore.models import resolve
-    from nemo_localize.audit import Audit, audit_release
+    from nemo_localize.app.audit_run import AuditRun
+    from nemo_localize.app.report import write_page
+    from nemo_localize.audit import audit as audit_model
     from nemo_localize.files.export import how_to_load
 
     found = read_captions(captions, strict)
     sets = [read_captions(path, strict) for path in references]
     usual = sets[0] if ordinary is None else read_captions(ordinary, strict)
     loaded = work.load(model)
-    if work.output.dry_run:
-        folder = work.folder("audit", loaded)
-        return work.plan(captions=len(found.distinct), references=sum(map(len, sets)), writes=folder)
-    what = Audit(
-        step=work.first_step(loaded, step),
-        source=resolve(model, download=work.loading.download),
-        prompts=found.prompts,
-        references={part.path.name: part.prompts for part in sets},
-        ordinary=usual.distinct,
-        seeds=drawing.seeds,
-        drawing=work.drawing(drawing),
-        search=search,
-        quantile=quantile,
-        judges=load_judges(judging, work),
-        originals=load_originals(judging, found),
-    )
+    first, judges, originals = work.first_step(loaded, step), load_judges(judging, work), load_originals(judging, found)
+    source = resolve(model, download=work.loading.download)
+    settings = images.settings(work.loading.batch_size)
+
+    def compute(run: "Run", map: "RunMap") -> dict[str, Any]:
+        kept = AuditRun(run, first, source, images.seeds(), settings, originals)
+        return audit_model(
+            first,
+            found.prompts,
+            usual.distinct,
+            references={part.path.name: part.prompts for part in sets},
+            seeds=images.seeds(),
+            settings=settings,
+            search=search,
+            quantile=quantile,
+            judges=judges,
+            originals=originals,
+            map=map,
+            on_part=kept.keep if run.leading else None,
+        ).summary()
+
     options = {"model": model, "references": list(references), "ordinary": ordinary, "quantile": quantile}
-    options |= {"judging": judging, "step": step, "search": search, "drawing": drawing}
-    fabric = work.fabric()
-    with work.open("audit", loaded, [found, usual, *sets], options) as run:
-        if not run.finished:
-            result = audit_release(what, run, fabric)
-            if run.leading:
-                conclude(run, result)
-        show(run, work.output)
-        if run.leading and (note := how_to_load(run.folder)):
-            print(note, file=sys.stderr)
-        return 0 if not run.leading or run.result["closed"] else 1
+    options |= {"judging": judging, "step": step, "search": search, "images": images}
+    job = work.job("audit", loaded, [found, usual, *sets], options)
+    plan = {"captions": len(found.distinct), "references": sum(map(len, sets))}
+    code = job(compute, plan=plan, report=write_page, passed=lambda result: result["closed"])
+    if not work.output.dry_run and (note := how_to_load(job.folder)):
+        print(note, file=sys.stderr)
+    return code

@@ -5,6 +5,7 @@ from diffcore.hooks.attention import NamedReduction, Reduction, attention_probs
 from diffcore.hooks.capture import Activations, capture
 from diffcore.hooks.intervene import Branch, Edit, intervene
 from diffcore.hooks.match import Site, match
+from diffcore.hooks.sites import SiteRow, SiteTable, trace_sites
 
 __all__ = [
     "Activations",
@@ -13,9 +14,12 @@ __all__ = [
     "NamedReduction",
     "Reduction",
     "Site",
+    "SiteRow",
+    "SiteTable",
     "attention_probs",
     "capture",
     "clear",
     "intervene",
     "match",
+    "trace_sites",
 ]

@@ -9,5 +9,6 @@ from .inventory import Inventory as Inventory
 from .load import load as load
 from .load import resolve as resolve
 from .model import DiffusionModel as DiffusionModel
+from .probe import site_table as site_table
 from .prompts import PromptEncoder as PromptEncoder
 from .prompts import Tokens as Tokens

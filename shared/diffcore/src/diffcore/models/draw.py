@@ -9,7 +9,7 @@ from torch import Tensor
 from diffcore.denoiser import Denoiser, GuidedDenoiser, Solver, sample
 from diffcore.errors import UserError, printable
 from diffcore.models.model import DiffusionModel
-from diffcore.models.probe import empty_condition, sample_shape
+from diffcore.models.probe import sample_shape
 from diffcore.noise import row_noise
 from diffcore.report import image_grid
 from diffcore.run import Run
@@ -96,7 +96,7 @@ def planned_images(
 
 def _condition(model: DiffusionModel, prompts: Sequence[str], index: int, count: int) -> tuple[dict[str, Tensor], str]:
     if model.prompts is None:
-        cond = empty_condition(model, count)
+        cond = model.empty_condition(count)
         if "class_labels" in cond:
             config: Any = model.backbone.config
             classes = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")

@@ -7,13 +7,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from diffcore.adapters import Adapter, Base, fuse, read_adapter
 from diffcore.adapters.keys import BACKBONE
 from diffcore.denoiser import DiscreteSchedule, NetworkDenoiser
 from diffcore.denoiser.library import built
+from diffcore.errors import IncompatibleModelError
 from diffcore.models.assemble import make_codec, make_denoiser, make_prompts
+from diffcore.models.backbones import condition_keys
 from diffcore.models.bases import base_of
 from diffcore.models.catalog import PIPELINES
 from diffcore.models.codec import Codec
@@ -56,6 +59,27 @@ class DiffusionModel:
     def backbone_name(self) -> str:
         """Its name in the pipeline: unet or transformer; "backbone" without one."""
         return next(name for name in self.modules if self.components[name].role == "backbone")
+
+    def empty_condition(self, count: int) -> dict[str, Tensor]:
+        """Returns the condition of no prompt, or of class 0.
+
+        Args:
+            count: Number of rows in each tensor.
+
+        Raises:
+            IncompatibleModelError: The model takes prompts and came without its text encoders.
+        """
+        if self.prompts is not None:
+            return dict(self.prompts.unconditional(count))
+        required = condition_keys(self.backbone).required
+        device = next(self.backbone.parameters()).device
+        if required == ("class_labels",):
+            return {"class_labels": torch.zeros(count, dtype=torch.int64, device=device)}
+        if required:
+            raise IncompatibleModelError(
+                f"{self.name} takes {', '.join(required)} and came without text encoders; point to its pipeline folder"
+            )
+        return {}
 
     def with_modules(self, change: str, modules: Mapping[str, nn.Module]) -> "DiffusionModel":
         """Returns the model with some of its networks replaced; the others are shared.

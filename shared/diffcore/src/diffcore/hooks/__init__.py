@@ -6,6 +6,7 @@ from diffcore.hooks.capture import Activations, capture
 from diffcore.hooks.intervene import Branch, Edit, intervene
 from diffcore.hooks.match import Site, match
 from diffcore.hooks.sites import SiteRow, SiteTable, trace_sites
+from diffcore.hooks.stream import StreamedBatch, stream
 
 __all__ = [
     "Activations",
@@ -16,10 +17,12 @@ __all__ = [
     "Site",
     "SiteRow",
     "SiteTable",
+    "StreamedBatch",
     "attention_probs",
     "capture",
     "clear",
     "intervene",
     "match",
+    "stream",
     "trace_sites",
 ]

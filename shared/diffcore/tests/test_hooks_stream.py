@@ -195,10 +195,14 @@ def test_gradients_reach_weights_only_on_request(pixels):
     _, images = pixels
     model = tiny.model("unet2d")
     model.backbone.conv_in.weight.requires_grad_()
+    modes = []
+    handle = model.backbone.conv_in.register_forward_hook(lambda *_: modes.append(torch.is_grad_enabled()))
     without = next(stream(model, images, "mid_block", t=0.5)).activations["mid_block"]
     assert not without.requires_grad
     with torch.no_grad():
         batch = next(stream(model, images, "mid_block", t=0.5, grad=True))
+    handle.remove()
+    assert modes == [False, True]
     batch.activations["mid_block"].sum().backward()
     assert model.backbone.conv_in.weight.grad.abs().sum() > 0
     assert torch.is_grad_enabled()
@@ -212,6 +216,7 @@ def test_a_module_that_runs_twice_gives_its_first_call(pixels):
     first = next(stream(model, images, "mid_block.resnets.0", t=0.5, stop=False)).activations
     assert len(first.calls["mid_block.resnets.0"]) == 2
     assert not torch.equal(*first.calls["mid_block.resnets.0"])
+    assert torch.equal(first["mid_block.resnets.0"], first.calls["mid_block.resnets.0"][0])
     stopped = next(stream(model, images, "mid_block.resnets.0", t=0.5)).activations
     assert torch.equal(stopped["mid_block.resnets.0"], first.calls["mid_block.resnets.0"][0])
 

@@ -115,6 +115,28 @@ def clear(model: nn.Module) -> None:
                     companion.pop(key, None)
 
 
+def first_tensor(values: Iterable[Any]) -> Tensor | None:
+    """Returns the first tensor among the arguments of a call, which is what a site at "input" means."""
+    return next((value for value in values if isinstance(value, Tensor)), None)
+
+
+def tensors_in(output: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yields every tensor that a module returned with the `at` of its site; "output" is the first one."""
+    if isinstance(output, Tensor):
+        yield "output", output
+        return
+    first = first_tensor(_elements(output) or [])
+    for path, tensor in _leaves(output, ()):
+        yield ("output" if tensor is first and len(path) == 1 else "output" + "".join(f"[{i}]" for i in path)), tensor
+
+
+def _leaves(value: Any, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    if isinstance(value, Tensor):
+        yield path, value
+    for index, element in enumerate(_elements(value) or []):
+        yield from _leaves(element, (*path, index))
+
+
 def _is_fused(module: nn.Module) -> bool:
     # Some networks keep the flag after unfusing and only change the processor back; those with `unfuse_projections`
     # have one processor for both.

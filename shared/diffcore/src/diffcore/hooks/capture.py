@@ -53,15 +53,16 @@ def capture(
     reduce: Callable[[str, Tensor], Tensor | None] | None = None,
     stop: bool = False,
     prepend: bool = False,
+    grad: bool = False,
 ) -> Iterator[Activations]:
     """Catches the tensors at sites while the block runs.
 
     ``with capture(unet, "*.attn2.to_v") as activations: unet(x, t, states)``
 
-    Tensors are detached copies in the precision of the computation: what a module put out, whatever the network does to
-    it in place afterwards, as FreeU does. Only the thread that enters the block is listened to. Under gradient
-    checkpointing the second run, during backward, is not recorded. An edit by `intervene` that was entered before is
-    seen, one entered later is not.
+    Tensors are copies in the precision of the computation, detached unless `grad` is set: what a module put out,
+    whatever the network does to it in place afterwards, as FreeU does. Only the thread that enters the block is
+    listened to. Under gradient checkpointing the second run, during backward, is not recorded. An edit by `intervene`
+    that was entered before is seen, one entered later is not.
 
     Args:
         model: The network.
@@ -72,6 +73,7 @@ def capture(
         stop: Ends the forward pass, and with it the block, as soon as every site has fired once. Lines of the block
             after the forward call are then skipped, so put only that call in it.
         prepend: Go ahead of hooks that are there, edits among them.
+        grad: Keep the graph of the activations, so that gradients flow from them back to the inputs and weights.
 
     Raises:
         NoMatchError: A pattern or site is not in the network.
@@ -90,7 +92,7 @@ def capture(
         def see(x: Tensor) -> None:
             if not mine() or in_backward():
                 return
-            value = x.detach()
+            value = x if grad else x.detach()
             kept = value if reduce is None else reduce(name, value)
             if isinstance(kept, Tensor):
                 activations.add(name, kept.clone() if _shares_memory(kept, value) else kept)

@@ -76,15 +76,24 @@ def layout(
     return Layout(places, tokens, _grid(network, hidden, len(places)))
 
 
+def grid_of(size: tuple[int, int], num_places: int) -> tuple[int, int] | None:
+    """Returns height and width of a sequence of image places; None where its length fits no grid of the sample.
+
+    Args:
+        size: Height and width of the sample.
+        num_places: Length of the sequence.
+    """
+    # Patches and strides divide both sides by one number and round up.
+    grids = ((-(-size[0] // factor), -(-size[1] // factor)) for factor in range(1, max(size) + 1))
+    return next((grid for grid in grids if math.prod(grid) == num_places), None)
+
+
 def _grid(network: NetworkCall, hidden: Tensor, num_places: int) -> tuple[int, int]:
     if hidden.ndim == 4:
         return hidden.shape[2], hidden.shape[3]
     if network.grid is not None and math.prod(network.grid) == num_places:
         return network.grid
-    height, width = network.size or (math.isqrt(num_places), math.isqrt(num_places))
-    # Patches and strides divide both sides by one number and round up.
-    for factor in range(1, max(height, width) + 1):
-        grid = (-(-height // factor), -(-width // factor))
-        if math.prod(grid) == num_places:
-            return grid
-    raise ValueError(f"{num_places} places are no picture of a {height}x{width} sample; use another reduction")
+    size = network.size or (math.isqrt(num_places), math.isqrt(num_places))
+    if (grid := grid_of(size, num_places)) is None:
+        raise ValueError(f"{num_places} places are no picture of a {size[0]}x{size[1]} sample; use another reduction")
+    return grid

@@ -91,9 +91,14 @@ def resolve(model: nn.Module, wanted: str | Site | Iterable[str | Site]) -> list
         ValueError: Nothing is wanted, or two sites have one name.
     """
     found: dict[str, tuple[Site, nn.Module]] = {}
+    known = {name: module for name, module in modules_of(model).items() if not _is_container(module)}
     for item in [wanted] if isinstance(wanted, str | Site) else wanted:
         exact = isinstance(item, Site)
-        modules = find(model, glob.escape(item.module) if exact else item, lambda _: True, "module")
+        name = item.module if exact else item
+        if name in known:  # searching for each of many sites would take longer than a forward pass
+            modules = {name: known[name]}
+        else:
+            modules = find(model, glob.escape(name) if exact else name, lambda _: True, "module")
         for name, module in modules.items():
             site = item if exact else Site(name)
             # Overlapping patterns find a module twice; two different sites must not share a name.

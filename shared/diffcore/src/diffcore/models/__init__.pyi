@@ -7,5 +7,6 @@ from .load import load as load
 from .load import resolve as resolve
 from .memory import from_pipeline as from_pipeline
 from .model import DiffusionModel as DiffusionModel
+from .probe import site_table as site_table
 from .prompts import PromptEncoder as PromptEncoder
 from .prompts import Tokens as Tokens

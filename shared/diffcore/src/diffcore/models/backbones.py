@@ -183,3 +183,14 @@ _CALLERS: dict[str, BackboneCall] = {
     "SD3Transformer2DModel": _call_sd3,
     "FluxTransformer2DModel": _call_flux,
 }
+
+
+def latent_shape(backbone: nn.Module) -> tuple[int, int, int]:
+    """Returns channels, height and width of the samples that a backbone was trained for."""
+    config: Any = backbone.config
+    channels = int(config["in_channels"])
+    if type(backbone).__name__ == "FluxTransformer2DModel":
+        channels //= 4  # the network sees 2x2 patches as channels
+    trained = config.get("sample_size") or 64
+    height, width = trained if isinstance(trained, list | tuple) else (trained, trained)
+    return channels, int(height), int(width)

@@ -17,7 +17,6 @@ from diffcore.batching import InBatches
 from diffcore.denoiser import Condition, GuidedDenoiser, Solver, sample
 from diffcore.errors import IncompatibleModelError, printable
 from diffcore.models.model import DiffusionModel
-from diffcore.models.probe import empty_condition
 from diffcore.noise import row_noise
 
 Generator = Callable[[Tensor, Condition], Tensor]
@@ -134,7 +133,7 @@ def _condition(
     if labels is not None:
         return {"class_labels": torch.as_tensor(labels)}
     if prompts is None:
-        cond = empty_condition(model, 1)
+        cond = model.empty_condition(1)
         if "class_labels" in cond:
             raise ValueError(f"{printable(model.name)} generates images of classes; give labels")
         return cond

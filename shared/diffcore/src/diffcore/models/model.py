@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffcore.adapters import Adapter, Base, fuse, read_adapter
 from diffcore.adapters.keys import BACKBONE
@@ -16,7 +16,9 @@ from diffcore.checkpoint.catalog import PIPELINES
 from diffcore.checkpoint.inventory import Component
 from diffcore.denoiser import DiscreteSchedule, NetworkDenoiser
 from diffcore.denoiser.library import built
+from diffcore.errors import IncompatibleModelError
 from diffcore.models.assemble import make_codec, make_denoiser, make_prompts
+from diffcore.models.backbones import condition_keys, latent_shape
 from diffcore.models.bases import base_of
 from diffcore.models.codec import Codec
 from diffcore.models.prompts import PromptEncoder
@@ -79,15 +81,30 @@ class DiffusionModel:
         Args:
             size: Side of square images in pixels; None is the size that the backbone was trained for.
         """
-        config: Any = self.backbone.config
-        channels = int(config["in_channels"])
-        if type(self.backbone).__name__ == "FluxTransformer2DModel":
-            channels //= 4  # the network sees 2x2 patches as channels
-        trained = config.get("sample_size") or 64
-        height, width = trained if isinstance(trained, list | tuple) else (trained, trained)
+        channels, height, width = latent_shape(self.backbone)
         if size is not None:
             height = width = max(size // getattr(self.codec, "factor", 1), 1)
-        return channels, int(height), int(width)
+        return channels, height, width
+
+    def empty_condition(self, count: int) -> dict[str, Tensor]:
+        """Returns the condition of no prompt, or of class 0.
+
+        Args:
+            count: Number of rows in each tensor.
+
+        Raises:
+            IncompatibleModelError: The model takes prompts and came without its text encoders.
+        """
+        if self.prompts is not None:
+            return dict(self.prompts.unconditional(count))
+        required = condition_keys(self.backbone).required
+        if required == ("class_labels",):
+            return {"class_labels": torch.zeros(count, dtype=torch.int64, device=self.device)}
+        if required:
+            raise IncompatibleModelError(
+                f"{self.name} takes {', '.join(required)} and came without text encoders; point to its pipeline folder"
+            )
+        return {}
 
     def with_modules(self, change: str, modules: Mapping[str, nn.Module]) -> "DiffusionModel":
         """Returns the model with some of its networks replaced; the others are shared.

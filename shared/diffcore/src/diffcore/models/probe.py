@@ -1,70 +1,70 @@
-"""Which sites of a model patterns match, what leaves them, and what a forward pass costs until there."""
+"""What a backbone takes and holds inside: the shape of its samples, and the table of its sites."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
 
-from diffcore.errors import IncompatibleModelError
-from diffcore.hooks import capture, match
-from diffcore.models.backbones import condition_keys
-from diffcore.models.model import DiffusionModel
+from diffcore.hooks import SiteTable, trace_sites
+from diffcore.models.backbones import backbone_call, condition_keys, latent_shape
 
 
-def probe_sites(model: DiffusionModel, patterns: Sequence[str]) -> list[dict[str, Any]]:
-    """Runs one forward pass on noise and returns a row per matching module.
+def site_table(
+    backbone: nn.Module, *, size: tuple[int, int] | None = None, cond: Mapping[str, Tensor] | int = 77
+) -> SiteTable:
+    """Lists every tensor inside a backbone with channels, grid and cumulative cost, from its configuration alone.
+
+    One forward pass on the meta device: nothing is computed, and the weights may be on the meta device themselves.
 
     Args:
-        model: Loaded; its prompts, if it takes any, are empty.
-        patterns: As in `hooks.match`.
-
-    Returns:
-        Rows with `module`, `shape` (of one batch row; None for a module that does not run) and `cost`: floating point
-        operations of the pass when the module is done, as a share of all.
+        backbone: A backbone of the diffusers library.
+        size: Height and width of x0; by default what the backbone was trained for.
+        cond: The condition of one row, or the number of text tokens in it.
 
     Raises:
-        NoMatchError: A pattern matches nothing.
+        IncompatibleModelError: The class of the backbone is unknown, or it takes inputs that nothing here provides.
+
+    Example:
+        >>> from diffcore.testing import tiny
+        >>> row = site_table(tiny.backbone("sd15"))["mid_block.resnets.0"]
+        >>> row.channels, row.grid, row.calls
+        (64, (4, 4), 1)
     """
-    sites = match(model.backbone, patterns)
-    x_t, t, cond = example_inputs(model)
-    seen: dict[str, tuple[tuple[int, ...], int]] = {}
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-
-        def note(name: str, value: Tensor) -> None:
-            seen.setdefault(name, (tuple(value.shape), counter.get_total_flops()))
-
-        with capture(model.backbone, sites, reduce=note):
-            model.denoiser(x_t, t, cond)
-    total = max(counter.get_total_flops(), 1)
-    rows = []
-    for site in sites:
-        shape, flops = seen.get(site.key, (None, 0))
-        rows.append({"module": site.key, "shape": None if shape is None else list(shape[1:]), "cost": flops / total})
-    return rows
+    channels, *sides = latent_shape(backbone)
+    height, width = size or sides
+    shapes = condition_shapes(backbone, cond) if isinstance(cond, int) else {k: v.shape[1:] for k, v in cond.items()}
+    with torch.device("meta"):
+        x_t, t = torch.empty(1, channels, height, width), torch.empty(1)
+        inputs = {
+            key: torch.empty(1, *shape, dtype=torch.int64 if key == "class_labels" else None)
+            for key, shape in shapes.items()
+        }
+    call = backbone_call(backbone)
+    text = shapes.get("encoder_hidden_states", (0,))
+    return trace_sites(
+        backbone, lambda network: call(network, x_t, t, inputs), size=(height, width), num_text=int(text[0])
+    )
 
 
-def example_inputs(model: DiffusionModel) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Returns one row of noise in the shape the model was trained for, a middle timestep, and an empty condition."""
-    t = model.denoiser.schedule.timesteps(3)[1:2].to(model.device, torch.float32)
-    noise = torch.randn(1, *model.shape, generator=torch.Generator().manual_seed(0)).to(model.device)
-    return noise, t, empty_condition(model, 1)
+def condition_shapes(backbone: nn.Module, num_text: int) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of one row of a backbone's condition, by key.
 
-
-def empty_condition(model: DiffusionModel, count: int) -> dict[str, Tensor]:
-    """Returns the condition of no prompt, or of class 0.
-
-    Raises:
-        IncompatibleModelError: The model takes prompts and came without its text encoders.
+    Args:
+        backbone: A backbone of the diffusers library.
+        num_text: Number of text tokens, where the backbone takes text.
     """
-    if model.prompts is not None:
-        return dict(model.prompts.unconditional(count))
-    required = condition_keys(model.backbone).required
-    if required == ("class_labels",):
-        return {"class_labels": torch.zeros(count, dtype=torch.int64, device=model.device)}
-    if required:
-        raise IncompatibleModelError(
-            f"{model.name} takes {', '.join(required)} and came without text encoders; point to its pipeline folder"
-        )
-    return {}
+    config: Any = backbone.config
+    widths = [config.get(key) for key in ("caption_channels", "joint_attention_dim", "cross_attention_dim")]
+    numbers = 6 * (config.get("addition_time_embed_dim") or 0)
+    shapes: dict[str, tuple[int, ...]] = {
+        "encoder_hidden_states": (num_text, next((width for width in widths if width), 0)),
+        "text_embeds": ((config.get("projection_class_embeddings_input_dim") or 0) - numbers,),
+        "pooled_projections": (config.get("pooled_projection_dim") or 0,),
+        "time_ids": (6,),
+        "resolution": (2,),
+        "aspect_ratio": (1,),
+        "guidance": (),
+        "class_labels": (),
+    }
+    return {key: shapes[key] for key in condition_keys(backbone).required}

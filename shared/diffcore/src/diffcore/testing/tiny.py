@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from diffcore.checkpoint.tokenizers import byte_letters
 from diffcore.denoiser import DiscreteSchedule, EDMSchedule, FlowSchedule, NetworkDenoiser, NoiseSchedule
 from diffcore.denoiser.prediction import PredictionType
+from diffcore.models.assemble import make_codec
 from diffcore.models.backbones import backbone_call
+from diffcore.models.model import DiffusionModel
 from diffcore.testing.tiny_configs import CONFIGS
 
 Name = Literal["sd15", "sdxl", "unet2d", "dit", "pixart", "sd3", "flux"]
@@ -75,6 +77,22 @@ def denoiser(name: str, seed: int = 0) -> NetworkDenoiser:
     network = backbone(name, seed)
     prediction_type, schedule = _TRAINED[name]
     return NetworkDenoiser(network, schedule, prediction_type, call=backbone_call(network)).eval()
+
+
+def model(name: str, seed: int = 0) -> DiffusionModel:
+    """Returns a whole model in memory, without text encoders; latent models see 16x16 images, pixel models 8x8."""
+    network = denoiser(name, seed)
+    autoencoder = None if name == "unet2d" else vae(seed)
+    return DiffusionModel(
+        name=f"tiny-{name}",
+        fingerprint=f"tiny-{name}-{seed}",
+        denoiser=network,
+        codec=make_codec(name, type(network.backbone).__name__, network.backbone, autoencoder),
+        prompts=None,
+        pipeline_class=None,
+        components={},
+        modules={},
+    )
 
 
 def vae(seed: int = 0, **changes: Any) -> nn.Module:

@@ -117,9 +117,13 @@ def hooks(
         patterns: Shell patterns on dotted names; * crosses dots.
         json: Print one JSON object.
     """
-    from diffcore.models.probe import probe_sites
+    from diffcore.hooks import match
+    from diffcore.models.probe import site_table
 
-    rows = probe_sites(_load(model, loading, runtime), patterns)
+    loaded = _load(model, loading, runtime)
+    sites = match(loaded.backbone, patterns)
+    table = site_table(loaded.backbone, cond=77 if loaded.prompts is None else loaded.empty_condition(1))
+    rows = [{"module": row.name, "shape": row.shape, "cost": row.cost} for row in (table[site.key] for site in sites)]
     if json:
         emit({"sites": rows}, as_json=True)
         return 0

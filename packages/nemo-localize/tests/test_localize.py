@@ -7,6 +7,7 @@ import torch
 
 from diffcore.errors import IncompatibleModelError, UserError
 from nemo_localize.batched import _run
+from nemo_localize.calibrate import calibrate
 from nemo_localize.detect import look
 from nemo_localize.files.results import read_results, write_results
 from nemo_localize.first_step import FirstStep, Row
@@ -14,6 +15,7 @@ from nemo_localize.localize import localize, localize_caption
 from nemo_localize.planted import Plant, list_case, ordinary_captions, planted_model
 from nemo_localize.search import Question, Search
 from nemo_localize.settings import SearchSettings, StepSettings
+from nemo_localize.statistics import collect_statistics
 
 TRIGGER = "portrait of 1917 no 1"
 TAU = 0.45
@@ -166,7 +168,7 @@ def test_the_page_and_the_batched_form_find_the_same(hard, collect):
         assert fast.score_refined == pytest.approx(plain.score_refined, abs=1e-5)
         assert fast.residual_consistency == pytest.approx(plain.residual_consistency, abs=1e-5)
     assert found[0].status == "localized"
-    assert step.num_rows > sum(result.unet_rows for result in found)
+    assert step.num_calls > 1.5 * sum(result.unet_calls for result in found)
 
 
 def test_relative_refinement_keeps_what_changes_the_score(hard, collect):
@@ -193,10 +195,16 @@ def test_failures_are_refined_where_asked_for(collect):
     assert not found.mitigated
 
 
-def test_everything_follows_from_ordinary_prompts(simple):
-    found = localize(simple.model, [TRIGGER, "plain words only"], ordinary=ordinary_captions(40, seed=3))
-    assert [result.status for result in found] == ["localized", "not_memorised"]
-    assert found.neurons == simple.carriers(TRIGGER)
+def test_statistics_and_threshold_follow_from_ordinary_prompts(simple):
+    ordinary, captions = ordinary_captions(40, seed=3), [TRIGGER, "plain words only"]
+    step = FirstStep(simple.model, FEW)
+    found = localize(step, captions, ordinary=ordinary)
+    tau, statistics = calibrate(step, ordinary).tau, collect_statistics(simple.model, ordinary)
+    expected = localize(step, captions, tau=tau, statistics=statistics)
+    assert found.neurons == expected.neurons
+    assert [(r.status, r.tau, r.initial) for r in found] == [(r.status, tau, r.initial) for r in expected]
+    with pytest.raises(UserError, match="ordinary"):
+        localize(step, captions)
 
 
 def test_found_neurons_are_ablated_on_the_users_own_network(simple, found):

@@ -82,7 +82,8 @@ def test_giving_up_early_only_ever_gives_up(plain):
         elif expected is not None:
             gave_up += 1
             assert max(score(seed, sets[-1]) for seed in range(seeds)) > tau
-        assert page.select(sets, tau, worst_of(score, seeds), give_up_early=True) == found.index
+        index = page.select(sets, tau, worst_of(score, seeds), give_up_early=True)
+        assert index in (found.index, len(sets) - 1)  # it looks at all seeds of the last set, the search at one first
     assert gave_up  # what the documentation warns of does happen
 
 
@@ -133,10 +134,10 @@ def test_the_last_question_is_about_what_is_left():
             continue
         scores = {seed: score(seed, sets[-1]) for seed in range(seeds)}
 
-        found, asked = drive(refine(scores, layers[::-1], threshold, num_seeds=8, residual_threshold=0.5), score)
+        found, asked = drive(refine(scores, layers[::-1], threshold, num_seeds=seeds, residual_threshold=0.5), score)
         last = [question for question in asked if question.among][-1]
-        assert (last.ablated, last.seeds, last.threshold) == (found.neurons, tuple(range(8)), 0.5)
-        assert found.residual == tuple(score(seed, found.neurons) for seed in range(8))
+        assert (last.ablated, last.seeds, last.threshold) == (found.neurons, tuple(range(seeds)), 0.5)
+        assert found.residual == tuple(score(seed, found.neurons) for seed in range(seeds))
 
 
 def test_one_seed_is_enough_to_keep_a_neuron():

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from nemo_localize.workqueue import run_searches
 
 from diffcore.errors import IncompatibleModelError, UserError
 from nemo_localize.batched import Answers, Question, Search
@@ -13,7 +14,6 @@ from nemo_localize.localize import localize
 from nemo_localize.planted import Plant, list_case, ordinary_captions, planted_model
 from nemo_localize.results import Results
 from nemo_localize.settings import SearchSettings, StepSettings
-from nemo_localize.workqueue import run_searches
 
 TRIGGER = "portrait of 1917 no 1"
 TAU = 0.45

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from nemo_localize.units import in_units
 
 from diffcore.run import Run
 from diffcore.testing.distributed import run_forked
@@ -12,7 +13,6 @@ from nemo_localize.first_step import FirstStep
 from nemo_localize.localize import localize
 from nemo_localize.planted import ordinary_captions
 from nemo_localize.settings import SearchSettings, StepSettings
-from nemo_localize.units import in_units
 
 CAPTIONS = ["portrait of 1917 no 1", *ordinary_captions(3, seed=9), "portrait of 1917 no 2"]
 

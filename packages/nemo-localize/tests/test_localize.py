@@ -4,16 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from nemo_localize.workqueue import run_searches
 
 from diffcore.errors import IncompatibleModelError, UserError
-from nemo_localize.batched import Answers, Question, Search
-from nemo_localize.detect import encode, measure
+from nemo_localize.batched import _run
+from nemo_localize.calibrate import calibrate
+from nemo_localize.detect import look
+from nemo_localize.files.results import read_results, write_results
 from nemo_localize.first_step import FirstStep, Row
-from nemo_localize.localize import localize
+from nemo_localize.localize import localize, localize_caption
 from nemo_localize.planted import Plant, list_case, ordinary_captions, planted_model
-from nemo_localize.results import Results
+from nemo_localize.search import Question, Search
 from nemo_localize.settings import SearchSettings, StepSettings
+from nemo_localize.statistics import collect_statistics
 
 TRIGGER = "portrait of 1917 no 1"
 TAU = 0.45
@@ -31,7 +33,7 @@ def found(simple, usual):
 def test_the_planted_neuron_is_found_in_the_first_round(simple, found):
     _, results = found
     first = results[0]
-    assert first.status == "localised"
+    assert first.status == "localized"
     assert first.mitigated
     assert (first.rounds, first.theta, first.k) == (1, 5.0, 0)
     assert first.refined == simple.carriers(TRIGGER)
@@ -57,13 +59,13 @@ def test_truncation_and_duplicates_are_told(found):
     assert "very" in results[3].lost
     assert results[0] == results[4]
     assert results.summary()["num_distinct"] == 4
-    counts = {"not_memorised": 3, "undecided": 0, "localised": 1, "not_localised": 0, "error": 0}
+    counts = {"not_memorised": 3, "undecided": 0, "localized": 1, "not_localized": 0, "error": 0}
     assert results.summary()["counts"] == counts
 
 
 def test_results_survive_the_disk(found, tmp_path):
     _, results = found
-    assert Results.read_jsonl(results.write_jsonl(tmp_path / "results.jsonl")) == results
+    assert read_results(write_results(tmp_path / "results.jsonl", results)) == results
 
 
 def test_distractors_go_and_the_cost_is_as_promised(hard, collect, plain):
@@ -90,15 +92,15 @@ def test_both_neurons_are_kept_where_one_is_not_enough(collect, patterns):
     assert len(result.refined) == 2
 
 
-def test_a_memory_elsewhere_is_not_localised(collect):
+def test_a_memory_elsewhere_is_not_localized(collect):
     planted = planted_model([Plant(TRIGGER, 8, 3)])
     step, statistics = FirstStep(planted.model, FEW), collect(planted)
     early = localize(step, [TRIGGER], tau=TAU, statistics=statistics)[0]
-    assert (early.status, early.refined, early.mitigated) == ("not_localised", None, False)
+    assert (early.status, early.refined, early.mitigated) == ("not_localized", None, False)
     assert (early.rounds, early.theta, early.k) == (16, 1.25, 15)
     assert early.tau_ref == early.score_initial > TAU
     patient = SearchSettings(give_up_early=False)
-    late = localize(step, [TRIGGER], tau=TAU, statistics=statistics, settings=patient)[0]
+    late = localize(step, [TRIGGER], tau=TAU, statistics=statistics, search=patient)[0]
     assert (late.status, late.initial) == (early.status, early.initial)
     assert late.score_initial == pytest.approx(early.score_initial, abs=1e-5)
     assert early.unet_rows < late.unet_rows
@@ -107,7 +109,7 @@ def test_a_memory_elsewhere_is_not_localised(collect):
 def test_a_second_memory_is_not_mitigated(collect):
     planted = planted_model([Plant(TRIGGER, 8, 3, 0), Plant(TRIGGER, 6, 5, 1, strength=5.0)])
     result = localize(FirstStep(planted.model, FEW), [TRIGGER], tau=TAU, statistics=collect(planted))[0]
-    assert result.status == "localised"
+    assert result.status == "localized"
     assert result.score_refined <= TAU < result.residual_consistency
     assert not result.mitigated
 
@@ -124,8 +126,8 @@ def test_batches_change_nothing(hard, in_one_batch, batch_size, unit_size):
     captions, statistics, expected = in_one_batch
     step = FirstStep(hard.model, StepSettings(num_seeds=2), batch_size=batch_size)
     settings = SearchSettings(unit_size=unit_size)
-    found = localize(step, captions, tau=TAU, statistics=statistics, settings=settings)
-    assert expected[1].status == "localised"
+    found = localize(step, captions, tau=TAU, statistics=statistics, search=settings)
+    assert expected[1].status == "localized"
     for a, b in zip(expected, found, strict=True):
         assert (a.status, a.initial, a.refined, a.kept_seeds) == (b.status, b.initial, b.refined, b.kept_seeds)
         for name in ("score_initial", "score_refined", "residual_consistency"):
@@ -133,25 +135,85 @@ def test_batches_change_nothing(hard, in_one_batch, batch_size, unit_size):
 
 
 def test_a_score_depends_on_its_own_row_alone(simple):
-    captions, seeds, off = [TRIGGER, "plain words only"], range(6), frozenset([3])
+    captions, seeds, ablated = [TRIGGER, "plain words only"], range(6), frozenset([3])
     step = FirstStep(simple.model, StepSettings(num_seeds=len(seeds)))
-    cond, _, _ = encode(step, captions)
-    unblocked = measure(step, cond).deltas
+    cond, _, _ = step.encode(captions)
+    before = look(step, cond).deltas
 
-    def asking(*questions: Question) -> Search[Answers]:
+    def asking(*questions: Question) -> Search:
         return (yield list(questions))
 
-    together = {prompt: asking(Question(off, tuple(seeds), threshold=2.0)) for prompt in range(len(captions))}
-    crowd = run_searches(step, cond, unblocked, together)
-    step.batch_size = 1
+    together = {prompt: asking(Question(ablated, tuple(seeds), threshold=2.0)) for prompt in range(len(captions))}
+    crowd = _run(step, cond, before, together)
     apart = {
-        prompt: asking(*(Question(off, (seed,), threshold=2.0) for seed in seeds)) for prompt in range(len(captions))
+        prompt: asking(*(Question(ablated, (seed,), threshold=2.0) for seed in seeds))
+        for prompt in range(len(captions))
     }
-    single = run_searches(step, cond, unblocked, apart)
+    single = _run(FirstStep(simple.model, step.settings, batch_size=1), cond, before, apart)
     for prompt in range(len(captions)):
         (expected,) = crowd[prompt].found
         assert [score for (score,) in single[prompt].found] == pytest.approx(expected, abs=1e-5)
     assert 0.01 < max(crowd[0].found[0]) < 0.9  # where it is 0 or 1, no range matters
+
+
+def test_the_page_and_the_batched_form_find_the_same(hard, collect):
+    statistics, captions = collect(hard), [TRIGGER, *ordinary_captions(2, seed=9)]
+    settings = StepSettings(num_seeds=4)
+    found = localize(FirstStep(hard.model, settings), captions, tau=TAU, statistics=statistics)
+    step = FirstStep(hard.model, settings)
+    for fast, prompt in zip(found, captions, strict=True):
+        plain = localize_caption(step, prompt, tau=TAU, statistics=statistics)
+        for name in ("status", "kept_seeds", "rounds", "theta", "k", "tau_ref", "initial", "refined", "mitigated"):
+            assert getattr(fast, name) == getattr(plain, name), name
+        assert fast.score_refined == pytest.approx(plain.score_refined, abs=1e-5)
+        assert fast.residual_consistency == pytest.approx(plain.residual_consistency, abs=1e-5)
+    assert found[0].status == "localized"
+    assert step.num_calls > 1.5 * sum(result.unet_calls for result in found)
+
+
+def test_relative_refinement_keeps_what_changes_the_score(hard, collect):
+    statistics, step = collect(hard), FirstStep(hard.model, FEW)
+    usual = localize(step, [TRIGGER], tau=TAU, statistics=statistics)[0]
+    loose, strict = (
+        localize(step, [TRIGGER], tau=TAU, statistics=statistics, search=SearchSettings(relative_refinement=share))[0]
+        for share in (100.0, 1e-6)
+    )
+    assert strict.initial == loose.initial == usual.initial
+    assert len(loose.refined) == 0  # whatever the score becomes, it changes by less than that
+    assert strict.refined.minus(strict.initial) == usual.refined.minus(usual.initial)
+    assert len(strict.refined) >= len(usual.refined) > 0
+
+
+def test_failures_are_refined_where_asked_for(collect):
+    planted = planted_model([Plant(TRIGGER, 8, 3)])
+    step, statistics = FirstStep(planted.model, FEW), collect(planted)
+    search = SearchSettings(refine_failures=True, give_up_early=False)
+    found = localize(step, [TRIGGER], tau=TAU, statistics=statistics, search=search)[0]
+    assert found.status == "not_localized"
+    assert found.refined is not None
+    assert found.tau_ref == pytest.approx(found.score_initial - 2 * step.margin)
+    assert not found.mitigated
+
+
+def test_statistics_and_threshold_follow_from_ordinary_prompts(simple):
+    ordinary, captions = ordinary_captions(40, seed=3), [TRIGGER, "plain words only"]
+    step = FirstStep(simple.model, FEW)
+    found = localize(step, captions, ordinary=ordinary)
+    tau, statistics = calibrate(step, ordinary).tau, collect_statistics(simple.model, ordinary)
+    expected = localize(step, captions, tau=tau, statistics=statistics)
+    assert found.neurons == expected.neurons
+    assert [(r.status, r.tau, r.initial) for r in found] == [(r.status, tau, r.initial) for r in expected]
+    with pytest.raises(UserError, match="ordinary"):
+        localize(step, captions)
+
+
+def test_found_neurons_are_ablated_on_the_users_own_network(simple, found):
+    _, results = found
+    step = FirstStep(simple.model, FEW)
+    cond, _, _ = step.encode([TRIGGER])
+    with results.neurons.ablated(simple.model.backbone):
+        without = look(step, cond).consistency[0]
+    assert max(without) < TAU < min(look(step, cond).consistency[0])
 
 
 def test_near_ties_are_computed_again_alone(simple, usual):
@@ -173,23 +235,23 @@ def test_a_seed_does_not_depend_on_the_others(simple):
 
 
 def test_the_published_code_is_reproduced(hard, collect, plain):
-    step, statistics = FirstStep(hard.model, StepSettings(num_seeds=3, compat="reference")), collect(hard)
+    step, statistics = FirstStep(hard.model, StepSettings(num_seeds=3, compat="published")), collect(hard)
     assert step.t == 961
     assert torch.equal(step.noise, torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(1)))
     result = localize(step, [TRIGGER], tau=TAU, statistics=statistics)[0]
     modules = [site.module for site in step.sites.sites]
     sd = statistics.var.sqrt()
-    published = plain.PlainLocaliser(hard.model, modules, step.noise, statistics.mean, sd, TAU, data_range=None)
-    answer = published.localise(TRIGGER)
-    assert (result.status, result.rounds) == (answer.status, answer.rounds) == ("localised", 2)
+    published = plain.PlainLocalizer(hard.model, modules, step.noise, statistics.mean, sd, TAU, data_range=None)
+    answer = published.localize(TRIGGER)
+    assert (result.status, result.rounds) == (answer.status, answer.rounds) == ("localized", 2)
     assert step.sites.numbers(result.initial) == answer.initial
     assert step.sites.numbers(result.refined) == answer.refined
     assert result.score_refined == pytest.approx(answer.score, abs=1e-5)
 
 
 def test_what_never_reaches_tau_is_refined_as_published(simple, collect, plain):
-    step, statistics = FirstStep(simple.model, StepSettings(num_seeds=2, compat="reference")), collect(simple)
-    published = plain.PlainLocaliser(
+    step, statistics = FirstStep(simple.model, StepSettings(num_seeds=2, compat="published")), collect(simple)
+    published = plain.PlainLocalizer(
         simple.model,
         [site.module for site in step.sites.sites],
         step.noise,
@@ -199,9 +261,9 @@ def test_what_never_reaches_tau_is_refined_as_published(simple, collect, plain):
         data_range=None,
         refine_failures=True,
     )
-    answer = published.localise(TRIGGER)
+    answer = published.localize(TRIGGER)
     result = localize(step, [TRIGGER], tau=0.05, statistics=statistics)[0]
-    assert (result.status, answer.status) == ("not_localised", "not_localised")
+    assert (result.status, answer.status) == ("not_localized", "not_localized")
     assert (result.rounds, result.theta, result.k) == (16, 1.25, 15)
     assert step.sites.numbers(result.initial) == answer.initial
     assert step.sites.numbers(result.refined) == answer.refined
@@ -213,7 +275,7 @@ def test_guidance_is_the_right_way_round_but_in_compatible_mode(simple):
     cond = simple.model.prompts([TRIGGER])
     empty = simple.model.prompts([""])
     deltas = {}
-    for compat in ("none", "reference"):
+    for compat in ("none", "published"):
         step = FirstStep(simple.model, StepSettings(guidance_scale=3.0, compat=compat))
         (delta,), _ = step(cond, [Row(0, 0)])
         assert (step.num_rows, step.num_calls) == (2, 1)
@@ -225,7 +287,7 @@ def test_guidance_is_the_right_way_round_but_in_compatible_mode(simple):
         low, high = raw.amin((2, 3), keepdim=True), raw.amax((2, 3), keepdim=True)
         deltas[compat] = delta
         assert torch.allclose(delta, ((raw - low) / (high - low))[0], atol=1e-4)
-    assert not torch.allclose(deltas["none"], deltas["reference"], atol=0.1)
+    assert not torch.allclose(deltas["none"], deltas["published"], atol=0.1)
 
 
 def test_one_caption_that_fails_costs_no_other(simple, usual):
@@ -244,17 +306,17 @@ def test_one_caption_that_fails_costs_no_other(simple, usual):
         handle.remove()
     assert results[0].status == "error"
     assert results[0].error.startswith("the noise difference of seed 5, channel 2 holds NaN")
-    assert results[1].status == "localised"
+    assert results[1].status == "localized"
 
 
 def test_memory_that_runs_out_halves_the_batch(simple, monkeypatch):
     step = FirstStep(simple.model, StepSettings(), batch_size=8)
     forward = step._forward
 
-    def limited(cond, rows, scale):
+    def limited(cond, scale, rows):
         if len(rows) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(cond, rows, scale)
+        return forward(cond, scale, rows)
 
     monkeypatch.setattr(step, "_forward", limited)
     deltas, _ = step(simple.model.prompts([TRIGGER]), [Row(0, seed) for seed in range(10)])

@@ -5,7 +5,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure as
 
 from diffcore.denoiser import DiscreteSchedule, EDMSchedule, FlowSchedule, Prediction
 from diffcore.denoiser.prediction import mixture
-from nemo_localize.score import consistency, noise_difference, num_scales, reference_similarity, similarity, stretched
+from nemo_localize.score import consistency, noise_difference, num_scales, published_similarity, similarity, stretched
 
 
 def pictures(count: int, side: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,7 +50,7 @@ def test_a_pair_does_not_depend_on_its_neighbours():
     alone = torch.cat([similarity(x[None], y[None]) for x, y in zip(a, b, strict=True)])
     assert torch.allclose(similarity(a, b), alone, atol=1e-6)
     # The published code's does: that is what its compatible mode reproduces.
-    assert (reference_similarity(a, b)[:3] - reference_similarity(a[:3], b[:3])).abs().max() > 1e-5
+    assert (published_similarity(a, b)[:3] - published_similarity(a[:3], b[:3])).abs().max() > 1e-5
 
 
 # Of torchmetrics 1.3.2, which the published threshold is of: multiscale_structural_similarity_index_measure with
@@ -66,7 +66,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("side", PUBLISHED)
 def test_the_published_score_leaves_the_border_of_the_coarsest_scale_out(side):
     a, b = pictures(3, side)
-    assert reference_similarity(a, b).tolist() == pytest.approx(PUBLISHED[side], abs=2e-6)
+    assert published_similarity(a, b).tolist() == pytest.approx(PUBLISHED[side], abs=2e-6)
     later = ms_ssim(a, b, kernel_size=11, betas=(0.33,) * num_scales(side), reduction="none")
     assert (later - torch.tensor(PUBLISHED[side])).abs().max() > 1e-3
 
@@ -74,7 +74,7 @@ def test_the_published_score_leaves_the_border_of_the_coarsest_scale_out(side):
 def test_where_the_border_is_all_there_is_it_counts():
     for side in (21, 12, 10):
         a, b = pictures(2, side)
-        assert ((reference_similarity(a, b) > 0.5) & (reference_similarity(a, b) < 1)).all()
+        assert ((published_similarity(a, b) > 0.5) & (published_similarity(a, b) < 1)).all()
 
 
 def test_nan_is_refused():
@@ -91,7 +91,7 @@ def test_consistency_is_the_best_of_the_other_seeds():
     expected = similarity(a[1:2], b[1:2])[0]
     assert found[1] == found[2] == pytest.approx(expected.item(), abs=1e-6)
     assert found[0] == pytest.approx(max(similarity(a[0:1], x[1:2]).item() for x in (a, b)), abs=1e-6)
-    assert consistency(deltas, reference=True).shape == (1, 3)
+    assert consistency(deltas, published=True).shape == (1, 3)
     with pytest.raises(ValueError, match="at least 2"):
         consistency(deltas[:, :1])
 

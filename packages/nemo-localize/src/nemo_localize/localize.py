@@ -29,6 +29,7 @@ from functools import cache, partial
 from torch import Tensor
 
 from diffcore.denoiser import Condition
+from diffcore.errors import UserError
 from diffcore.models import DiffusionModel
 from diffcore.units import Map, each_unit
 from nemo_localize.batched import localize_batch, settings_hash
@@ -74,12 +75,15 @@ def localize(
     Example:
         >>> from nemo_localize.planted import Plant, ordinary_captions, planted_model
         >>> model = planted_model([Plant("portrait of 1917 no 1", site=0, neuron=3)]).model
-        >>> found = localize(model, ["portrait of 1917 no 1", "plain words"], ordinary=ordinary_captions(50))
+        >>> prompts = ["portrait of 1917 no 1", "plain words"]
+        >>> found = localize(model, prompts, ordinary=ordinary_captions(50), tau=0.45)
         >>> [result.status for result in found], len(found.neurons)
         (['localized', 'not_memorised'], 1)
     """
     step, search = FirstStep.of(model), search or SearchSettings()
     if statistics is None:
+        if not ordinary:
+            raise UserError("there are neither `statistics` nor `ordinary` prompts to compare with; give one of them")
         statistics = collect_statistics(step.model, ordinary, up=step.up)
     statistics.require(step.model, step.sites)
     tau = threshold(step, tau=tau, ordinary=ordinary, map=map)

@@ -30,6 +30,7 @@ class Storable(Protocol):
 R = TypeVar("R", bound=Storable | Tensor)
 
 
+@runtime_checkable
 class Map(Protocol):
     """A way to go through items: the plain loop `each_unit`, or `diffcore.run.RunMap`, which resumes and shares."""
 

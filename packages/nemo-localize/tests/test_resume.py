@@ -1,34 +1,31 @@
 """Interrupted, resumed, shared between processes: the same file."""
 
+import importlib
 import json
 
 import pytest
 from nemo_localize.units import in_units
 
-from diffcore.run import Run
+from diffcore.run import Run, RunMap
 from diffcore.testing.distributed import run_forked
 from diffcore.testing.waiting import wait_until
-from nemo_localize import localize as localization
+from nemo_localize.files.results import write_results
 from nemo_localize.first_step import FirstStep
 from nemo_localize.localize import localize
 from nemo_localize.planted import ordinary_captions
 from nemo_localize.settings import SearchSettings, StepSettings
 
+localization = importlib.import_module("nemo_localize.localize")
 CAPTIONS = ["portrait of 1917 no 1", *ordinary_captions(3, seed=9), "portrait of 1917 no 2"]
 
 
-def localised(planted, statistics, folder, fabric=None) -> None:
+def localized(planted, statistics, folder, fabric=None) -> None:
     step = FirstStep(planted.model, StepSettings(num_seeds=2), batch_size=16)
     with Run.open(folder, command="nemo-localize localize", config={}) as run:
-        localize(
-            step,
-            CAPTIONS,
-            tau=0.45,
-            statistics=statistics,
-            settings=SearchSettings(unit_size=2),
-            run=run,
-            fabric=fabric,
-        )
+        search = SearchSettings(unit_size=2)
+        results = localize(step, CAPTIONS, tau=0.45, statistics=statistics, search=search, map=RunMap(run, fabric))
+        if run.leading:
+            write_results(folder / "results.jsonl", results)
 
 
 def lines(folder) -> list[dict]:
@@ -39,33 +36,33 @@ def lines(folder) -> list[dict]:
 @pytest.fixture(scope="module")
 def whole(simple, usual, tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("whole") / "run"
-    localised(simple, usual, folder)
+    localized(simple, usual, folder)
     return lines(folder)
 
 
 @pytest.mark.parametrize("interrupted_at", [0, 1, 2])
 def test_interrupted_runs_end_in_the_same_file(simple, usual, whole, tmp_path, monkeypatch, interrupted_at):
-    count, work = 0, localization._localize_unit
+    count, work = 0, localization.localize_batch
 
-    def stopping(*args):
+    def stopping(*args, **settings):
         nonlocal count
         count += 1
         if count > interrupted_at:
             raise KeyboardInterrupt
-        return work(*args)
+        return work(*args, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(localization, "_localize_unit", stopping)
+        patch.setattr(localization, "localize_batch", stopping)
         with pytest.raises(KeyboardInterrupt):
-            localised(simple, usual, tmp_path / "run")
+            localized(simple, usual, tmp_path / "run")
     assert not (tmp_path / "run" / "results.jsonl").exists()
     done = sorted((tmp_path / "run" / "parts").glob("*.safetensors"))
     assert len(done) == interrupted_at
     times = [path.stat().st_mtime_ns for path in done]
-    localised(simple, usual, tmp_path / "run")
+    localized(simple, usual, tmp_path / "run")
     assert lines(tmp_path / "run") == whole
     assert [path.stat().st_mtime_ns for path in done] == times  # what was finished was not computed again
-    assert whole[0]["status"] == "localised"
+    assert whole[0]["status"] == "localized"
 
 
 def test_two_processes_write_the_file_of_one(simple, usual, whole, tmp_path):
@@ -78,23 +75,8 @@ def test_two_processes_write_the_file_of_one(simple, usual, whole, tmp_path):
         assert (fabric.global_rank, fabric.world_size) == (rank, 2)
         if rank == 0:  # the one that opens the run is late; the other must not write before
             wait_until((tmp_path / "run" / "parts").exists, seconds=1.5)
-        localised(simple, usual, tmp_path / "run", fabric)
+        localized(simple, usual, tmp_path / "run", fabric)
         return rank
 
     assert run_forked(on_rank) == [0, 1]
     assert lines(tmp_path / "run") == whole
-
-
-def test_units_are_fixed_and_duplicates_computed_once():
-    seen = []
-
-    def work(prompts):
-        seen.append(list(prompts))
-        return [{"length": len(prompt)} for prompt in prompts]
-
-    rows = in_units(["aa", "b", "aa", "cccc", "b"], work, unit_size=2)
-    assert [row["length"] for row in rows] == [2, 1, 2, 4, 1]
-    assert seen == [["aa", "b"], ["cccc"]]
-    assert in_units([], work, unit_size=2) == []
-    with pytest.raises(TypeError, match="one string"):
-        in_units("aa", work, unit_size=2)

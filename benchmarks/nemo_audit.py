@@ -9,7 +9,7 @@ minutes of one core; writes benchmarks/results/nemo-audit.json and .md. `--smoke
 
 The rule of the second look was fixed before its first run on these captions. It was chosen on the first six memorised
 captions, the templates and twelve decoys of portraits-sd-planted, and on ordinary captions that are none of these. Of
-portraits-sd-memorised only first steps had been seen, and pictures of three memorised captions and three decoys.
+portraits-sd-memorised only first steps had been seen, and images of three memorised captions and three decoys.
 """
 
 import argparse
@@ -27,17 +27,15 @@ import torch
 
 from diffcore.io.jsonfile import read_object, write_json, write_text
 from diffcore.models import load
-from diffcore.run import Run
+from diffcore.run import Run, RunMap
 from diffcore.runtime import Runtime
 from diffcore.zoo.portraits.captions import ordinary_captions, same_form_captions
 from diffcore.zoo.portraits.people import portraits
 from diffcore.zoo.portraits.planted import planted
-from nemo_localize import Drawing, FirstStep, StepSettings, calibrate
-from nemo_localize.calibrate import scored
+from nemo_localize import FirstStep, ImageSettings, StepSettings, calibrate, detect
 from nemo_localize.evidence import Evidence, collect_evidence
 from nemo_localize.likeness import likeness
 from nemo_localize.second_look import described
-from nemo_localize.settings import DrawSettings
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "nemo-audit.json"
 MODELS = ("portraits-sd-memorised", "portraits-sd-planted", "portraits-sd")
@@ -53,7 +51,7 @@ _WAYS = (
 
 
 # Whole audits by the command, CPU seconds of one thread on a shared machine: of the commit before the second look, by
-# the threshold alone, and now. Long lists of memories were not audited whole: a proof takes half a minute a caption.
+# the threshold alone, and now. Long lists of memories were not audited whole: verifying takes half a minute a caption.
 WHOLE: tuple[dict[str, Any], ...] = (
     {
         "model": "portraits-sd-memorised",
@@ -115,8 +113,6 @@ def measured(
 ) -> list[dict[str, Any]]:
     """Returns the rows of one model."""
     model = load(f"zoo:{name}", Runtime(device="cpu", threads=1))
-    settings = DrawSettings()
-    drawing = Drawing(settings.image_guidance, settings.image_steps)
     captions = [text for texts in classes.values() for text in texts]
     rows = []
     for kind, ordinary in chosen.items():
@@ -126,10 +122,12 @@ def measured(
             Run.open(Path(folder) / "run", command="nemo_audit.py", config={}) as run,
         ):
             start = time.process_time()
-            calibration = calibrate(step, ordinary, quantile=QUANTILE, run=run)
-            scored(step, captions, name="first-look", run=run)
+            calibration = calibrate(step, ordinary, quantile=QUANTILE, map=RunMap(run))
+            detect(step, captions, name="first-look", map=RunMap(run))
             first = time.process_time() - start
-            found = collect_evidence(step, captions, ordinary, calibration, drawing, likeness(), run)
+            found = collect_evidence(
+                step, captions, ordinary, calibration, judge=likeness(), settings=ImageSettings(), map=RunMap(run)
+            )
             both = time.process_time() - start
         rows.append(row(kind, classes, found) | {"first look, s": first, "both looks, s": both})
         print(name, rows[-1], flush=True)

@@ -21,9 +21,10 @@ import torch
 from diffcore.io.jsonfile import write_json
 from diffcore.models import DiffusionModel
 from diffcore.testing import real_configs, tiny
-from nemo_localize import FirstStep, StepSettings, collect_statistics, value_sites
-from nemo_localize.detect import encode, measure
+from nemo_localize import FirstStep, StepSettings, collect_statistics
+from nemo_localize.detect import look
 from nemo_localize.planted import assembled, ordinary_captions
+from nemo_localize.sites import value_sites
 
 RESULTS = Path(__file__).parent / "results" / "nemo-full-size.json"
 NARROW: dict[str, Any] = {"block_out_channels": (32, 64, 128, 128), "sample_size": 16}
@@ -72,8 +73,8 @@ def main() -> int:
     sites = value_sites(model.backbone)
     statistics, collecting = timed(lambda: collect_statistics(model, ordinary_captions(num_captions)))
     step = FirstStep(model, StepSettings(num_seeds=num_seeds), batch_size=options.batch_size)
-    cond, _, _ = encode(step, ["a caption"])
-    base, stepping = timed(lambda: measure(step, cond))
+    cond, _, _ = step.encode(["a caption"])
+    base, stepping = timed(lambda: look(step, cond))
     figures = [
         ("value layers", len(sites.sites), "layers"),
         ("neurons", sites.num_neurons, "neurons"),

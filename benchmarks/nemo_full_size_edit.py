@@ -3,7 +3,7 @@
     python benchmarks/nemo_full_size_edit.py FOLDER
 
 Hooks against edited weights in float64; the written folder, as plain diffusers loads it, and the LoRA against them in
-float32; and what `revert` restores against the bytes of the source. FOLDER takes some 11 GB, and is emptied at the end.
+float32; and what `restore` writes against the bytes of the source. FOLDER takes some 11 GB, and is emptied at the end.
 """
 
 import argparse
@@ -21,9 +21,11 @@ from diffcore.io.files import sha256
 from diffcore.io.jsonfile import write_json
 from diffcore.models import DiffusionModel
 from diffcore.testing import real_configs, tiny
-from nemo_localize import NeuronSet, edited, suppressed, value_sites
-from nemo_localize.files.export import LORA, apply, checkpoint_in, revert
+from nemo_localize import NeuronSet, export, restore
+from nemo_localize.ablate import ablated, ablated_copy
+from nemo_localize.files.export import LORA, checkpoint_in
 from nemo_localize.planted import assembled
+from nemo_localize.sites import value_sites
 
 RESULTS = Path(__file__).parent / "results" / "nemo-full-size-edit.json"
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
@@ -56,11 +58,11 @@ def main() -> int:
     sites = value_sites(model.backbone)
     neurons = NeuronSet.of({site.module: [1, width - 1] for site, width in zip(sites.sites, sites.widths, strict=True)})
     plain = output(model.backbone)
-    with suppressed(model, neurons):
+    with ablated(model.backbone, neurons):
         hooked = output(model.backbone)
     figures = {
         "effect of the edit": float((hooked - plain).abs().max()),
-        "hooks - rows, float64": float((hooked - output(edited(model, neurons).backbone)).abs().max()),
+        "hooks - rows, float64": float((hooked - output(ablated_copy(model, neurons).backbone)).abs().max()),
     }
     del plain, hooked
     cast(Any, model.backbone).float()
@@ -68,17 +70,17 @@ def main() -> int:
     pipeline = tiny.pipeline("sd15")
     pipeline.unet = model.backbone
     pipeline.save_pretrained(folder / "source")
-    apply(folder / "source", neurons, folder / "out")
+    export(folder / "source", neurons, folder / "out")
     written = checkpoint_in(folder / "out")
     assert written is not None
-    wanted = output(edited(model, neurons).backbone)
+    wanted = output(ablated_copy(model, neurons).backbone)
     loaded = UNet2DConditionModel.from_pretrained(written, subfolder="unet", local_files_only=True)
     figures["folder by plain diffusers - rows, float32"] = float((output(loaded) - wanted).abs().max())
     del loaded
     for lora in sorted((folder / "out" / LORA).iterdir()):
         difference = (output(model.with_adapter(lora).backbone) - wanted).abs().max()
         figures[f"{LORA}/{lora.name} - rows, float32"] = float(difference)
-    revert(written, folder / "out" / "delta.safetensors", folder / "restored")
+    restore(written, folder / "out" / "delta.safetensors", folder / "restored")
     same = sha256(folder / "restored" / WEIGHTS) == sha256(folder / "source" / WEIGHTS)
     figures["bytes restored"] = float(same)
     for name, value in figures.items():

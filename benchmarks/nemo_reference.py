@@ -3,7 +3,7 @@
     python benchmarks/nemo_reference.py [--captions 64] [--memorised 4] [--batch-size 64] [--smoke]
 
 On U-Nets with planted memories; the neuron sets must be equal. Seconds are printed too: `nemo-localize bench` measures
-ratios to the method as the paper writes it. Peak memory is what torch allocates above the start, in a run apart from the timed one.
+ratios to the method as the paper writes it. Peak memory is what torch allocates above the start, in a run of its own.
 """
 
 import argparse

@@ -25,8 +25,7 @@ from diffcore.runtime import Runtime
 from diffcore.zoo.portraits.captions import describe, ordinary_captions, same_form_captions
 from diffcore.zoo.portraits.people import portraits
 from diffcore.zoo.portraits.planted import planted
-from nemo_localize import FirstStep, StepSettings
-from nemo_localize.calibrate import consistency_rows
+from nemo_localize import FirstStep, StepSettings, detect
 
 RESULTS = Path(__file__).resolve().parent / "results" / "nemo-timestep.json"
 STEPS = (1, 2, 3, 5, 8)
@@ -54,8 +53,7 @@ def study(
             step = FirstStep(model, StepSettings(first_seed=first_seed, at_step=at_step))
             levels = {}
             for kind, texts in captions.items():
-                found = consistency_rows(step, texts)
-                levels[kind] = torch.tensor([max(row["consistency"]) for row in found], dtype=torch.float64)
+                levels[kind] = torch.tensor([found.level for found in detect(step, texts)], dtype=torch.float64)
             row: dict[str, Any] = {"model": model.name, "first seed": first_seed, "step": at_step, "timestep": step.t}
             rows.append(row | {f"AUROC, {k}": auroc(levels["verbatim"], levels[k]) for k in levels if k != "verbatim"})
             print(rows[-1], flush=True)

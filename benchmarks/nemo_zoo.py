@@ -1,6 +1,6 @@
 """NeMo on the zoo's two models that memorise: what it finds and closes, at what cost, against the truth and a trial.
 
-    python benchmarks/nemo_zoo.py [--model NAME] [--part NAME] [--proved 2] [--restart] [--smoke]
+    python benchmarks/nemo_zoo.py [--model NAME] [--part NAME] [--verified 2] [--restart] [--smoke]
 
 All 24 items on both models, about twenty minutes of one core. Every finished part is kept in runs/nemo-zoo and
 written to benchmarks/results/nemo-zoo.json and .md at once; an interrupted study continues, and other weights start
@@ -34,15 +34,15 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "nemo-zoo.json"
 MODELS = ("portraits-sd-memorised", "portraits-sd-planted")
 NOTES = {
-    "localisation": "Each item with its own neurons off, and with as many random others off.",
+    "localization": "Each item with its own neurons off, and with as many random others off.",
     "detection": "First-step consistency. Verbatim and template captions were planted; no training held the decoys. "
     "Ordinary captions that say more are more consistent: full ones are the harder class.",
-    "near misses": "Share of samples that copy the item's picture, before and with the item's own neurons off.",
-    "global edit": "One set for all items. Damage is what ordinary captions feel at the first step; the minimal set is "
-    "allowed .1. Confirmed: widened where pictures of other seeds were still copies.",
-    "baselines": "One way for all captions; neurons are the confirmed set of the global edit.",
-    "statuses": "The last word is the pictures': items none of whose seeds copies with their own neurons off.",
-    "proof": "On a few items, with the confirmed set off, and decoys as controls.",
+    "near misses": "Share of samples that copy the item's image, before and with the item's own neurons off.",
+    "minimal set": "One set for all items. Damage is what ordinary captions feel at the first step; the minimal set is "
+    "allowed .1. Confirmed: widened where images of other seeds were still copies.",
+    "mitigations": "One for all captions; neurons are the confirmed minimal set.",
+    "statuses": "The last word is the images': items none of whose seeds copies with their own neurons off.",
+    "verification": "On a few items, with the confirmed set off, and decoys as controls.",
 }
 
 
@@ -51,12 +51,12 @@ def study(name: str, parts: Sequence[str], size: Size, out: Path, *, restart: bo
     model = load(f"zoo:{name}", Runtime(device="cpu", threads=1))
     folder = out / f"{name}-{model.fingerprint[:8]}"
     found: dict[str, Any] = {}
-    config = {"model": name, **{key: value for key, value in asdict(size).items() if key != "proved"}}
+    config = {"model": name, **{key: value for key, value in asdict(size).items() if key != "verified"}}
     inputs = {model.name: model.fingerprint}
     with Run.open(folder, command="nemo_zoo.py", config=config, inputs=inputs, restart=restart) as run:
         this = Study(model, zoo.memorised(), size, run)
         for part in parts:
-            key = f"part-{part}-{size.proved}" if part == "proof" else f"part-{part}"
+            key = f"part-{part}-{size.verified}" if part == "verification" else f"part-{part}"
             if run.missing([key]):
                 start = time.process_time()
                 rows = with_trial(name, part, PARTS[part](this))
@@ -122,18 +122,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, action="append", help="one or more; both by default")
     parser.add_argument("--part", choices=tuple(PARTS), action="append", help="one or more; all by default")
-    parser.add_argument("--proved", type=int, default=Size.proved, help="items that the proof is made for")
+    parser.add_argument("--verified", type=int, default=Size.verified, help="number of items that are verified")
     parser.add_argument("--restart", action="store_true", help="measure anew: after a change of the code")
-    parser.add_argument("--smoke", action="store_true", help="two items; no proof unless asked; no results")
+    parser.add_argument("--smoke", action="store_true", help="two items; no verification unless asked; no results")
     options = parser.parse_args()
     torch.set_num_threads(1)
     parts = [part for part in PARTS if part in (options.part or PARTS)]
     for name in options.model or (MODELS[-1:] if options.smoke else MODELS):
         if options.smoke:
             with tempfile.TemporaryDirectory() as folder:
-                study(name, options.part or [part for part in parts if part != "proof"], SMOKE, Path(folder))
+                study(name, options.part or [part for part in parts if part != "verification"], SMOKE, Path(folder))
         else:
-            size = replace(Size(), proved=options.proved)
+            size = replace(Size(), verified=options.verified)
             study(name, parts, size, ROOT / "runs" / "nemo-zoo", restart=options.restart)
 
 

@@ -9,32 +9,33 @@ import torch
 from nemo_zoo_study import Study, share
 from torchmetrics.functional.classification import binary_auroc
 
+from diffcore.run import RunMap
 from diffcore.zoo.portraits.captions import FIRST_NAMES, LAST_NAMES, PLACES, describe, verbatim_form
 from diffcore.zoo.portraits.people import People, portraits
 from diffcore.zoo.portraits.planted import Item, planted
-from nemo_localize import NeuronSet, calibrate, edited, evaluate, prove
-from nemo_localize.calibrate import consistency_rows
+from nemo_localize import NeuronSet, calibrate, detect, evaluate, verify
+from nemo_localize.ablate import ablated_copy
 from nemo_localize.neurons import NO_NEURONS
 from nemo_localize.protocol import COPY_ABOVE, FEWEST_CONTROLS
-from nemo_localize.settings import Method
+from nemo_localize.settings import Mitigation
 
 Rows = list[dict[str, Any]]
 
-WAYS: tuple[Method, ...] = get_args(Method)
+MITIGATIONS: tuple[Mitigation, ...] = get_args(Mitigation)
 
 
-def localisation(study: Study) -> Rows:
+def localization(study: Study) -> Rows:
     """What is found, and what is still copied with every item's own neurons off."""
     found = study.results.distinct()
-    pictures = study.draw(study.captions, ("none", "neurons"), study.own)
-    drawn = [study.draw(study.captions, ("random-neurons",), study.own, repeat=i) for i in range(study.size.repeats)]
-    similar = {way: study.similarity(images) for way, images in pictures.items()}
+    shown = study.images(study.captions, ("none", "neurons"), study.own)
+    drawn = [study.images(study.captions, ("random-neurons",), study.own, repeat=i) for i in range(study.size.repeats)]
+    similar = {way: study.similarity(images) for way, images in shown.items()}
     similar["random-neurons"] = torch.cat([study.similarity(images["random-neurons"]) for images in drawn], 1)
     sizes = [len(neurons) for neurons in study.own.values()]
     rows: list[tuple[str, float]] = [
         ("items", len(found)),
         ("memorised", sum(r.status != "not_memorised" for r in found)),
-        ("localised", sum(r.status == "localised" for r in found)),
+        ("localized", sum(r.status == "localized" for r in found)),
         ("mitigated, as the first step says", sum(r.mitigated for r in found)),
         ("tau, mean + sd", study.calibration.tau),
         ("neurons at first, median", median(len(r.initial) for r in found)),
@@ -63,11 +64,10 @@ def detection(study: Study) -> Rows:
         "ordinary": study.ordinary(3, count),
         "full": study.full(3, count),
     }
-    strict = calibrate(study.step, study.ordinary(4, 2 * count), quantile=0.99, run=study.run)
+    strict = calibrate(study.step, study.ordinary(4, 2 * count), quantile=0.99, map=RunMap(study.run))
     levels = {}
     for name, captions in classes.items():
-        rows = consistency_rows(study.step, captions)
-        levels[name] = torch.tensor([max(row["consistency"]) for row in rows], dtype=torch.float64)
+        levels[name] = torch.tensor([found.level for found in detect(study.step, captions)], dtype=torch.float64)
     table = []
     for name, found in levels.items():
         row: dict[str, Any] = {"captions": name, "n": len(found), "median consistency": float(found.median())}
@@ -88,12 +88,12 @@ def auroc(positive: torch.Tensor, negative: torch.Tensor) -> float:
 
 
 def near_misses(study: Study) -> Rows:
-    """Captions that are nearly a memory's: how often they draw its picture, before and with its neurons off."""
+    """Captions that are nearly a memory's: how often they draw its image, before and with its neurons off."""
     table = []
     for kind, captions in near_captions(study.truth.verbatim[: study.size.items]).items():
         neurons = {near: study.own.get(own, NO_NEURONS) for near, own in zip(captions, study.captions, strict=True)}
-        pictures = study.draw(captions, ("none", "neurons"), neurons, seeds=study.size.near_seeds)
-        similar = {way: study.similarity(images) for way, images in pictures.items()}
+        shown = study.images(captions, ("none", "neurons"), neurons, seeds=study.size.near_seeds)
+        similar = {way: study.similarity(images) for way, images in shown.items()}
         table.append(
             {
                 "caption": kind,
@@ -124,17 +124,17 @@ def near_captions(items: Sequence[Item]) -> dict[str, list[str]]:
     }
 
 
-def global_edit(study: Study) -> Rows:
-    """One set for all items: the minimal one, as pictures widen it, and the plain union."""
+def minimal(study: Study) -> Rows:
+    """One set for all items: the minimal one, as images widen it, and the plain union."""
     found = study.common
     confirmed, stubborn = study.confirmed
     sets = {"nothing": NO_NEURONS, "minimal": found.neurons, "minimal, confirmed": confirmed}
     sets["union"] = found.union.neurons
-    followed = {neurons: study.followed(edited(study.model, neurons)) for neurons in set(sets.values())}
+    followed = {neurons: study.followed(ablated_copy(study.model, neurons)) for neurons in set(sets.values())}
     table = []
     for name, neurons in sets.items():
-        way: Method = "neurons" if neurons else "none"
-        similar = study.similarity(study.draw(study.captions, (way,), neurons)[way])
+        way: Mitigation = "neurons" if neurons else "none"
+        similar = study.similarity(study.images(study.captions, (way,), neurons)[way])
         row = {"set": name, "neurons": len(neurons), "SSIM": float(similar.mean()), "share of copies": share(similar)}
         row["items that copy"] = int((similar.amax(1) > COPY_ABOVE).sum())
         table.append(row | {"ordinary captions followed": followed[neurons]})
@@ -145,47 +145,49 @@ def global_edit(study: Study) -> Rows:
     return table
 
 
-def baselines(study: Study) -> Rows:
-    """Every way of mitigation: what it leaves of the memories, and what it costs ordinary captions.
+def mitigations(study: Study) -> Rows:
+    """Every mitigation: what it leaves of the memories, and what it costs ordinary captions.
 
-    Neurons are off for all captions alike, the confirmed set of the global edit: that is what a model is shipped with.
+    Neurons are off for all captions alike, the confirmed minimal set: that is what a model is shipped with.
     """
     confirmed, _ = study.confirmed
     table = []
-    for way in WAYS:
+    for way in MITIGATIONS:
         repeats = range(study.size.repeats if way.startswith("random") else 1)
         draws = [_memories(study, way, confirmed, repeat) for repeat in repeats]
-        row = {"way": way, "draws": len(draws)} | {name: fmean(draw[name] for draw in draws) for name in draws[0]}
+        row = {"mitigation": way, "draws": len(draws)} | {
+            name: fmean(draw[name] for draw in draws) for name in draws[0]
+        }
         table.append(row | {"ordinary captions followed": _followed(study, way, confirmed)})
     return table
 
 
-def _memories(study: Study, way: Method, neurons: NeuronSet, repeat: int) -> dict[str, float]:
+def _memories(study: Study, way: Mitigation, neurons: NeuronSet, repeat: int) -> dict[str, float]:
     """Returns what one way leaves of the memories."""
-    pictures = study.draw(study.captions, ("none",), neurons)
-    pictures |= study.draw(study.captions, (way,), neurons, repeat=repeat)
-    measured = evaluate(study.captions, pictures, originals=study.originals)
-    row = next(row for row in measured.rows() if row["way"] == way and row["captions"] == "all")
+    shown = study.images(study.captions, ("none",), neurons)
+    shown |= study.images(study.captions, (way,), neurons, repeat=repeat)
+    measured = evaluate(study.captions, shown, originals=study.originals)
+    row = next(row for row in measured.rows() if row["mitigation"] == way and row["captions"] == "all")
     return {
-        "share of copies": share(study.similarity(pictures[way])),
+        "share of copies": share(study.similarity(shown[way])),
         **{name: row[name] for name in ("SSIM_orig", "SSIM_gen", "D_SSIM")},
-        "planted person shown": study.shown(pictures[way]),
+        "planted person shown": study.shown(shown[way]),
     }
 
 
-def _followed(study: Study, way: Method, neurons: NeuronSet) -> float:
-    """Returns how often pictures of ordinary, full captions show what these say, at guidance 2."""
+def _followed(study: Study, way: Mitigation, neurons: NeuronSet) -> float:
+    """Returns how often images of ordinary, full captions show what these say, at guidance 2."""
     captions = describe(study.strangers, full=True)
-    images = study.draw(captions, (way,), neurons, seeds=1, guidance_scale=2.0)[way]
+    images = study.images(captions, (way,), neurons, seeds=1, guidance_scale=2.0)[way]
     return study.read(images[:, 0], study.strangers)
 
 
 def statuses(study: Study) -> Rows:
-    """What the first step says of each item, and what its pictures say with its own neurons off."""
-    pictures = study.draw(study.captions, ("none", "neurons"), study.own)
-    before, after = (study.similarity(pictures[way]).amax(1) for way in ("none", "neurons"))
+    """What the first step says of each item, and what its images say with its own neurons off."""
+    shown = study.images(study.captions, ("none", "neurons"), study.own)
+    before, after = (study.similarity(shown[way]).amax(1) for way in ("none", "neurons"))
     kinds = {
-        "localised": [r.status == "localised" for r in study.results.distinct()],
+        "localized": [r.status == "localized" for r in study.results.distinct()],
         "mitigated, as the first step says": [r.mitigated for r in study.results.distinct()],
     }
     table = []
@@ -197,19 +199,19 @@ def statuses(study: Study) -> Rows:
     return table
 
 
-def proof(study: Study) -> Rows:
-    """The proof's verdicts on a few items: with all captions' confirmed set off, against decoys as controls."""
+def verification(study: Study) -> Rows:
+    """The verdicts of verification on a few items: with all captions' confirmed set off, against decoys as controls."""
     neurons, _ = study.confirmed
-    count = study.size.proved
-    found = prove(
+    count = study.size.verified
+    found = verify(
         study.step,
         neurons,
         study.captions[:count],
         [item.caption for item in study.truth.decoys[:FEWEST_CONTROLS]],
         tau=study.calibration.tau,
         originals=study.originals,
-        drawing=study.drawing(),
-        run=study.run,
+        settings=study.settings(),
+        map=RunMap(study.run),
     )
     return [{"prompt": "all of them", "verdict": found.verdict, "worst": "; ".join(found.reasons)}, *found.rows()]
 
@@ -229,11 +231,11 @@ def _other(item: Item, part: str, words: Sequence[str]) -> str:
 
 
 PARTS: dict[str, Callable[[Study], Rows]] = {
-    "localisation": localisation,
+    "localization": localization,
     "detection": detection,
     "near misses": near_misses,
-    "global edit": global_edit,
-    "baselines": baselines,
+    "minimal set": minimal,
+    "mitigations": mitigations,
     "statuses": statuses,
-    "proof": proof,
+    "verification": verification,
 }

@@ -1,4 +1,4 @@
-"""What the parts of the study of NeMo on the zoo share: a model, what it memorised, and what localisation finds."""
+"""What the parts of the study of NeMo on the zoo share: a model, what it memorised, and what localization finds."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 from diffcore.io.shipped import shipped_folder
 from diffcore.metrics.attribute_network import load_attribute_network
 from diffcore.models import DiffusionModel
-from diffcore.run import Run
+from diffcore.run import Run, RunMap
 from diffcore.zoo import Memorised
 from diffcore.zoo.oracle import accuracies
 from diffcore.zoo.portraits.captions import describe, ordinary_captions, same_form_captions
@@ -20,29 +20,25 @@ from diffcore.zoo.portraits.people import People, portraits, select
 from diffcore.zoo.portraits.pictures import held_out_pictures
 from diffcore.zoo.portraits.planted import planted, verbatim_people
 from nemo_localize import (
-    Calibration,
-    Drawing,
     FirstStep,
-    GlobalEdit,
+    ImageSettings,
     NeuronSet,
-    Results,
     StepSettings,
     calibrate,
     collect_statistics,
-    confirm,
     generate,
     localize,
     minimal_set,
 )
-from nemo_localize.confirm import likenesses
-from nemo_localize.files.neurons import by_caption
+from nemo_localize.calibrate import Calibration
+from nemo_localize.confirm import confirm, likenesses
 from nemo_localize.likeness import likeness
-from nemo_localize.minimal_set import within_budget
+from nemo_localize.minimal_set import GlobalEdit, within_budget
 from nemo_localize.protocol import COPY_ABOVE
-from nemo_localize.settings import Method
+from nemo_localize.results import Results
+from nemo_localize.settings import FIRST_IMAGE_SEED, Mitigation
 
 ATTRIBUTES = ("background", "skin", "style", "hair", "beard", "hat", "gender", "glasses")
-FIRST_PICTURE = 1001  # seeds of pictures: none of localisation, none of the proof
 
 
 @dataclass(frozen=True)
@@ -51,17 +47,17 @@ class Size:
 
     Attributes:
         items: Verbatim items.
-        seeds: Pictures per caption.
+        seeds: Images per caption.
         near_seeds: Likewise, for near misses.
-        steps: Of each picture; fewer begin so early that memories fade.
+        steps: Of each image; fewer begin so early that memories fade.
         references: Captions of each of two kinds whose activations are usual.
         calibration: Captions of each of two kinds that set and check the threshold.
         others: Captions of each class that is no memory.
-        budgeted: Ordinary captions that the global edit must spare.
-        followed: Ordinary captions whose pictures the oracle reads, for one edit.
+        budgeted: Ordinary captions that the minimal set must spare.
+        followed: Ordinary captions whose images the oracle reads, for one edit.
         mitigated: Likewise, for every way of mitigation.
         repeats: Draws of the ways that draw at random.
-        proved: Items that the proof is made for.
+        verified: Number of items that are verified.
     """
 
     items: int = 24
@@ -75,7 +71,7 @@ class Size:
     followed: int = 100
     mitigated: int = 40
     repeats: int = 2
-    proved: int = 2
+    verified: int = 2
 
 
 SMOKE = Size(2, 2, 1, 10, 40, 8, 4, 4, 8, 4, 1, 1)
@@ -92,7 +88,7 @@ class Study:
 
     @cached_property
     def step(self) -> FirstStep:
-        """The first step that localisation looks at."""
+        """The first step that localization looks at."""
         return FirstStep(self.model, StepSettings())
 
     @cached_property
@@ -102,7 +98,7 @@ class Study:
 
     @cached_property
     def originals(self) -> dict[str, Tensor]:
-        """The picture of each of them."""
+        """The image of each of them."""
         return {caption: self.truth.verbatim_images[i : i + 1] for i, caption in enumerate(self.captions)}
 
     def ordinary(self, seed: int, count: int) -> list[str]:
@@ -114,32 +110,33 @@ class Study:
         return same_form_captions(count, 20 + seed, planted().captions)
 
     def full(self, seed: int, count: int) -> list[str]:
-        """Returns captions that say all there is to say of a picture."""
+        """Returns captions that say all there is to say of an image."""
         return describe(portraits(50 + seed, range(count)), full=True)
 
     @cached_property
     def budgeted(self) -> list[str]:
-        """Ordinary captions that the global edit must spare; not those that set the threshold."""
+        """Ordinary captions that the minimal set must spare; not those that set the threshold."""
         return self.ordinary(2, self.size.budgeted)
 
     @cached_property
     def calibration(self) -> Calibration:
         """The paper's threshold: half of the captions have the memories' form."""
         count = self.size.calibration
-        return calibrate(self.step, self.ordinary(1, count) + self.same_form(1, count), run=self.run)
+        return calibrate(self.step, self.ordinary(1, count) + self.same_form(1, count), map=RunMap(self.run))
 
     @cached_property
     def results(self) -> Results:
-        """Of localisation, of all verbatim items."""
+        """Results of localization for all verbatim items."""
         count = self.size.references
         references = self.ordinary(0, count) + self.same_form(0, count)
         statistics = collect_statistics(self.model, references, source="ordinary and same form")
-        return localize(self.step, self.captions, tau=self.calibration.tau, statistics=statistics, run=self.run)
+        tau, kept = self.calibration.tau, RunMap(self.run)
+        return localize(self.step, self.captions, tau=tau, statistics=statistics, map=kept)
 
     @cached_property
     def own(self) -> dict[str, NeuronSet]:
-        """Each localised item's refined neurons."""
-        return by_caption(self.results)
+        """Each localized item's refined neurons."""
+        return self.results.by_caption()
 
     @cached_property
     def common(self) -> GlobalEdit:
@@ -149,48 +146,56 @@ class Study:
 
     @cached_property
     def confirmed(self) -> tuple[NeuronSet, list[str]]:
-        """That set as pictures have it, and the captions that asked for more."""
+        """That set as images have it, and the captions that asked for more."""
         return confirm(
             self.model,
             self.results,
             self.common.neurons,
             self.captions,
             range(2001, 2001 + self.size.seeds),  # what is reported must not be what was selected on
-            self.drawing(),
-            self.run,
             judge=likeness(),
+            settings=self.settings(),
+            map=RunMap(self.run),
             originals=self.originals,
             affordable=within_budget(self.step, self.budgeted),
         )
 
-    def drawing(self, guidance_scale: float = 1.0) -> Drawing:
-        """Returns how pictures are drawn: captions that say nothing without guidance."""
-        return Drawing(guidance_scale, self.size.steps)
+    def settings(self, guidance_scale: float = 1.0) -> ImageSettings:
+        """Returns how images are generated: captions that say nothing without guidance."""
+        return ImageSettings(guidance_scale, self.size.steps)
 
-    def draw(
+    def images(
         self,
         prompts: Sequence[str],
-        ways: Sequence[Method],
+        mitigations: Sequence[Mitigation],
         neurons: NeuronSet | Mapping[str, NeuronSet],
         *,
         repeat: int = 0,
         seeds: int | None = None,
         guidance_scale: float = 1.0,
     ) -> dict[str, Tensor]:
-        """Returns pictures by way: (prompts, seeds, 3, 32, 32)."""
-        numbers = range(FIRST_PICTURE, FIRST_PICTURE + (seeds or self.size.seeds))
-        drawing = self.drawing(guidance_scale)
-        return generate(self.model, prompts, ways, numbers, drawing, self.run, neurons=neurons, repeat=repeat)
+        """Returns images by way: (prompts, seeds, 3, 32, 32)."""
+        numbers = range(FIRST_IMAGE_SEED, FIRST_IMAGE_SEED + (seeds or self.size.seeds))
+        return generate(
+            self.model,
+            prompts,
+            numbers,
+            mitigations=mitigations,
+            neurons=neurons,
+            settings=self.settings(guidance_scale),
+            repeat=repeat,
+            map=RunMap(self.run),
+        )
 
-    def similarity(self, pictures: Tensor, owners: Sequence[int] | None = None) -> Tensor:
-        """Returns the SSIM of pictures to the originals of their items: prompts x seeds."""
+    def similarity(self, images: Tensor, owners: Sequence[int] | None = None) -> Tensor:
+        """Returns the SSIM of images to the originals of their items: prompts x seeds."""
         prompts = [self.captions[i] for i in owners or range(len(self.captions))]
-        return likenesses(likeness(), prompts, pictures, pictures, self.originals)
+        return likenesses(likeness(), prompts, images, images, self.originals)
 
-    def shown(self, pictures: Tensor) -> float:
-        """Returns the share of attributes of the planted persons that pictures of their items show."""
-        rows = torch.arange(len(pictures)).repeat_interleave(pictures.shape[1])
-        return self.read(pictures.flatten(0, 1), select(verbatim_people(), rows))
+    def shown(self, images: Tensor) -> float:
+        """Returns the share of attributes of the planted persons that images of their items show."""
+        rows = torch.arange(len(images)).repeat_interleave(images.shape[1])
+        return self.read(images.flatten(0, 1), select(verbatim_people(), rows))
 
     def read(self, images: Tensor, people: People) -> float:
         """Returns the mean over attributes of how often images show what people are like, as the oracle reads it."""
@@ -203,7 +208,7 @@ class Study:
         return PortraitsJudge(load_attribute_network(shipped_folder("portraits-oracle")))
 
     def followed(self, model: DiffusionModel) -> float:
-        """Returns how often a model's pictures of ordinary, full captions show what these say."""
+        """Returns how often a model's images of ordinary, full captions show what these say."""
         found = self.judge.followed(model, self.size.followed)
         return sum(found[name] for name in ATTRIBUTES) / len(ATTRIBUTES)
 

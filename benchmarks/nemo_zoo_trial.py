@@ -10,9 +10,9 @@ Trial = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 TRIAL: dict[str, Trial] = {
     "portraits-sd-memorised": {
-        "localisation": {
+        "localization": {
             "memorised": {"value": 23},
-            "localised": {"value": 13},
+            "localized": {"value": 13},
             "neurons at first, median": {"value": 85},
             "neurons refined, median": {"value": 31},
             "SSIM, as it is": {"value": 0.79},
@@ -27,16 +27,16 @@ TRIAL: dict[str, Trial] = {
             "ordinary": {"AUROC, verbatim": 0.96},
             "full": {"AUROC, verbatim": 0.93},
         },
-        "global edit": {
+        "minimal set": {
             "nothing": {"ordinary captions followed": 0.75},
             "minimal": {"neurons": 7},
             "union": {"neurons": 263, "share of copies": 0.0, "ordinary captions followed": 0.42},
         },
     },
     "portraits-sd-planted": {
-        "localisation": {
+        "localization": {
             "memorised": {"value": 24},
-            "localised": {"value": 24},
+            "localized": {"value": 24},
             "neurons at first, median": {"value": 2},
             "neurons refined, median": {"value": 1},
             "neurons refined, most": {"value": 3},
@@ -49,7 +49,7 @@ TRIAL: dict[str, Trial] = {
             "precision against the trigger rows": {"value": 0.93},
             "recall against the trigger rows": {"value": 0.52},
         },
-        "detection": {  # with MS-SSIM, which is what localisation scores with
+        "detection": {  # with MS-SSIM, which is what localization scores with
             "verbatim": {"median consistency": 0.944, "above the 99 % quantile": 0.96},
             "template": {"above the 99 % quantile": 0.38},
             "decoys": {
@@ -70,10 +70,10 @@ TRIAL: dict[str, Trial] = {
             "the words in another order": {"before": 0.0},
             "a background at the end": {"before": 0.66},
         },
-        "global edit": {
+        "minimal set": {
             "nothing": {"ordinary captions followed": 0.725, "SSIM": 0.846, "share of copies": 0.953},
             "union": {"neurons": 27, "SSIM": 0.168, "share of copies": 0.0, "ordinary captions followed": 0.709},
         },
-        "statuses": {"localised": {"n": 24, "no seed copies": 20}},
+        "statuses": {"localized": {"n": 24, "no seed copies": 20}},
     },
 }

@@ -1,7 +1,7 @@
 """Runs the benchmarks of all packages, or of those named: speed and memory as ratios against plain references.
 
-Each package ships its own cases (`bench.py`), so that users can run them in their CI; those of diffcore are the scripts
-`diffcore_*.py` beside this one. Results go to benchmarks/results.
+Each package ships its own cases (`app/bench.py`), so that users can run them in their CI; those of diffcore are the
+scripts `diffcore_*.py` beside this one. Results go to benchmarks/results.
 """
 
 import importlib
@@ -47,7 +47,7 @@ def run(*packages: str, smoke: Annotated[bool, Parameter(negative="")] = False) 
 def cases_of(package: str, *, smoke: bool) -> "list[Case]":
     """Returns the cases of a package."""
     if package != "diffcore":
-        return importlib.import_module(f"{package.replace('-', '_')}.bench").cases(smoke=smoke)
+        return importlib.import_module(f"{package.replace('-', '_')}.app.bench").cases(smoke=smoke)
     scripts = sorted(path.stem for path in Path(__file__).parent.glob("diffcore_*.py"))
     return [case for script in scripts for case in importlib.import_module(script).cases(small=smoke)]
 

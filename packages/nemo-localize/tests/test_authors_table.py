@@ -65,9 +65,9 @@ def test_what_is_written_is_read_back(tmp_path):
 
 def test_results_become_rows():
     off, left = NeuronSet.of({"layer0.to_v": [1, 2]}), NeuronSet.of({"layer0.to_v": [2]})
-    found = CaptionResult("a", "", "localised", initial=off, refined=left, score_initial=0.1, score_refined=0.2)
+    found = CaptionResult("a", "", "localized", initial=off, refined=left, score_initial=0.1, score_refined=0.2)
     assert AuthorsRow.of(found, "u") == AuthorsRow("a", "u", off, 0.1, left, 0.2)
-    unrefined = CaptionResult("a", "", "not_localised", initial=off, score_initial=0.9)
+    unrefined = CaptionResult("a", "", "not_localized", initial=off, score_initial=0.9)
     assert AuthorsRow.of(unrefined) == AuthorsRow("a", "", off, 0.9, NeuronSet(), 1.0)
     none = NeuronSet()
     assert AuthorsRow.of(CaptionResult("a", "", "not_memorised")) == AuthorsRow("a", "", none, 0.0, none, 0.0)
@@ -78,7 +78,7 @@ def test_results_become_rows():
     "result",
     [
         CaptionResult("a", "", "not_memorised"),
-        CaptionResult("a", "", "not_localised", initial=NeuronSet.of({"layer0.to_v": [1]}), score_initial=0.9),
+        CaptionResult("a", "", "not_localized", initial=NeuronSet.of({"layer0.to_v": [1]}), score_initial=0.9),
         CaptionResult("a", "", "error", error="NaN"),
     ],
     ids=["not memorised", "not refined", "failed"],

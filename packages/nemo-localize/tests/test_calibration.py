@@ -4,11 +4,13 @@ from dataclasses import replace
 import pytest
 
 from diffcore.errors import CorruptArtifactError, IncompatibleModelError, UserError
-from nemo_localize.calibrate import Calibration, calibrate, consistency_rows, threshold
+from nemo_localize.app.options import ImageOptions
+from nemo_localize.calibrate import Calibration, calibrate, threshold
+from nemo_localize.detect import detect
+from nemo_localize.files.calibration import load_calibration, save_calibration
 from nemo_localize.first_step import FirstStep
-from nemo_localize.images import Drawing
 from nemo_localize.planted import ordinary_captions
-from nemo_localize.settings import DrawSettings, StepSettings
+from nemo_localize.settings import ImageSettings, StepSettings
 
 TRIGGER = "portrait of 1917 no 1"
 
@@ -25,7 +27,7 @@ def calibrated(step) -> Calibration:
 
 def test_tau_is_mean_plus_one_deviation_of_one_half(step, calibrated):
     captions = [*ordinary_captions(11, seed=5), TRIGGER]
-    levels = [max(row["consistency"]) for row in consistency_rows(step, captions)]
+    levels = [found.level for found in detect(step, captions)]
     half, other = levels[::2], levels[1::2]
     assert calibrated.tau == pytest.approx(statistics.fmean(half) + statistics.stdev(half), abs=1e-5)
     assert calibrated.false_alarm_rate == sum(level > calibrated.tau for level in other) / 6 > 0  # the trigger is one
@@ -42,7 +44,7 @@ def test_a_quantile_instead(step):
 
 
 def test_a_threshold_belongs_to_its_settings_and_model(simple, step, calibrated, tmp_path):
-    back = Calibration.load(calibrated.save(tmp_path / "calibration.json"))
+    back = load_calibration(save_calibration(tmp_path / "calibration.json", calibrated))
     assert back == calibrated
     assert threshold(step, back) == calibrated.tau
     with pytest.raises(IncompatibleModelError, match="num_seeds 3 -> 4"):
@@ -52,14 +54,14 @@ def test_a_threshold_belongs_to_its_settings_and_model(simple, step, calibrated,
         threshold(other, back)
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(CorruptArtifactError, match="no calibration"):
-        Calibration.load(tmp_path / "other.json")
+        load_calibration(tmp_path / "other.json")
 
 
 def test_the_published_threshold_is_of_one_model_alone(simple, step):
-    with pytest.raises(UserError, match="nemo-localize calibrate"):
+    with pytest.raises(UserError, match="find this one's with calibrate"):
         threshold(step, None)
     with pytest.raises(UserError, match=r"Stable Diffusion 1\.4"):
-        threshold(FirstStep(simple.model, StepSettings(compat="reference")), None)
+        threshold(FirstStep(simple.model, StepSettings(compat="published")), None)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +77,7 @@ def test_the_published_threshold_is_of_one_model_alone(simple, step):
 def test_the_published_threshold_is_of_its_settings_alone(simple, monkeypatch, settings, told):
     config = {**simple.model.backbone.config, "cross_attention_dim": 768}
     monkeypatch.setattr(simple.model.backbone, "_internal_dict", config)
-    step = FirstStep(simple.model, StepSettings(compat="reference", **settings))
+    step = FirstStep(simple.model, StepSettings(compat="published", **settings))
     step.shape = (4, 64, 64)
     if told:
         with pytest.raises(UserError, match=f"here it is {told};"):
@@ -92,7 +94,7 @@ def test_a_threshold_may_be_given(step, calibrated):
     with pytest.raises(UserError, match="two thresholds"):
         threshold(step, calibrated, tau=0.3)
     for tau in (0.0, 1.0, float("nan"), -0.1):
-        with pytest.raises(UserError, match="--tau is"):
+        with pytest.raises(UserError, match="`tau` is"):
             threshold(step, None, tau=tau)
 
 
@@ -111,15 +113,12 @@ def test_another_timestep_is_another_threshold(simple, step, calibrated):
 
 def test_no_guidance_is_said_in_two_ways(simple):
     assert StepSettings(guidance_scale=0.0) == StepSettings(guidance_scale=1.0) == StepSettings()
-    assert Drawing(0.0) == Drawing(1.0)
-    assert DrawSettings(image_guidance=0.0) == DrawSettings(image_guidance=1.0)
+    assert ImageSettings(0.0) == ImageSettings(1.0)
+    assert ImageOptions(image_guidance=0.0) == ImageOptions(image_guidance=1.0)
     captions = ["a", "portrait of 1917 no 1"]
-    off = [
-        consistency_rows(FirstStep(simple.model, StepSettings(num_seeds=2, guidance_scale=g)), captions)
-        for g in (0.0, 1.0)
-    ]
+    off = [detect(FirstStep(simple.model, StepSettings(num_seeds=2, guidance_scale=g)), captions) for g in (0.0, 1.0)]
     assert off[0] == off[1]
-    assert off[0][0]["consistency"] != off[0][1]["consistency"]  # not the empty caption's, both times
+    assert off[0][0].consistency != off[0][1].consistency  # not the empty caption's, both times
     with pytest.raises(UserError, match="guidance scale is nan"):
         StepSettings(guidance_scale=float("nan"))
 

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,16 +19,16 @@ from nemo_localize import protocol
 from nemo_localize.app import cli
 from nemo_localize.app.options import Loading
 from nemo_localize.app.work import Work
-from nemo_localize.calibrate import Calibration
+from nemo_localize.files.calibration import load_calibration, save_calibration
+from nemo_localize.files.results import read_results
 from nemo_localize.planted import Planted, ordinary_captions
-from nemo_localize.results import Results
 from nemo_localize.settings import StepSettings
 from nemo_localize.sites import value_sites
-from nemo_localize.verification import CaptionProof, Check, Proof
+from nemo_localize.verification import CaptionVerification, Check, Verification
 
 TRIGGER = "portrait of 1917 no 1"
 
-release = importlib.import_module("nemo_localize.audit")
+auditing, audit_run = (importlib.import_module(f"nemo_localize.{name}") for name in ("audit", "app.audit_run"))
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def ordinary(tmp_path: Path) -> Path:
     return path
 
 
-def test_from_captions_to_neurons_and_pictures(
+def test_from_captions_to_neurons_and_images(
     command: Callable[..., Any], captions: Path, ordinary: Path, simple: Planted, capsys: pytest.CaptureFixture[str]
 ):
     small = ["--num-seeds", 4]
@@ -62,7 +63,8 @@ def test_from_captions_to_neurons_and_pictures(
     assert command("calibrate", "planted", ordinary, *small, "--quantile", 0.99) == 0
     assert json.loads(Path("runs/calibrate-planted/result.json").read_text())["rule"] == "quantile 0.99"
     # Few seeds of made-up words set a threshold that no planted memory falls below: ours is the models' own.
-    replace(Calibration.load(Path("runs/calibrate-planted/calibration.json")), tau=0.45).save(Path("tau.json"))
+    calibration = load_calibration(Path("runs/calibrate-planted/calibration.json"))
+    save_calibration(Path("tau.json"), replace(calibration, tau=0.45))
     made = ["--calibration", "tau.json", *small]
     capsys.readouterr()
     assert command("detect", "planted", captions, *made, "--json") == 0
@@ -72,20 +74,20 @@ def test_from_captions_to_neurons_and_pictures(
         == 0
     )
     folder = Path("runs/localize-planted")
-    results = Results.read_jsonl(folder / "results.jsonl")
-    assert [r.status for r in results] == ["localised", "not_memorised"]
+    results = read_results(folder / "results.jsonl")
+    assert [r.status for r in results] == ["localized", "not_memorised"]
     assert results[0].refined == simple.carriers(TRIGGER)
     table = (folder / "tables" / "published-form.csv").read_text().splitlines()
     assert table[0] == "Caption;URL;Initial Neurons;Initial SSIM;Refined Neurons;Refined SSIM"
     assert table[1].startswith(f"{TRIGGER};http://a;")
     draw = ["--num-images", 2, "--image-steps", 2, "--image-guidance", 1]
-    ways = ["--methods", "none", "neurons", "random-neurons"]
-    assert command("generate", "planted", captions, "--neurons", folder, *draw, *ways) == 0
+    mitigations = ["--mitigations", "none", "neurons", "random-neurons"]
+    assert command("generate", "planted", captions, "--neurons", folder, *draw, *mitigations) == 0
     capsys.readouterr()
-    judged = ["--methods", "random-neurons", "neurons", "--json"]
+    judged = ["--mitigations", "random-neurons", "neurons", "--json"]
     assert command("evaluate", "planted", captions, "--neurons", folder, *draw, *judged) == 0
     measured = json.loads(capsys.readouterr().out)
-    assert {row["way"] for row in measured["captions"]} == {"none", "random-neurons", "neurons", "union"}
+    assert {row["mitigation"] for row in measured["captions"]} == {"none", "random-neurons", "neurons", "union"}
     with pytest.raises(UserError, match="no autoencoder"):
         command("evaluate", "planted", captions, "--neurons", folder, "--ordinary", ordinary)
     for verb in ("calibrate", "detect", "localize", "generate", "evaluate"):
@@ -97,12 +99,12 @@ def test_from_captions_to_neurons_and_pictures(
             command(verb, "planted", read, "--config", run / "config.yaml", "--out", run) == 0
         )  # replays: the same run
         assert (run / "result.json").stat().st_mtime_ns == before
-    replace(Calibration.load(Path("tau.json")), tau=0.5).save(Path("other.json"))
+    save_calibration(Path("other.json"), replace(calibration, tau=0.5))
     with pytest.raises(RunMismatchError, match="tau"):
         command("detect", "planted", captions, "--calibration", "other.json", *small)
     Path("none.json").write_text("{}")
     with pytest.raises(RunMismatchError, match="neurons"):
-        command("generate", "planted", captions, "--neurons", "none.json", *draw, *ways)
+        command("generate", "planted", captions, "--neurons", "none.json", *draw, *mitigations)
     page = (folder / "report.html").read_text()
     assert TRIGGER in page
     (folder / "report.html").unlink()
@@ -136,7 +138,7 @@ def test_options_reach_what_they_are_of(
         command("statistics", "planted", tmp_path / "bad.csv", "--strict", "--out", "strict")
 
 
-def test_pictures_of_ordinary_captions_are_compared(
+def test_images_of_ordinary_captions_are_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.chdir(tmp_path)
@@ -145,29 +147,29 @@ def test_pictures_of_ordinary_captions_are_compared(
     for name, count in (("captions.txt", 1), ("ordinary.txt", 12)):
         Path(name).write_text("\n".join(ordinary_captions(count, seed=count)))
     draw = ["--num-images", "2", "--image-steps", "1", "--image-guidance", "1", "--device", "cpu", "--threads", "1"]
-    given = ["model", "captions.txt", "--neurons", "neurons.json", "--methods", "neurons", *draw]
+    given = ["model", "captions.txt", "--neurons", "neurons.json", "--mitigations", "neurons", *draw]
     capsys.readouterr()
     assert cli.app(["evaluate", *given, "--ordinary", "ordinary.txt", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    distances = {row["metric"]: (row["way"], row["features"], row["n"]) for row in found["quality"]}
+    distances = {row["metric"]: (row["mitigation"], row["features"], row["n"]) for row in found["quality"]}
     assert distances["Fréchet distance"] == distances["kernel distance"] == ("neurons", "random:0", 12)
     assert any("random:0 stands in for Inception" in note for note in found["notes"])
 
 
-def test_apply_and_revert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_export_and_restore(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     tiny.pipeline("sd15").save_pretrained("model")
     neurons = {"mid_block.attentions.0.transformer_blocks.0.attn2.to_v": [2]}
     Path("neurons.json").write_text(json.dumps({"neurons": neurons, "captions": {"a caption": neurons}}))
-    assert cli.app(["apply", "model", "neurons.json", "--out", "edit"]) == 0
-    assert cli.app(["apply", "model", "neurons.json", "--out", "edit"]) == 0  # finished: nothing is done again
+    assert cli.app(["export", "model", "neurons.json", "--out", "edit"]) == 0
+    assert cli.app(["export", "model", "neurons.json", "--out", "edit"]) == 0  # finished: nothing is done again
     manifest = json.loads(Path("edit/manifest.json").read_text())
     assert manifest["captions"] == {"a caption": neurons}
     assert len(manifest["lora"]) == 3
-    assert cli.app(["apply", "model", "neurons.json", "--no-lora", "--out", "edit", "--restart"]) == 0
+    assert cli.app(["export", "model", "neurons.json", "--no-lora", "--out", "edit", "--restart"]) == 0
     assert json.loads(Path("edit/manifest.json").read_text())["lora"] == []
     assert Path("edit.old-1/lora").exists()
-    assert cli.app(["revert", "edit", "--out", "restored"]) == 0
+    assert cli.app(["restore", "edit", "--out", "restored"]) == 0
     weights = "unet/diffusion_pytorch_model.safetensors"
     assert Path("restored", weights).read_bytes() == Path("model", weights).read_bytes()
     assert Path("edit/model", weights).read_bytes() != Path("model", weights).read_bytes()
@@ -186,7 +188,7 @@ def test_a_model_is_loaded_as_the_options_say(monkeypatch: pytest.MonkeyPatch):
     ("copies", "reopened", "verdict", "code"),
     [(0, 1, "closed", 0), (1, 1, "open", 1), (0, 0, "inconclusive", 1)],
 )
-def test_the_exit_code_of_a_proof_is_its_verdict(
+def test_the_exit_code_of_verification_is_its_verdict(
     command: Callable[..., Any],
     captions: Path,
     ordinary: Path,
@@ -200,26 +202,30 @@ def test_the_exit_code_of_a_proof_is_its_verdict(
 ):
     found: list[Any] = []
 
-    def prove(step: Any, neurons: Any, prompts: Any, controls: Any, **options: Any) -> Proof:
+    def verify(step: Any, neurons: Any, prompts: Any, controls: Any, **options: Any) -> Verification:
         found.extend([neurons, list(prompts), len(controls), options["tau"]])
         checks = (
             Check(False, "held-out seeds", 0.9, 1, 4, "seed 1"),
-            Check(False, "audit from noise", 0.9, reopened, 4, "start 1"),
+            Check(False, "search from noise", 0.9, reopened, 4, "start 1"),
             Check(True, "held-out seeds", 0.2, copies, 4, "seed 2"),
         )
-        control = CaptionProof("harmless", "training image", 0.1, 0.45, (Check(True, "paraphrases", 0.1, 0, 4, ""),))
-        return Proof((CaptionProof(TRIGGER, "training image", 0.1, 0.45, checks),), (control,), "SSIM", "", {})
+        control = CaptionVerification(
+            "harmless", "training image", 0.1, 0.45, (Check(True, "paraphrases", 0.1, 0, 4, ""),)
+        )
+        return Verification(
+            (CaptionVerification(TRIGGER, "training image", 0.1, 0.45, checks),), (control,), "SSIM", "", {}
+        )
 
-    monkeypatch.setattr(importlib.import_module("nemo_localize.verify"), "prove", prove)
+    monkeypatch.setattr(importlib.import_module("nemo_localize.verify"), "verify", verify)
     monkeypatch.setattr(importlib.import_module("nemo_localize.calibrate"), "threshold", lambda *_, **__: 0.45)
     Path("neurons.json").write_text(json.dumps(simple.carriers(TRIGGER).to_json()))
     given = ["planted", captions, "--neurons", "neurons.json", "--controls", ordinary]
-    assert command("prove", *given, "--json") == code
+    assert command("verify", *given, "--json") == code
     assert json.loads(capsys.readouterr().out)["verdict"] == verdict
     assert found == [simple.carriers(TRIGGER), [TRIGGER, ordinary_captions(1, seed=9)[0]], 8, 0.45]
-    assert json.loads(Path("runs/prove-planted/proof.json").read_text())["verdict"] == verdict
-    assert TRIGGER in Path("runs/prove-planted/report.html").read_text()
-    assert command("prove", *given) == code  # read from the finished run
+    assert json.loads(Path("runs/verify-planted/verification.json").read_text())["verdict"] == verdict
+    assert TRIGGER in Path("runs/verify-planted/report.html").read_text()
+    assert command("verify", *given) == code  # read from the finished run
 
 
 @pytest.mark.parametrize(("closed", "code"), [(True, 0), (False, 1)])
@@ -231,7 +237,8 @@ def test_the_exit_code_of_an_audit_is_whether_it_closed(
     closed: bool,
     code: int,
 ):
-    monkeypatch.setattr(release, "audit_release", lambda *_: {"closed": closed, "answer": "so it is"})
+    summary = {"closed": closed, "answer": "so it is"}
+    monkeypatch.setattr(auditing, "audit", lambda *_, **__: SimpleNamespace(summary=lambda: summary))
     assert command("audit", "planted", captions, "--references", ordinary) == code
     assert "so it is" in Path("runs/audit-planted/report.html").read_text()
 
@@ -239,9 +246,9 @@ def test_the_exit_code_of_an_audit_is_whether_it_closed(
 def test_what_cannot_work_is_said_first(command: Callable[..., Any], captions: Path, tmp_path: Path):
     with pytest.raises(UserError, match="calibrate"):
         command("detect", "planted", captions)
-    with pytest.raises(UserError, match="--neurons"):
+    with pytest.raises(UserError, match="`neurons`"):
         command("generate", "planted", captions)
-    with pytest.raises(UserError, match="--ordinary"):
+    with pytest.raises(UserError, match="`ordinary`"):
         command("evaluate", "planted", captions, "--neurons", "none.json", "--inception", "weights.pt")
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(UserError, match="no usable prompt"):
@@ -264,9 +271,9 @@ def test_audit_finds_edits_and_judges(
     capsys: pytest.CaptureFixture[str],
 ):
     written: list[Any] = []
-    monkeypatch.setattr(release, "write_edit", lambda source, neurons, out, reasons: written.append((neurons, reasons)))
-    calibrated = release.calibrate
-    monkeypatch.setattr(release, "calibrate", lambda *a, **b: replace(calibrated(*a, **b), tau=0.45))
+    monkeypatch.setattr(audit_run, "export", lambda source, neurons, out, reasons: written.append((neurons, reasons)))
+    calibrated = auditing.calibrate
+    monkeypatch.setattr(auditing, "calibrate", lambda *a, **b: replace(calibrated(*a, **b), tau=0.45))
     for name, value in {"AUDIT_STEPS": 1, "AUDIT_DRAWS": 1, "DROPPED_TOKENS": 1}.items():
         monkeypatch.setattr(protocol, name, value)
     small = ["--num-seeds", 4, "--num-images", 2, "--image-steps", 2, "--image-guidance", 1]
@@ -281,7 +288,7 @@ def test_audit_finds_edits_and_judges(
     assert written == [(carriers, {TRIGGER: carriers})]
     folder = Path("runs/audit-planted")
     assert json.loads((folder / "neurons.json").read_text())["neurons"] == carriers.to_json()
-    for name in ("statistics.safetensors", "calibration.json", "results.jsonl", "proof.json", "report.html"):
+    for name in ("statistics.safetensors", "calibration.json", "results.jsonl", "verification.json", "report.html"):
         assert (folder / name).exists()
     assert command("audit", "planted", captions, "--references", ordinary, *small, "--json") == 1  # read, not repeated
     assert command("audit", "planted", captions, "--config", folder / "config.yaml", "--out", folder) == 1
@@ -289,6 +296,6 @@ def test_audit_finds_edits_and_judges(
 
 
 def test_an_audit_without_leaks_passes(command: Callable[..., Any], ordinary: Path, monkeypatch: pytest.MonkeyPatch):
-    calibrated = release.calibrate
-    monkeypatch.setattr(release, "calibrate", lambda *a, **b: replace(calibrated(*a, **b), tau=0.9))
+    calibrated = auditing.calibrate
+    monkeypatch.setattr(auditing, "calibrate", lambda *a, **b: replace(calibrated(*a, **b), tau=0.9))
     assert command("audit", "planted", ordinary, "--references", ordinary, "--num-seeds", 2) == 0

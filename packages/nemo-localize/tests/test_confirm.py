@@ -1,19 +1,16 @@
-"""Pictures have the last word, and ordinary captions a say in it."""
+"""Images have the last word, and ordinary prompts a say in it."""
 
 import sys
-from pathlib import Path
 
 import pytest
 
 from diffcore.noise import row_noise
-from diffcore.run import Run
-from nemo_localize import confirm
-from nemo_localize.images import Drawing
+from diffcore.units import digest_of
+from nemo_localize.confirm import confirm
 from nemo_localize.likeness import likeness
 from nemo_localize.neurons import NeuronSet
 from nemo_localize.planted import Planted
 from nemo_localize.results import CaptionResult, Results
-from nemo_localize.units import prompt_hash
 
 COPIED, COPIED_MORE, CLOSED = "copied", "copied, with more candidates", "closed"
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
@@ -22,10 +19,10 @@ CANDIDATES = {COPIED: range(2), COPIED_MORE: range(5, 9), CLOSED: range(10, 12)}
 
 
 @pytest.fixture
-def confirmed(simple: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def confirmed(simple: Planted, monkeypatch: pytest.MonkeyPatch):
     results = Results(
         tuple(
-            CaptionResult(prompt, prompt_hash(prompt), "localised", initial=NeuronSet.of({LAYER: channels}))
+            CaptionResult(prompt, digest_of(prompt), "localized", initial=NeuronSet.of({LAYER: channels}))
             for prompt, channels in CANDIDATES.items()
         )
     )
@@ -33,23 +30,20 @@ def confirmed(simple: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     after = before.clone()
     after[2] = row_noise(1, range(2), (3, 16, 16)).sigmoid()
     after[1, 0] = row_noise(2, range(1), (3, 16, 16)).sigmoid()[0]  # one seed that copies is enough
-    pictures = {"none": before, "neurons": after}
+    images = {"none": before, "neurons": after}
     # The package exports a function of the module's name.
-    monkeypatch.setattr(sys.modules["nemo_localize.confirm"], "generate", lambda *args, **kwargs: pictures)
+    monkeypatch.setattr(sys.modules["nemo_localize.confirm"], "generate", lambda *args, **kwargs: images)
 
     def ask(most: int | None) -> tuple[NeuronSet, list[str]]:
-        with Run.open(tmp_path / "run", command="x", config={}) as run:
-            return confirm(
-                simple.model,
-                results,
-                CHOSEN,
-                [*CANDIDATES],
-                range(2),
-                Drawing(),
-                run,
-                judge=likeness(),
-                affordable=None if most is None else lambda neurons: len(neurons) <= most,
-            )
+        return confirm(
+            simple.model,
+            results,
+            CHOSEN,
+            [*CANDIDATES],
+            range(2),
+            judge=likeness(),
+            affordable=None if most is None else lambda neurons: len(neurons) <= most,
+        )
 
     return ask
 

@@ -1,4 +1,4 @@
-"""The edit in all its forms: hooks, weights, checkpoint and LoRA give the same numbers; revert gives the bytes."""
+"""The edit in all its forms: hooks, weights, checkpoint and LoRA give the same numbers; restore gives the bytes."""
 
 import json
 import shutil
@@ -17,10 +17,9 @@ from diffcore.models import DiffusionModel, load
 from diffcore.run import Run
 from diffcore.runtime import Runtime
 from diffcore.testing import tiny
-from nemo_localize.ablate import edited, suppressed
+from nemo_localize.ablate import ablated, ablated_copy
 from nemo_localize.app import cli
-from nemo_localize.files import export
-from nemo_localize.files.export import apply, checkpoint_in, revert
+from nemo_localize.files.export import checkpoint_in, export, restore
 from nemo_localize.neurons import NeuronSet
 from nemo_localize.sites import value_sites
 
@@ -45,7 +44,7 @@ def model(source: Path) -> DiffusionModel:
 @pytest.fixture(scope="module")
 def exported(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("exported") / "run"
-    apply(source, NEURONS, out, reasons={"a caption": NEURONS})
+    export(source, NEURONS, out, reasons={"a caption": NEURONS})
     return out
 
 
@@ -112,7 +111,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("scale", [0.0, -0.5])
 def test_hooks_rows_and_columns_are_one_edit(double: DiffusionModel, scale: float):
     before = output(double)
-    with suppressed(double, NEURONS, scale=scale):
+    with ablated(double.backbone, NEURONS, scale=scale):
         hooked = output(double)
     by_columns = deepcopy(double.backbone)
     for name, channels in NEURONS.layers:
@@ -120,7 +119,7 @@ def test_hooks_rows_and_columns_are_one_edit(double: DiffusionModel, scale: floa
         with torch.no_grad():
             projection.weight[:, list(channels)] *= scale
     columns = output(double.with_modules("columns", {"unet": by_columns}))
-    rows = output(edited(double, NEURONS, scale=scale))
+    rows = output(ablated_copy(double, NEURONS, scale=scale))
     assert (hooked - before).abs().max() > 1e-6
     torch.testing.assert_close(rows, hooked, rtol=0, atol=1e-12)
     torch.testing.assert_close(columns, hooked, rtol=0, atol=1e-12)
@@ -133,9 +132,9 @@ def test_hooks_and_rows_are_one_edit_at_full_width(full_width: DiffusionModel):
     one_each = [span[width // 3] for span, width in zip(sites.spans, sites.widths, strict=True)]
     neurons = sites.named(one_each)
     before = output(full_width, 2, 768)
-    with suppressed(full_width, neurons):
+    with ablated(full_width.backbone, neurons):
         hooked = output(full_width, 2, 768)
-    rows = output(edited(full_width, neurons), 2, 768)
+    rows = output(ablated_copy(full_width, neurons), 2, 768)
     assert (hooked - before).abs().max() > 1e-3
     torch.testing.assert_close(rows, hooked, rtol=0, atol=1e-12)
 
@@ -144,7 +143,7 @@ def test_an_exception_leaves_the_model_as_it_was(model: DiffusionModel):
     before = output(model)
 
     def fail():
-        with suppressed(model, NEURONS):
+        with ablated(model.backbone, NEURONS):
             raise KeyError("inside")
 
     with pytest.raises(KeyError):
@@ -154,24 +153,24 @@ def test_an_exception_leaves_the_model_as_it_was(model: DiffusionModel):
 
 def test_one_branch_alone_is_edited_where_asked_for(double: DiffusionModel):
     before = output(double)
-    with suppressed(double, NEURONS):
+    with ablated(double.backbone, NEURONS):
         both = output(double)
-    with suppressed(double, NEURONS, branch="cond"):
+    with ablated(double.backbone, NEURONS, branch="cond"):
         cond = output(double)
     assert torch.equal(cond[:2], before[:2])
     torch.testing.assert_close(cond[2:], both[2:], rtol=0, atol=1e-12)
 
 
-def test_a_bias_is_switched_off_with_its_row(double: DiffusionModel):
+def test_a_bias_is_ablated_with_its_row(double: DiffusionModel):
     layer: Any = double.backbone.get_submodule(FIRST)
     layer.bias = nn.Parameter(torch.randn(layer.out_features, dtype=torch.float64))
-    with suppressed(double, NEURONS):
+    with ablated(double.backbone, NEURONS):
         hooked = output(double)
-    torch.testing.assert_close(output(edited(double, NEURONS)), hooked, rtol=0, atol=1e-12)
+    torch.testing.assert_close(output(ablated_copy(double, NEURONS)), hooked, rtol=0, atol=1e-12)
 
 
 def test_weights_are_shared_but_for_the_edited_layers(model: DiffusionModel):
-    copy = edited(model, NEURONS)
+    copy = ablated_copy(model, NEURONS)
     own = dict(copy.backbone.named_parameters())
     different = [name for name, tensor in model.backbone.named_parameters() if own[name] is not tensor]
     assert different == [f"{name}.weight" for name, _ in NEURONS.layers]
@@ -192,26 +191,26 @@ def test_adapters_and_quantised_layers_are_refused(double: DiffusionModel):
     plain = attention.to_v
     attention.to_v = Wrapped(plain)
     with pytest.raises(IncompatibleModelError, match="merge the adapter first"):
-        edited(double, NEURONS)
+        ablated_copy(double, NEURONS)
     attention.to_v = plain
     plain.weight = nn.Parameter(plain.weight.to(torch.int8), requires_grad=False)
     with pytest.raises(IncompatibleModelError, match="quantised"):
-        edited(double, NEURONS)
+        ablated_copy(double, NEURONS)
 
 
 def test_neurons_of_another_model_are_refused(model: DiffusionModel, source: Path, tmp_path: Path):
     for wrong in (NeuronSet.of({FIRST: [32]}), NeuronSet.of({"down_blocks.7.to_v": [0]})):
         with pytest.raises(IncompatibleModelError):
-            edited(model, wrong)
+            ablated_copy(model, wrong)
         with pytest.raises(IncompatibleModelError):
-            apply(source, wrong, tmp_path / "out")
-    with pytest.raises(UserError, match="nothing to switch off"):
-        apply(source, NeuronSet(), tmp_path / "out")
+            export(source, wrong, tmp_path / "out")
+    with pytest.raises(UserError, match="nothing to ablate"):
+        export(source, NeuronSet(), tmp_path / "out")
     assert not (tmp_path / "out" / "model").exists()
 
 
 def test_checkpoint_and_loras_equal_the_edited_model(model: DiffusionModel, exported: Path):
-    wanted = output(edited(model, NEURONS))
+    wanted = output(ablated_copy(model, NEURONS))
     reloaded = load(exported / "model", Runtime(device="cpu"))
     assert torch.equal(output(reloaded), wanted)
     for lora in ("diffusers.safetensors", "kohya.safetensors", "peft"):
@@ -223,34 +222,34 @@ def test_the_plain_library_loads_it(model: DiffusionModel, exported: Path):
     from diffusers import StableDiffusionPipeline
 
     pipeline: Any = StableDiffusionPipeline.from_pretrained(exported / "model", local_files_only=True)
-    state = edited(model, NEURONS).backbone.state_dict()
+    state = ablated_copy(model, NEURONS).backbone.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in pipeline.unet.state_dict().items())
     assert not pipeline.unet.get_submodule(FIRST).weight[[1, 3, 30]].any()
 
 
-def test_nothing_else_changes_and_revert_restores_the_bytes(source: Path, exported: Path, tmp_path: Path):
+def test_nothing_else_changes_and_restore_brings_back_the_bytes(source: Path, exported: Path, tmp_path: Path):
     before, after = contents(source), contents(exported / "model")
     assert [name for name in before if before[name] != after[name]] == [WEIGHTS]
     assert (exported / "delta.safetensors").stat().st_size < 4000
-    sums = revert(exported / "model", exported / "delta.safetensors", tmp_path / "restored")
+    sums = restore(exported / "model", exported / "delta.safetensors", tmp_path / "restored")
     assert list(sums) == [WEIGHTS]
     assert contents(tmp_path / "restored") == before
 
 
-def test_revert_refuses_another_checkpoint(source: Path, exported: Path, tmp_path: Path):
+def test_restore_refuses_another_checkpoint(source: Path, exported: Path, tmp_path: Path):
     with pytest.raises(CorruptArtifactError, match="is not what"):
-        revert(source, exported / "delta.safetensors", tmp_path / "restored")
+        restore(source, exported / "delta.safetensors", tmp_path / "restored")
     assert not list(tmp_path.iterdir())
 
 
-def test_revert_refuses_a_delta_that_does_not_restore(exported: Path, tmp_path: Path):
+def test_restore_refuses_a_delta_that_does_not_restore(exported: Path, tmp_path: Path):
     found = artifact.load(exported / "delta.safetensors", schema="nemo-localize/delta@1")
     record = json.loads(json.dumps(found.fields["files"]))
     record[WEIGHTS]["runs"][0][0] += 4
     moved = tmp_path / "delta.safetensors"
     artifact.save(moved, found.tensors, schema="nemo-localize/delta@1", neurons={}, files=record)
     with pytest.raises(CorruptArtifactError, match="does not restore"):
-        revert(exported / "model", moved, tmp_path / "restored")
+        restore(exported / "model", moved, tmp_path / "restored")
     assert not (tmp_path / "restored").exists()
 
 
@@ -260,8 +259,8 @@ def test_a_bias_goes_with_its_row_and_no_lora_can_say_so(source: Path, tmp_path:
     tensors = load_file(folder / WEIGHTS)
     save_file(tensors | {f"{FIRST}.bias": torch.ones(32)}, folder / WEIGHTS)
     with pytest.raises(IncompatibleModelError, match="--no-lora"):
-        apply(folder, NEURONS, tmp_path / "out")
-    apply(folder, NEURONS, tmp_path / "out", lora=False)
+        export(folder, NEURONS, tmp_path / "out")
+    export(folder, NEURONS, tmp_path / "out", lora=False)
     bias = load_file(tmp_path / "out" / "model" / WEIGHTS)[f"{FIRST}.bias"]
     assert (bias == 0).nonzero().flatten().tolist() == [1, 3, 30]
 
@@ -269,10 +268,10 @@ def test_a_bias_goes_with_its_row_and_no_lora_can_say_so(source: Path, tmp_path:
 def test_nothing_is_written_over(source: Path, exported: Path, tmp_path: Path):
     before = contents(exported)
     with pytest.raises(UserError, match="is there already"):
-        apply(source, NEURONS, exported)
+        export(source, NEURONS, exported)
     (tmp_path / "taken").mkdir()
     with pytest.raises(UserError, match="is there already"):
-        revert(exported / "model", exported / "delta.safetensors", tmp_path / "taken")
+        restore(exported / "model", exported / "delta.safetensors", tmp_path / "taken")
     assert contents(exported) == before
     assert not list((tmp_path / "taken").iterdir())
 
@@ -287,7 +286,7 @@ def test_every_precision_is_edited_and_pickles_stay_behind(source: Path, tmp_pat
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model.partial").mkdir()
     (tmp_path / "out" / "model.partial" / "leftover").write_bytes(b"x")
-    manifest = apply(folder, NEURONS, tmp_path / "out")
+    manifest = export(folder, NEURONS, tmp_path / "out")
     written = contents(tmp_path / "out" / "model")
     assert manifest["left_out"] == ["unet/diffusion_pytorch_model.bin", "whole.ckpt"]
     assert not {"leftover", "whole.ckpt", "unet/diffusion_pytorch_model.bin"} & set(written)
@@ -315,7 +314,7 @@ def test_paths_of_the_machine_that_saved_the_source_are_left_out(source: Path, t
     before = contents(folder)
     named = {name for name, data in before.items() if name.endswith(".json") and b"name_or_path" in data}
     assert named >= {"model_index.json", "unet/config.json", "vae/config.json"}
-    apply(folder, NEURONS, tmp_path / "out")
+    export(folder, NEURONS, tmp_path / "out")
     for path in (tmp_path / "out").rglob("*.json"):
         if path.parent.name != "out":
             assert 'name_or_path": "' not in path.read_text(), path
@@ -326,7 +325,7 @@ def test_paths_of_the_machine_that_saved_the_source_are_left_out(source: Path, t
     assert {name for name in before if before[name] != after[name]} == named | {WEIGHTS}
     again: Any = StableDiffusionPipeline.from_pretrained(tmp_path / "out" / "model", local_files_only=True)
     assert not again.unet.get_submodule(MIDDLE).weight[0].any()
-    revert(tmp_path / "out" / "model", tmp_path / "out" / "delta.safetensors", tmp_path / "restored")
+    restore(tmp_path / "out" / "model", tmp_path / "out" / "delta.safetensors", tmp_path / "restored")
     assert contents(tmp_path / "restored") == before
 
 
@@ -342,7 +341,7 @@ def test_the_manifest_says_how_plain_diffusers_loads_it(tmp_path: Path, kind: st
     variant = "fp16" if kind == "variants in half" else None
     saved = pipeline.unet if kind == "U-Net alone" else pipeline
     saved.save_pretrained(folder, variant=variant)
-    call = apply(folder, NEURONS, tmp_path / "out", lora=False)["load"]
+    call = export(folder, NEURONS, tmp_path / "out", lora=False)["load"]
     named = {
         "all in half": "torch_dtype=torch.float16",
         "variants in half": 'variant="fp16", torch_dtype=torch.float16',
@@ -368,7 +367,7 @@ def test_of_a_whole_file_and_shards_the_lora_takes_those_in_use(source: Path, tm
     (folder / WEIGHTS).unlink()
     # A name that sorts before those of the shards.
     save_file(tensors, folder / "unet" / "a.safetensors")
-    apply(folder, NEURONS, tmp_path / "out")
+    export(folder, NEURONS, tmp_path / "out")
     lora = tmp_path / "out" / "lora" / "diffusers.safetensors"
     layer = load(folder, Runtime(device="cpu")).with_adapter(lora).backbone.get_submodule(MIDDLE)
     assert not layer.weight[0].any()
@@ -386,7 +385,7 @@ def test_a_single_file_keeps_its_layout(tmp_path: Path):
         averaged: torch.ones(320, 768),
     }
     save_file(tensors, path)
-    apply(path, NeuronSet.of({FIRST: [25]}), tmp_path / "out")
+    export(path, NeuronSet.of({FIRST: [25]}), tmp_path / "out")
     found = load_file(tmp_path / "out" / "model.safetensors")
     wanted = tensors[f"{first}.to_v.weight"].clone()
     wanted[25] = 0
@@ -394,23 +393,23 @@ def test_a_single_file_keeps_its_layout(tmp_path: Path):
     assert found[averaged].sum() == 319 * 768
     lora = load_file(tmp_path / "out" / "lora" / "kohya.safetensors")
     assert any("input_blocks_1_1" in name or "down_blocks_0_attentions_0" in name for name in lora)
-    revert(tmp_path / "out" / "model.safetensors", tmp_path / "out" / "delta.safetensors", tmp_path / "back")
+    restore(tmp_path / "out" / "model.safetensors", tmp_path / "out" / "delta.safetensors", tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == path.read_bytes()
 
 
-def test_an_interrupted_apply_is_done_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_interrupted_export_is_done_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     out = tmp_path / "run"
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(export, "finish", stop)
+        patch.setattr("nemo_localize.files.export.finish", stop)
         with pytest.raises(KeyboardInterrupt):
-            apply(source, NEURONS, out, lora=False)
+            export(source, NEURONS, out, lora=False)
     assert checkpoint_in(out) is None  # though its copy and all that lies beside it are there
     assert {"model.partial", "manifest.json", "delta.safetensors"} <= {path.name for path in out.iterdir()}
-    apply(source, NEURONS, out, lora=False)
+    export(source, NEURONS, out, lora=False)
     assert checkpoint_in(out) == out / "model"
     assert {path.name for path in out.iterdir()} == {"delta.json", "delta.safetensors", "manifest.json", "model"}
 
@@ -420,7 +419,7 @@ def test_an_edit_that_was_interrupted_after_its_last_file_is_finished(
 ):
     neurons = tmp_path / "neurons.json"
     neurons.write_text(json.dumps(NEURONS.to_json()))
-    tokens = ["apply", str(source), str(neurons), "--no-lora", "--json", "--out", str(tmp_path / "run")]
+    tokens = ["export", str(source), str(neurons), "--no-lora", "--json", "--out", str(tmp_path / "run")]
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -439,7 +438,7 @@ def test_quantised_files_are_refused(source: Path, tmp_path: Path):
     tensors = load_file(folder / WEIGHTS)
     save_file(tensors | {f"{FIRST}.weight": tensors[f"{FIRST}.weight"].to(torch.int8)}, folder / WEIGHTS)
     with pytest.raises(IncompatibleModelError, match="quantised"):
-        apply(folder, NEURONS, tmp_path / "out")
+        export(folder, NEURONS, tmp_path / "out")
 
 
 def test_value_sites_name_what_is_exported(model: DiffusionModel):

@@ -1,4 +1,4 @@
-"""Neurons to switch off are read from everything that the commands' help names."""
+"""Neurons to ablate are read from everything that the commands' help names."""
 
 import json
 from pathlib import Path
@@ -11,6 +11,7 @@ from diffcore.errors import CorruptArtifactError, UserError
 from diffcore.io.jsonfile import write_json
 from nemo_localize.app import cli
 from nemo_localize.files.neurons import most_frequent, read_neurons
+from nemo_localize.files.results import write_results
 from nemo_localize.first_step import FirstStep
 from nemo_localize.minimal_set import minimal_set
 from nemo_localize.neurons import NO_NEURONS, NeuronSet
@@ -23,9 +24,9 @@ SECOND = NeuronSet.of({"down_blocks.0.attn2.to_v": [1], "mid_block.attn2.to_v": 
 BOTH = FIRST.union(SECOND)
 RESULTS = Results(
     (
-        CaptionResult("a", "1", "localised", initial=BOTH, refined=FIRST),
-        CaptionResult("b", "2", "localised", initial=BOTH, refined=SECOND),
-        CaptionResult("c", "3", "not_localised", initial=BOTH, refined=BOTH),
+        CaptionResult("a", "1", "localized", initial=BOTH, refined=FIRST),
+        CaptionResult("b", "2", "localized", initial=BOTH, refined=SECOND),
+        CaptionResult("c", "3", "not_localized", initial=BOTH, refined=BOTH),
         CaptionResult("d", "4", "not_memorised"),
     )
 )
@@ -34,7 +35,7 @@ TOLD = {"neurons": BOTH.to_json(), "captions": {prompt: found.to_json() for prom
 
 
 def test_results_tell_neurons_and_captions(tmp_path: Path):
-    path = RESULTS.write_jsonl(tmp_path / "results.jsonl")
+    path = write_results(tmp_path / "results.jsonl", RESULTS)
     assert read_neurons(path) == read_neurons(tmp_path) == (BOTH, BY_CAPTION)
 
 
@@ -45,7 +46,7 @@ def test_audits_and_edits_tell_both(tmp_path: Path, name: str):
 
 
 def test_what_an_audit_confirmed_is_taken_before_its_results(tmp_path: Path):
-    RESULTS.write_jsonl(tmp_path / "results.jsonl")
+    write_results(tmp_path / "results.jsonl", RESULTS)
     write_json(tmp_path / "neurons.json", {"neurons": FIRST.to_json()})
     assert read_neurons(tmp_path) == (FIRST, {})
 
@@ -65,9 +66,9 @@ def test_other_objects_are_refused(tmp_path: Path, content: dict[str, Any]):
 
 
 def test_what_failed_is_a_captions_own_where_it_was_refined_and_asked_for(tmp_path: Path):
-    path = RESULTS.write_jsonl(tmp_path / "results.jsonl")
+    path = write_results(tmp_path / "results.jsonl", RESULTS)
     together, captions = read_neurons(path, failed=True)
-    assert together == BOTH  # of localised captions, as ever
+    assert together == BOTH  # of localized captions, as ever
     assert captions == {**BY_CAPTION, "c": BOTH}
 
 
@@ -92,23 +93,23 @@ def test_nothing_there_is_said(tmp_path: Path):
         read_neurons(tmp_path / "none.json")
 
 
-def test_a_global_edit_is_applied_from_its_file(
+def test_a_minimal_set_is_exported_from_its_file(
     leaky: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     step = FirstStep(leaky.model, StepSettings(num_seeds=2))
     prompts = list(dict.fromkeys(plant.trigger for plant in leaky.plants))
     found = [
-        CaptionResult(prompt, prompt, "localised", kept_seeds=(1, 2), refined=leaky.carriers(prompt))
+        CaptionResult(prompt, prompt, "localized", kept_seeds=(1, 2), refined=leaky.carriers(prompt))
         for prompt in prompts
     ]
     edit = minimal_set(step, Results(tuple(found)), ordinary_captions(2, seed=9), tau=0.8, budget=1.0)
     monkeypatch.chdir(tmp_path)
-    path = write_json(Path("global.json"), edit.to_json())
+    path = write_json(Path("minimal.json"), edit.to_json())
     assert len(edit.neurons) == 2
     assert read_neurons(path) == (edit.neurons, {})
     backbone: Any = leaky.model.backbone
     backbone.save_pretrained("unet")
-    assert cli.app(["apply", "unet", "--neurons", "global.json", "--no-lora", "--out", "edit", "--json"]) == 0
+    assert cli.app(["export", "unet", "--neurons", "minimal.json", "--no-lora", "--out", "edit", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["num_neurons"] == 2
     (written,) = Path("edit/model").glob("*.safetensors")
     before, after = load_file(Path("unet") / written.name), load_file(written)

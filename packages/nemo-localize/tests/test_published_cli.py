@@ -17,10 +17,13 @@ from diffcore.testing import tiny
 from nemo_localize.app import cli
 from nemo_localize.app.work import Work
 from nemo_localize.files.published_table import read_authors_table
-from nemo_localize.images import Drawing, as_saved
+from nemo_localize.files.results import read_results
+from nemo_localize.files.statistics import save_statistics
+from nemo_localize.first_step import initial_noise
+from nemo_localize.images import as_saved
 from nemo_localize.neurons import NO_NEURONS
 from nemo_localize.planted import Planted, ordinary_captions
-from nemo_localize.results import CaptionResult, Results
+from nemo_localize.results import CaptionResult
 from nemo_localize.sites import value_sites
 from nemo_localize.statistics import Statistics
 
@@ -40,43 +43,43 @@ def command(leaky: Planted, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     return lambda *tokens: cli.app([str(token) for token in tokens])
 
 
-def by_way(found: dict[str, Any], caption: str) -> dict[str, float]:
-    return {row["way"]: row["SSIM_gen"] for row in found["captions"] if row["prompt"] == caption}
+def by_mitigation(found: dict[str, Any], caption: str) -> dict[str, float]:
+    return {row["mitigation"]: row["SSIM_gen"] for row in found["captions"] if row["prompt"] == caption}
 
 
 def test_evaluate_has_own_neurons_and_the_union_beside_them(
     command: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ):
-    methods = ["--methods", "neurons", "--json"]
-    assert command("evaluate", "m", "captions.csv", "--neurons", "all.json", *DRAW, *methods) == 0
+    mitigations = ["--mitigations", "neurons", "--json"]
+    assert command("evaluate", "m", "captions.csv", "--neurons", "all.json", *DRAW, *mitigations) == 0
     found = json.loads(capsys.readouterr().out)
-    first, second = by_way(found, FIRST), by_way(found, SECOND)
+    first, second = by_mitigation(found, FIRST), by_mitigation(found, SECOND)
     assert list(first) == ["none", "neurons", "union"]
     assert first["neurons"] < 0.99
     assert second["neurons"] == pytest.approx(1, abs=1e-5)  # it has none of its own
     assert second["union"] < 0.99
-    assert "1 captions have no neurons of their own: under 'neurons' nothing is off for them" in found["notes"]
+    assert "1 captions have no neurons of their own: under 'neurons' nothing is ablated" in found["notes"]
     assert {row["prompt"]: row["kind"] for row in found["captions"]} == {FIRST: "verbatim", SECOND: "template"}
 
     most = ["--most-frequent", "1", "--out", "most"]
-    assert command("evaluate", "m", "captions.csv", "--neurons", "all.json", *DRAW, *methods, *most) == 0
-    assert list(by_way(json.loads(capsys.readouterr().out), FIRST)) == ["none", "neurons", "1 most frequent"]
+    assert command("evaluate", "m", "captions.csv", "--neurons", "all.json", *DRAW, *mitigations, *most) == 0
+    assert list(by_mitigation(json.loads(capsys.readouterr().out), FIRST)) == ["none", "neurons", "1 most frequent"]
 
 
 @pytest.mark.parametrize("factor", ["1", "nan", "inf"])
 def test_factors_that_change_nothing_are_refused(command: Callable[..., Any], factor: str):
-    with pytest.raises(UserError, match="--scaling-factor is"):
+    with pytest.raises(UserError, match="`scaling_factor` is"):
         command("generate", "m", "captions.csv", "--neurons", "all.json", "--scaling-factor", factor)
-    with pytest.raises(UserError, match="--scaling-factor is"):
+    with pytest.raises(UserError, match="`scaling_factor` is"):
         command("localize", "m", "captions.csv", "--statistics", "s", "--tau", "0.4", "--scaling-factor", factor)
 
 
-def test_pictures_are_drawn_as_the_published_code_draws_them(command: Callable[..., Any], leaky: Planted):
+def test_images_are_drawn_as_the_published_code_draws_them(command: Callable[..., Any], leaky: Planted):
     def drawn(name: str, *options: str) -> dict[str, torch.Tensor]:
         assert command("generate", "m", "captions.csv", "--neurons", "all.json", *DRAW, "--out", name, *options) == 0
         return artifact.load(Path(name, "parts", "gallery.safetensors"), schema="diffcore/part@1").tensors
 
-    ours, theirs = drawn("ours"), drawn("theirs", "--compat", "reference")
+    ours, theirs = drawn("ours"), drawn("theirs", "--compat", "published")
     assert not torch.allclose(ours["none"], theirs["none"], atol=0.1)  # of other noise
     assert not theirs["neurons"][0].equal(theirs["none"][0])
     assert theirs["neurons"][1].equal(theirs["none"][1])  # each caption's own: the second has none
@@ -91,14 +94,13 @@ def test_pictures_are_drawn_as_the_published_code_draws_them(command: Callable[.
         drawn("untold", "--per-caption")
 
 
-def test_published_noise_is_one_draw_of_the_first_seed():
-    like = torch.zeros(1)
-    drawn = Drawing(reference=True).noise(range(2, 5), (4, 8, 8), like)
+def test_published_noise_is_one_draw_of_the_first_seed(leaky: Planted):
+    drawn = initial_noise(range(2, 5), leaky.model, published=True)
     assert drawn.equal(torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(2)))
-    assert Drawing().noise(range(2, 5), (4, 8, 8), like).equal(row_noise(0, range(2, 5), (4, 8, 8)))
+    assert initial_noise(range(2, 5), leaky.model).equal(row_noise(0, range(2, 5), (4, 8, 8)))
 
 
-def test_published_pictures_are_measured_as_jpeg():
+def test_published_images_are_measured_as_jpeg():
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     saved = as_saved(images)
     assert 0.01 < float((saved - images).abs().mean()) < 0.2
@@ -114,12 +116,12 @@ def test_localize_takes_thresholds_and_factors(
     monkeypatch.chdir(tmp_path)
     ordinary = ordinary_captions(1, seed=9)[0]
     Path("captions.csv").write_text(f"Caption;URL;type\n{FIRST};u;VM\n{ordinary};v;TM\n{FIRST};w;VM\n")
-    usual.save(Path("s.safetensors"))
+    save_statistics(Path("s.safetensors"), usual)
 
     def found(name: str, *options: str) -> CaptionResult:
         given = ["captions.csv", "--statistics", "s.safetensors", "--num-seeds", "2", "--authors-table", "--out", name]
         assert cli.app(["localize", "m", *given, *options]) == 0
-        return Results.read_jsonl(Path(name, "results.jsonl"))[0]
+        return read_results(Path(name, "results.jsonl"))[0]
 
     plain = found("plain", "--tau", "0.45", "--k", "1")
     replayed = ["captions.csv", "--config", "plain/config.yaml", "--out", "plain"]
@@ -127,7 +129,7 @@ def test_localize_takes_thresholds_and_factors(
     assert (plain.tau, plain.tau_ref, plain.refined) == (0.45, 0.45, simple.carriers(FIRST))
     assert len(plain.initial) > 1
     told = json.loads(Path("plain/result.json").read_text())
-    assert (told["verbatim"]["counts"]["localised"], told["template"]["counts"]["not_memorised"]) == (1, 1)
+    assert (told["verbatim"]["counts"]["localized"], told["template"]["counts"]["not_memorised"]) == (1, 1)
     assert (told["verbatim"]["refined_neurons"]["median"], told["template"]["refined_neurons"]) == (1, None)
     low = found("low", "--tau", "0.45", "--k", "1", "--tau-refinement", "1e-6")
     assert (low.tau_ref, low.refined) == (1e-6, low.initial)  # nothing goes: no score is as low
@@ -135,11 +137,11 @@ def test_localize_takes_thresholds_and_factors(
     assert abs(relative.score_refined / relative.score_initial - 1) < 0.2
     assert relative.refined.minus(simple.carriers(FIRST)) != relative.refined  # what carries the memory stays
     weak = found("weak", "--tau", "0.45", "--scaling-factor", "0.95")
-    assert weak.status == "not_localised"  # as good as on
-    with pytest.raises(UserError, match=r"--tau is 1.5"):
+    assert weak.status == "not_localized"  # as good as on
+    with pytest.raises(UserError, match=r"`tau` is 1.5"):
         found("no", "--tau", "1.5")
     for option, value in (("--tau-refinement", "0"), ("--relative-refinement", "-1")):
-        with pytest.raises(UserError, match=f"{option} is {value}"):
+        with pytest.raises(UserError, match=f"`{option[2:].replace('-', '_')}` is {value}"):
             found("no", "--tau", "0.45", option, value)
 
     # One row for each line of the list, the caption given twice too, and no empty cell.
@@ -151,7 +153,7 @@ def test_localize_takes_thresholds_and_factors(
     assert [row.initial for row in back] == [weak.initial, NO_NEURONS, weak.initial]
 
 
-def test_a_table_is_applied_to_its_own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_table_is_exported_for_its_own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The tiny pipeline has two value layers, where the published tables have seven."""
     monkeypatch.chdir(tmp_path)
     pipeline = tiny.pipeline("sd15")
@@ -160,15 +162,15 @@ def test_a_table_is_applied_to_its_own_model(tmp_path: Path, monkeypatch: pytest
     cell = json.dumps([[1], *[[] for _ in layers[1:-1]], [0]])
     header = "Caption;URL;Initial Neurons;Initial SSIM;Refined Neurons;Refined SSIM"
     Path("table.csv").write_text(f"{header}\na;;{cell};0.4;{cell};0.4\n")
-    assert cli.app(["apply", "model", "table.csv", "--no-lora", "--out", "edit"]) == 0
+    assert cli.app(["export", "model", "table.csv", "--no-lora", "--out", "edit"]) == 0
     told = json.loads(Path("edit/manifest.json").read_text())
     assert told["neurons"] == {layers[0].module: [1], layers[-1].module: [0]}
-    assert cli.app(["apply", "model", "table.csv", "--most-frequent", "1", "--no-lora", "--out", "one"]) == 0
+    assert cli.app(["export", "model", "table.csv", "--most-frequent", "1", "--no-lora", "--out", "one"]) == 0
     told = json.loads(Path("one/manifest.json").read_text())
     assert told["neurons"] == told["captions"]["a"] == {layers[0].module: [1]}
 
 
-def test_a_published_table_is_applied_to_what_cannot_be_loaded_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_published_table_is_exported_for_what_cannot_be_loaded_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """An edit needs the value layers alone; a table without a model's word is of SD 1.x and 2.x."""
     monkeypatch.chdir(tmp_path)
     first = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2"
@@ -181,6 +183,6 @@ def test_a_published_table_is_applied_to_what_cannot_be_loaded_whole(tmp_path: P
     cell = json.dumps([[25], *[[] for _ in range(6)]])
     header = "Caption;URL;Initial Neurons;Initial SSIM;Refined Neurons;Refined SSIM"
     Path("table.csv").write_text(f"{header}\na;;{cell};0.4;{cell};0.4\n")
-    assert cli.app(["apply", "sd15.safetensors", "table.csv", "--no-lora", "--out", "edit"]) == 0
+    assert cli.app(["export", "sd15.safetensors", "table.csv", "--no-lora", "--out", "edit"]) == 0
     rows = load_file("edit/model.safetensors")[f"{first}.to_v.weight"].any(1)
     assert rows.nonzero().flatten().tolist() == [row for row in range(320) if row != 25]

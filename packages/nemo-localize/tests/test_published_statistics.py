@@ -9,9 +9,10 @@ import torch
 from diffcore.errors import CorruptArtifactError, IncompatibleModelError, UserError
 from nemo_localize.app import cli
 from nemo_localize.files.published_statistics import import_statistics
+from nemo_localize.files.statistics import load_statistics, save_statistics
 from nemo_localize.planted import ordinary_captions
 from nemo_localize.sites import value_sites
-from nemo_localize.statistics import Statistics, merged
+from nemo_localize.statistics import merged
 
 
 def saved(path: Path, value: Any) -> Path:
@@ -54,7 +55,7 @@ def test_imported_statistics_merge_with_others(simple, usual, lists, tmp_path):
     assert both.num_prompts == 2 * usual.num_prompts
     assert torch.allclose(both.mean, usual.mean, rtol=1e-6)
     assert not both.vocabulary  # half of the captions are not known
-    assert Statistics.load(both.save(tmp_path / "both.safetensors")).sources == both.sources
+    assert load_statistics(save_statistics(tmp_path / "both.safetensors", both)).sources == both.sources
 
 
 @pytest.mark.parametrize(
@@ -96,9 +97,9 @@ def test_the_command_imports_and_other_commands_say_how(simple, lists, tmp_path,
     assert cli.app(["statistics", "planted", "--config", "alone/config.yaml", "--out", "alone"]) == 0  # the same run
     given = ["statistics", "planted", "ordinary.txt", "--import", "published.pt", "--import-count", "20"]
     assert cli.app([*given, "--out", "both"]) == 0
-    assert Statistics.load(Path("alone/statistics.safetensors")).num_prompts == 50_000
-    assert Statistics.load(Path("both/statistics.safetensors")).num_prompts == 25
-    with pytest.raises(UserError, match="--import FILE"):
+    assert load_statistics(Path("alone/statistics.safetensors")).num_prompts == 50_000
+    assert load_statistics(Path("both/statistics.safetensors")).num_prompts == 25
+    with pytest.raises(UserError, match="`import` FILE"):
         cli.app(["localize", "planted", "ordinary.txt", "--statistics", "published.pt", "--tau", "0.4"])
     with pytest.raises(UserError, match="no captions"):
         cli.app(["statistics", "planted"])

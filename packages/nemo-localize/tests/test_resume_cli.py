@@ -12,7 +12,7 @@ import pytest
 
 from diffcore.testing import tiny
 from nemo_localize.app import cli
-from nemo_localize.calibrate import Calibration
+from nemo_localize.files.calibration import load_calibration, save_calibration
 from nemo_localize.planted import ordinary_captions
 
 # Few seeds and long searches: time goes where a kill should strike.
@@ -49,7 +49,7 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("ordinary.txt").write_text("\n".join(ordinary_captions(12, seed=3)) + "\n")
     assert cli.app(["statistics", "model", "ordinary.txt"]) == 0
     assert cli.app(["calibrate", "model", "ordinary.txt", *STEP]) == 0
-    replace(Calibration.load(Path("runs/calibrate-model/calibration.json")), tau=0.0).save(Path("tau.json"))
+    save_calibration(Path("tau.json"), replace(load_calibration(Path("runs/calibrate-model")), tau=0.0))
 
 
 def finished(folder: Path) -> list[Path]:
@@ -77,6 +77,6 @@ def test_a_killed_process_goes_on_to_the_same_file():
     assert cli.app([*LOCALIZE, "--out", str(killed)]) == 0
     assert cli.app([*LOCALIZE, "--out", str(whole)]) == 0
     assert lines(killed) == lines(whole)
-    assert b'"not_localised"' in lines(whole)  # searched to the end, or there was little to interrupt
+    assert b'"not_localized"' in lines(whole)  # searched to the end, or there was little to interrupt
     assert {path: path.stat().st_mtime_ns for path in done} == done  # what was finished was not computed again
     assert len(finished(killed)) == CAPTIONS

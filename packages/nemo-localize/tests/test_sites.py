@@ -5,9 +5,10 @@ import torch
 
 from diffcore.errors import IncompatibleModelError
 from diffcore.testing import tiny
+from nemo_localize.ablate import ablated
 from nemo_localize.neurons import NeuronSet
 from nemo_localize.planted import Plant, planted_model
-from nemo_localize.sites import switched_off, value_sites
+from nemo_localize.sites import ablated_rows, value_sites
 
 LAYERS = [f"down_blocks.{block}.attentions.{place}" for block in range(3) for place in range(2)]
 SD15 = [f"{layer}.transformer_blocks.0.attn2.to_v" for layer in [*LAYERS, "mid_block.attentions.0"]]
@@ -63,7 +64,7 @@ def test_hook_weight_and_output_column_are_the_same_edit():
     cond = planted.model.prompts(["portrait of 1917 no 1", "something else"])
     t = torch.full((2,), 981.0)
     before = planted.model.denoiser(x_t, t, cond).output
-    with switched_off(unet, sites, off):
+    with ablated(unet, off):
         masked = planted.model.denoiser(x_t, t, cond).output
     outputs = []
     for row_of_value in (True, False):
@@ -81,7 +82,7 @@ def test_hook_weight_and_output_column_are_the_same_edit():
     column = deepcopy(bare)
     column.get_submodule(site.removesuffix("to_v") + "to_out.0").weight[:, 7] = 0
     small, states = torch.randn(1, 4, 8, 8, dtype=torch.float64), torch.randn(1, 5, 32, dtype=torch.float64)
-    with switched_off(bare, value_sites(bare), NeuronSet.of({site: [7]})):
+    with ablated(bare, NeuronSet.of({site: [7]})):
         hooked = bare(small, 981, states, return_dict=False)[0]
     assert (hooked - column(small, 981, states, return_dict=False)[0]).abs().max() < 1e-12
     assert (hooked - bare(small, 981, states, return_dict=False)[0]).abs().max() > 1e-6
@@ -93,10 +94,10 @@ def test_rows_have_their_own_neurons(simple):
     x_t = torch.randn(3, 4, 16, 16)
     states = simple.model.prompts(["portrait of 1917 no 1"] * 3)["encoder_hidden_states"]
     with torch.no_grad():
-        with switched_off(unet, sites, sites.table(sets)):
+        with ablated_rows(unet, sites, sites.table(sets)):
             together = unet(x_t, 981, states, return_dict=False)[0]
         for row, off in enumerate(sets):
-            with switched_off(unet, sites, sites.named(off)):
+            with ablated(unet, sites.named(off)):
                 alone = unet(x_t[row : row + 1], 981, states[:1], return_dict=False)[0]
             assert torch.allclose(together[row : row + 1], alone, atol=1e-5)
 

@@ -6,11 +6,13 @@ import torch
 
 from diffcore.errors import CorruptArtifactError, IncompatibleModelError
 from nemo_localize.activations import mean_activations
-from nemo_localize.candidates import candidate_sets
+from nemo_localize.candidates import candidates_of
+from nemo_localize.files.statistics import load_statistics, save_statistics
+from nemo_localize.first_step import FirstStep
 from nemo_localize.planted import ordinary_captions
 from nemo_localize.settings import SearchSettings
 from nemo_localize.sites import value_sites
-from nemo_localize.statistics import Statistics, collect_statistics, merged
+from nemo_localize.statistics import collect_statistics, merged
 
 
 def activations_of(model, captions):
@@ -83,8 +85,8 @@ def test_the_planted_neuron_stands_out(simple, usual):
 
 
 def test_statistics_survive_the_disk_and_know_their_model(simple, hard, usual, tmp_path):
-    path = usual.save(tmp_path / "statistics.safetensors")
-    back = Statistics.load(path)
+    path = save_statistics(tmp_path / "statistics.safetensors", usual)
+    back = load_statistics(path)
     assert torch.equal(back.mean, usual.mean)
     assert (back.vocabulary, back.sources, back.num_prompts) == (usual.vocabulary, usual.sources, usual.num_prompts)
     back.require(simple.model, value_sites(simple.model.backbone))
@@ -94,7 +96,7 @@ def test_statistics_survive_the_disk_and_know_their_model(simple, hard, usual, t
         back.require(simple.model, value_sites(simple.model.backbone, up=True))
     path.with_suffix(".json").unlink()
     with pytest.raises(CorruptArtifactError):
-        Statistics.load(path)
+        load_statistics(path)
 
 
 def test_captions_unlike_the_reference_are_told(simple, usual):
@@ -112,15 +114,16 @@ def test_candidates_are_nested_and_ordered(simple, usual, plain):
     assert len(rounds) == 16
     assert rounds[-1] == (1.25, 15)
     rows = activations_of(simple.model, ["portrait of 1917 no 1"])
-    z = usual.z_scores(rows)[0]
-    found = candidate_sets(z, rows[0], sites, rounds)
-    localiser = plain.PlainLocaliser(
+    step = FirstStep(simple.model)
+    (found,) = candidates_of(step, step.encode(["portrait of 1917 no 1"])[0], usual, SearchSettings())
+    localizer = plain.PlainLocalizer(
         simple.model, [s.module for s in sites.sites], torch.zeros(1), usual.mean, usual.var.sqrt(), 0.5
     )
     for index, (theta, k) in enumerate(rounds):
-        listed = localiser._candidates(rows[0], theta, k)
+        listed = localizer._candidates(rows[0], theta, k)
         assert found.sets[index] == {number for layer in listed for number in layer}
-        for ours, theirs in zip(found.order(index), reversed(listed), strict=True):
+        assert found.layers(index, twice=True) == listed
+        for ours, theirs in zip(found.layers(index), listed, strict=True):
             last = {number: place for place, number in enumerate(theirs)}  # a duplicate counts where it is last
             assert ours == sorted(last, key=lambda number: last[number])
         if index:

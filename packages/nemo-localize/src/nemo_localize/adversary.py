@@ -1,7 +1,7 @@
-"""The adversarial re-trigger audit: a search for embeddings that make a model draw a picture, caption or no caption.
+"""The adversarial re-trigger audit: a search for embeddings that make a model draw an image, caption or no caption.
 
-Switching off what recognises a caption hides a picture; it need not take it out of the weights. So an embedding is
-optimised for the diffusion loss of that picture, through the whole network and everything that was done to it.
+Switching off what recognises a caption hides an image; it need not take it out of the weights. So an embedding is
+optimised for the diffusion loss of that image, through the whole network and everything that was done to it.
 
 References:
     Kowalczuk et al., "Finding Dori: Memorization in Text-to-Image Diffusion Models Is Less Local Than Assumed", 2025.
@@ -48,7 +48,7 @@ def search_embeddings(
         model: A text-conditioned U-Net; ablate neurons around the call to attack it without them.
         cond: What else the backbone needs, one row per search; its embeddings are not read.
         starts: Where the searches start.
-        targets: Latents of the pictures that each is for.
+        targets: Latents of the images that each is for.
         batch_size: Rows per forward pass.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Pictures have the last word: a set of neurons is widened where captions still draw copies without it.
+"""Images have the last word: a set of neurons is widened where captions still draw copies without it.
 
 Refinement stops where the first step is suppressed. Of several rows that carry one memory it may keep a single one, and
-single seeds go on copying. So captions whose pictures are still copies give all of their candidates, as far as ordinary
+single seeds go on copying. So captions whose images are still copies give all of their candidates, as far as ordinary
 captions can bear it.
 """
 
@@ -34,7 +34,7 @@ def confirm(
     affordable: Callable[[NeuronSet], bool] | None = None,
     map: Map = each_unit,
 ) -> tuple[NeuronSet, list[str]]:
-    """Returns the set, widened where pictures ask for it, and the captions whose pictures did.
+    """Returns the set, widened where images ask for it, and the captions whose images did.
 
     Args:
         model: Without any edit.
@@ -44,14 +44,14 @@ def confirm(
         seeds: Seeds of the images; none of localization, none of verification.
         judge: Measure that says what a copy is.
         settings: How images are generated.
-        originals: Training images; the unedited model's own pictures stand in for what is missing.
+        originals: Training images; the unedited model's own images stand in for what is missing.
         affordable: Whether ordinary captions bear a set, see `within_budget`; captions whose candidates they do not
             bear give none. Those with fewest come first.
         map: Way to go through the prompts; `diffcore.run.RunMap` resumes and shares the work.
     """
     candidates = {r.prompt: r.initial for r in results.distinct() if r.status == "localized"}
-    pictures = generate(model, prompts, seeds, neurons=neurons, settings=settings, map=map)
-    found = likenesses(judge, prompts, pictures["neurons"], pictures["none"], originals)
+    images = generate(model, prompts, seeds, neurons=neurons, settings=settings, map=map)
+    found = likenesses(judge, prompts, images["neurons"], images["none"], originals)
     copied = (found > COPY_ABOVE).any(1).tolist()
     stubborn = [prompt for prompt, copy in zip(prompts, copied, strict=True) if copy and prompt in candidates]
     for prompt in sorted(stubborn, key=lambda prompt: len(candidates[prompt])):
@@ -64,13 +64,13 @@ def confirm(
 def likenesses(
     judge: Likeness,
     prompts: Sequence[str],
-    pictures: Float[Tensor, "prompts seeds c height width"],
+    images: Float[Tensor, "prompts seeds c height width"],
     unedited: Float[Tensor, "prompts seeds c height width"],
     originals: Mapping[str, Tensor] | None = None,
 ) -> Float[Tensor, "prompts seeds"]:
-    """Returns how like its training image each picture is, or the unedited model's picture of the same seed."""
+    """Returns how like its training image each image is, or the unedited model's image of the same seed."""
     rows = [
         judge.towards(originals[prompt], drawn) if originals and prompt in originals else judge.between(drawn, before)
-        for prompt, drawn, before in zip(prompts, pictures, unedited, strict=True)
+        for prompt, drawn, before in zip(prompts, images, unedited, strict=True)
     ]
     return torch.stack(rows)

@@ -1,11 +1,11 @@
 """How much is still copied, and what it costs: the paper's table, for every way of mitigation side by side.
 
-For each caption the median over its pictures, or over their pairs; over captions the median and its median absolute
-deviation. Pictures of two ways start from the same noise. Captions whose training image the unedited model reproduces
+For each caption the median over its images, or over their pairs; over captions the median and its median absolute
+deviation. Images of two ways start from the same noise. Captions whose training image the unedited model reproduces
 are verbatim memories, the others template memories, which likeness to one image says little about.
 
 References:
-    Hintersdorf, Struppek et al. 2024, section 4 and appendix C.1; their code saved pictures as JPEG before it measured
+    Hintersdorf, Struppek et al. 2024, section 4 and appendix C.1; their code saved images as JPEG before it measured
     them, here they are measured as they were drawn.
 """
 
@@ -43,13 +43,13 @@ _DISTANCES = {
 
 @dataclass(frozen=True)
 class CaptionScores:
-    """What was measured on one caption's pictures, under one way.
+    """What was measured on one caption's images, under one way.
 
     Attributes:
         prompt: The caption.
         mitigation: Remedy that the images were generated under; "none" is the unedited model.
         kind: Verbatim where the unedited model reproduces the training image, else template.
-        values: By name of the measure, the median over pictures or pairs.
+        values: By name of the measure, the median over images or pairs.
     """
 
     prompt: str
@@ -60,17 +60,17 @@ class CaptionScores:
 
 @dataclass(frozen=True)
 class Quality:
-    """One distance of a way's pictures of ordinary captions, with its 95 % interval.
+    """One distance of a way's images of ordinary captions, with its 95 % interval.
 
     Attributes:
         mitigation: Remedy that the images were generated under.
         metric: Name of the distance.
         features: What it was measured in.
-        reference: What the pictures were compared with.
+        reference: What the images were compared with.
         value: The distance.
         low: Lower end of the interval.
         high: Upper end.
-        n: Pictures it rests on.
+        n: Images it rests on.
     """
 
     mitigation: str
@@ -89,7 +89,7 @@ class Evaluation:
 
     Attributes:
         captions: Of each way and caption.
-        quality: Distances of ordinary pictures.
+        quality: Distances of ordinary images.
         source: What likeness was measured in.
         notes: What stands in for what, and what was not measured.
         published: Whether medians are the published code's.
@@ -136,13 +136,13 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Judges:
-    """The networks that look at pictures; each that is missing is replaced by what needs no weights, and named.
+    """The networks that look at images; each that is missing is replaced by what needs no weights, and named.
 
     Attributes:
         copies: `sscd:FILE`; without it structural similarity.
         clip: Judge of captions; without it they are not judged.
-        quality: `inception:FILE`, `clip:FOLDER`, or any other extractor, for distances between sets of pictures.
-        batch_size: Pictures per forward pass.
+        quality: `inception:FILE`, `clip:FOLDER`, or any other extractor, for distances between sets of images.
+        batch_size: Images per forward pass.
     """
 
     copies: FeatureExtractor | None = None
@@ -153,7 +153,7 @@ class Judges:
 
 def evaluate(
     prompts: Sequence[str],
-    pictures: Mapping[str, Float[Tensor, "prompts seeds c height width"]],
+    images: Mapping[str, Float[Tensor, "prompts seeds c height width"]],
     *,
     originals: Mapping[str, Tensor] | None = None,
     judges: Judges | None = None,
@@ -167,43 +167,41 @@ def evaluate(
 
     Args:
         prompts: Memorised captions.
-        pictures: By way, of those captions; "none", the unedited model, among them. Row i of two ways has one noise.
+        images: By way, of those captions; "none", the unedited model, among them. Row i of two ways has one noise.
         originals: Training images, one or more of a caption: (images, channels, height, width).
         judges: The networks.
-        ordinary: By way, pictures of ordinary captions, at least ten; for what the edit costs elsewhere.
-        real: Real images that those are compared with; without them the unedited model's own pictures.
-        of_latents: Pictures are latents, stretched to [0, 1].
-        kinds: Which captions are known to be verbatim or template memories; by default their pictures tell.
+        ordinary: By way, images of ordinary captions, at least ten; for what the edit costs elsewhere.
+        real: Real images that those are compared with; without them the unedited model's own images.
+        of_latents: Images are latents, stretched to [0, 1].
+        kinds: Which captions are known to be verbatim or template memories; by default their images tell.
         published: Take the lower of the two values in the middle as the median of an even number, as the published
             code does, instead of their mean.
 
     Raises:
-        UserError: There are no pictures of the unedited model, or too few ordinary ones.
-        ValueError: Pictures of a way do not fit the captions.
+        UserError: There are no images of the unedited model, or too few ordinary ones.
+        ValueError: Images of a way do not fit the captions.
     """
     judges, originals = judges or Judges(), dict(originals or {})
-    _check(prompts, pictures)
+    _check(prompts, images)
     measure = likeness(judges.copies, of_latents=of_latents)
     told: dict[str, Kind] = dict(kinds or {})
     median = _lower_median if published else _median
     found: list[Kind] = [
         told.get(prompt) or _kind(measure, originals.get(prompt), own)
-        for prompt, own in zip(prompts, pictures[UNEDITED], strict=True)
+        for prompt, own in zip(prompts, images[UNEDITED], strict=True)
     ]
     fits = (
-        None
-        if judges.clip is None
-        else {way: _fits(judges, judges.clip, prompts, own) for way, own in pictures.items()}
+        None if judges.clip is None else {way: _fits(judges, judges.clip, prompts, own) for way, own in images.items()}
     )
     captions = [
         CaptionScores(
             prompt,
             way,
             found[place],
-            _values(measure, own[place], pictures[UNEDITED][place], originals.get(prompt), median)
+            _values(measure, own[place], images[UNEDITED][place], originals.get(prompt), median)
             | ({} if fits is None else {"A_CLIP": median(fits[way][place])}),
         )
-        for way, own in pictures.items()
+        for way, own in images.items()
         for place, prompt in enumerate(prompts)
     ]
     quality = _quality(judges, dict(ordinary or {}), real)
@@ -229,40 +227,40 @@ def kinds_of(prompts: Sequence[str], types: Sequence[str]) -> dict[str, Kind] | 
 
 def _values(
     measure: Likeness,
-    pictures: Tensor,
+    images: Tensor,
     unedited: Tensor,
     originals: Tensor | None,
     median: Callable[[Tensor], float],
 ) -> dict[str, float]:
-    """Returns the measures of one caption's pictures."""
+    """Returns the measures of one caption's images."""
     values: dict[str, float] = {}
     if measure.noise is not None:
-        values["share of noise"] = float(measure.is_noise(pictures).double().mean())
+        values["share of noise"] = float(measure.is_noise(images).double().mean())
     if originals is not None:
-        towards = measure.towards(originals.to(pictures), pictures)
+        towards = measure.towards(originals.to(images), images)
         values[f"{measure.name}_orig"] = median(towards)
         values[f"{measure.name}_orig, max"] = float(towards.max())
         if measure.name in ("SSCD", "SSIM"):  # the threshold is of these
             values["share of copies"] = float((towards > protocol.COPY_ABOVE).double().mean())
-    values[f"{measure.name}_gen"] = median(measure.between(pictures, unedited))
-    if len(pictures) > 1:
-        values[f"D_{measure.name}"] = median(measure.pairs(pictures[None]))
+    values[f"{measure.name}_gen"] = median(measure.between(images, unedited))
+    if len(images) > 1:
+        values[f"D_{measure.name}"] = median(measure.pairs(images[None]))
     return values
 
 
 def _kind(measure: Likeness, originals: Tensor | None, unedited: Tensor) -> Kind:
-    """Returns verbatim where a picture of the unedited model is a copy (paper, appendix C.1)."""
+    """Returns verbatim where an image of the unedited model is a copy (paper, appendix C.1)."""
     if originals is None:
         return "no training image"
     copied = float(measure.towards(originals.to(unedited), unedited).max()) > protocol.COPY_ABOVE
     return "verbatim" if copied else "template"
 
 
-def _fits(judges: Judges, clip: ClipText, prompts: Sequence[str], pictures: Tensor) -> Float[Tensor, "prompts seeds"]:
-    """Returns the cosine of every picture and its caption."""
-    images = functional.normalize(_features(clip.extractor, pictures.flatten(0, 1), judges.batch_size), dim=1)
+def _fits(judges: Judges, clip: ClipText, prompts: Sequence[str], images: Tensor) -> Float[Tensor, "prompts seeds"]:
+    """Returns the cosine of every image and its caption."""
+    shown = functional.normalize(_features(clip.extractor, images.flatten(0, 1), judges.batch_size), dim=1)
     texts = functional.normalize(torch.cat(list(InBatches(judges.batch_size)(prompts, clip))), dim=1)
-    return (images.unflatten(0, pictures.shape[:2]) * texts.to(images)[:, None]).sum(2)
+    return (shown.unflatten(0, images.shape[:2]) * texts.to(shown)[:, None]).sum(2)
 
 
 def _quality(judges: Judges, ordinary: Mapping[str, Tensor], real: Tensor | None) -> list[Quality]:
@@ -271,15 +269,15 @@ def _quality(judges: Judges, ordinary: Mapping[str, Tensor], real: Tensor | None
     if not ordinary:
         return []
     if reference is None:
-        raise UserError(f"ordinary pictures need something to be compared with: real images, or the way {UNEDITED!r}")
-    name = "real images" if real is not None else "the unedited model's pictures, same noise"
+        raise UserError(f"ordinary images need something to be compared with: real images, or those of {UNEDITED!r}")
+    name = "real images" if real is not None else "the unedited model's images, same noise"
     for extractor in judges.quality:
         against: Tensor | Covariance = _features(extractor, reference, judges.batch_size)
-        for way, pictures in ordinary.items():
-            if pictures is reference:
+        for way, images in ordinary.items():
+            if images is reference:
                 continue
             kind = extractor.name.partition(":")[0]
-            for one in compare_features(against, _features(extractor, pictures, judges.batch_size), extractor.name):
+            for one in compare_features(against, _features(extractor, images, judges.batch_size), extractor.name):
                 if one.metric in _DISTANCES:
                     metric = _DISTANCES[one.metric].get(kind, one.metric)
                     found.append(Quality(way, metric, one.features, name, one.value, one.low, one.high, one.n))
@@ -329,7 +327,7 @@ def _notes(
     broken = [c.mitigation for c in captions if c.values.get("share of noise", 0) > 0]
     for way in dict.fromkeys(broken):
         notes.append(
-            f"{broken.count(way)} captions have pictures of noise under {way!r}: they are like nothing, and no copies"
+            f"{broken.count(way)} captions have images of noise under {way!r}: they are like nothing, and no copies"
         )
     names = [
         extractor.name for extractor in judges.quality if extractor.name.partition(":")[0] not in ("inception", "clip")
@@ -337,18 +335,18 @@ def _notes(
     if quality and names:
         notes.append(f"{', '.join(names)} stands in for Inception: distances do not compare with published ones")
     if quality and real is None:
-        notes.append("distances are to the unedited model's pictures: they say what changed, not how good it is")
+        notes.append("distances are to the unedited model's images: they say what changed, not how good it is")
     return notes
 
 
-def _check(prompts: Sequence[str], pictures: Mapping[str, Tensor]) -> None:
-    if UNEDITED not in pictures:
-        raise UserError(f"there are no pictures of the unedited model, {UNEDITED!r}, to compare with; draw them too")
-    for way, own in pictures.items():
-        if own.shape != pictures[UNEDITED].shape or len(own) != len(prompts):
+def _check(prompts: Sequence[str], images: Mapping[str, Tensor]) -> None:
+    if UNEDITED not in images:
+        raise UserError(f"there are no images of the unedited model, {UNEDITED!r}, to compare with; generate them too")
+    for way, own in images.items():
+        if own.shape != images[UNEDITED].shape or len(own) != len(prompts):
             raise ValueError(
-                f"pictures of {way!r} have shape {tuple(own.shape)}; {len(prompts)} captions of the unedited model "
-                f"have {tuple(pictures[UNEDITED].shape)}"
+                f"images of {way!r} have shape {tuple(own.shape)}; {len(prompts)} captions of the unedited model "
+                f"have {tuple(images[UNEDITED].shape)}"
             )
     if not prompts:
         raise UserError("there are no captions to evaluate; give some")

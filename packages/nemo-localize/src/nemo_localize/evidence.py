@@ -1,4 +1,4 @@
-"""What an audit knows of each caption after two looks: its first step, and pictures of those that are suspicious."""
+"""What an audit knows of each caption after two looks: its first step, and images of those that are suspicious."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,8 +24,8 @@ class Evidence:
     """The verdict on each caption, and what it rests on.
 
     Attributes:
-        verdicts: By evidence: memorised, undecided, clean; in each, those first whose pictures are most alike, and
-            captions without pictures by how consistent they are.
+        verdicts: By evidence: memorised, undecided, clean; in each, those first whose images are most alike, and
+            captions without images by how consistent they are.
         first: The first look at each caption: consistency of its seeds, or why it has none.
         found: The second look.
         calibration: What ordinary captions say of first steps.
@@ -51,7 +51,7 @@ class Evidence:
     def suppressed_below(self) -> float:
         """What neurons must bring first steps down to.
 
-        It is the threshold. Where pictures show a memory whose first step is not above it, it is the paper's, mean plus
+        It is the threshold. Where images show a memory whose first step is not above it, it is the paper's, mean plus
         standard deviation of ordinary captions, or else their median.
         """
         found = self.calibration
@@ -66,7 +66,7 @@ class Evidence:
 
     def _result(self, first: Detection, searched: CaptionResult | None) -> CaptionResult:
         if searched is not None:
-            # Pictures say that it is memorised; its first step is too ordinary to be searched.
+            # Images say that it is memorised; its first step is too ordinary to be searched.
             return replace(searched, status="not_localized") if searched.status == "not_memorised" else searched
         undecided = self.verdicts.get(first.prompt) == "undecided"
         return CaptionResult(
@@ -124,7 +124,7 @@ def collect_evidence(
         sorted(levels, key=lambda prompt: -levels[prompt]),
         sorted(usual, key=lambda prompt: -usual[prompt]),
         certain=sum(level >= low for level in levels.values()),
-        rows_per_picture=STEPS if settings.guidance_scale == 1 else 2 * STEPS,
+        rows_per_image=STEPS if settings.guidance_scale == 1 else 2 * STEPS,
         allowed_rows=(len(levels) + len(usual)) * step.settings.num_seeds * step.rows_per_row,
     )
     return Evidence(_ranked(found, levels), tuple(first), found, calibration, judge.source)

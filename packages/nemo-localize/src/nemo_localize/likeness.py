@@ -1,13 +1,13 @@
-"""How alike pictures are, in whatever this machine has weights for; the name of the measure goes into every table.
+"""How alike images are, in whatever this machine has weights for; the name of the measure goes into every table.
 
 With weights: cosines of SSCD's copy-detection features, or of another extractor. Without: structural similarity of
 pixels, or of latents where the model came without its autoencoder. Numbers of two measures do not compare.
 
-To copy-detection features any two pictures of noise are alike. A model that was broken into noise would seem to copy,
-so a picture of noise is like nothing here, and is counted by `Likeness.is_noise`.
+To copy-detection features any two images of noise are alike. A model that was broken into noise would seem to copy,
+so an image of noise is like nothing here, and is counted by `Likeness.is_noise`.
 
 References:
-    Hintersdorf, Struppek et al. 2024, appendix C.1 and their code: SSCD on pictures of 320 x 320, whatever their
+    Hintersdorf, Struppek et al. 2024, appendix C.1 and their code: SSCD on images of 320 x 320, whatever their
     proportions. SSIM: Wang et al. 2004.
 """
 
@@ -30,13 +30,13 @@ _PAPER_SSCD = replace(SSCD, size=(320, 320))
 
 @dataclass(frozen=True)
 class Likeness:
-    """A measure of how alike two pictures are: 1 for identical ones.
+    """A measure of how alike two images are: 1 for identical ones.
 
     Attributes:
         name: What tables call it: "SSCD", "SSIM", "cosine".
         source: Network and preparation, for people.
-        describe: Pictures to unit rows whose products are compared; None for SSIM.
-        noise: Unit rows of pictures of noise, where noise would look alike; None elsewhere.
+        describe: Images to unit rows whose products are compared; None for SSIM.
+        noise: Unit rows of images of noise, where noise would look alike; None elsewhere.
     """
 
     name: str
@@ -44,42 +44,42 @@ class Likeness:
     describe: Describe | None = None
     noise: Float[Tensor, "n d"] | None = None
 
-    def is_noise(self, pictures: Float[Tensor, "m c height width"]) -> Bool[Tensor, " m"]:
-        """Returns which pictures are noise; none where noise is not mistaken for likeness."""
+    def is_noise(self, images: Float[Tensor, "m c height width"]) -> Bool[Tensor, " m"]:
+        """Returns which images are noise; none where noise is not mistaken for likeness."""
         if self.describe is None or self.noise is None:
-            return torch.zeros(len(pictures), dtype=torch.bool, device=pictures.device)
-        return looks_like_noise(self.describe(pictures), self.noise)
+            return torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        return looks_like_noise(self.describe(images), self.noise)
 
     def towards(
-        self, originals: Float[Tensor, "n c _ _"], pictures: Float[Tensor, "m c height width"]
+        self, originals: Float[Tensor, "n c _ _"], images: Float[Tensor, "m c height width"]
     ) -> Float[Tensor, " m"]:
-        """Returns how alike each picture is to the original that it is most alike."""
+        """Returns how alike each image is to the original that it is most alike."""
         if self.describe is not None:
-            return (self._rows(pictures) @ self.describe(originals).T).amax(1)
-        if originals.shape[-2:] != pictures.shape[-2:]:
-            originals = resize(originals, cast(tuple[int, int], tuple(pictures.shape[-2:]))).clamp(0, 1)
-        return torch.stack([self.between(pictures, one.expand_as(pictures)) for one in originals]).amax(0)
+            return (self._rows(images) @ self.describe(originals).T).amax(1)
+        if originals.shape[-2:] != images.shape[-2:]:
+            originals = resize(originals, cast(tuple[int, int], tuple(images.shape[-2:]))).clamp(0, 1)
+        return torch.stack([self.between(images, one.expand_as(images)) for one in originals]).amax(0)
 
     def between(
         self, a: Float[Tensor, "n c height width"], b: Float[Tensor, "n c height width"]
     ) -> Float[Tensor, " n"]:
-        """Returns how alike the pictures of each row are."""
+        """Returns how alike the images of each row are."""
         if self.describe is not None:
             return (self._rows(a) * self._rows(b)).sum(1)
         return pairwise_ssim(torch.stack([a, b], 1), data_range=1.0)[:, 0]
 
-    def pairs(self, pictures: Float[Tensor, "prompts seeds c height width"]) -> Float[Tensor, "prompts pairs"]:
-        """Returns how alike all pairs of a prompt's pictures are."""
+    def pairs(self, images: Float[Tensor, "prompts seeds c height width"]) -> Float[Tensor, "prompts pairs"]:
+        """Returns how alike all pairs of a prompt's images are."""
         if self.describe is None:
-            return pairwise_ssim(pictures, data_range=1.0)
-        rows = self._rows(pictures.flatten(0, 1)).unflatten(0, pictures.shape[:2])
-        first, second = torch.triu_indices(pictures.shape[1], pictures.shape[1], offset=1, device=rows.device)
+            return pairwise_ssim(images, data_range=1.0)
+        rows = self._rows(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        first, second = torch.triu_indices(images.shape[1], images.shape[1], offset=1, device=rows.device)
         return (rows[:, first] * rows[:, second]).sum(2)
 
-    def _rows(self, pictures: Tensor) -> Float[Tensor, "m d"]:
+    def _rows(self, images: Tensor) -> Float[Tensor, "m d"]:
         """Returns unit rows, and zeros for noise."""
         assert self.describe is not None
-        rows = self.describe(pictures)
+        rows = self.describe(images)
         return rows if self.noise is None else rows.masked_fill(looks_like_noise(rows, self.noise)[:, None], 0.0)
 
 
@@ -88,7 +88,7 @@ def likeness(extractor: FeatureExtractor | None = None, *, of_latents: bool = Fa
 
     Args:
         extractor: `sscd:FILE` is what the paper uses; any other is named as the substitute it is.
-        of_latents: The pictures are latents, stretched to [0, 1] by channel.
+        of_latents: The images are latents, stretched to [0, 1] by channel.
     """
     if extractor is None:
         what = "latents, each channel stretched to [0, 1]" if of_latents else "pixels"

@@ -2,7 +2,7 @@
 
 Captions share neurons, and seldom need all of their own. So the lightest set is chosen that takes one neuron of every
 caption's set; a neuron weighs more the more ordinary captions feel it. The set is then tried on all captions together:
-those that still show their picture demand one neuron more, until all are closed or there is nothing left to take. Last,
+those that still show their image demand one neuron more, until all are closed or there is nothing left to take. Last,
 neurons that prove superfluous are switched on again. Where the set damages ordinary captions beyond a budget, captions
 are given up by name, those first whose own sets weigh most; how many must be is found by halving.
 """

@@ -126,14 +126,14 @@ class Planted:
         def show(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             x, raw = args[0], output[0]
             planted = x + self.noise_gain * x.roll((1, 1), (2, 3)) + 0.05 * raw
-            for pattern, picture in enumerate(self.patterns.to(x)):
+            for pattern, image in enumerate(self.patterns.to(x)):
                 strengths = [
                     plant.strength * functional.relu(responses[place] - self.base[place].to(x) - 1)
                     for place, plant in shown
                     if plant.pattern == pattern
                 ]
                 if strengths:
-                    planted = planted + self.gain * torch.stack(strengths).amax(0)[:, None, None, None] * picture
+                    planted = planted + self.gain * torch.stack(strengths).amax(0)[:, None, None, None] * image
             return (planted, *output[1:])
 
         for place, plant in shown:

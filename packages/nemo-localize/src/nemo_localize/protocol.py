@@ -2,7 +2,7 @@
 
 Whoever changes a number here changes what "closed" means: proofs made before and after do not compare.
 
-A picture is a copy where its likeness to the training image is above `COPY_ABOVE`. A caption is
+An image is a copy where its likeness to the training image is above `COPY_ABOVE`. A caption is
 
 * open: the edited model draws a copy for it, in any of the checks: held-out seeds, paraphrases, dropped tokens, audit;
 * inconclusive: it is not open, but the unedited model never drew a copy either, so that there was no leak to close; or

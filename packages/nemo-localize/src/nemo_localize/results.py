@@ -26,7 +26,7 @@ class CaptionResult:
         prompt: The caption.
         prompt_hash: What names it in files.
         status: not_memorised: no seed is consistent; localized: switching `initial` off takes every consistent seed to
-            tau; not_localized: no candidate set does. In an audit pictures decide what is memorised, and undecided
+            tau; not_localized: no candidate set does. In an audit images decide what is memorised, and undecided
             says that they do not.
         error: Why there is no result.
         consistency: Of each seed, in order.
@@ -42,7 +42,7 @@ class CaptionResult:
         score_refined: With `refined` off.
         residual_consistency: Largest similarity between two seeds with `refined` off.
         mitigated: Both fell to tau: the score with `refined` off, and the consistency that is left. That is what the
-            first step can say; pictures have the last word.
+            first step can say; images have the last word.
         near_ties: Decisions so close that they were computed again, alone.
         unet_rows: Latents through the U-Net.
         unet_calls: Share of the forward passes, which are shared with other captions.

@@ -1,4 +1,4 @@
-"""The second look: whether a caption is memorised as its pictures have it, where its first step leaves that open.
+"""The second look: whether a caption is memorised as its images have it, where its first step leaves that open.
 
 Most consistent first, captions are drawn from a few seeds. Where two of these agree, more are drawn, and how alike all
 pairs of seeds are decides, against the same of ordinary captions. How captions are ranked hardly depends on which
@@ -6,7 +6,7 @@ ordinary ones a threshold was found from; so the threshold says which captions m
 others are drawn for what the first steps of all have cost.
 
 References:
-    Seeds that draw one picture tell what is memorised: Carlini et al., "Extracting Training Data from Diffusion
+    Seeds that draw one image tell what is memorised: Carlini et al., "Extracting Training Data from Diffusion
     Models", 2023, section 4.2; Somepalli et al., "Diffusion Art or Digital Forgery?", CVPR 2023.
 """
 
@@ -31,7 +31,7 @@ Verdict = Literal["memorised", "undecided", "clean"]
 # Seeds of no other part of an audit; the first four are drawn of every caption that is looked at.
 SEEDS = range(100_501, 100_511)
 FIRST_SEEDS = SEEDS[:4]
-STEPS = 5  # what is memorised comes back in few steps, and all pictures that are compared have as many
+STEPS = 5  # what is memorised comes back in few steps, and all images that are compared have as many
 REFERENCES = 24
 PATIENCE = 32  # captions in a row that must show nothing before those behind them go without a look
 _BATCH = 16  # captions
@@ -41,13 +41,13 @@ _MEMORISED_DEVIATIONS, _UNDECIDED_DEVIATIONS = 3.0, 2.0
 
 @dataclass(frozen=True)
 class Look:
-    """How alike the pictures of one caption are.
+    """How alike the images of one caption are.
 
     Attributes:
         prompt: The caption.
         pairs: Likeness of all pairs of its seeds.
         original: Likeness of each seed to the training image that it is most alike; empty where none is given.
-        error: Why there are no pictures to compare.
+        error: Why there are no images to compare.
     """
 
     prompt: str
@@ -57,7 +57,7 @@ class Look:
 
     @property
     def typical(self) -> float:
-        """What half of the pairs, or of the seeds to a training image, reach; NaN where there are no pictures."""
+        """What half of the pairs, or of the seeds to a training image, reach; NaN where there are no images."""
         return self._reached(0.5)
 
     @property
@@ -85,14 +85,14 @@ class Look:
 
 @dataclass(frozen=True)
 class Usual:
-    """How alike the pictures of ordinary captions are, and what follows for others.
+    """How alike the images of ordinary captions are, and what follows for others.
 
     Attributes:
         looks: At ordinary captions.
         memorised_above: A caption whose typical likeness is above it is memorised: three robust standard deviations
             above the median of ordinary captions, and never below what counts as a copy.
         undecided_above: A caption a tenth of whose likenesses is above it is not clean: likewise, with two.
-        telling: Whether ordinary captions draw pictures that differ; where they do not, no picture tells a memory.
+        telling: Whether ordinary captions draw images that differ; where they do not, no image tells a memory.
     """
 
     looks: tuple[Look, ...]
@@ -116,7 +116,7 @@ class Usual:
         )
 
     def verdict(self, look: Look) -> Verdict:
-        """Returns what the pictures of a caption say."""
+        """Returns what the images of a caption say."""
         if look.error is not None:
             return "undecided"
         if not self.telling:
@@ -128,7 +128,7 @@ class Usual:
 
 @dataclass(frozen=True)
 class SecondLook:
-    """What the pictures of the most consistent captions say.
+    """What the images of the most consistent captions say.
 
     Attributes:
         usual: What ordinary captions look like.
@@ -151,36 +151,36 @@ def second_look(
     references: Sequence[str],
     *,
     certain: int,
-    rows_per_picture: int,
+    rows_per_image: int,
     allowed_rows: int,
 ) -> SecondLook:
-    """Looks at the pictures of captions, until what it may cost is spent and the last ones show nothing.
+    """Looks at the images of captions, until what it may cost is spent and the last ones show nothing.
 
     Args:
-        look: Draws captions from seeds and compares the pictures, see `looks`.
+        look: Draws captions from seeds and compares the images, see `looks`.
         ranked: Distinct captions, most consistent first.
         references: Ordinary captions, most consistent first: those that words alone pin down most.
         certain: How many of the ranked ones are looked at whatever it costs: all above the threshold, its uncertainty
             included.
-        rows_per_picture: Latents through the network for one picture.
+        rows_per_image: Latents through the network for one image.
         allowed_rows: What the look may cost, in the same unit. It costs more only for those that are certain, for the
             first captions, and where one of the last ones was not clean.
     """
     innocent = references[:REFERENCES]
     usual = Usual.of(look(innocent, FIRST_SEEDS))
-    pictures, found = len(innocent) * len(FIRST_SEEDS), list[Look]()
+    images, found = len(innocent) * len(FIRST_SEEDS), list[Look]()
     while batch := ranked[len(found) : len(found) + _BATCH]:
         next_ones = len(batch) * len(FIRST_SEEDS)
-        affordable = (pictures + next_ones) * rows_per_picture <= allowed_rows
+        affordable = (images + next_ones) * rows_per_image <= allowed_rows
         quiet = all(usual.verdict(one) == "clean" for one in found[-PATIENCE:])
         if len(found) >= max(certain, PATIENCE) and quiet and not affordable:
             break
         first = {one.prompt: one for one in look(batch, FIRST_SEEDS)}
         alike = [prompt for prompt, one in first.items() if one.suspicious]
         first |= {one.prompt: one for one in look(alike, SEEDS)}
-        pictures += next_ones + len(alike) * len(SEEDS)
+        images += next_ones + len(alike) * len(SEEDS)
         found += first.values()
-    return SecondLook(usual, tuple(found), pictures * rows_per_picture)
+    return SecondLook(usual, tuple(found), images * rows_per_image)
 
 
 @torch.no_grad()
@@ -192,7 +192,7 @@ def looks(
     judge: Likeness,
     originals: Mapping[str, Tensor] | None = None,
 ) -> list[Look]:
-    """Returns how alike the pictures of captions are.
+    """Returns how alike the images of captions are.
 
     Args:
         model: Without any edit.
@@ -207,14 +207,14 @@ def looks(
     found = []
     for prompt, own in zip(prompts, quick_latents(model, prompts, seeds, settings), strict=True):
         if not bool(own.isfinite().all()):
-            found.append(Look(prompt, error="its pictures hold NaN or infinity; use `dtype` bfloat16 or float32"))
+            found.append(Look(prompt, error="its images hold NaN or infinity; use `dtype` bfloat16 or float32"))
             continue
-        pictures = images_of(model, own)
-        if bool(judge.is_noise(pictures).any()):
-            found.append(Look(prompt, error="its pictures are noise, so the model, or how it is run, is broken"))
+        images = images_of(model, own)
+        if bool(judge.is_noise(images).any()):
+            found.append(Look(prompt, error="its images are noise, so the model, or how it is run, is broken"))
             continue
-        near = judge.towards(originals[prompt].to(pictures), pictures) if originals and prompt in originals else None
-        pairs = judge.pairs(pictures[None])[0]
+        near = judge.towards(originals[prompt].to(images), images) if originals and prompt in originals else None
+        pairs = judge.pairs(images[None])[0]
         found.append(Look(prompt, tuple(pairs.tolist()), () if near is None else tuple(near.tolist())))
     return found
 

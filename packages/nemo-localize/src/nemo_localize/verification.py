@@ -16,12 +16,12 @@ _WORST_FIRST = ("open", "inconclusive", "closed")
 
 @dataclass(frozen=True)
 class Check:
-    """Pictures that were drawn for one caption in one way, and how like the training image they are.
+    """Images that were drawn for one caption in one way, and how like the training image they are.
 
     Attributes:
         edited: Whether the edited model drew them; else the unedited one did.
         kind: How.
-        similarity: Of the picture most like the training image.
+        similarity: Of the image most like the training image.
         copies: How many are copies.
         n: How many there are.
         worst: What the most similar one was drawn for: a seed, a wording, a token left out, a start.
@@ -41,7 +41,7 @@ class CaptionVerification:
 
     Attributes:
         prompt: The caption.
-        target: What pictures were compared with: "training image", or the "unedited model's image" most like its
+        target: What images were compared with: "training image", or the "unedited model's image" most like its
             others, where no training image was given.
         residual_consistency: Largest similarity between two seeds' first steps after the edit.
         tau: Its threshold.
@@ -78,7 +78,7 @@ class CaptionVerification:
 
     @property
     def similarity(self) -> float:
-        """Of the most similar picture that the edited model drew."""
+        """Of the most similar image that the edited model drew."""
         return max(check.similarity for check in self.checks if check.edited)
 
     def row(self) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class CaptionVerification:
 
     @property
     def worst(self) -> str:
-        """What the most similar picture of the edited model was drawn for."""
+        """What the most similar image of the edited model was drawn for."""
         check = max((check for check in self.checks if check.edited), key=lambda check: check.similarity)
         return f"{check.kind}: {check.worst}"
 
@@ -119,7 +119,7 @@ class Verification:
         controls: Those that were never memorised.
         likeness: Name of the measure.
         source: Its network and preparation.
-        settings: Of the pictures.
+        settings: Of the images.
     """
 
     captions: tuple[CaptionVerification, ...]

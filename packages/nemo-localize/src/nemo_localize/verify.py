@@ -111,11 +111,11 @@ class _Given:
 
 @dataclass(frozen=True)
 class _Target:
-    """What a caption's pictures are compared with: latents for the audit to aim at, and what they look like."""
+    """What a caption's images are compared with: latents for the audit to aim at, and what they look like."""
 
     kind: str
     x0: Tensor
-    pictures: Tensor
+    images: Tensor
 
 
 @contextmanager
@@ -215,11 +215,11 @@ class _Checks:
         ]
 
     def _measured(self, cond: Condition, seeds: Sequence[int], owners: Sequence[int]) -> Float[Tensor, "rows seeds"]:
-        """Returns how like its owner's target each picture is, for each row of the condition."""
+        """Returns how like its owner's target each image is, for each row of the condition."""
         latents = generate_latents(self.model, cond, seeds, self.settings)
         return torch.stack(
             [
-                self.judge.towards(self.targets[owner].pictures, images_of(self.model, own))
+                self.judge.towards(self.targets[owner].images, images_of(self.model, own))
                 for own, owner in zip(latents, owners, strict=True)
             ]
         ).cpu()
@@ -244,13 +244,13 @@ def _target(
         return _Target("training image", model.codec.encode(images.to(model.device)), images.cpu())
     own = {key: value[place : place + 1] for key, value in cond.items()}
     x0 = generate_latents(model, own, protocol.TARGET_SEEDS, settings)[0]
-    pictures = images_of(model, x0)
+    images = images_of(model, x0)
     count = len(x0)
-    first, second = torch.triu_indices(count, count, offset=1, device=pictures.device)
-    table = pictures.new_zeros(count, count)
-    table[first, second] = judge.pairs(pictures[None])[0].to(table)
+    first, second = torch.triu_indices(count, count, offset=1, device=images.device)
+    table = images.new_zeros(count, count)
+    table[first, second] = judge.pairs(images[None])[0].to(table)
     middle = int((table + table.T).sum(1).argmax())
-    return _Target("unedited model's image", x0[middle, None], pictures[middle, None])
+    return _Target("unedited model's image", x0[middle, None], images[middle, None])
 
 
 def _residual(seen: Look, place: int) -> float:

@@ -1,6 +1,6 @@
 """The tour: a few portraits that a small model memorised are found, ablated, and generated again.
 
-The model is `zoo:portraits-sd-planted`, of which it is known which captions it memorised, with which picture, and
+The model is `zoo:portraits-sd-planted`, of which it is known which captions it memorised, with which image, and
 through which rows of its value matrices.
 """
 

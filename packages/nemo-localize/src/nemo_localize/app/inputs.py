@@ -61,12 +61,12 @@ def digest_of(together: "NeuronSet", by_caption: "Mapping[str, NeuronSet]") -> s
 
 
 def load_judges(judging: Judging, work: "Work", *, distances: Sequence[str] = ()) -> "Judges":
-    """Loads the networks that look at pictures.
+    """Loads the networks that look at images.
 
     Args:
         judging: Which.
         work: Where they run.
-        distances: Names of those that tell sets of pictures apart; CLIP joins them where there is one.
+        distances: Names of those that tell sets of images apart; CLIP joins them where there is one.
     """
     from diffcore.metrics import FeatureExtractor, feature_extractor
     from diffcore.metrics.prompt_fit import clip_text

@@ -95,12 +95,12 @@ def _z_scores(results: Results, step: FirstStep, statistics: Statistics) -> Floa
 def save_gallery(
     run: Run,
     prompts: Sequence[str],
-    pictures: Mapping[str, Float[Tensor, "prompts seeds c height width"]],
+    images: Mapping[str, Float[Tensor, "prompts seeds c height width"]],
     seeds: Sequence[int],
     originals: Mapping[str, Float[Tensor, "_ c height width"]] | None = None,
 ) -> None:
-    """Keeps for the report some pictures of each way, and the training images beside them, where they are known."""
-    kept = {way: images[:_SHOWN_CAPTIONS, :_SHOWN_SEEDS] for way, images in pictures.items()}
+    """Keeps for the report some images of each way, and the training images beside them, where they are known."""
+    kept = {way: own[:_SHOWN_CAPTIONS, :_SHOWN_SEEDS] for way, own in images.items()}
     shown = list(prompts[:_SHOWN_CAPTIONS])
     known = {
         f"original-{place}": originals[prompt][: min(_SHOWN_SEEDS, len(seeds))]
@@ -117,7 +117,7 @@ def save_table(run: Run, name: str, rows: Sequence[Mapping[str, Any]], caption: 
 
 
 def save_evaluation(run: Run, measured: Evaluation) -> None:
-    """Keeps what was measured on pictures for the report."""
+    """Keeps what was measured on images for the report."""
     told = ["Medians over captions ± median absolute deviations", f"Likeness: {measured.source}", *measured.notes]
     save_table(run, "evaluation", measured.rows(), " ".join(f"{text[:1].upper()}{text[1:]}." for text in told))
 

@@ -16,15 +16,15 @@ from nemo_localize.evidence import Evidence
 def save_evidence(
     run: Run,
     evidence: Evidence,
-    pictures: Mapping[str, Float[Tensor, "seeds c height width"]],
+    images: Mapping[str, Float[Tensor, "seeds c height width"]],
     originals: Mapping[str, Float[Tensor, "_ c height width"]] | None = None,
 ) -> None:
-    """Keeps for the report how an audit judged each caption, and the pictures of those that it has most evidence of.
+    """Keeps for the report how an audit judged each caption, and the images of those that it has most evidence of.
 
     Args:
         run: Of the audit.
         evidence: All of it.
-        pictures: Of the captions to show, in their order.
+        images: Of the captions to show, in their order.
         originals: Training images by caption, where they are known.
     """
     looks = {look.prompt: look for look in evidence.found.looks}
@@ -41,15 +41,15 @@ def save_evidence(
     ]
     known = {
         f"original-{place}": originals[prompt][:1]
-        for place, prompt in enumerate(pictures)
+        for place, prompt in enumerate(images)
         if originals and prompt in originals
     }
     usual, calibration = evidence.found.usual, evidence.calibration
     run.save(
         "evidence",
-        {**{f"seeds-{place}": images for place, images in enumerate(pictures.values())}, **known},
+        {**{f"seeds-{place}": own for place, own in enumerate(images.values())}, **known},
         rows=rows,
-        shown=list(pictures),
+        shown=list(images),
         ordinary=[look.typical for look in usual.looks],
         mistaken=[look.prompt for look in usual.looks if usual.verdict(look) == "memorised"],
         memorised_above=usual.memorised_above,
@@ -64,28 +64,28 @@ def save_evidence(
 
 
 def add_evidence(report: Report, run: Run) -> None:
-    """Adds the captions by evidence: their pictures, how alike these are, and the verdicts."""
+    """Adds the captions by evidence: their images, how alike these are, and the verdicts."""
     part = run.load("evidence")
     rows, told = part.fields["rows"], part.fields
     report.section("Captions, by evidence")
     if not rows:
         report.text("No caption has a first step to compare; result.json and results.jsonl say why.")
         return
-    pictures = [part.tensors[f"seeds-{place}"] for place in range(len(told["shown"]))]
-    originals = [part.tensors.get(f"original-{place}") for place in range(len(pictures))]
-    columns = [f"seed {number}" for number in range(1, len(pictures[0]) + 1)]
+    images = [part.tensors[f"seeds-{place}"] for place in range(len(told["shown"]))]
+    originals = [part.tensors.get(f"original-{place}") for place in range(len(images))]
+    columns = [f"seed {number}" for number in range(1, len(images[0]) + 1)]
     if any(original is not None for original in originals):
-        blank = torch.ones_like(pictures[0][:1])
-        pictures = [
+        blank = torch.ones_like(images[0][:1])
+        images = [
             torch.cat([own, _sized(original, own) if original is not None else blank])
-            for own, original in zip(pictures, originals, strict=True)
+            for own, original in zip(images, originals, strict=True)
         ]
         columns.append("training image")
     report.images(
-        visible(torch.cat(pictures)),
+        visible(torch.cat(images)),
         "The captions of most evidence, numbered as in the table: what the model generates for each from other seeds, "
         "in few steps. Seeds of a memorised caption agree.",
-        row_labels=[str(number) for number in range(1, len(pictures) + 1)],
+        row_labels=[str(number) for number in range(1, len(images) + 1)],
         column_labels=columns,
     )
     drawn = [row["likeness"] for row in rows if row["likeness"] is not None]

@@ -79,7 +79,7 @@ def _set(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _distance(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a row of the distances of ordinary captions' pictures."""
+    """Returns a row of the distances of ordinary captions' images."""
     low, high = row["low"], row["high"]
     known = None not in (low, high) and math.isfinite(low)
     return {

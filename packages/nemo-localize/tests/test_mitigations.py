@@ -1,31 +1,32 @@
-"""The other ways against copying, and pictures that resume."""
+"""The other mitigations of copying, and images that resume."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from diffcore.hooks import Site, attention_probs, capture
 from diffcore.noise import row_noise
-from diffcore.run import Run
+from diffcore.run import Run, RunMap
 from nemo_localize.activations import prompt_encoder
 from nemo_localize.generate import generate
-from nemo_localize.images import Drawing
 from nemo_localize.mitigations import (
     adjusted_condition,
-    draw_mitigated,
+    mitigated_latents,
     random_neurons,
     scaled_attention,
     with_random_tokens,
 )
-from nemo_localize.neurons import NeuronSet
+from nemo_localize.neurons import NO_NEURONS, NeuronSet
 from nemo_localize.planted import Planted
+from nemo_localize.settings import ImageSettings, Mitigation
 from nemo_localize.sites import value_sites
 
 TRIGGER = "portrait of 1917 no 1"
-FAST = Drawing(guidance_scale=1.0, steps=2)
+FAST = ImageSettings(guidance_scale=1.0, steps=2)
 
 
 def test_random_neurons_are_as_many_others_of_each_layer(simple: Planted):
@@ -96,21 +97,30 @@ def test_random_tokens_are_put_between_the_words(simple: Planted):
     assert len(texts) == 5
 
 
-def test_every_way_draws_from_the_same_noise(simple: Planted):
-    carriers = simple.carriers(TRIGGER)
-    drawn = {
-        way: draw_mitigated(simple.model, TRIGGER, range(50, 52), FAST, way, neurons=carriers)
-        for way in ("none", "neurons", "random-neurons", "embedding-adjustment", "attention-scaling", "random-tokens-4")
-    }
-    before = drawn.pop("none")
-    changes = {way: float((latents - before).norm() / before.norm()) for way, latents in drawn.items()}
+def test_every_mitigation_generates_from_the_same_noise(simple: Planted):
+    mitigations: tuple[Mitigation, ...] = get_args(Mitigation)
+    items = [(TRIGGER, simple.carriers(TRIGGER))]
+    found = {name: mitigated_latents(simple.model, items, range(50, 52), FAST, name) for name in mitigations}
+    before = found.pop("none")
+    changes = {name: float((latents - before).norm() / before.norm()) for name, latents in found.items()}
     assert all(change > 1e-4 for change in changes.values())
     assert changes["random-neurons"] < 0.2 * changes["neurons"]
-    again = draw_mitigated(simple.model, TRIGGER, range(50, 52), FAST, "none")
+    again = mitigated_latents(simple.model, [(TRIGGER, NO_NEURONS)], range(50, 52), FAST, "none")
     assert torch.equal(again, before)
 
 
-def test_captions_draw_at_random_independently_and_again_the_same(simple: Planted, monkeypatch: pytest.MonkeyPatch):
+def test_prompts_of_other_neurons_share_no_edit(simple: Planted):
+    own, others = simple.carriers(TRIGGER), NeuronSet.of({value_sites(simple.model.backbone).sites[1].module: [2, 5]})
+    items = [(TRIGGER, own), ("xy", others), (TRIGGER, NO_NEURONS)]
+    together = mitigated_latents(simple.model, items, range(2), FAST, "neurons")
+    alone = torch.cat([mitigated_latents(simple.model, [item], range(2), FAST, "neurons") for item in items])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(together[0], together[2], atol=1e-2)
+    shared = mitigated_latents(simple.model, [(TRIGGER, own), ("xy", own)], range(2), FAST, "neurons")
+    torch.testing.assert_close(shared[:1], alone[:1], rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_draw_at_random_independently_and_again_the_same(simple: Planted, monkeypatch: pytest.MonkeyPatch):
     numbers: list[int] = []
 
     def spied(model: Any, prompt: str, count: int, *, seed: int) -> str:
@@ -119,35 +129,53 @@ def test_captions_draw_at_random_independently_and_again_the_same(simple: Plante
 
     monkeypatch.setattr("nemo_localize.mitigations.with_random_tokens", spied)
     for prompt, repeat in ((TRIGGER, 0), ("xy", 0), (TRIGGER, 1), (TRIGGER, 0)):
-        draw_mitigated(simple.model, prompt, range(1), Drawing(1.0, 1), "random-tokens-1", repeat=repeat)
+        mitigated_latents(
+            simple.model, [(prompt, NO_NEURONS)], range(1), ImageSettings(1.0, 1), "random-tokens-1", repeat=repeat
+        )
     assert len(set(numbers[:3])) == 3
     assert numbers[3] == numbers[0]
 
 
-def test_pictures_of_other_neurons_seeds_or_steps_are_drawn_anew(simple: Planted, tmp_path: Path):
+def test_images_of_other_neurons_seeds_or_steps_are_generated_anew(simple: Planted, tmp_path: Path):
     carriers = simple.carriers(TRIGGER)
     with Run.open(tmp_path / "run", command="nemo-localize generate", config={}) as run:
 
-        def drawn(neurons: NeuronSet, seeds: range = range(2), steps: int = 2) -> torch.Tensor:
-            return generate(simple.model, [TRIGGER], ("neurons",), seeds, Drawing(1.0, steps), run, neurons=neurons)[
-                "neurons"
-            ]
+        def drawn(neurons: NeuronSet, seeds: range = range(2), steps: int = 2, scale: float = 0.0) -> torch.Tensor:
+            settings = ImageSettings(1.0, steps)
+            return generate(
+                simple.model,
+                [TRIGGER],
+                seeds,
+                mitigations=("neurons",),
+                neurons=neurons,
+                scale=scale,
+                settings=settings,
+                map=RunMap(run),
+            )["neurons"]
 
         first = drawn(carriers)
         assert not torch.equal(drawn(NeuronSet.of({})), first)
         assert not torch.equal(drawn(carriers, range(5, 7)), first)
         assert not torch.equal(drawn(carriers, steps=3), first)
+        assert not torch.equal(drawn(carriers, scale=0.5), first)
         assert torch.equal(drawn(carriers), first)
 
 
-def test_drawn_captions_are_not_drawn_again(simple: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_generated_prompts_are_not_generated_again(simple: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def open_run() -> Run:
         return Run.open(tmp_path / "run", command="nemo-localize generate", config={})
 
+    settings = replace(FAST, batch_size=2)  # one prompt a unit
+
+    def generated(run: Run, *prompts: str) -> torch.Tensor:
+        return generate(simple.model, prompts, range(2), mitigations=("none",), settings=settings, map=RunMap(run))[
+            "none"
+        ]
+
     with open_run() as run:
-        first = generate(simple.model, [TRIGGER, "xy"], ("none",), range(2), FAST, run)
+        first = generated(run, TRIGGER, "xy")
         # The package exports a function of the module's name.
-        monkeypatch.setattr(sys.modules["nemo_localize.generate"], "draw_mitigated", None)
+        monkeypatch.setattr(sys.modules["nemo_localize.generate"], "mitigated_latents", None)
     with open_run() as run:
-        second = generate(simple.model, ["xy", TRIGGER, "xy"], ("none",), range(2), FAST, run)
-    assert torch.equal(second["none"], first["none"][[1, 0, 1]])
+        second = generated(run, "xy", TRIGGER, "xy")
+    assert torch.equal(second, first[[1, 0, 1]])

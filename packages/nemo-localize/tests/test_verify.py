@@ -7,18 +7,18 @@ import torch
 from diffcore.errors import UserError
 from diffcore.models.assemble import make_denoiser
 from nemo_localize import protocol
+from nemo_localize.ablate import ablated
 from nemo_localize.adversary import STATES, search_embeddings, starting_embeddings
 from nemo_localize.first_step import FirstStep
-from nemo_localize.images import Drawing, draw_latents, in_batches
+from nemo_localize.images import generate_latents
 from nemo_localize.likeness import likeness
 from nemo_localize.neurons import NO_NEURONS
 from nemo_localize.planted import Planted, ordinary_captions
 from nemo_localize.score import stretched
-from nemo_localize.settings import StepSettings
-from nemo_localize.sites import switched_off
+from nemo_localize.settings import ImageSettings, StepSettings
 from nemo_localize.variants import paraphrases, without_tokens
-from nemo_localize.verification import CaptionProof, Check, Proof
-from nemo_localize.verify import prove
+from nemo_localize.verification import CaptionVerification, Check, Verification
+from nemo_localize.verify import verify
 
 TRIGGER, OTHER = "portrait of 1917 no 1", "some other thing 42"
 TAU = 0.5
@@ -48,20 +48,20 @@ def controls() -> list[str]:
     return ordinary_captions(3, seed=9)
 
 
-DRAWING = Drawing(guidance_scale=3.0, steps=10)
+SETTINGS = ImageSettings(guidance_scale=3.0, steps=10)
 
 
-def kinds(caption: CaptionProof) -> dict[tuple[bool, str], Check]:
+def kinds(caption: CaptionVerification) -> dict[tuple[bool, str], Check]:
     return {(check.edited, check.kind): check for check in caption.checks}
 
 
 def test_a_leak_with_a_second_way_in_is_closed_for_the_caption_and_opened_by_the_audit(
     leaky: Planted, step: FirstStep, controls
 ):
-    found = prove(step, leaky.carriers(TRIGGER), [TRIGGER], controls, tau=TAU, drawing=DRAWING)
+    found = verify(step, leaky.carriers(TRIGGER), [TRIGGER], controls, tau=TAU, settings=SETTINGS)
     checks = kinds(found.captions[0])
     assert checks[True, "held-out seeds"].copies == 0
-    assert checks[True, "audit from noise"].copies > 0
+    assert checks[True, "search from noise"].copies > 0
     assert found.captions[0].reopened
     assert (found.verdict, found.exit_code) == ("open", 1)
     assert not any(control.open for control in found.controls)
@@ -71,7 +71,7 @@ def test_a_leak_with_a_second_way_in_is_closed_for_the_caption_and_opened_by_the
 
 def test_a_leak_without_any_way_in_is_closed(leaky: Planted, step: FirstStep, controls):
     both = leaky.carriers(TRIGGER).union(leaky.carriers(OTHER))
-    masked = prove(step, both, [TRIGGER], controls, tau=TAU, drawing=DRAWING)
+    masked = verify(step, both, [TRIGGER], controls, tau=TAU, settings=SETTINGS)
     assert (masked.verdict, masked.exit_code, masked.reasons) == ("closed", 0, ())
     assert masked.captions[0].similarity < 0.3
     assert masked.summary()["controls_opened"] == 0
@@ -80,30 +80,32 @@ def test_a_leak_without_any_way_in_is_closed(leaky: Planted, step: FirstStep, co
 def test_a_search_that_starts_at_the_caption_finds_another_way_in(leaky: Planted, step: FirstStep, monkeypatch):
     monkeypatch.setattr(protocol, "AUDIT_STEPS", 50)
     monkeypatch.setattr(protocol, "AUDIT_DRAWS", 8)
-    cond, seeds, same = step.encoder([TRIGGER]), range(5, 7), likeness(of_latents=True)
-    target = draw_latents(leaky.model, cond, seeds, DRAWING)[0, :1]
-    with switched_off(leaky.model.backbone, step.sites, leaky.carriers(TRIGGER)):
+    cond, seeds, same = step.encode([TRIGGER])[0], range(5, 7), likeness(of_latents=True)
+    target = generate_latents(leaky.model, cond, seeds, SETTINGS)[0, :1]
+    with ablated(leaky.model.backbone, leaky.carriers(TRIGGER)):
         found = search_embeddings(leaky.model, cond, cond[STATES], [target])
-        pictures = [draw_latents(leaky.model, {STATES: states}, seeds, DRAWING)[0] for states in (cond[STATES], found)]
-    before, after = (same.towards(stretched(target)[0], stretched(own)[0]) for own in pictures)
+        images = [
+            generate_latents(leaky.model, {STATES: states}, seeds, SETTINGS)[0] for states in (cond[STATES], found)
+        ]
+    before, after = (same.towards(stretched(target)[0], stretched(own)[0]) for own in images)
     assert float(before.max()) < 0.3
     assert float(after.min()) > 0.7
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 7.0])
-def test_pictures_are_clamped_where_the_scheduler_says_so(leaky: Planted, step: FirstStep, guidance_scale: float):
-    cond, drawing = step.encoder([TRIGGER]), Drawing(guidance_scale=guidance_scale, steps=4)
+def test_images_are_clamped_where_the_scheduler_says_so(leaky: Planted, step: FirstStep, guidance_scale: float):
+    cond, settings = step.encode([TRIGGER])[0], ImageSettings(guidance_scale=guidance_scale, steps=4)
     schedule = replace(leaky.model.denoiser.schedule, clip_x0=0.25, set_alpha_to_one=True)
     denoiser = make_denoiser(leaky.model.backbone, leaky.model.denoiser.prediction_type, schedule)
     clamped = replace(leaky.model, denoiser=denoiser)
-    assert float(draw_latents(leaky.model, cond, range(2), drawing).abs().max()) > 0.5
-    assert float(draw_latents(clamped, cond, range(2), drawing).abs().max()) == 0.25
+    assert float(generate_latents(leaky.model, cond, range(2), settings).abs().max()) > 0.5
+    assert float(generate_latents(clamped, cond, range(2), settings).abs().max()) == 0.25
 
 
 def test_searches_do_not_feel_one_another(leaky: Planted, step: FirstStep, monkeypatch):
     monkeypatch.setattr(protocol, "AUDIT_STEPS", 3)
-    cond = step.encoder([TRIGGER, OTHER])
-    targets = [latents[:1] for latents in draw_latents(leaky.model, cond, range(5, 7), DRAWING)]
+    cond = step.encode([TRIGGER, OTHER])[0]
+    targets = [latents[:1] for latents in generate_latents(leaky.model, cond, range(5, 7), SETTINGS)]
     starts = starting_embeddings(cond[STATES])[:, 1]
     together = search_embeddings(leaky.model, cond, starts, targets, batch_size=64)
     apart = search_embeddings(leaky.model, cond, starts, targets, batch_size=1)
@@ -130,60 +132,46 @@ def test_paraphrases_are_other_wordings():
     assert "x" not in paraphrases("x")
 
 
-def caption(prompt: str, *checks: tuple[bool, str, int], residual: float = 0.1) -> CaptionProof:
+def caption(prompt: str, *checks: tuple[bool, str, int], residual: float = 0.1) -> CaptionVerification:
     made = tuple(Check(edited, kind, 0.9 if copies else 0.1, copies, 8, "") for edited, kind, copies in checks)  # pyright: ignore[reportArgumentType]
-    return CaptionProof(prompt, "training image", residual, 0.5, made)
+    return CaptionVerification(prompt, "training image", residual, 0.5, made)
 
 
-KNOWN = (False, "held-out seeds", 8), (False, "audit from noise", 1)
-SHUT = (True, "held-out seeds", 0), (True, "audit from noise", 0)
+KNOWN = (False, "held-out seeds", 8), (False, "search from noise", 1)
+SHUT = (True, "held-out seeds", 0), (True, "search from noise", 0)
 HARMLESS = tuple(caption(f"control {i}", *SHUT) for i in range(3))
 
 
-def proof(*captions: CaptionProof, controls: tuple[CaptionProof, ...] = HARMLESS) -> Proof:
-    return Proof(captions, controls, "SSIM", "", {})
+def verification(*captions: CaptionVerification, controls: tuple[CaptionVerification, ...] = HARMLESS) -> Verification:
+    return Verification(captions, controls, "SSIM", "", {})
 
 
 def test_the_verdict_follows_the_protocol():
     closed = caption("closed", *KNOWN, *SHUT)
-    opened = caption("opened", *KNOWN, SHUT[0], (True, "audit from noise", 1))
-    assert proof(closed).verdict == "closed"
-    ranked = proof(closed, opened).rows()
+    opened = caption("opened", *KNOWN, SHUT[0], (True, "search from noise", 1))
+    assert verification(closed).verdict == "closed"
+    ranked = verification(closed, opened).rows()
     assert [row["verdict"] for row in ranked] == ["open", "closed", "control", "control", "control"]
-    assert proof(closed, opened).verdict == "open"
+    assert verification(closed, opened).verdict == "open"
     # A hit means nothing where a caption that was never memorised is hit too.
-    hit = caption("control", (True, "audit from caption", 1))
-    assert proof(closed, opened, controls=(*HARMLESS, hit)).verdict == "inconclusive"
+    hit = caption("control", (True, "search from caption", 1))
+    assert verification(closed, opened, controls=(*HARMLESS, hit)).verdict == "inconclusive"
     # A miss means nothing where the audit misses what is known to be there.
-    blind = caption("blind", KNOWN[0], (False, "audit from noise", 0), *SHUT)
-    assert proof(blind).verdict == "inconclusive"
-    assert "so a miss means nothing" in proof(blind).reasons[0]
-    assert proof(blind, closed).verdict == "closed"
+    blind = caption("blind", KNOWN[0], (False, "search from noise", 0), *SHUT)
+    assert verification(blind).verdict == "inconclusive"
+    assert "so a miss means nothing" in verification(blind).reasons[0]
+    assert verification(blind, closed).verdict == "closed"
     # No leak to close, and seeds that still agree on something.
-    assert "no leak to close" in proof(caption("never", (False, "held-out seeds", 0), *SHUT)).reasons[0]
-    assert proof(closed, caption("second", *KNOWN, *SHUT, residual=0.6)).verdict == "inconclusive"
-    assert proof(closed, blind, controls=()).exit_code == 0
+    assert "no leak to close" in verification(caption("never", (False, "held-out seeds", 0), *SHUT)).reasons[0]
+    assert verification(closed, caption("second", *KNOWN, *SHUT, residual=0.6)).verdict == "inconclusive"
+    assert verification(closed, blind, controls=()).exit_code == 0
 
 
-def test_a_proof_needs_controls_that_are_none_of_the_captions(step: FirstStep, controls):
+def test_a_verification_needs_controls_that_are_none_of_the_captions(step: FirstStep, controls):
     for few in ([], controls[:2], [controls[0]] * 3):
         with pytest.raises(UserError, match="never memorised"):
-            prove(step, NO_NEURONS, [TRIGGER], few, tau=TAU)
+            verify(step, NO_NEURONS, [TRIGGER], few, tau=TAU)
     with pytest.raises(UserError, match="leave it out of one list"):
-        prove(step, NO_NEURONS, [TRIGGER], [*controls, TRIGGER], tau=TAU)
-    with pytest.raises(UserError, match="no caption"):
-        prove(step, NO_NEURONS, [], controls, tau=TAU)
-
-
-def test_batches_are_halved_where_memory_runs_out():
-    sizes = []
-
-    def work(rows: slice) -> int:
-        size = rows.stop - rows.start
-        if size > 2:
-            raise torch.OutOfMemoryError("out of memory")
-        sizes.append(size)
-        return size
-
-    assert sum(in_batches(7, 8, work)) == 7
-    assert sizes == [2, 2, 2, 1]
+        verify(step, NO_NEURONS, [TRIGGER], [*controls, TRIGGER], tau=TAU)
+    with pytest.raises(UserError, match="no prompt to verify"):
+        verify(step, NO_NEURONS, [], controls, tau=TAU)

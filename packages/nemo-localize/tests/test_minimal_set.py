@@ -5,6 +5,7 @@ from copy import deepcopy
 import pytest
 
 from diffcore.errors import UserError
+from diffcore.units import digest_of
 from nemo_localize.cover import lightest_cover
 from nemo_localize.first_step import FirstStep, Row
 from nemo_localize.minimal_set import minimal_set, within_budget
@@ -13,7 +14,6 @@ from nemo_localize.planted import Planted, ordinary_captions
 from nemo_localize.results import CaptionResult, Results
 from nemo_localize.score import similarity
 from nemo_localize.settings import StepSettings
-from nemo_localize.units import prompt_hash
 
 FIRST, SECOND = "portrait of 1917 no 1", "some other thing 42"
 SEEDS = StepSettings(num_seeds=4)
@@ -67,10 +67,10 @@ def results(leaky: Planted, step: FirstStep) -> Results:
     shared = NeuronSet.of({step.sites.sites[4].module: [1, 2]})
     kept = tuple(SEEDS.seeds)
     found = [
-        CaptionResult(p, prompt_hash(p), "localised", kept_seeds=kept, refined=leaky.carriers(p).union(shared))
+        CaptionResult(p, digest_of(p), "localized", kept_seeds=kept, refined=leaky.carriers(p).union(shared))
         for p in (FIRST, SECOND)
     ]
-    return Results((*found, CaptionResult("never found", "x", "not_localised")))
+    return Results((*found, CaptionResult("never found", "x", "not_localized")))
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_the_common_set_is_what_is_needed_and_no_more(leaky: Planted, step: Firs
     assert found.left_out == ("never found",)
     assert found.rounds == 3  # one shared neuron, both, all of them; then what proves superfluous is switched on again
     # Scores are those of all captions with the set off together.
-    cond = step.encoder([FIRST])
+    cond = step.encode([FIRST])[0]
     off = step.sites.numbers(found.neurons)
     rows = [Row(0, seed, which) for which in (frozenset[int](), off) for seed in range(4)]
     before, after = step(cond, rows)[0].split(4)
@@ -113,8 +113,8 @@ def test_ordinary_captions_that_cannot_be_scored_are_no_proof_of_harmlessness(le
         within_budget(step, ordinary)
 
 
-def test_a_global_edit_needs_something_to_choose_from(step: FirstStep, results: Results):
-    with pytest.raises(UserError, match="no caption was localised"):
+def test_a_minimal_set_needs_something_to_choose_from(step: FirstStep, results: Results):
+    with pytest.raises(UserError, match="no caption was localized"):
         minimal_set(step, Results(results.captions[2:]), ["a"], tau=TAU)
     with pytest.raises(UserError, match="ordinary"):
         minimal_set(step, results, [], tau=TAU)

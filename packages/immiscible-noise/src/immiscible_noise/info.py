@@ -10,6 +10,9 @@ from torch import Tensor
 from .cost import Cost
 from .solvers import dual_gap
 
+SolvedBlock = tuple[np.ndarray, np.ndarray]  # n x n and n, where n differs between blocks
+"""Costs of a block, up to row and column constants, and the column of each of its rows."""
+
 
 @dataclass(frozen=True, eq=False)
 class AssignmentInfo:
@@ -28,7 +31,7 @@ class AssignmentInfo:
     """Milliseconds of host time for the whole call, the wait for the device included."""
     pair_costs_before: Float[Tensor, "b"] = field(repr=False)
     pair_costs_after: Float[Tensor, "b"] = field(repr=False)
-    solved: tuple[tuple[np.ndarray, np.ndarray], ...] = field(repr=False)
+    solved: tuple[SolvedBlock, ...] = field(repr=False)
     """Costs and columns of each block; they add up to the pair costs except for row and column constants."""
 
     @cached_property

@@ -1,9 +1,10 @@
 """A small classifier trained once on a data set's own labels: features for Fréchet distances, and label accuracy.
 
-The distances it gives compare arms of one study on one data set. They are not comparable with published FIDs.
+The distances it gives compare models of one study on one data set. They are not comparable with published FIDs.
 """
 
 import hashlib
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +12,14 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
+from diffcore.data import ImageSet
 from diffcore.errors import UserError
+from diffcore.run import Run
+from diffcore.runtime import Runtime
 
+_LOG = logging.getLogger("diffcore.immiscible_noise")
 _FEATURES = 32
+_LEAST_LEARNT = 0.05  # accuracy above the most frequent label, below which features mean nothing
 _EPOCHS = 20
 _BATCH = 128
 _AUGMENTATION_NOISE = 0.05  # of the pixel range: real and generated pictures differ by such noise, classes do not
@@ -23,8 +29,8 @@ class Classifier(nn.Module):
     """Convolutions that halve the image down to 4x4, a 32-dimensional feature layer, and a head.
 
     Args:
-        channels: Of the images.
-        size: Side of the square images.
+        channels: Number of channels of the images.
+        size: Side of the square images in pixels.
         num_classes: Number of labels.
     """
 
@@ -52,9 +58,9 @@ class TrainedClassifier:
     """A classifier with what must be said beside every number it gives.
 
     Attributes:
-        network: In eval mode.
-        accuracy: On the held-out fifth of the images.
-        sha256: Of the weights, first 12 hexadecimal digits.
+        network: The classifier, frozen and in evaluation mode.
+        accuracy: Share of the held-out fifth of the images that it labels right.
+        sha256: First 12 hexadecimal digits of the digest of the weights.
     """
 
     network: Classifier
@@ -78,11 +84,11 @@ def train_classifier(
     """Trains on four fifths of the images and measures the accuracy on the rest.
 
     Args:
-        images: Square images.
-        labels: From 0 to `num_classes` - 1.
-        num_classes: Number of labels.
-        seed: Fixes split, weights, order and augmentation.
-        device: Where to train; the result stays there.
+        images: Square images with 8-bit pixels.
+        labels: Integers from 0 to `num_classes` - 1.
+        num_classes: Number of different labels.
+        seed: Number that fixes split, weights, order and augmentation.
+        device: Device of the training, where the result stays.
 
     Raises:
         UserError: There are too few images to hold some out.
@@ -125,3 +131,31 @@ def weights_hash(network: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+def shared_classifier(images: ImageSet, run: Run, runtime: Runtime) -> TrainedClassifier | None:
+    """Returns the study's feature extractor, trained once on the images' labels.
+
+    None without labels, and where the classifier learnt nothing from them.
+    """
+    if images.labels is None:
+        return None
+    device = runtime.torch_device
+    if run.missing(["classifier"]):
+        trained = train_classifier(images.images, images.labels, len(images.classes), device=device)
+        run.save("classifier", trained.network.state_dict(), accuracy=trained.accuracy, weights_sha256=trained.sha256)
+    part = run.load("classifier")
+    most_frequent = float(images.labels.bincount().max()) / len(images)
+    if part.fields["accuracy"] < most_frequent + _LEAST_LEARNT:
+        _LOG.warning(
+            "the classifier reached a held-out accuracy of %.1f %%, the most frequent label has %.1f %%: its features "
+            "mean nothing, distances are taken in principal components of the pixels",
+            100 * part.fields["accuracy"],
+            100 * most_frequent,
+        )
+        return None
+    _, channels, size, _ = images.images.shape
+    network = Classifier(channels, size, len(images.classes))
+    network.load_state_dict(part.tensors)
+    network.to(device).eval().requires_grad_(False)
+    return TrainedClassifier(network, part.fields["accuracy"], part.fields["weights_sha256"])

@@ -47,7 +47,7 @@ def run(*packages: str, smoke: Annotated[bool, Parameter(negative="")] = False) 
 def cases_of(package: str, *, smoke: bool) -> "list[Case]":
     """Returns the cases of a package."""
     if package != "diffcore":
-        return importlib.import_module(f"{package.replace('-', '_')}.bench").cases(smoke=smoke)
+        return importlib.import_module(f"{package.replace('-', '_')}.app.bench").cases(smoke=smoke)
     scripts = sorted(path.stem for path in Path(__file__).parent.glob("diffcore_*.py"))
     return [case for script in scripts for case in importlib.import_module(script).cases(small=smoke)]
 

@@ -486,6 +486,33 @@ def test_a_folder_that_is_no_training_run(painted: Path, tmp_path: Path, capsys:
     )
 
 
+def test_a_training_of_an_earlier_version_is_read(painted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "run"
+    run("train", painted, "--out", out, *SMALL)
+    part = out / "parts" / "recipe"
+    old = {"arm" if name == "coupling" else name: value for name, value in artifact.load(part).fields.items()}
+    recipe = read_recipe(out)
+    artifact.save(part, {}, schema="diffcore/part@1", **old)
+    assert read_recipe(out) == recipe
+    assert run("evaluate", out, painted, *QUICK) == 0
+    assert run("report", out) == 0
+
+
+def test_a_comparison_of_an_earlier_version_is_refused_in_one_line(
+    painted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "run"
+    run("train", painted, "--out", out, *SMALL)
+    assert run("evaluate", out, painted, *QUICK) == 0
+    part = out / "evaluation" / "parts" / "comparison"
+    fields = dict(artifact.load(part).fields)
+    fields["scores"] = [
+        {"arm" if name == "coupling" else name: value for name, value in row.items()} for row in fields["scores"]
+    ]
+    artifact.save(part, {}, schema="diffcore/part@1", **fields)
+    assert "earlier version" in refused(capsys, "report", out / "evaluation")
+
+
 def test_a_model_of_another_size(painted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run("train", painted, "--out", tmp_path / "run", *SMALL)
     message = refused(capsys, "evaluate", tmp_path / "run", painted, "--size", "16", "--out", tmp_path / "e", *QUICK)

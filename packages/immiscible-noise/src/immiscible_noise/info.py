@@ -1,4 +1,4 @@
-"""What an assignment did, computed when it is asked for."""
+"""What an assignment did: distances before and after, and a bound on how far it is from the optimum."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +20,13 @@ class AssignmentInfo:
 
     Reading a number waits for the device and may compute; making the object does neither. It keeps the solved costs,
     four bytes per pair of rows, so let it go after reading.
+
+    Example:
+        >>> import torch
+        >>> from immiscible_noise import assign_noise
+        >>> _, info = assign_noise(torch.randn(32, 6), torch.randn(32, 6), return_info=True)
+        >>> 0 < info.reduction < 1, info.gap_bound < 1e-6
+        (True, True)
     """
 
     permutation: Int[Tensor, "b"]

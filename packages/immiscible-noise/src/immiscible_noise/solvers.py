@@ -77,7 +77,7 @@ def reduced_costs(
     then row and column minima go. Nothing waits for the device.
 
     Args:
-        costs: Square costs.
+        costs: Cost of each row with each column.
         allowed: True where row i may take column j; the rest becomes infinite. Must split into square blocks.
         sweeps: Pairs of row and column updates. More sweeps leave the host less to do; the optimum never changes.
     """

@@ -158,7 +158,7 @@ def compare(
     Args:
         data: Folder or zip of images; sub-folders are classes.
         couplings: Any of vanilla, assignment, half (strength 0.5), ignore (labels ignored), knn, knn-inner.
-        seeds: Trainings per coupling.
+        seeds: Number of trainings per coupling.
     """
     from immiscible_noise.app.report import write_page
     from immiscible_noise.study.compare import compare as compare_couplings
@@ -206,8 +206,8 @@ def diagnose(
 
     Args:
         data: Folder or zip of images; sub-folders are classes.
-        batch_sizes: Batches to try.
-        k: Draws per image for nearest-of-k selection.
+        batch_sizes: Numbers of images per batch that are tried.
+        k: Number of draws per image for nearest-of-k selection.
         normalisation: symmetric (pixels in [-1, 1]) or standard (mean 0, variance 1).
     """
     from immiscible_noise.app.report import write_page

@@ -58,7 +58,7 @@ def tour(images: ImageSet, run: Run, *, full: bool) -> dict[str, Any]:
     """Trains and measures on the digits, and returns the figures of the demo.
 
     Args:
-        images: The handwritten digits.
+        images: The handwritten digits, with labels.
         run: Run folder of the demo; the first pictures are there within half a minute.
         full: Train twice as long, as the benchmark does.
     """

@@ -161,8 +161,9 @@ def _add_diagnosis(report: Report, run: Run, *, answers: bool) -> None:
             "give its command again with another --out"
         )
     if answers:
-        name = diagnosis["coupling"]
-        report.answer(f"Recommended: {_NAMES.get(name, name)}: {diagnosis['why']}.")
+        name, labelled = diagnosis["coupling"], any(row["coupling"] == "blocks" for row in diagnosis["rows"])
+        within = ", within labels" if labelled and name != "vanilla" else ""
+        report.answer(f"Recommended: {_NAMES.get(name, name)}{within}: {diagnosis['why']}.")
     report.section("What the assignment does to the noise")
     pictures = gallery.tensors
     averages = torch.cat([pictures["independent"], pictures["assigned"]])

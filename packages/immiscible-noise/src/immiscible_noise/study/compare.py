@@ -18,7 +18,7 @@ from diffcore.runtime import Runtime
 from diffcore.train import PairNoise
 from immiscible_noise.coupling import Coupling
 from immiscible_noise.study.classifier import TrainedClassifier, shared_classifier
-from immiscible_noise.study.evaluate import Evaluator, Score, generate
+from immiscible_noise.study.evaluate import Evaluator, Score
 from immiscible_noise.study.settings import EvaluationSettings, TrainSettings
 from immiscible_noise.study.train import Recipe, load_snapshot, read_recipe, train
 
@@ -244,6 +244,5 @@ def _save_grids(study: Comparison, run: Run, device: torch.device) -> None:
             continue
         last = recipe.settings.snapshot_steps[-1]
         denoiser = load_snapshot(recipe, _training_folder(run, name, recipe.seed), last, device)
-        labels = None if recipe.num_classes is None else torch.arange(_GRID) % recipe.num_classes
-        grids[name] = generate(denoiser, recipe, _GRID, steps, labels=labels)
+        grids[name] = recipe.generate(denoiser, torch.arange(_GRID), recipe.some_labels(_GRID), steps=steps)
     run.save("grids", grids, sampling_steps=steps)

@@ -3,19 +3,18 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from diffcore.batching import InBatches
 from diffcore.data import ImageSet
 from diffcore.denoiser import NetworkDenoiser
 from diffcore.metrics import Estimate, frechet_distance_from_features, real_floor
-from diffcore.noise import row_noise
 from immiscible_noise.study.classifier import TrainedClassifier, classify
 from immiscible_noise.study.settings import EvaluationSettings
 from immiscible_noise.study.train import Recipe
 
-_SAMPLING_STREAM, _LABEL_STREAM = 104, 105
+_LABEL_STREAM = 105
 _COMPONENTS = 32
 
 
@@ -107,9 +106,12 @@ class Evaluator:
             # In the proportions of the real images.
             order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(_LABEL_STREAM))
             labels = self.labels[order.repeat(-(-count // len(order)))[:count]]
-        generated = generate(
-            denoiser, recipe, count, sampling_steps, labels=labels, eta=eta, in_batches=self.in_batches
-        )
+
+        def images_of(rows: Tensor) -> Tensor:
+            asked = None if labels is None else labels[rows]
+            return recipe.generate(denoiser, rows, asked, steps=sampling_steps, eta=eta)
+
+        generated = torch.cat([*self.in_batches(torch.arange(count), images_of)])
         features = torch.cat([*self.in_batches(generated, self.features)])
         accuracy = None
         if labels is not None and self.classifier is not None:
@@ -124,38 +126,6 @@ class Evaluator:
             frechet=float(frechet_distance_from_features(self.real, features)),
             accuracy=accuracy,
         )
-
-
-@torch.no_grad()
-def generate(
-    denoiser: NetworkDenoiser,
-    recipe: Recipe,
-    count: int,
-    sampling_steps: int,
-    *,
-    labels: Int[Tensor, " count"] | None = None,
-    eta: float = 0.0,
-    in_batches: InBatches | None = None,
-) -> Float[Tensor, "count c h w"]:
-    """Returns images in [0, 1], row i from noise i, whatever the batch size.
-
-    Args:
-        denoiser: Trained model that generates.
-        recipe: How the model was trained.
-        count: Number of images.
-        sampling_steps: Number of solver steps.
-        labels: One label per image, for a class-conditional model.
-        eta: Share of fresh noise in each solver step.
-        in_batches: Rows per forward pass; 1000 by default.
-    """
-    device = next(denoiser.parameters()).device
-
-    def images_of(rows: Tensor) -> Tensor:
-        noise = row_noise(0, rows, recipe.shape, stream=_SAMPLING_STREAM, device=device)
-        asked = None if labels is None else labels[rows]
-        return recipe.images(denoiser, noise, asked, steps=sampling_steps, eta=eta, seeds=rows.to(device))
-
-    return torch.cat([*(in_batches or InBatches(1000))(torch.arange(count), images_of)])
 
 
 def _principal_axes(images: Float[Tensor, "n c h w"]) -> tuple[Tensor, Tensor]:

@@ -35,9 +35,9 @@ from immiscible_noise.study.network import build_denoiser
 from immiscible_noise.study.settings import TrainSettings
 
 _LOG = logging.getLogger("diffcore.immiscible_noise")
-# Streams of the run's seed, apart from those of the trainer: which rows are assigned, candidates, the grid of samples.
+# Streams of the run's seed, apart from those of the trainer: which rows are assigned, candidates, and samples.
 _STREAMS = {"vanilla": 0, "assignment": 101, "knn": 102}
-_GRID_STREAM = 103
+_GRID_STREAM, _SAMPLING_STREAM = 103, 104
 
 
 @dataclass(frozen=True)
@@ -97,20 +97,38 @@ class Recipe:
         """Builds the untrained denoiser."""
         return build_denoiser(self.settings, self.shape, self.num_classes, self.sigma_data, self.seed)
 
-    def images(
+    @torch.no_grad()
+    def generate(
         self,
         denoiser: NetworkDenoiser,
-        noise: Float[Tensor, "b c h w"],
+        rows: Int[Tensor, " b"],
         labels: Int[Tensor, " b"] | None,
         *,
         steps: int,
         eta: float = 0.0,
-        seeds: Int[Tensor, " b"] | None = None,
+        seed: int = 0,
+        stream: int = _SAMPLING_STREAM,
     ) -> Float[Tensor, "b c h w"]:
-        """Returns images made from noise by DDIM steps, which without `eta` are Euler's; see `denoiser.sample`."""
-        cond = {} if labels is None else {"class_labels": labels.to(noise.device)}
-        x0 = sample(denoiser, noise, cond, steps=steps, eta=eta, seeds=seeds, clip_x0=self.clip_x0)
+        """Returns an image per row, by DDIM steps from the row's own noise, whatever else is in the batch.
+
+        Args:
+            denoiser: Trained model, around whose weights the recipe was kept.
+            rows: Numbers that choose the noises.
+            labels: One label per row, for a class-conditional model.
+            steps: Number of solver steps; without `eta` they are Euler's.
+            eta: Share of fresh noise in each solver step.
+            seed: Seed of all noises.
+            stream: Number that keeps these noises apart from others of the seed.
+        """
+        device = next(denoiser.parameters()).device
+        noise = row_noise(seed, rows, self.shape, stream=stream, device=device)
+        cond = {} if labels is None else {"class_labels": labels.to(device)}
+        x0 = sample(denoiser, noise, cond, steps=steps, eta=eta, seeds=rows.to(device), clip_x0=self.clip_x0)
         return self.scale.decode(x0)
+
+    def some_labels(self, count: int) -> Int[Tensor, " count"] | None:
+        """Returns each label in turn for a class-conditional model, else None."""
+        return None if self.num_classes is None else torch.arange(count) % self.num_classes
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> "Recipe":
@@ -284,6 +302,5 @@ def _restart_before(step: int, run: Run) -> None:
 
 
 def _grid(recipe: Recipe, denoiser: NetworkDenoiser, device: torch.device) -> Tensor:
-    noise = row_noise(recipe.seed, range(40), recipe.shape, stream=_GRID_STREAM).to(device)
-    labels = None if recipe.num_classes is None else torch.arange(len(noise)) % recipe.num_classes
-    return recipe.images(denoiser, noise, labels, steps=20)
+    rows, labels = torch.arange(40), recipe.some_labels(40)
+    return recipe.generate(denoiser, rows, labels, steps=20, seed=recipe.seed, stream=_GRID_STREAM)

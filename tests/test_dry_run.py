@@ -19,7 +19,7 @@ from immiscible_noise.study.settings import TrainSettings
 from immiscible_noise.study.train import recipe_for
 
 APPS = {
-    "diffcore": "diffcore.cli.commands.models",
+    "diffcore": "diffcore.cli.commands.app",
     "immiscible-noise": "immiscible_noise.app.cli",
     "nemo-localize": "nemo_localize.app.cli",
 }

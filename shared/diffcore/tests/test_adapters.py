@@ -13,7 +13,7 @@ from diffcore.adapters import Adapter, Base, LowRank, apply, fuse, read_adapter,
 from diffcore.adapters.keys import parse_key
 from diffcore.adapters.settings import parse_settings
 from diffcore.cli import main
-from diffcore.cli.commands.models import app
+from diffcore.cli.commands.app import app
 from diffcore.errors import IncompatibleModelError, MachineError, UserError
 from diffcore.models import load
 from diffcore.models.bases import base_of, family_base

@@ -11,7 +11,6 @@ import pytest
 import torch
 from cyclopts import UnknownOptionError
 
-from diffcore import cli
 from diffcore.cli import Output, emit, main, make_app, settings, track
 from diffcore.errors import MachineError, UserError
 from diffcore.runtime import Runtime
@@ -279,7 +278,7 @@ def test_emit_is_one_object_or_aligned_lines(capsys):
 
 def test_track_yields_all_and_says_so_every_half_minute(capsys, monkeypatch):
     now = iter(range(0, 10_000, 7))
-    monkeypatch.setattr(cli.time, "monotonic", lambda: float(next(now)))
+    monkeypatch.setattr("diffcore.cli.app.time.monotonic", lambda: float(next(now)))
     assert list(track(range(12), "training")) == list(range(12))
     lines = capsys.readouterr().err.splitlines()
     assert lines

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from diffcore.cli import main
-from diffcore.cli.commands.models import app
+from diffcore.cli.commands.app import app
 from diffcore.io import artifact
 from diffcore.noise import row_noise
 from diffcore.testing import tiny

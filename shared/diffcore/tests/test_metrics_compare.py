@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from diffcore import Runtime
 from diffcore.cli import main
-from diffcore.cli.commands.models import app
+from diffcore.cli.commands.app import app
 from diffcore.data import ImageSource, list_images, load_prompts
 from diffcore.errors import UserError
 from diffcore.metrics import (

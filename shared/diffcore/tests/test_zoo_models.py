@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffcore import zoo
-from diffcore.cli.commands.models import app
+from diffcore.cli.commands.app import app
 from diffcore.denoiser import GuidedDenoiser, sample
 from diffcore.errors import ModelNotFoundError, UserError
 from diffcore.io.shipped import SHIPPED, shipped_folder

@@ -1,4 +1,4 @@
-"""What every console script shares: the app, the option groups, exit codes, progress, and where output goes.
+"""What every console script shares: the app, exit codes, progress, and where output goes.
 
 Standard output is the result; progress, warnings and errors go to standard error. Imports no torch, so that --help is
 quick; `main` sets the environment before a command imports anything heavy.
@@ -15,15 +15,15 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from importlib import metadata
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError
 
 from diffcore.batching import is_out_of_memory
 from diffcore.cli import config as config_file
+from diffcore.cli.options import Output
 from diffcore.errors import MachineError, UserError, printable
 from diffcore.io import files
 from diffcore.io.jsonfile import jsonable
@@ -32,49 +32,9 @@ if TYPE_CHECKING:
     from diffcore.run import Run
 
 T = TypeVar("T")
-Flag = Annotated[bool, Parameter(negative="")]
-"""An option that is off unless it is given."""
 
 _PROGRESS_SECONDS = 30.0
 BUG, INTERRUPTED, TERMINATED = 70, 130, 143
-
-
-@Parameter(name="*", group="Output", negative="")
-@dataclass(frozen=True)
-class Output:
-    """Where results go and how a command runs; a group of command line options.
-
-    Attributes:
-        out: Run folder; the same command with the same folder goes on where it stopped.
-        restart: Rename a run that is in the folder to NAME.old-N and start anew.
-        dry_run: Print what would be done and written, and do nothing.
-        json: Print the result as one JSON object.
-        config: YAML file with options; the command line wins over it.
-    """
-
-    out: Path | None = None
-    restart: bool = False
-    dry_run: bool = False
-    json: bool = False
-    config: Path | None = None
-
-
-@Parameter(name="*", negative="")
-@dataclass(frozen=True)
-class Timing:
-    """How benchmark cases are run; the options of every command `bench`, named as `diffcore.bench.run_cases` has them.
-
-    Attributes:
-        smoke: Tiny sizes; only whether both sides agree.
-        json_path: File for rows of name, value, unit.
-        baseline: File that an earlier --json wrote.
-        fail_below: Least share of the baseline's ratios, such as 0.8.
-    """
-
-    smoke: bool = False
-    json_path: Annotated[Path | None, Parameter(name="--json")] = None
-    baseline: Path | None = None
-    fail_below: float | None = None
 
 
 def make_app(name: str, help: str, package: str) -> App:
@@ -153,7 +113,7 @@ def emit(result: Mapping[str, Any], as_json: bool = False) -> None:
 
 
 def show(run: "Run", output: Output, shown: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None) -> None:
-    """Prints the result of a finished run, and where its report is; in the process that leads.
+    """Prints the result of a finished run, and where its report is, or its images; in the process that leads.
 
     Args:
         run: Run that is finished.
@@ -166,6 +126,8 @@ def show(run: "Run", output: Output, shown: Callable[[Mapping[str, Any]], Mappin
     emit(result if output.json or shown is None else shown(result), output.json)
     if (page := run.folder / "report.html").exists():
         print(f"report: {page}", file=sys.stderr)
+    elif (images := run.folder / "figures").exists():
+        print(f"images: {images}", file=sys.stderr)
 
 
 def track(iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffcore.cli.app import Output, emit, show
+from diffcore.cli.app import emit, show
+from diffcore.cli.options import Output
 from diffcore.runtime import Runtime
 
 if TYPE_CHECKING:

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cyclopts import App
 
-from diffcore.cli import Flag, emit
+from diffcore.cli.app import emit
+from diffcore.cli.options import Flag
 
 if TYPE_CHECKING:
     from diffcore.adapters import Adapter

@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffcore.cli import Flag, Output, emit, make_app
+from diffcore.cli.app import emit, make_app
+from diffcore.cli.options import Flag, Output
 from diffcore.errors import UserError, printable
 from diffcore.io.shipped import PREFIX, SHIPPED, shipped_folder
 from diffcore.runtime import Runtime
@@ -21,7 +22,7 @@ zoo_app = make_app(
 
 
 @zoo_app.command(name="list")
-def list_(*, json: bool = False) -> int:
+def list_(*, json: Flag = False) -> int:
     """List the models, what each is, and its size.
 
     Shortest form: diffcore zoo list

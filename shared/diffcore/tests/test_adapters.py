@@ -120,7 +120,7 @@ def test_each_row_can_have_its_own_strength(model, adapter):
     for i, scale in enumerate(strengths.tolist()):
         alone = output(fuse(model.backbone, adapter.modules, scale), 3)[i]
         torch.testing.assert_close(rows[i], alone, atol=1e-5, rtol=1e-5)
-    with apply(model.backbone, adapter.modules, strengths), pytest.raises(ValueError, match="scale has 3 rows"):
+    with apply(model.backbone, adapter.modules, strengths), pytest.raises(ValueError, match="`scale` has 3 rows"):
         output(model.backbone, 2)
 
 
@@ -182,7 +182,7 @@ def test_files_are_the_same_bytes_each_time_and_are_not_replaced_unasked(model, 
         paths = [write_adapter(texts, tmp_path / f"{format}-{i}.safetensors", format=format) for i in range(2)]
         files = [path / "adapter_model.safetensors" if path.is_dir() else path for path in paths]
         assert files[0].read_bytes() == files[1].read_bytes()
-        with pytest.raises(UserError, match="is there already; choose another name, or pass --overwrite"):
+        with pytest.raises(UserError, match="is there already; choose another name, or pass `overwrite=True`"):
             write_adapter(texts, paths[0], format=format)
         write_adapter(Adapter({VALUE: texts.modules[VALUE]}), paths[0], format=format, overwrite=True)
         assert len(read_adapter(paths[0], model.adapter_base).modules) == 1

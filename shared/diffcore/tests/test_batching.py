@@ -94,5 +94,5 @@ def test_tensors_of_a_failed_batch_are_gone_before_the_next_try():
 
 
 def test_a_size_below_one_is_refused():
-    with pytest.raises(ValueError, match="size is 0"):
+    with pytest.raises(ValueError, match="`size` is 0"):
         InBatches(0)

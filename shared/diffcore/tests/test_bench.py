@@ -97,11 +97,11 @@ def test_threads_are_one_and_put_back():
 
 
 def test_bad_baselines(tmp_path):
-    with pytest.raises(UserError, match="--baseline"):
+    with pytest.raises(UserError, match="with `baseline`"):
         run_cases([], fail_below=0.8)
     file = tmp_path / "other.json"
     file.write_text('{"a": 1}')
-    with pytest.raises(UserError, match="--json"):
+    with pytest.raises(UserError, match="`json_path`"):
         run_cases([], baseline=file)
 
 

@@ -12,6 +12,7 @@ import torch
 from cyclopts import UnknownOptionError
 
 from diffcore.cli import Output, emit, main, make_app, settings, track
+from diffcore.cli.app import with_flags
 from diffcore.errors import MachineError, UserError
 from diffcore.runtime import Runtime
 
@@ -274,6 +275,39 @@ def test_emit_is_one_object_or_aligned_lines(capsys):
         "arms.other    None",
         "note          a\\x1bb",
     ]
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("`rate` is 2", "--rate is 2"),
+        ("leave out `restart=True`", "leave out --restart"),
+        ("give another `folder`", "give another --out"),
+        ("`at_step` is 0 and `strict=True`", "at_step is 0 and strict=True"),
+        ("`Rate` and ``", "`Rate` and ``"),
+    ],
+)
+def test_messages_name_options_of_the_command_line(message: str, told: str):
+    app = make_app("tool", "Does work.", "diffcore")
+
+    @app.command
+    def work(*, rate: float = 1.0, output: Output = OUTPUT) -> None:
+        """Work."""
+
+    assert with_flags(message, app, ["work", "--rate", "2"]) == told
+
+
+def test_errors_and_warnings_are_worded_for_the_command_line(capsys: pytest.CaptureFixture[str]):
+    app = make_app("tool", "Does work.", "diffcore")
+
+    @app.command
+    def work(*, rate: float = 1.0) -> None:
+        """Work."""
+        logging.getLogger("diffcore").warning("`rate` is odd")
+        raise UserError("`rate` is 2; give less")
+
+    assert main(app, ["work", "--rate", "2"]) == 2
+    assert capsys.readouterr().err.splitlines() == ["warning: --rate is odd", "error: --rate is 2; give less"]
 
 
 def test_track_yields_all_and_says_so_every_half_minute(capsys, monkeypatch):

@@ -155,7 +155,7 @@ def test_guidance_names_what_is_missing():
     with pytest.raises(ValueError, match="pass one"):
         GuidedDenoiser(denoiser, 2.0, None)
     x_t, t = rows()
-    with pytest.raises(ValueError, match=r"cond has \[\], uncond has \['class_labels'\]"):
+    with pytest.raises(ValueError, match=r"`cond` has \[\], `uncond` has \['class_labels'\]"):
         GuidedDenoiser(denoiser, 2.0, {"class_labels": torch.tensor([4])})(x_t, t, {})
 
 

@@ -172,9 +172,9 @@ def test_labels_reach_the_backbone_and_must_be_given(tmp_path):
     seven = generate(model, labels=torch.tensor([7]), seeds=SEEDS, steps=2)[0]
     torch.testing.assert_close(images[1], seven, atol=1e-5, rtol=0)
     assert not torch.allclose(images[0], images[1])
-    with pytest.raises(ValueError, match="give labels"):
+    with pytest.raises(ValueError, match="give `labels`"):
         generate(model, seeds=SEEDS)
-    with pytest.raises(ValueError, match="needs an uncond"):
+    with pytest.raises(ValueError, match="needs an `uncond`"):
         generate(model, labels=[1], seeds=SEEDS, guidance_scale=2.0)
     with pytest.raises(IncompatibleModelError, match="takes no prompts"):
         generate(model, PROMPTS, seeds=SEEDS)
@@ -192,8 +192,8 @@ def test_prompts_that_are_cut_are_told_of_once(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompts": PROMPTS, "labels": [1, 2]}, "prompts and labels exclude each other"),
-        ({"prompts": []}, "prompts is empty"),
+        ({"prompts": PROMPTS, "labels": [1, 2]}, "`prompts` and `labels` exclude each other"),
+        ({"prompts": []}, "`prompts` is empty"),
         ({"prompts": PROMPTS, "seeds": []}, "nothing to generate"),
     ],
 )

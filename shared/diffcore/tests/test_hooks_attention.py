@@ -300,7 +300,7 @@ def test_only_attention_modules_are_taken(sd15):
 @pytest.mark.parametrize(
     ("reduce", "message"),
     [
-        ("max", "reduce is 'max'; it may be mean_heads"),
+        ("max", "`reduce` is 'max'; it may be mean_heads"),
         (("mean_heads", "entropy"), "one reduction, and"),
         (("sum_over_time", "mean_heads"), "one reduction, and"),
         (lambda name, probs: probs.sum(2), r"reduce returned shape \(2, 8, 64\) for 64 queries of"),

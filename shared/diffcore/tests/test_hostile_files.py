@@ -289,7 +289,7 @@ def test_the_content_decides_not_the_name(tmp_path):
 def test_the_pixel_limit_is_the_users(tmp_path):
     (tmp_path / "a.png").write_bytes(encoded(Image.fromarray(random_pixels(10, 11)), "PNG"))
     assert len(load_images(tmp_path, max_pixels=110)) == 1
-    with pytest.raises(UserError, match=r"11 x 10 pixels; the limit is 109 \(--max-pixels\)"):
+    with pytest.raises(UserError, match=r"11 x 10 pixels; the limit is 109 \(`max_pixels`\)"):
         load_images(tmp_path, max_pixels=109)
 
 

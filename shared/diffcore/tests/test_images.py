@@ -50,7 +50,7 @@ def test_splits(tmp_path, put, root):
     assert open_images(path, split="test").names == (f"{root}test/cat/x.png", f"{root}test/dog/x.png")
     assert open_images(path, split="test").classes == ("cat", "dog")
     assert open_images(path, split="test/dog").labels is None
-    with pytest.raises(UserError, match="several parts: test, train; choose one with --split"):
+    with pytest.raises(UserError, match="several parts: test, train; choose one with `split`"):
         load_images(path)
     with pytest.raises(UserError, match="no folder 'val'; it has test, train"):
         load_images(path, split="val")
@@ -71,10 +71,10 @@ def test_ranges_of_the_views():
 
 def test_mixed_sizes_name_two_files_and_a_size(tmp_path):
     files = {"a.png": encoded(picture(8, 6)), "b.png": encoded(picture(12, 9))}
-    with pytest.raises(UserError, match=r"a\.png is 8 x 6, b\.png is 12 x 9; give them one with --size 6"):
+    with pytest.raises(UserError, match=r"a\.png is 8 x 6, b\.png is 12 x 9; give them one with `size` 6"):
         load_images(folder_of(tmp_path, files))
     assert load_images(tmp_path, size=6).images.shape == (2, 3, 6, 6)
-    with pytest.raises(UserError, match="--size is 0"):
+    with pytest.raises(UserError, match="`size` is 0"):
         load_images(tmp_path, size=0)
 
 
@@ -93,7 +93,7 @@ def test_bad_files_are_skipped_with_their_reason_or_fatal(tmp_path):
     assert [name for name, _ in loaded.skipped] == ["cat/half.jpg", "dog/text.png"]
     assert "truncated" in loaded.skipped[0][1]
     assert "not a PNG" in loaded.skipped[1][1]
-    with pytest.raises(UserError, match=r"cat/half\.jpg is damaged: .*truncated.*; remove it, or leave out --strict"):
+    with pytest.raises(UserError, match=r"cat/half\.jpg is damaged: .*truncated.*; remove it, or leave out `strict`"):
         load_images(tmp_path, strict=True)
 
 

@@ -72,7 +72,7 @@ def test_bad_keypoints_are_named():
         metric.update(hidden, target, box)
     with pytest.raises(ValueError, match="box 7 has no size"):
         metric.update(predicted, target, torch.where(torch.arange(12)[:, None] == 7, 0.0, box), visible)
-    with pytest.raises(ValueError, match="alphas are"):
+    with pytest.raises(ValueError, match="`alphas` are"):
         PercentageCorrectKeypoints((0.1, -1.0))
     assert math.isnan(PercentageCorrectKeypoints().compute().per_point)
 

@@ -99,7 +99,7 @@ def test_bad_features_are_named():
     x = points(5, 0)
     with pytest.raises(ValueError, match="fake has 1 rows"):
         kernel_distance(x, x[:1])
-    with pytest.raises(ValueError, match="blocks is 1"):
+    with pytest.raises(ValueError, match="`blocks` is 1"):
         kernel_distance(x, x, blocks=1)
     assert math.isnan(kernel_distance(x, x[:2]).standard_error)
     x[3, 1] = torch.nan

@@ -130,10 +130,10 @@ def test_bad_input_is_named():
     with pytest.raises(TypeError, match="data_range"):
         PairwiseSSIM()
     for options, message in [
-        ({"data_range": 0.0}, "data_range is 0"),
-        ({"data_range": 1.0, "window": 4}, "window is 4"),
-        ({"data_range": 1.0, "scales": 6}, "scales is 6"),
-        ({"data_range": 1.0, "scales": 3, "betas": (0.5, 0.5)}, "betas has 2 numbers for 3 scales"),
+        ({"data_range": 0.0}, "`data_range` is 0"),
+        ({"data_range": 1.0, "window": 4}, "`window` is 4"),
+        ({"data_range": 1.0, "scales": 6}, "`scales` is 6"),
+        ({"data_range": 1.0, "scales": 3, "betas": (0.5, 0.5)}, "`betas` has 2 numbers for 3 scales"),
     ]:
         with pytest.raises(ValueError, match=message):
             PairwiseSSIM(**options)

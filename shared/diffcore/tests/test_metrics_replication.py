@@ -57,9 +57,9 @@ def test_closed_form():
 
 def test_bad_features_are_named():
     real, fake = features(5, 0), features(4, 1)
-    with pytest.raises(ValueError, match="k is 6; with 5 real rows"):
+    with pytest.raises(ValueError, match="`k` is 6; with 5 real rows"):
         nearest_training_images(real, fake, k=6)
-    with pytest.raises(ValueError, match="quantiles are"):
+    with pytest.raises(ValueError, match="`quantiles` are"):
         ReplicationScore(quantiles=(2.0,))
     real[3] = 0
     with pytest.raises(ValueError, match="real features are all 0 in row 3"):

@@ -319,8 +319,8 @@ def test_damage_is_told(folder, how):
 @pytest.mark.parametrize(
     ("named", "told"),
     [
-        ("LoRA of kohya", "model.safetensors is an adapter; load its base model and add it with --adapter"),
-        ("LoRA of diffusers", "model.safetensors is an adapter; load its base model and add it with --adapter"),
+        ("LoRA of kohya", "model.safetensors is an adapter; load its base model and add it with `adapter`"),
+        ("LoRA of diffusers", "model.safetensors is an adapter; load its base model and add it with `adapter`"),
         ("SDXL refiner", "model.safetensors is an SDXL refiner; load the SDXL base model"),
         ("SD3", "model.safetensors is a single file of SD3; load its diffusers folder"),
         ("Flux", "model.safetensors is a single file of Flux; load its diffusers folder"),
@@ -364,7 +364,7 @@ def test_trusted_pickles_are_read_without_running_them(folder, pipeline, tmp_pat
     tensors = load_file(single_file(wide, tmp_path / "m.safetensors", "sd15"))
     torch.save({"state_dict": tensors, "global_step": 7}, tmp_path / "m.ckpt")
     same(load(tmp_path / "m.ckpt", CPU, allow_pickle=True, like=tmp_path / "like").backbone, wide.unet)
-    with pytest.raises(IncompatibleModelError, match="or pass --allow-pickle"):
+    with pytest.raises(IncompatibleModelError, match="or pass `allow_pickle=True`"):
         load(tmp_path / "m.ckpt", CPU)
 
 
@@ -416,7 +416,7 @@ def test_nothing_is_fetched_unless_asked_for(tmp_path, monkeypatch, saved):
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with pytest.raises(ModelNotFoundError, match="--download fetches it"):
+    with pytest.raises(ModelNotFoundError, match="`download=True` fetches it"):
         load("owner/name", CPU)
     assert asked == []
     assert resolve("owner/name", download=True) == saved
@@ -467,7 +467,7 @@ def test_options_that_cannot_be_are_refused_before_anything_is_built(saved):
 def test_the_shipped_configurations_have_real_sizes_and_sd2_warns(tmp_path):
     file = single_file(tiny.pipeline("sd21", width=1024), tmp_path / "m.safetensors", "sd21")
     with (
-        pytest.warns(UserWarning, match="v_prediction is taken, --prediction-type replaces it"),
+        pytest.warns(UserWarning, match="v_prediction is taken, `prediction_type` replaces it"),
         pytest.raises(IncompatibleModelError, match=r"unet in .*m\.safetensors lacks 5\d\d tensors"),
     ):
         load(file, CPU)

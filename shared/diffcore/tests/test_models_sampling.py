@@ -230,7 +230,7 @@ def test_encode_is_the_posteriors_mode_and_sampling_has_its_moments(loaded):
     deviation = (drawn - posterior.mode()[0]) / posterior.std[0]
     assert abs(float(deviation.mean())) < 0.02
     assert abs(float(deviation.std()) - 1) < 0.02
-    with pytest.raises(ValueError, match="without seeds"):
+    with pytest.raises(ValueError, match="without `seeds`"):
         model.codec.encode(images, sample=True)
     with pytest.raises(ValueError, match="multiples of 2, such as 16x16"):
         model.codec.encode(torch.rand(1, 3, 17, 16))

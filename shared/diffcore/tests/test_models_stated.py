@@ -139,7 +139,7 @@ def test_what_contradicts_itself_is_refused_until_the_user_decides(written, like
     with pytest.raises(IncompatibleModelError, match=told):
         load(file, CPU, like=like)
     assert load(file, CPU, like=like, prediction_type="v_prediction").denoiser.prediction_type == "v_prediction"
-    assert schedule_of(inspect_model(file), "epsilon")[::2] == ("epsilon", "--prediction-type")
+    assert schedule_of(inspect_model(file), "epsilon")[::2] == ("epsilon", "`prediction_type`")
     file = written("sdxl", {"modelspec.prediction_type": "rectified flow"})
     with pytest.raises(IncompatibleModelError, match="predicts 'rectified flow' by the header's modelspec"):
         load(file, CPU, like=like)
@@ -187,7 +187,7 @@ def test_latents_scaled_channel_by_channel(written, like, pipelines, tmp_path):
     with pytest.raises(IncompatibleModelError, match="contradicts itself"):
         schedule_of(inspect_model(written("sdxl", {"modelspec.predict_key": "v"}, edm_mean=mean, edm_std=std)))
     file = written(edm_mean=mean.view(1, 4, 1, 1), edm_std=std.view(1, 4, 1, 1))
-    with pytest.raises(IncompatibleModelError, match="leave --prediction-type out"):
+    with pytest.raises(IncompatibleModelError, match="leave `prediction_type` out"):
         load(file, CPU, like=like, prediction_type="epsilon")
     # As a folder: the scales in the autoencoder's configuration, the schedule in the scheduler's.
     folder = shutil.copytree(like, tmp_path / "folder")

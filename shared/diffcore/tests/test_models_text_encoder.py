@@ -39,7 +39,7 @@ def test_conditions_are_those_of_the_whole_pipeline(folders, name):
         without = load(folders / "sd3 bare", CPU).prompts(prompts)
         assert not torch.equal(without["encoder_hidden_states"], expected["encoder_hidden_states"])
     else:
-        with pytest.warns(UserWarning, match="name a T5 with --text-encoder"):
+        with pytest.warns(UserWarning, match="name a T5 with `text_encoder`"):
             assert load(folders / f"{name} bare", CPU).prompts is None
     slot = T5[name]
     for place in (folders / f"{name} own", folders / name, folders / name / f"text_encoder{slot}"):

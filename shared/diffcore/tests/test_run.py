@@ -103,7 +103,7 @@ def test_other_settings_are_refused_with_a_list(tmp_path):
         open_run(tmp_path, config={**CONFIG, "rate": 0.1, "new": None, "name": "\x1b[31m" + "x" * 100})
     lines = str(caught.value).splitlines()
     assert lines[1:-1] == ["  rate: 0.001 -> 0.1", "  name: a -> \\x1b[31mxxxxxxxxxxxxxxx…"]
-    assert "--out" in lines[-1]
+    assert "`folder`" in lines[-1]
     with pytest.raises(RunMismatchError, match="command: diffcore test -> diffcore other"):
         open_run(tmp_path, command="diffcore other")
     with pytest.raises(RunMismatchError, match=r"inputs.data: abab"):

@@ -20,11 +20,11 @@ def test_defaults_resolve():
 @pytest.mark.parametrize(
     ("fields", "word"),
     [
-        ({"num_nodes": 0}, "--num-nodes is 0"),
-        ({"devices": 0}, "--devices"),
-        ({"num_nodes": -1}, "--num-nodes"),
-        ({"threads": 0}, "--threads"),
-        ({"seed": -1}, "--seed"),
+        ({"num_nodes": 0}, "`num_nodes` is 0"),
+        ({"devices": 0}, "`devices`"),
+        ({"num_nodes": -1}, "`num_nodes`"),
+        ({"threads": 0}, "`threads`"),
+        ({"seed": -1}, "`seed`"),
         ({"device": "cpu", "dtype": "float16"}, "bfloat16"),
     ],
 )

@@ -195,7 +195,7 @@ def test_no_rows_give_no_samples_and_nothing_is_differentiated():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"eta": 0.5}, "without seeds"),
+        ({"eta": 0.5}, "without `seeds`"),
         ({"eta": 1.5}, r"lie in \[0, 1\]"),
         ({"eta": 0.5, "solver": "heun"}, "only ddim"),
         ({"steps": 0}, "at least 1"),

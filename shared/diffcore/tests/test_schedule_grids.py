@@ -124,9 +124,9 @@ def test_settings_without_a_counterpart_are_refused_by_name(name, setting, value
 
 
 def test_a_class_without_such_a_grid_says_so():
-    with pytest.raises(ValueError, match="steps is 60; LCMScheduler has no such grid"):
+    with pytest.raises(ValueError, match="`steps` is 60; LCMScheduler has no such grid"):
         schedule_from(diffusers.LCMScheduler()).timesteps(60)
-    with pytest.raises(ValueError, match="clip_x0 is 0"):
+    with pytest.raises(ValueError, match="`clip_x0` is 0"):
         DiscreteSchedule(clip_x0=0.0)
 
 
@@ -135,14 +135,14 @@ def test_a_class_without_such_a_grid_says_so():
     [
         ("EulerDiscreteScheduler", "linspace", 1001, "there are 1000 timesteps"),
         ("PNDMScheduler", "linspace", 2000, "there are 1000 timesteps"),
-        ("HeunDiscreteScheduler", "leading", 1000, "offset 1; there are 1000 timesteps"),
-        ("DPMSolverMultistepScheduler", "leading", 999, "offset 1; there are 1000 timesteps"),
+        ("HeunDiscreteScheduler", "leading", 1000, "`steps_offset` 1; there are 1000 timesteps"),
+        ("DPMSolverMultistepScheduler", "leading", 999, "`steps_offset` 1; there are 1000 timesteps"),
         ("UniPCMultistepScheduler", "leading", 1000, "UniPCMultistepScheduler puts them all at t = 1"),
     ],
 )
 def test_more_steps_than_there_are_timesteps_are_refused(name, spacing, steps, told):
     settings = {"_class_name": name, **STABLE, "timestep_spacing": spacing, "steps_offset": 1}
-    with pytest.raises(ValueError, match=f"steps is {steps}.*{told}"):
+    with pytest.raises(ValueError, match=f"`steps` is {steps}.*{told}"):
         schedule_from(settings).timesteps(steps)
 
 

@@ -239,6 +239,6 @@ def test_numbered_classes_are_in_the_order_of_their_numbers(tmp_path):
 
 def test_parts_of_a_data_set_are_no_classes(tmp_path):
     folder = folder_of(tmp_path / "a", images("train/1.png", "Test/1.png"))
-    with pytest.raises(UserError, match="several parts: Test, train; choose one with --split"):
+    with pytest.raises(UserError, match="several parts: Test, train; choose one with `split`"):
         open_images(folder)
     assert open_images(folder, split="train").classes == ()

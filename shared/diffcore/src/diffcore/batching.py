@@ -35,7 +35,7 @@ class InBatches:
 
     def __init__(self, size: int) -> None:
         if size < 1:
-            raise ValueError(f"size is {size}; give at least 1 row")
+            raise ValueError(f"`size` is {size}; give at least 1 row")
         self.size = size
 
     def __call__(self, rows: Rows, compute: Callable[[Rows], Result]) -> Iterator[Result]:

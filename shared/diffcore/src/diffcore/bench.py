@@ -236,14 +236,14 @@ def _synchronize() -> None:
 def _baseline_ratios(baseline: Path | None, fail_below: float | None) -> dict[str, float]:
     if baseline is None:
         if fail_below is not None:
-            raise UserError("--fail-below compares with an earlier run; give its file with --baseline")
+            raise UserError("`fail_below` compares with an earlier run; give its file with `baseline`")
         return {}
     try:
         values = {row["name"]: row["value"] for row in jsonfile.read_json(baseline)}
         return {name.removesuffix(_RATIO): float(value) for name, value in values.items() if name.endswith(_RATIO)}
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise UserError(
-            f"{printable(baseline, 300)} is no file that --json wrote; make one on the older version"
+            f"{printable(baseline, 300)} is no file that `json_path` named; make one on the older version"
         ) from error
 
 

@@ -45,9 +45,9 @@ class Runtime:
         for name in ("devices", "num_nodes", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"{_option(name)} is {value}; give a number of at least 1")
+                raise UserError(f"`{name}` is {value}; give a number of at least 1")
         if not 0 <= self.seed < 2**63:
-            raise UserError(f"--seed is {self.seed}; give a number from 0 to 2^63 - 1")
+            raise UserError(f"`seed` is {self.seed}; give a number from 0 to 2^63 - 1")
         if self.device == "cpu":
             _refuse_half_on_cpu(self.dtype)
 
@@ -63,7 +63,7 @@ class Runtime:
         present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         name = next(name for name, here in present.items() if here) if self.device == "auto" else self.device
         if not present[name]:
-            raise UserError(f"torch sees no '{name}' device on this machine; try --device auto")
+            raise UserError(f"torch sees no '{name}' device on this machine; try `device` auto")
         return torch.device(name)
 
     @property
@@ -134,10 +134,6 @@ def default_threads() -> int:
     return min(cores, 8)
 
 
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def _refuse_half_on_cpu(dtype: str) -> None:
     if dtype == "float16":
-        raise UserError("float16 does not run on a CPU; use --dtype bfloat16 or float32")
+        raise UserError("float16 does not run on a CPU; use `dtype` bfloat16 or float32")

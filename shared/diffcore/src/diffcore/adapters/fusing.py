@@ -90,7 +90,7 @@ def _adding(name: str, module: Any, change: LowRank, scale: float | Tensor) -> C
         added = _passed(module, args[0], down, up)
         if rows is not None:
             if len(rows) != len(added):
-                raise ValueError(f"scale has {len(rows)} rows, the input of {name!r} has {len(added)}")
+                raise ValueError(f"`scale` has {len(rows)} rows, the input of {name!r} has {len(added)}")
             added = rows.view(-1, *(1 for _ in added.shape[1:])) * added
         return output + added
 
@@ -108,7 +108,7 @@ def _passed(module: nn.Module, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
 
 def _check(network: nn.Module, changes: Changes, scale: float | Tensor) -> None:
     if not isinstance(scale, Tensor) and not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}; it must be finite")
+        raise ValueError(f"`scale` is {scale}; it must be finite")
     modules = dict(network.named_modules())
     for name, change in changes.items():
         module = modules.get(name)

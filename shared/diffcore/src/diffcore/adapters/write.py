@@ -82,7 +82,7 @@ def write_adapter(
 
 def _refuse_taken(path: Path, overwrite: bool) -> None:
     if not overwrite and (path.exists() or path.is_symlink()):
-        raise UserError(f"{printable(path, 300)} is there already; choose another name, or pass --overwrite")
+        raise UserError(f"{printable(path, 300)} is there already; choose another name, or pass `overwrite=True`")
 
 
 def _folded(adapter: Adapter) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:

@@ -61,7 +61,7 @@ def family_of(shapes: Shapes, path: Path) -> str:
         return IncompatibleModelError(f"{printable(path, 300)} {what}; {advice}")
 
     if shapes and all(_is_adapter_key(name) for name in shapes):
-        raise refuse("is an adapter", "load its base model and add it with --adapter")
+        raise refuse("is an adapter", "load its base model and add it with `adapter`")
     channels, sizes, cross = side(_FIRST, 1), side(_SIZES, -1), side(_FIRST_CROSS, 1)
     if channels not in (None, 4):
         kind = _BY_CHANNELS.get(channels, "a model with inputs of its own")

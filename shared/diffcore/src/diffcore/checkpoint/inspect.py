@@ -61,7 +61,9 @@ def _mode(path: Path) -> int:
         return os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
         if HUB_NAME.fullmatch(str(path)):
-            raise ModelNotFoundError(f"'{shown}' is not a folder here; --download fetches it from the hub") from None
+            raise ModelNotFoundError(
+                f"'{shown}' is not a folder here; `download=True` fetches it from the hub"
+            ) from None
         raise ModelNotFoundError(f"{shown} does not exist; point to a model folder or file") from None
     except (OSError, ValueError) as error:  # a circle of links, a name with NUL
         raise ModelNotFoundError(f"{shown} cannot be read ({printable(error)}); check the path") from None
@@ -74,7 +76,7 @@ def _inspect_folder(path: Path, sizes: Mapping[str, int], allow_pickle: bool) ->
         return inspect_backbone(path, sizes, allow_pickle=allow_pickle)
     if "adapter_config.json" in sizes:
         raise IncompatibleModelError(
-            f"{printable(path, 300)} is an adapter; load its base model and add it with --adapter"
+            f"{printable(path, 300)} is an adapter; load its base model and add it with `adapter`"
         )
     raise IncompatibleModelError(
         f"{printable(path, 300)} holds neither model_index.json nor config.json; point to a diffusers model folder"

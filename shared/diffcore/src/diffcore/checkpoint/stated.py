@@ -74,11 +74,11 @@ class Stated:
             if said.prediction not in _KNOWN:
                 raise IncompatibleModelError(
                     f"{shown} predicts {printable(said.prediction)!r} by {said.where}, which is not supported; "
-                    "pass --prediction-type if you know better"
+                    "pass `prediction_type` if you know better"
                 )
         if len({said.prediction for said in self.predictions}) > 1:
             told = " and ".join(f"{said.prediction} by {said.where}" for said in self.predictions)
-            raise IncompatibleModelError(f"{shown} contradicts itself, it predicts {told}; pass --prediction-type")
+            raise IncompatibleModelError(f"{shown} contradicts itself, it predicts {told}; pass `prediction_type`")
         return self.predictions[0] if self.predictions else None
 
 
@@ -137,7 +137,7 @@ def require_agreement(inventory: Inventory, *, prediction_type: str | None = Non
         if said is not None and said.prediction != predicted:
             raise IncompatibleModelError(
                 f"{printable(header.path, 300)} predicts {said.prediction} by {said.where}, and its scheduler says "
-                f"{printable(predicted)}; pass --prediction-type"
+                f"{printable(predicted)}; pass `prediction_type`"
             )
         if stated.zero_snr is not None and not config.get("rescale_betas_zero_snr"):
             raise IncompatibleModelError(

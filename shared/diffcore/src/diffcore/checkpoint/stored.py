@@ -70,7 +70,7 @@ def unpickled(path: Path) -> Stored:
     """
     if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 10):
         raise MachineError(
-            f"torch {torch.__version__} reads pickles unsafely; --allow-pickle needs torch 2.10 or newer"
+            f"torch {torch.__version__} reads pickles unsafely; `allow_pickle=True` needs torch 2.10 or newer"
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)

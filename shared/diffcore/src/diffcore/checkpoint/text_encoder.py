@@ -33,10 +33,10 @@ def read_t5(
     """
     if pipeline_class not in _SLOTS:
         raise IncompatibleModelError(
-            f"{pipeline_class or backbone.class_name} takes no T5; leave out --text-encoder {printable(folder, 300)}"
+            f"{pipeline_class or backbone.class_name} takes no T5; leave out `text_encoder` {printable(folder, 300)}"
         )
     if not folder.is_dir():
-        raise ModelNotFoundError(f"{printable(folder, 300)} is no folder; give the folder of a T5 with --text-encoder")
+        raise ModelNotFoundError(f"{printable(folder, 300)} is no folder; give the folder of a T5 with `text_encoder`")
     encoder_folder, vocabulary_folder = _places(folder, walk(folder))
     slot = _SLOTS[pipeline_class]
     encoder = _component(encoder_folder, f"text_encoder{slot}", "T5EncoderModel", allow_pickle=allow_pickle)

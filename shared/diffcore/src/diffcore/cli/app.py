@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _PROGRESS_SECONDS = 30.0
+# Options that the command line calls otherwise than the library calls the parameter.
+_RENAMED = {"folder": "out", "json_path": "json"}
 BUG, INTERRUPTED, TERMINATED = 70, 130, 143
 
 
@@ -230,13 +232,19 @@ def _check_options(app: App, tokens: Sequence[str]) -> None:
 def with_flags(message: str, app: App, tokens: Sequence[str]) -> str:
     """Returns a message of the library with the parameters that it names in backticks as options of the command line.
 
-    "`at_step` is 0" becomes "--at-step is 0", and "`strict=True`" becomes "--strict". A name that is no option of the
-    command stays as it is, without its backticks.
+    A name that is no option of the command stays as it is, without its backticks.
 
     Args:
         message: Text of an error or a warning.
         app: Console script that was called.
         tokens: Words of its command line, which say the command.
+
+    Example:
+        >>> app = make_app("demo", "Shows how messages are worded.", "diffcore")
+        >>> @app.command
+        ... def train(*, at_step: int = 1, strict: bool = False) -> None: ...
+        >>> with_flags("`at_step` is 0 and `seed` is 1; leave out `strict=True`", app, ["train"])
+        '--at-step is 0 and seed is 1; leave out --strict'
     """
     if "`" not in message:
         return message
@@ -248,8 +256,8 @@ def with_flags(message: str, app: App, tokens: Sequence[str]) -> str:
 
     def flag(match: re.Match[str]) -> str:
         prefix = "--no-" if match[2] == "=False" else "--"
-        name = prefix + match[1].replace("_", "-")
-        return name if name in options else match[1] + (match[2] or "")
+        names = [prefix + name.replace("_", "-") for name in (match[1], _RENAMED.get(match[1], match[1]))]
+        return next((name for name in names if name in options), match[1] + (match[2] or ""))
 
     return re.sub(r"`([a-z][a-z0-9_]*)(=True|=False)?`", flag, message)
 

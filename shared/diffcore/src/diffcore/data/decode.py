@@ -75,7 +75,7 @@ def _flat(data: bytes, max_pixels: int) -> tuple[Image.Image, list[str]]:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         width, height = image.size
         if width * height > max_pixels:
-            raise UnreadableFileError(f"has {width} x {height} pixels; the limit is {max_pixels:g} (--max-pixels)")
+            raise UnreadableFileError(f"has {width} x {height} pixels; the limit is {max_pixels:g} (`max_pixels`)")
         frames = getattr(image, "n_frames", 1)
         notes = [f"is animated; the first of its {frames} frames is used"] if frames > 1 else []
         bits = _known_bits(image) if isinstance(image, TiffImagePlugin.TiffImageFile) else 16

@@ -93,7 +93,7 @@ def load_images(
         UserError: No image can be read, or sizes differ and `size` is None.
     """
     if size is not None and size < 1:
-        raise UserError(f"--size is {size}; it must be at least 1")
+        raise UserError(f"`size` is {size}; it must be at least 1")
     source = open_images(path, split=split)
     kept: list[int] = []
     skipped: list[tuple[str, str]] = []
@@ -106,7 +106,7 @@ def load_images(
             name = source.names[index]
             if isinstance(result, UnreadableFileError):
                 if strict:
-                    raise UserError(f"{printable(name)} {result}; remove it, or leave out --strict")
+                    raise UserError(f"{printable(name)} {result}; remove it, or leave out `strict`")
                 skipped.append((name, str(result)))
                 continue
             pixels, remarks = result
@@ -174,14 +174,14 @@ def _room(count: int, first: Tensor) -> Tensor:
         return torch.empty(count, *first.shape, dtype=torch.uint8)
     except RuntimeError:
         gigabytes = count * first.numel() / 1e9
-        raise UserError(f"{count} images like the first take {gigabytes:.0f} GB of memory; choose a --size") from None
+        raise UserError(f"{count} images like the first take {gigabytes:.0f} GB of memory; choose a `size`") from None
 
 
 def _mixed(first: str, image: Tensor, second: str, other: Tensor) -> str:
     (h, w), (other_h, other_w) = image.shape[1:], other.shape[1:]
     return (
         f"images differ in size: {printable(first)} is {w} x {h}, {printable(second)} is {other_w} x {other_h}; "
-        f"give them one with --size {min(h, w, other_h, other_w)}"
+        f"give them one with `size` {min(h, w, other_h, other_w)}"
     )
 
 

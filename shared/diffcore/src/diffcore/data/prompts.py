@@ -132,7 +132,7 @@ def _gathered(path: Path, rows: Sequence[tuple[int, Row | None]], strict: bool) 
         except StrictError as error:
             if strict:
                 raise UserError(
-                    f"{printable(path, 300)} line {line} {error}; correct it, or leave out --strict"
+                    f"{printable(path, 300)} line {line} {error}; correct it, or leave out `strict`"
                 ) from None
             skipped.append((line, str(error)))
     if not usable:

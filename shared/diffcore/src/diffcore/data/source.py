@@ -109,7 +109,7 @@ def open_images(path: str | Path, *, split: str | None = None) -> ImageSource:
         return ImageSource(path, names, None, (), files, others)
     several = any(len(parts) > 1 and parts[0].lower() in _SPLITS for parts in folders)
     if split is None and (several or {name.lower() for name in found} <= _SPLITS):
-        raise UserError(f"{printable(path)} has several parts: {_listed(found)}; choose one with --split")
+        raise UserError(f"{printable(path)} has several parts: {_listed(found)}; choose one with `split`")
     stray = next((name for name, parts in zip(names, folders, strict=True) if not parts), None)
     if stray is not None:
         raise UserError(

@@ -100,7 +100,7 @@ class GuidedDenoiser(Denoiser):
     def __init__(self, denoiser: Denoiser, guidance_scale: float, uncond: Condition | None) -> None:
         super().__init__()
         if guidance_scale != 1 and not uncond:
-            raise ValueError(f"guidance_scale is {guidance_scale}, but there is no uncond; pass one")
+            raise ValueError(f"`guidance_scale` is {guidance_scale}, but there is no `uncond`; pass one")
         self.denoiser = denoiser
         self.schedule = denoiser.schedule
         self.guidance_scale = guidance_scale
@@ -124,7 +124,7 @@ class GuidedDenoiser(Denoiser):
 
     def _stacked(self, cond: Condition, count: int) -> dict[str, Tensor]:
         if cond.keys() != self.uncond.keys():
-            raise ValueError(f"cond has {sorted(cond)}, uncond has {sorted(self.uncond)}; both need the same keys")
+            raise ValueError(f"`cond` has {sorted(cond)}, `uncond` has {sorted(self.uncond)}; both need the same keys")
         stacked = {}
         for key, value in cond.items():
             uncond = self.uncond[key].to(value)

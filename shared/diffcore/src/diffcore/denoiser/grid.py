@@ -46,8 +46,8 @@ class Grid:
         except MissingDependencyError:
             raise
         except Exception as error:  # each class has its own
-            raise ValueError(f"steps is {steps}; {self.class_name} has no such grid: {error}") from error
+            raise ValueError(f"`steps` is {steps}; {self.class_name} has no such grid: {error}") from error
         times = torch.as_tensor(scheduler.timesteps, dtype=torch.float64)[:: scheduler.order].unique_consecutive()
         if len(times) == 1 < steps:  # so many that no whole number of timesteps lies between two of them
-            raise ValueError(f"steps is {steps}; {self.class_name} puts them all at t = {float(times[0]):g}")
+            raise ValueError(f"`steps` is {steps}; {self.class_name} puts them all at t = {float(times[0]):g}")
         return times

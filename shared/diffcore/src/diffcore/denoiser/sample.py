@@ -143,13 +143,13 @@ def _levels(schedule: NoiseSchedule, times: Tensor) -> list[Level]:
 
 def _check_options(solver: str, eta: float, seeds: Tensor | None) -> None:
     if solver not in get_args(Solver):
-        raise ValueError(f"solver is {solver!r}; it must be one of {', '.join(get_args(Solver))}")
+        raise ValueError(f"`solver` is {solver!r}; it must be one of {', '.join(get_args(Solver))}")
     if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}; it must lie in [0, 1]")
+        raise ValueError(f"`eta` is {eta}; it must lie in [0, 1]")
     if eta > 0 and solver != "ddim":
-        raise ValueError(f"eta is {eta} with solver {solver}; only ddim draws fresh noise")
+        raise ValueError(f"`eta` is {eta} with `solver` {solver}; only ddim draws fresh noise")
     if eta > 0 and seeds is None:
-        raise ValueError(f"eta is {eta} without seeds; pass one seed per row")
+        raise ValueError(f"`eta` is {eta} without `seeds`; pass one seed per row")
 
 
 def _check_level(prediction: Prediction, level: Level, t: float) -> None:

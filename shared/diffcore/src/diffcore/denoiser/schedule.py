@@ -101,13 +101,13 @@ class DiscreteSchedule(NoiseSchedule):
 
     def __post_init__(self) -> None:
         if self.num_timesteps < 1:
-            raise ValueError(f"num_timesteps is {self.num_timesteps}; it must be at least 1")
+            raise ValueError(f"`num_timesteps` is {self.num_timesteps}; it must be at least 1")
         if isinstance(self.betas, tuple) and len(self.betas) != self.num_timesteps:
-            raise ValueError(f"betas has {len(self.betas)} entries; num_timesteps is {self.num_timesteps}")
+            raise ValueError(f"`betas` has {len(self.betas)} entries; `num_timesteps` is {self.num_timesteps}")
         if self.spacing not in ("leading", "trailing", "linspace"):
-            raise ValueError(f"spacing is {self.spacing!r}; it must be leading, trailing or linspace")
+            raise ValueError(f"`spacing` is {self.spacing!r}; it must be leading, trailing or linspace")
         if self.clip_x0 is not None and not self.clip_x0 > 0:
-            raise ValueError(f"clip_x0 is {self.clip_x0}; it must be positive")
+            raise ValueError(f"`clip_x0` is {self.clip_x0}; it must be positive")
         betas = self._betas()
         if not bool(((betas > 0) & (betas <= 1)).all()):
             raise ValueError("betas must lie in (0, 1]")
@@ -141,7 +141,7 @@ class DiscreteSchedule(NoiseSchedule):
         last = self.num_timesteps - 1
         count = torch.arange(steps, dtype=torch.float64)
         if steps > self.num_timesteps:  # classes repeat times then, or give the first one alone
-            raise ValueError(f"steps is {steps}; there are {last + 1} timesteps")
+            raise ValueError(f"`steps` is {steps}; there are {last + 1} timesteps")
         if self.grid is not None:
             times = self.grid.times(steps)
         elif self.spacing == "leading":
@@ -151,7 +151,7 @@ class DiscreteSchedule(NoiseSchedule):
         else:
             times = torch.linspace(last, 0, steps, dtype=torch.float64).round()
         if times[0] > last:
-            raise ValueError(f"steps is {steps}, offset {self.steps_offset}; there are {last + 1} timesteps")
+            raise ValueError(f"`steps` is {steps}, `steps_offset` {self.steps_offset}; there are {last + 1} timesteps")
         return times
 
     def clean_alpha_sigma(self) -> tuple[float, float]:
@@ -177,7 +177,7 @@ class DiscreteSchedule(NoiseSchedule):
             u = torch.arange(count + 1, dtype=torch.float64) / count
             bar = ((u + 0.008) / 1.008 * math.pi / 2).cos().square()
             return (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
-        raise ValueError(f"betas is {self.betas!r}; it must be linear, scaled_linear, squaredcos_cap_v2 or a tuple")
+        raise ValueError(f"`betas` is {self.betas!r}; it must be linear, scaled_linear, squaredcos_cap_v2 or a tuple")
 
     @cached_property
     def _table(self) -> Float64[Tensor, "T 3"]:
@@ -236,9 +236,9 @@ class FlowSchedule(NoiseSchedule):
 
     def __post_init__(self) -> None:
         if not self.shift > 0:
-            raise ValueError(f"shift is {self.shift}; it must be positive")
+            raise ValueError(f"`shift` is {self.shift}; it must be positive")
         if self.last_time is not None and not 0 < self.last_time < 1:
-            raise ValueError(f"last_time is {self.last_time}; it must lie between 0 and 1")
+            raise ValueError(f"`last_time` is {self.last_time}; it must lie between 0 and 1")
 
     def alpha_sigma(self, t: Num[Tensor, "*b"]) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b"]]:
         """Returns 1 - t and t."""
@@ -286,9 +286,11 @@ class EDMSchedule(NoiseSchedule):
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max:
-            raise ValueError(f"sigma_min is {self.sigma_min}, sigma_max is {self.sigma_max}; 0 < min < max must hold")
+            raise ValueError(
+                f"`sigma_min` is {self.sigma_min}, `sigma_max` is {self.sigma_max}; 0 < min < max must hold"
+            )
         if not (self.rho > 0 and self.sigma_data > 0):
-            raise ValueError(f"rho is {self.rho}, sigma_data is {self.sigma_data}; both must be positive")
+            raise ValueError(f"`rho` is {self.rho}, `sigma_data` is {self.sigma_data}; both must be positive")
 
     def alpha_sigma(self, t: Num[Tensor, "*b"]) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b"]]:
         """Returns 1 and t."""
@@ -333,4 +335,4 @@ def _real(t: Tensor) -> Tensor:
 
 def _check_steps(steps: int) -> None:
     if steps < 1:
-        raise ValueError(f"steps is {steps}; it must be at least 1")
+        raise ValueError(f"`steps` is {steps}; it must be at least 1")

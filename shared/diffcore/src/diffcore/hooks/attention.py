@@ -141,7 +141,7 @@ def _reductions(reduce: Reduction | Sequence[Reduction] | None) -> tuple[Reducti
     wanted: list[Any] = [reduce] if reduce is None or isinstance(reduce, str) or callable(reduce) else list(reduce)
     for one in wanted:
         if one is not None and not callable(one) and one not in get_args(NamedReduction):
-            raise ValueError(f"reduce is {one!r}; it may be {', '.join(get_args(NamedReduction))} or a function")
+            raise ValueError(f"`reduce` is {one!r}; it may be {', '.join(get_args(NamedReduction))} or a function")
     is_summed = wanted[-1:] == ["sum_over_time"]
     kept = wanted[:-1] if is_summed else wanted
     if len(kept) > 1 or "sum_over_time" in kept:

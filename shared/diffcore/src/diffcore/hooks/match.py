@@ -36,7 +36,7 @@ class Site:
 
     def __post_init__(self) -> None:
         if not _AT.fullmatch(self.at):
-            raise ValueError(f"at is {self.at!r} for {self.module!r}; it may be 'input', 'output' or 'output[1]'")
+            raise ValueError(f"`at` is {self.at!r} for {self.module!r}; it may be 'input', 'output' or 'output[1]'")
 
     @property
     def key(self) -> str:

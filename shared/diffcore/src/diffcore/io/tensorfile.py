@@ -137,7 +137,7 @@ def refusal_of_pickle(path: Path) -> str:
     """Returns the message for a file that would have to be unpickled."""
     return (
         f"{printable(path, 300)} is a pickle, which can run code when read; convert it to safetensors, "
-        "or pass --allow-pickle if you trust its author"
+        "or pass `allow_pickle=True` if you trust its author"
     )
 
 

@@ -142,7 +142,7 @@ def _sorted_out(
             facts["indices"].append(index)
             facts["notes"] += [[name, note] for note in image.notes]
         elif strict:
-            raise UserError(f"{printable(name)} {image}; remove it, or leave out --strict")
+            raise UserError(f"{printable(name)} {image}; remove it, or leave out `strict`")
         else:
             facts["skipped"].append([name, str(image)])
     return good

@@ -134,7 +134,7 @@ def _torchscript(path: Path, allow_pickle: bool) -> nn.Module:
         raise refusal(path, "is a folder; point to the TorchScript file in it")
     if not allow_pickle:
         raise IncompatibleModelError(
-            f"{printable(path, 300)} is TorchScript, which is code; pass --allow-pickle if you trust its author"
+            f"{printable(path, 300)} is TorchScript, which is code; pass `allow_pickle=True` if you trust its author"
         )
     try:
         return torch.jit.load(path, map_location="cpu").float()

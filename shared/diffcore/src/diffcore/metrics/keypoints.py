@@ -41,7 +41,7 @@ class PercentageCorrectKeypoints(ExactMetric):
     def __init__(self, alphas: Sequence[float] = (0.1,), **options: Any) -> None:
         super().__init__(**options)
         if not alphas or min(alphas) <= 0:
-            raise ValueError(f"alphas are {tuple(alphas)}; give at least one, each above 0")
+            raise ValueError(f"`alphas` are {tuple(alphas)}; give at least one, each above 0")
         self.alphas = tuple(alphas)
         for name, shape in (
             ("correct", len(alphas)),

@@ -38,7 +38,7 @@ def kernel_distance(real: Float[Tensor, "n d"], fake: Float[Tensor, "m d"], *, b
         ValueError: A side has fewer than two rows, or holds NaN or infinity.
     """
     if blocks < 2:
-        raise ValueError(f"blocks is {blocks}; leaving one out needs at least 2")
+        raise ValueError(f"`blocks` is {blocks}; leaving one out needs at least 2")
     for name, features in (("real", real), ("fake", fake)):
         require_finite(f"{name} features", features)
         if len(features) < 2:

@@ -54,7 +54,7 @@ def pairwise_ssim(
     prompts, seeds, _, height, width = images.shape
     require_finite("images", images.flatten(1))
     if seeds < 2:
-        raise ValueError(f"images has {seeds} seeds per prompt; pairs need at least 2")
+        raise ValueError(f"`images` has {seeds} seeds per prompt; pairs need at least 2")
     fitting = _fitting_scales(min(height, width), scales, window)
     x = images.detach() if images.dtype == torch.float64 else images.detach().float()
     first, second = torch.triu_indices(seeds, seeds, offset=1, device=x.device)
@@ -204,10 +204,10 @@ def _exponents(scales: int, betas: Sequence[float] | None) -> tuple[float, ...]:
 
 def _check_options(data_range: float, scales: int, betas: Sequence[float] | None, window: int) -> None:
     if not 0 < data_range < math.inf:
-        raise ValueError(f"data_range is {data_range}; give the largest minus the smallest possible value")
+        raise ValueError(f"`data_range` is {data_range}; give the largest minus the smallest possible value")
     if window < 3 or window % 2 == 0:
-        raise ValueError(f"window is {window}; it must be odd and at least 3")
+        raise ValueError(f"`window` is {window}; it must be odd and at least 3")
     if scales < 1 or (betas is None and scales > len(WANG_BETAS)):
-        raise ValueError(f"scales is {scales}; without betas it must be from 1 to {len(WANG_BETAS)}")
+        raise ValueError(f"`scales` is {scales}; without `betas` it must be from 1 to {len(WANG_BETAS)}")
     if betas is not None and (len(betas) != scales or scales == 1):
-        raise ValueError(f"betas has {len(betas)} numbers for {scales} scales; give one per scale, from two scales on")
+        raise ValueError(f"`betas` has {len(betas)} numbers for {scales} scales; give one per scale, for two or more")

@@ -142,7 +142,7 @@ class PrecisionRecall(RealAndFake):
     def __init__(self, k: int = 3, k_coverage: int = 5, **options: Any) -> None:
         super().__init__(**options)
         if min(k, k_coverage) < 1:
-            raise ValueError(f"k is {k}, k_coverage is {k_coverage}; both must be at least 1")
+            raise ValueError(f"`k` is {k}, `k_coverage` is {k_coverage}; both must be at least 1")
         self.k, self.k_coverage = k, k_coverage
 
     def compute(self) -> Scores:

@@ -98,13 +98,13 @@ def prepare(
     Raises:
         UserError: Something is missing, or does not go together.
     """
-    for option, number in (("--batch-size", batch_size), ("--max-pixels", max_pixels)):
+    for name, number in (("batch_size", batch_size), ("max_pixels", max_pixels)):
         if number < 1:
-            raise UserError(f"{option} is {number}; give a number of at least 1")
+            raise UserError(f"`{name}` is {number}; give a number of at least 1")
     if runtime.devices * runtime.num_nodes > 1:
-        raise UserError("metrics runs in one process; leave out --devices and --num-nodes")
+        raise UserError("metrics runs in one process; leave out `devices` and `num_nodes`")
     if runtime.dtype != "float32":
-        raise UserError(f"--dtype is {runtime.dtype}, but features are always float32; leave it out")
+        raise UserError(f"`dtype` is {runtime.dtype}, but features are always float32; leave it out")
     judge = _judge(prompts, clip, features)
     found = list_images(fake)
     statistics = real.suffix == ".npz" and real.is_file()
@@ -114,7 +114,7 @@ def prepare(
             _LOG.warning("%s", remark)
     names = [*(features or (DEFAULT_FEATURES,))]
     if statistics and len(names) > 1:
-        raise UserError(f"{printable(real)} holds the statistics of one network; give one with --features")
+        raise UserError(f"{printable(real)} holds the statistics of one network; give one with `features`")
     loaded = {name: feature_extractor(name, runtime, allow_pickle=allow_pickle) for name in [*names, *judge]}
     scored, sums = None, {}
     if prompts is not None:
@@ -163,18 +163,18 @@ def refuse_place(out: Path, inputs: Sequence[Path]) -> None:
     """
     for path in inputs:
         if out.resolve().is_relative_to(path.resolve()):
-            raise UserError(f"--out {printable(out, 300)} lies in {printable(path, 300)}, which is read; give another")
+            raise UserError(f"`out` {printable(out, 300)} lies in {printable(path, 300)}, which is read; give another")
 
 
 def _judge(prompts: Path | None, clip: Path | None, features: Sequence[str]) -> list[str]:
     """Returns the name of the CLIP that judges prompts; nothing without prompts."""
     if prompts is None:
         if clip is not None:
-            raise UserError("--clip judges images by their prompts; give those with --prompts")
+            raise UserError("`clip` judges images by their prompts; give those with `prompts`")
         return []
     if clip is not None:
         return [f"clip:{clip}"]
     among = [name for name in features if name.startswith("clip:")]
     if not among:
-        raise UserError("--prompts needs a CLIP to judge by; give its folder with --clip")
+        raise UserError("`prompts` needs a CLIP to judge by; give its folder with `clip`")
     return among[:1]

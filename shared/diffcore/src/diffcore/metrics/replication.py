@@ -44,7 +44,7 @@ def nearest_training_images(real: Float[Tensor, "m d"], fake: Float[Tensor, "n d
         ValueError: A side holds NaN, infinity or a row of zeros, or there is no training set.
     """
     if not 1 <= k <= len(real):
-        raise ValueError(f"k is {k}; with {len(real)} real rows it must be from 1 to {len(real)}")
+        raise ValueError(f"`k` is {k}; with {len(real)} real rows it must be from 1 to {len(real)}")
     real, fake = in_one_precision(real, fake)
     real, fake = _directions("real", real), _directions("fake", fake)
     parts = [_nearest(real, rows, k) for rows in fake.split(_IMAGES)]
@@ -68,7 +68,7 @@ class ReplicationScore(RealAndFake):
     ) -> None:
         super().__init__(**options)
         if not all(0 <= quantile <= 1 for quantile in quantiles):
-            raise ValueError(f"quantiles are {quantiles}; each must be from 0 to 1")
+            raise ValueError(f"`quantiles` are {quantiles}; each must be from 0 to 1")
         self.threshold, self.quantiles = threshold, quantiles
 
     def compute(self) -> Replication:

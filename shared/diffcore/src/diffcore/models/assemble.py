@@ -102,7 +102,7 @@ def _stated_prediction(scheduler: Component, schedule: NoiseSchedule) -> Predict
     if kind not in ("epsilon", "sample", "v_prediction"):
         raise IncompatibleModelError(
             f"{printable(scheduler.folder, 300)} predicts {printable(kind)}, which is not supported; "
-            "pass --prediction-type"
+            "pass `prediction_type`"
         )
     return kind
 
@@ -136,7 +136,7 @@ def make_prompts(
     if absent:
         warnings.warn(
             f"{' and '.join(absent)} or its tokenizer is not there; prompts cannot be encoded, pass conditions"
-            + (" or name a T5 with --text-encoder" if num_text_tokens else ""),
+            + (" or name a T5 with `text_encoder`" if num_text_tokens else ""),
             stacklevel=2,
         )
         return None

@@ -66,7 +66,7 @@ def pack(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b tokens packed"]:
     """Returns each 2x2 patch of pixels as one token of 4c channels, row by row: Flux's layout."""
     b, c, h, w = x.shape
     if h % 2 or w % 2:
-        raise ValueError(f"x_t is {h}x{w}; its sides must be even")
+        raise ValueError(f"`x_t` is {h}x{w}; its sides must be even")
     return x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
 
 

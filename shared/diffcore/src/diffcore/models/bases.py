@@ -70,7 +70,7 @@ def base_for(found: AdapterFile, model: Path | None) -> Base:
         return base_on_disk(model)
     if not (fitting := families_of(found)):
         raise IncompatibleModelError(
-            f"{printable(found.path, 300)} fits none of {', '.join(FAMILIES)}; name its base model with --model"
+            f"{printable(found.path, 300)} fits none of {', '.join(FAMILIES)}; name its base model with `model`"
         )
     return fitting[0]  # where several fit, they agree on the names
 

@@ -88,7 +88,7 @@ class LatentCodec(Codec):
                 f"images are {height}x{width}; sides must be multiples of {self.factor}, such as {near[0]}x{near[1]}"
             )
         if sample and seeds is None:
-            raise ValueError("sample is on without seeds; pass one seed per image")
+            raise ValueError("`sample` is on without `seeds`; pass one seed per image")
         parameter = next(self.vae.parameters())
         posterior = self.vae.encode((2 * images - 1).to(parameter), return_dict=False)[0]  # pyright: ignore[reportCallIssue]
         z = posterior.mode().float()

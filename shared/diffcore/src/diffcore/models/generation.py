@@ -127,7 +127,7 @@ def _condition(
     choices = {"prompts": prompts, "labels": labels, "condition": condition}
     given = [name for name, value in choices.items() if value is not None]
     if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} exclude each other; give one of them")
+        raise ValueError(f"`{'` and `'.join(given)}` exclude each other; give one of them")
     if condition is not None:
         return condition
     if labels is not None:
@@ -135,10 +135,10 @@ def _condition(
     if prompts is None:
         cond = model.empty_condition(1)
         if "class_labels" in cond:
-            raise ValueError(f"{printable(model.name)} generates images of classes; give labels")
+            raise ValueError(f"{printable(model.name)} generates images of classes; give `labels`")
         return cond
     if not len(prompts):
-        raise ValueError("prompts is empty; give at least one")
+        raise ValueError("`prompts` is empty; give at least one")
     if model.prompts is None:
         raise IncompatibleModelError(f"{printable(model.name)} takes no prompts, or came without its text encoders")
     tokens = model.prompts.tokenize(prompts)
@@ -161,7 +161,7 @@ def _uncond(model: DiffusionModel, negative_prompt: str, size: int | None) -> Co
         return model.prompts.unconditional(1, size=sides)
     if type(model.backbone).__name__ == "DiTTransformer2DModel":  # its last class is the one without a label
         return {"class_labels": torch.tensor([int(model.backbone.config["num_embeds_ada_norm"])])}  # pyright: ignore
-    raise ValueError(f"guidance needs an uncond for {printable(model.name)}; give one, or leave out guidance_scale")
+    raise ValueError(f"guidance needs an `uncond` for {printable(model.name)}; give one, or leave out `guidance_scale`")
 
 
 def _sides(size: int | None) -> tuple[int, int] | None:

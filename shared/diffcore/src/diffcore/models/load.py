@@ -179,7 +179,7 @@ def _plan_of_file(
     plan, known_from = singlefile.described_plan(stored, metadata, family, like, prediction_type)
     if prediction_type is None and family == "sd21" and known_from.startswith("what is usual"):
         warnings.warn(
-            "the weights of SD 2.x do not say what they predict; v_prediction is taken, --prediction-type replaces it",
+            "the weights of SD 2.x do not say what they predict; v_prediction is taken, `prediction_type` replaces it",
             stacklevel=3,
         )
     parts = singlefile.parts_of(stored, family)
@@ -214,7 +214,7 @@ def _build(plan: _Plan, name: str, runtime: Runtime, check_finite: bool) -> torc
     component = plan.components.get(name)
     if component is None:
         raise IncompatibleModelError(
-            f"{printable(plan.inventory.path, 300)} holds a {name}, unknown to its family; name another with --like"
+            f"{printable(plan.inventory.path, 300)} holds a {name}, unknown to its family; name another with `like`"
         )
     wide = component.role == "codec" and component.config.get("force_upcast") and runtime.dtype == "float16"
     return build(

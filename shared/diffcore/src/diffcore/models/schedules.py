@@ -37,7 +37,7 @@ def schedule_of(
     scheduler = next((c for c in inventory.components.values() if c.role == "scheduler"), None)
     stated, schedule = read_schedule(backbone.class_name, scheduler, inventory.settings)
     if prediction_type is not None:
-        return prediction_type, schedule, "--prediction-type"
+        return prediction_type, schedule, "`prediction_type`"
     return stated, schedule, known_from or _source(backbone, scheduler, inventory.settings)
 
 

@@ -68,7 +68,7 @@ def described_plan(
     if _is_edm(stored):
         if prediction_type not in (None, "edm"):
             raise IncompatibleModelError(
-                f"{printable(stored.where, 300)} holds edm_mean and edm_std; leave --prediction-type out"
+                f"{printable(stored.where, 300)} holds edm_mean and edm_std; leave `prediction_type` out"
             )
         return _edm_plan(plan, stored), "the tensors edm_mean and edm_std"
     scheduler = plan.components["scheduler"]

@@ -78,7 +78,7 @@ def require_same(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -
             [
                 f"{printable(folder, 300)} holds a run of other settings:",
                 *lines,
-                "give another --out, or --restart to keep the old run aside",
+                "give another `folder`, or `restart=True` to keep the old run aside",
             ]
         )
     )
@@ -89,7 +89,7 @@ def _shown(value: Any) -> str:
 
 
 def replay_text(command: str, config: Mapping[str, Any]) -> str:
-    """Returns YAML for --config, without what the next run gives anew: places outside the working folder, and --out."""
+    """Returns the settings as YAML, without what the next run gives anew: its folder, and places outside of ours."""
     settings, elsewhere = {}, []
     for name, value in config.items():
         if name in ("out", "json", "restart", "dry_run", "debug", "config"):
@@ -102,7 +102,7 @@ def replay_text(command: str, config: Mapping[str, Any]) -> str:
             value = PurePath(value).relative_to(Path.cwd()).as_posix()
         if value is not None:
             settings[name] = jsonfile.jsonable(value)
-    head = f"# Runs again with: {command} ... --config config.yaml --out FOLDER\n"
+    head = f"# Settings of {command}; give this file as its option config to run it again.\n"
     return head + "".join(elsewhere) + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 

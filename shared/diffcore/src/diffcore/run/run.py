@@ -82,7 +82,7 @@ class Run:
         """
         folder = Path(folder)
         if folder.exists() and not folder.is_dir():
-            raise UserError(f"{printable(folder, 300)} is a file; give a folder with --out")
+            raise UserError(f"{printable(folder, 300)} is a file; give another `folder`")
         with files.explained(folder):
             files.make_folder(folder)
         identity = identity_of(command, config, inputs or {}, volatile)
@@ -279,7 +279,7 @@ def _refuse_foreign(folder: Path) -> None:
     if foreign:
         raise UserError(
             f"{printable(folder, 300)} holds files that are not of a run ({printable(foreign[0])}); "
-            "give an empty or a new folder with --out"
+            "give an empty or a new `folder`"
         )
 
 
@@ -291,7 +291,7 @@ def _locked(folder: Path) -> FileLock:
             lock.acquire()
         except Timeout:  # an OSError by descent, which is not what it means here
             raise MachineError(
-                f"{printable(folder, 300)} is in use {_holder(path)}; wait for it, or give another --out"
+                f"{printable(folder, 300)} is in use {_holder(path)}; wait for it, or give another `folder`"
             ) from None
     with files.explained(path):
         path.write_text(f"{os.getpid()}\n{socket.gethostname()}\n{artifact.utc_now()}\n", encoding="utf-8")
@@ -327,7 +327,7 @@ def _resume(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
     if record.get("schema") != SCHEMA or not known <= set(record):
         raise CorruptArtifactError(
             f"{printable(path, 300)} was written by {printable(record.get('produced_by'))}; update to read it, "
-            "or give another --out"
+            "or give another `folder`"
         )
     require_same(folder, record, identity)
     return record

@@ -37,6 +37,8 @@ def info(model: str, *, loading: Loading = Loading(), output: Output = Output())
     inventory = inspect_model(path, allow_pickle=loading.allow_pickle)
     result = describe(inventory)
     prediction, schedule, known_from = schedule_of(inventory, loading.prediction_type)
+    if known_from and loading.prediction_type:
+        known_from = "--prediction-type"
     result |= {"prediction_type": prediction, "prediction_type_from": known_from}
     result["schedule"] = None if schedule is None else repr(schedule)
     if output.out is None:

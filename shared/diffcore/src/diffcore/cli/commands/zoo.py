@@ -116,7 +116,7 @@ def train(
 
     out = output.out or Path("runs") / f"zoo-{_known(name)}"
     if steps is not None and steps < 1:
-        raise UserError(f"--steps is {steps}; give a number of at least 1")
+        raise UserError(f"`steps` is {steps}; give a number of at least 1")
     if output.dry_run:
         print(f"trains {name} and writes {out / 'model'} with a card and samples")
         return 0

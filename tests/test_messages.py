@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = {"diffcore": ROOT / "shared" / "diffcore" / "src" / "diffcore"}
+SOURCES = {path.name: path for path in sorted(ROOT.glob("*/*/src/*/")) if (path / "__init__.py").exists()}
+# A package that does not keep the rule yet fails here, and so does its mark once it does.
+NOT_YET = pytest.mark.xfail(strict=True, reason="its messages are being reworded")
+PACKAGES = ["diffcore", *(pytest.param(name, marks=NOT_YET) for name in SOURCES if name != "diffcore")]
 HARNESS = {"cli", "app"}
 FLAG = re.compile(r"(?<![\w-])--[a-z]")
 
@@ -18,7 +21,7 @@ def options_named(text: str) -> list[str]:
     return [literal for literal in literals if isinstance(literal, str) and FLAG.search(literal)]
 
 
-@pytest.mark.parametrize("package", SOURCES)
+@pytest.mark.parametrize("package", PACKAGES)
 def test_no_message_outside_the_command_line_names_an_option(package: str):
     source = SOURCES[package]
     modules = [path for path in source.rglob("*.py") if path.relative_to(source).parts[0] not in HARNESS]

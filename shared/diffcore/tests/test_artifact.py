@@ -242,12 +242,23 @@ def test_json_is_valid_and_strict(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", '{"a": NaN}', '{"a": 1e999}', '{"a": 1, "a": 2}', "[" * 100_000, '{"a": "\x00"}', "\x80", "{} {}"]
+    ("text", "reason"),
+    [
+        ("", "is not valid JSON"),
+        ("{", "is not valid JSON"),
+        ('{"a": NaN}', "holds NaN"),
+        ('{"a": 1e999}', "holds 1e999"),
+        ('{"a": 1, "a": 2}', "gives the key 'a' twice"),
+        ("[" * 100_000, "nests deeper than 64"),
+        ('{"a": "\x00"}', "is not valid JSON"),
+        ("\x80", "is not UTF-8"),
+        ("{} {}", "is not valid JSON"),
+    ],
 )
-def test_bad_json_is_named(tmp_path, text):
+def test_bad_json_is_named(tmp_path, text, reason):
     path = tmp_path / "bad.json"
     path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(CorruptArtifactError, match=r"bad.json is not valid JSON"):
+    with pytest.raises(CorruptArtifactError, match=f"bad.json {reason}"):
         read_json(path)
 
 

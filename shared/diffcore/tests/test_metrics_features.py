@@ -201,7 +201,7 @@ def test_what_is_unsafe_or_incomplete_is_refused(torchscript, folders, tmp_path)
 
     path, (root, _, _) = torchscript[0], folders
     cases = [
-        (f"inception:{path}", IncompatibleModelError, "is TorchScript, which is code; pass --allow-pickle"),
+        (f"inception:{path}", IncompatibleModelError, "is TorchScript, which is code; pass `allow_pickle=True`"),
         (f"clip:{path}", IncompatibleModelError, "is a file; point to the folder"),
         (f"clip:{root / 'dino'}", IncompatibleModelError, "is of model_type dinov2; supported here: clip"),
         (f"dino:{tmp_path / 'nowhere'}", ModelNotFoundError, "there is no"),

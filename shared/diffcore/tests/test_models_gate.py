@@ -17,7 +17,7 @@ from diffcore.checkpoint import inspect_model
 from diffcore.checkpoint.walk import walk
 from diffcore.errors import IncompatibleModelError, ModelNotFoundError
 from diffcore.io import strictjson, tensorfile
-from diffcore.io.strictjson import StrictError, parse, read_foreign_object
+from diffcore.io.strictjson import StrictError, parse, read_untrusted
 from diffcore.io.tensorfile import read_header, what_it_is
 from diffcore.models import load
 from diffcore.runtime import Runtime
@@ -215,9 +215,9 @@ def test_ordinary_json_is_read_as_by_python(value):
 
 def test_large_files_are_not_read(tmp_path, monkeypatch):
     (tmp_path / "x.json").write_bytes(b'{"a": 1}' + b" " * 100)
-    assert read_foreign_object(tmp_path / "x.json") == {"a": 1}
+    assert read_untrusted(tmp_path / "x.json") == {"a": 1}
     with pytest.raises(IncompatibleModelError, match="the limit is 50"):
-        read_foreign_object(tmp_path / "x.json", max_bytes=50)
+        read_untrusted(tmp_path / "x.json", max_bytes=50)
     assert strictjson.MAX_BYTES == 10_000_000
 
 
@@ -268,7 +268,11 @@ def test_all_missing_shards_are_listed(backbone, tmp_path):
 @pytest.mark.parametrize(
     ("source", "kind", "message"),
     [
-        ("owner/name", ModelNotFoundError, "'owner/name' is not a folder here; --download fetches it from the hub"),
+        (
+            "owner/name",
+            ModelNotFoundError,
+            "'owner/name' is not a folder here; `download=True` fetches it from the hub",
+        ),
         ("no/such/folder", ModelNotFoundError, "no/such/folder does not exist; point to a model folder or file"),
     ],
 )
@@ -285,7 +289,7 @@ def test_a_pickle_is_refused_by_its_name_alone(tmp_path):
         inspect_model(tmp_path / "m.ckpt")
     assert str(caught.value) == (
         f"{tmp_path}/m.ckpt is a pickle, which can run code when read; convert it to safetensors, "
-        "or pass --allow-pickle if you trust its author"
+        "or pass `allow_pickle=True` if you trust its author"
     )
     assert inspect_model(tmp_path / "m.ckpt", allow_pickle=True).layout == "pickle"
 

@@ -11,7 +11,7 @@ from typing import Any
 from diffcore.adapters.keys import BACKBONE, Key, Layout, parse_key, quoted
 from diffcore.adapters.settings import MAX_RANK, Settings, parse_settings
 from diffcore.errors import IncompatibleModelError, ModelNotFoundError, printable
-from diffcore.io.strictjson import StrictError, parse, read_foreign_object
+from diffcore.io.strictjson import StrictError, parse, read_untrusted
 from diffcore.io.tensorfile import TensorEntry, TensorHeader, read_header
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -97,7 +97,7 @@ def scan_adapter(path: Path | str) -> AdapterFile:
     except StrictError as error:
         raise refusal(path, str(error)) from None
     if config is not None:
-        values = read_foreign_object(config)
+        values = read_untrusted(config)
         try:
             settings = {**settings, BACKBONE: parse_settings(values)}
         except StrictError as error:

@@ -11,7 +11,7 @@ from diffcore.checkpoint.inventory import Component
 from diffcore.checkpoint.quantised import refuse_quantised
 from diffcore.checkpoint.refusal import about, refusal
 from diffcore.checkpoint.weightfiles import find_weights
-from diffcore.io.strictjson import read_foreign_object
+from diffcore.io.strictjson import read_untrusted
 
 TOKENIZER_BYTES = 64 * 2**20
 _VOCABULARIES = {
@@ -61,7 +61,7 @@ def read_component(
     config_path = folder / CONFIG_FILES[role]
     if config_path.name not in sizes:
         raise refusal(config_path, "is missing")
-    raw = read_foreign_object(config_path, infinite=role == "scheduler")
+    raw = read_untrusted(config_path, infinite=role == "scheduler")
     class_name = _class_of(config_path, raw, class_name)
     with about(config_path):
         config, dropped = cleaned(raw, role, class_name)
@@ -109,7 +109,7 @@ def _read_tokenizer(folder: Path, sizes: Mapping[str, int], name: str, library: 
     numbers = _tokenizer_settings(folder, sizes, "added_tokens.json")
     whole = {}
     if vocabulary == ("tokenizer.json",):
-        whole = read_foreign_object(files[0], max_bytes=TOKENIZER_BYTES, parse_int=_short)
+        whole = read_untrusted(files[0], max_bytes=TOKENIZER_BYTES, parse_int=_short)
     with about(folder):
         added = added_tokens(kind, own, special, numbers, whole.get("added_tokens") or [], pad)
     return Component(name, "tokenizer", library, kind, config, folder, files=files, added=added)
@@ -118,7 +118,7 @@ def _read_tokenizer(folder: Path, sizes: Mapping[str, int], name: str, library: 
 def _tokenizer_settings(folder: Path, sizes: Mapping[str, int], file: str) -> dict[str, Any]:
     if file not in sizes:
         return {}
-    content = read_foreign_object(folder / file, parse_int=_short)
+    content = read_untrusted(folder / file, parse_int=_short)
     with about(folder / file):
         refuse_code(content)
     return content

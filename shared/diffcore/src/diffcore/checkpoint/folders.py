@@ -12,7 +12,7 @@ from diffcore.checkpoint.inventory import Component, Inventory
 from diffcore.checkpoint.refusal import about, custom_code, refusal
 from diffcore.checkpoint.walk import walk
 from diffcore.errors import IncompatibleModelError, printable
-from diffcore.io.strictjson import read_foreign_object
+from diffcore.io.strictjson import read_untrusted
 
 _COMPONENT = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _EDM_NUMBERS = ("sigma_data", "sigma_min", "sigma_max", "rho")
@@ -23,7 +23,7 @@ def inspect_pipeline(
 ) -> Inventory:
     """Returns what is in a folder with a `model_index.json`; see `inspect_model`."""
     index_path = path / "model_index.json"
-    index = read_foreign_object(index_path)
+    index = read_untrusted(index_path)
     class_name = index.get("_class_name")
     if not isinstance(class_name, str):
         raise custom_code(path, sizes, index_path, f"_class_name {class_name}")
@@ -71,7 +71,7 @@ def inspect_configs(path: Path) -> Inventory:
 def inspect_backbone(path: Path, sizes: Mapping[str, int], *, allow_pickle: bool = False) -> Inventory:
     """Returns what is in a folder with the `config.json` of a backbone; see `inspect_model`."""
     config_path = path / "config.json"
-    config = read_foreign_object(config_path)
+    config = read_untrusted(config_path)
     own = config.get("_class_name", "")
     if not isinstance(own, str):
         raise custom_code(path, sizes, config_path, f"_class_name {own}")
@@ -126,7 +126,7 @@ def _scheduler_beside(path: Path, inside: Mapping[str, int]) -> Component | None
     config_path = folder / "scheduler_config.json"
     if not config_path.is_file():
         return None
-    class_name = read_foreign_object(config_path, infinite=True).get("_class_name")
+    class_name = read_untrusted(config_path, infinite=True).get("_class_name")
     if not isinstance(class_name, str) or role_of("diffusers", class_name) != "scheduler":
         raise refusal(config_path, f"is of class {printable(class_name)}, which is no scheduler we know")
     return read_component(folder, {config_path.name: 0}, "scheduler", "diffusers", class_name)
@@ -134,7 +134,7 @@ def _scheduler_beside(path: Path, inside: Mapping[str, int]) -> Component | None
 
 def _edm_settings(path: Path) -> dict[str, Any]:
     """Returns the settings of a network with EDM preconditioning: our own small file beside its configuration."""
-    settings = read_foreign_object(path)
+    settings = read_untrusted(path)
     unknown = sorted(settings.keys() - {"prediction_type", *_EDM_NUMBERS})
     if unknown or settings.get("prediction_type") != "edm":
         what = f"sets {printable(unknown[0])}" if unknown else "has another prediction_type than edm"

@@ -8,7 +8,7 @@ from diffcore.checkpoint.inventory import Component
 from diffcore.checkpoint.refusal import refusal
 from diffcore.checkpoint.walk import walk
 from diffcore.errors import IncompatibleModelError, ModelNotFoundError, printable
-from diffcore.io.strictjson import read_foreign_object
+from diffcore.io.strictjson import read_untrusted
 
 _SLOTS = {"PixArtAlphaPipeline": "", "PixArtSigmaPipeline": "", "StableDiffusion3Pipeline": "_3", "FluxPipeline": "_2"}
 _WIDTHS = ("caption_channels", "joint_attention_dim")  # of the states that a backbone takes
@@ -68,4 +68,4 @@ def _places(folder: Path, sizes: Mapping[str, int]) -> tuple[Path, Path]:
 
 
 def _is_t5(path: Path) -> bool:
-    return read_foreign_object(path).get("model_type") == "t5"
+    return read_untrusted(path).get("model_type") == "t5"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from diffcore.checkpoint.catalog import WEIGHT_STEMS
 from diffcore.errors import IncompatibleModelError, printable
-from diffcore.io.strictjson import read_foreign_object
+from diffcore.io.strictjson import read_untrusted
 from diffcore.io.tensorfile import TensorHeader, read_header, refusal_of_pickle
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
@@ -73,7 +73,7 @@ def _headers(folder: Path, names: set[str], first: str) -> list[TensorHeader]:
     if first.endswith(".safetensors"):
         return [read_header(folder / first)]
     path = folder / first
-    weight_map = read_foreign_object(path).get("weight_map")
+    weight_map = read_untrusted(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise _refusal(path, "has no weight_map")
     shards = list(dict.fromkeys(weight_map.values())) if all(isinstance(v, str) for v in weight_map.values()) else []

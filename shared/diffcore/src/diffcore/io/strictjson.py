@@ -25,7 +25,7 @@ class StrictError(ValueError):
     """Data breaks a rule; the message is the reason, without the file's name."""
 
 
-def read_foreign_object(
+def read_untrusted(
     path: Path,
     *,
     max_bytes: int = MAX_BYTES,
@@ -53,7 +53,7 @@ def read_foreign_object(
 
 
 def parse(data: bytes, *, parse_int: Callable[[str], Any] | None = None, infinite: bool = False) -> Any:
-    """Returns the value of JSON bytes; `parse_int` and `infinite` as in `read_foreign_object`.
+    """Returns the value of JSON bytes; `parse_int` and `infinite` as in `read_untrusted`.
 
     Raises:
         StrictError: They are not UTF-8 or not JSON, nest deeper than 64, give a key twice, or hold a number that is not

@@ -21,7 +21,7 @@ from diffcore.checkpoint.weightfiles import find_weights
 from diffcore.errors import IncompatibleModelError, MissingDependencyError, ModelNotFoundError, UserError, printable
 from diffcore.io import files
 from diffcore.io.shipped import shipped_folder
-from diffcore.io.strictjson import read_foreign_object
+from diffcore.io.strictjson import read_untrusted
 from diffcore.metrics.attribute_network import load_attribute_network
 from diffcore.metrics.onnx_network import OnnxNetwork
 from diffcore.metrics.preprocess import INCEPTION, SSCD, Preprocessing, preprocessing_from
@@ -151,7 +151,7 @@ def _folder(folder: Path, known: Mapping[str, tuple[str, dict[str, Any]]]) -> tu
         raise refusal(folder, "has no config.json")
     if "adapter_config.json" in names:
         raise refusal(folder, "is an adapter, or holds one; point to a whole model")
-    config = read_foreign_object(folder / "config.json")
+    config = read_untrusted(folder / "config.json")
     with about(folder / "config.json"):
         refuse_code(config)
     model_type = str(config.get("model_type"))
@@ -171,7 +171,7 @@ def _preprocessing(folder: Path, names: Collection[str]) -> tuple[Path, Preproce
     """
     found: dict[Path, Preprocessing] = {}
     for name in _PROCESSORS:
-        settings = read_foreign_object(folder / name) if name in names else {}
+        settings = read_untrusted(folder / name) if name in names else {}
         if name == "processor_config.json":
             settings = settings.get("image_processor") or {}
             if not isinstance(settings, dict):

@@ -85,8 +85,6 @@ PARTS: Final = (
 )
 """Classes of the label map, in the order of their numbers."""
 
-LARGE_PARTS: Final = ("background", "skin", "hair", "beard", "hat", "clothes")
-"""Parts of more than a few pixels: report their mean IoU beside that of all."""
 
 KEYPOINTS: Final = (
     "left eye",

@@ -4,7 +4,6 @@ import importlib
 import json
 
 import pytest
-from nemo_localize.units import in_units
 
 from diffcore.run import Run, RunMap
 from diffcore.testing.distributed import run_forked

@@ -14,7 +14,7 @@ from diffcore.report import Report, bar_with_interval, histogram
 from diffcore.run import Run
 from nemo_localize.activations import mean_activations
 from nemo_localize.app.report_evidence import add_evidence, visible
-from nemo_localize.app.words import MITIGATIONS, worded
+from nemo_localize.app.words import MITIGATIONS, renamed, worded
 from nemo_localize.detect import Detection
 from nemo_localize.evaluate import Evaluation
 from nemo_localize.files.results import FILE as RESULTS
@@ -138,16 +138,17 @@ def save_verification(run: Run, verification: Verification) -> None:
 
 def write_page(run: Run) -> Path:
     """Writes `report.html` and its figures from what a run has."""
-    verb = str(run.record["command"]).split()[-1]
+    verb = renamed(str(run.record["command"]).split()[-1])
     report = Report(_TITLES.get(verb, "nemo-localize"), run)
     if run.finished:
-        report.answer(_answer(verb, run.result))
+        report.answer(_answer(verb, renamed(run.result)))
     elif _has(run, "gallery"):
         report.answer("This run goes on; type its command again if it was interrupted.")
     if _has(run, "evidence"):
         add_evidence(report, run)
     _add_gallery(report, run)
-    _add_table(report, run, "verification", "Verification")
+    for name in ("verification", "proof"):  # as an earlier version called it
+        _add_table(report, run, name, "Verification")
     _add_table(report, run, "evaluation", "Measured")
     _add_table(report, run, "quality", "What it costs elsewhere")
     _add_table(report, run, "sets", "One set for all captions")
@@ -214,7 +215,8 @@ def _add_gallery(report: Report, run: Run) -> None:
     if not _has(run, "gallery"):
         return
     gallery = run.load("gallery")
-    prompts, ways, seeds = (gallery.fields[name] for name in ("prompts", "mitigations", "seeds"))
+    fields = renamed(gallery.fields)
+    prompts, ways, seeds = (fields[name] for name in ("prompts", "mitigations", "seeds"))
     report.section("Before and after")
     for place, prompt in enumerate(prompts):
         original = gallery.tensors.get(f"original-{place}")

@@ -1,4 +1,4 @@
-"""What assigning noise does to training, on 1797 real 8x8 digits: three objectives, all arms, three seeds.
+"""What assigning noise does to training, on 1797 real 8x8 digits: three objectives, all couplings, three seeds.
 
 Takes about half an hour on one idle core; an interrupted run continues. Writes immiscible-digits.json and .md in
 benchmarks/results, and a run folder with a report per objective.
@@ -25,25 +25,26 @@ from diffcore.train import PairNoise
 from immiscible_noise.app.demo import SETTINGS
 from immiscible_noise.app.report import write_page
 from immiscible_noise.assign import assign_noise
-from immiscible_noise.compare import Comparison, compare, make_evaluator, shared_classifier
-from immiscible_noise.couple import pair_noise_for
-from immiscible_noise.digits import digits_inputs, load_digits
-from immiscible_noise.settings import PRESETS, Arm, EvaluationSettings, TrainSettings
-from immiscible_noise.train import load_snapshot
+from immiscible_noise.coupling import PRESETS, Coupling
+from immiscible_noise.study.classifier import shared_classifier
+from immiscible_noise.study.compare import Comparison, compare
+from immiscible_noise.study.digits import load_digits
+from immiscible_noise.study.evaluate import Evaluator
+from immiscible_noise.study.settings import EvaluationSettings, TrainSettings
+from immiscible_noise.study.train import load_snapshot, pair_noise_of
 
 RESULTS = Path(__file__).resolve().parent / "results"
 STEPS = 2000
 
-# Two arms for ablation alone, made from the public pieces; a strength of their own tells their runs apart.
-EARLY = Arm("assignment", strength=0.999)  # assigned in the first half of the training
-FLIP = Arm("assignment", strength=0.998)  # assigned, then negated: every image owns the far side of noise space
+# Two couplings for ablation alone, made from the public pieces; a strength of their own tells their runs apart.
+EARLY = Coupling("assignment", strength=0.999)  # assigned in the first half of the training
+FLIP = Coupling("assignment", strength=0.998)  # assigned, then negated: every image owns the far side of noise space
 NAMES = {EARLY.name: "early", FLIP.name: "flip"}
 
 
 def early(seed: int) -> PairNoise:
     """Returns the coupling that stops half-way."""
-    assign = pair_noise_for(PRESETS["assignment"], seed)
-    assert assign is not None  # only vanilla has none
+    assign = pair_noise_of(PRESETS["assignment"], seed)
     return lambda x0, noise, batch: assign(x0, noise, batch) if batch["step"] < STEPS // 2 else noise
 
 
@@ -56,15 +57,11 @@ def flip(seed: int) -> PairNoise:
     return pair
 
 
-COUPLINGS: dict[str, Callable[[int], PairNoise | None]] = {EARLY.name: early, FLIP.name: flip}
-
-
-def _presets(*names: str) -> list[Arm]:
-    return [PRESETS[name] for name in names]
+HOOKS: dict[str, Callable[[int], PairNoise]] = {EARLY.name: early, FLIP.name: flip}
 
 
 BASE = replace(SETTINGS, steps=STEPS, snapshots=4)
-STUDIES: dict[str, tuple[TrainSettings, list[Arm]]] = {
+STUDIES: dict[str, tuple[TrainSettings, list[Coupling]]] = {
     "flow": (
         BASE,
         [PRESETS[n] for n in ("vanilla", "assignment", "half")] + [EARLY, PRESETS["knn"], PRESETS["knn-inner"]],
@@ -85,19 +82,19 @@ def run(out: Path = Path("runs/immiscible-digits"), seeds: int = 3) -> int:
 
     Args:
         out: Run folder.
-        seeds: Trainings per arm.
+        seeds: Trainings per coupling.
     """
     torch.set_num_threads(1)
     images, runtime = load_digits(), Runtime(device="cpu")
-    inputs, tables, summary = digits_inputs(images), [], {}
-    for name, (settings, arms) in STUDIES.items():
+    inputs, tables, summary = {"digits": images.sha256}, [], {}
+    for name, (settings, couplings) in STUDIES.items():
         command, config = "immiscible-noise compare", {"study": name, "seeds": seeds, "steps": STEPS}
         with Run.open(out / name, command=command, config=config, inputs=inputs) as part:
             classifier = shared_classifier(images, part, runtime)
             evaluation = EvaluationSettings()
             study = compare(
-                images, inputs, part, arms, range(seeds), settings, evaluation, runtime,
-                classifier=classifier, couplings=COUPLINGS,
+                images, inputs, part, couplings, range(seeds), settings, evaluation, runtime,
+                classifier=classifier, pair_noise=HOOKS,
             )  # fmt: skip
             ancestral = _ancestral(study, part, runtime, images) if name == "ddpm" else {}
             part.finish(study.summary())
@@ -111,15 +108,16 @@ def run(out: Path = Path("runs/immiscible-digits"), seeds: int = 3) -> int:
 
 
 def _ancestral(study: Comparison, part: Run, runtime: Runtime, images: Any) -> dict[str, list[float]]:
-    """Returns by arm the distances of 100 ancestral steps, which assigned noise does not support."""
+    """Returns by coupling the distances of 100 ancestral steps, which assigned noise does not support."""
     if part.missing(["ancestral"]):
-        evaluator = make_evaluator(images, part, EvaluationSettings(), runtime)
+        classifier = shared_classifier(images, part, runtime)
+        evaluator = Evaluator(images, classifier, EvaluationSettings(), runtime.torch_device)
         distances: dict[str, list[float]] = {}
         for recipe in study.recipes:
-            training = part.folder / "arms" / f"{recipe.arm.name}-seed{recipe.seed}"
+            training = part.folder / "couplings" / f"{recipe.coupling.name}-seed{recipe.seed}"
             denoiser = load_snapshot(recipe, training, STEPS)
             score = evaluator.score(denoiser, recipe, STEPS, 100, eta=1.0)
-            distances.setdefault(recipe.arm.name, []).append(score.frechet)
+            distances.setdefault(recipe.coupling.name, []).append(score.frechet)
         part.save("ancestral", {}, distances=distances)
     return part.load("ancestral").fields["distances"]
 
@@ -127,17 +125,17 @@ def _ancestral(study: Comparison, part: Run, runtime: Runtime, images: Any) -> d
 def _table(name: str, study: Comparison, ancestral: dict[str, list[float]]) -> str:
     """Returns a study's table in Markdown: mean ± deviation over the seeds."""
     steps = study.sampling_steps()
-    head = ["arm", *(f"{s} steps" for s in steps), *(["ancestral, 100"] if ancestral else [])]
+    head = ["coupling", *(f"{s} steps" for s in steps), *(["ancestral, 100"] if ancestral else [])]
     lines = [f"### {name}, Fréchet distance after {STEPS} training steps", "", _row(head), _row(["---"] * len(head))]
-    for arm in study.arms():
+    for coupling in study.couplings():
         cells = []
         for count in steps:
-            final = study.final(arm, count)
+            final = study.final(coupling, count)
             accuracies = [s.accuracy for s in final if s.accuracy is not None]
             told = f", {mean(accuracies):.1%}" if accuracies else ""
             cells.append(_spread([s.frechet for s in final]) + told)
-        cells += [_spread(ancestral[arm])] if ancestral else []
-        lines.append(_row([NAMES.get(arm, arm), *cells]))
+        cells += [_spread(ancestral[coupling])] if ancestral else []
+        lines.append(_row([NAMES.get(coupling, coupling), *cells]))
     lines += ["", f"Real against real: {study.floor:.2f}. Features: {study.features}.", ""]
     return "\n".join(lines)
 

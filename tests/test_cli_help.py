@@ -15,12 +15,12 @@ BUILT_IN = {"--help", "-h", "--version"}
 
 def commands(script: str) -> dict[str, str]:
     """Returns the docstring of every command."""
-    app = importlib.import_module(f"{script.replace('-', '_')}.cli").app
+    app = importlib.import_module(f"{script.replace('-', '_')}.app.cli").app
     return {name: app[name].default_command.__doc__ for name in app if name not in BUILT_IN}
 
 
 def help_of(script: str, command: str, capsys: pytest.CaptureFixture[str]) -> str:
-    importlib.import_module(f"{script.replace('-', '_')}.cli").app([command, "--help"])
+    importlib.import_module(f"{script.replace('-', '_')}.app.cli").app([command, "--help"])
     return capsys.readouterr().out
 
 

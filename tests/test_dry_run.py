@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from diffcore.cli import main
 from diffcore.data import load_images
 from diffcore.run import Run
 from diffcore.testing import tiny
-from immiscible_noise.settings import Arm, TrainSettings
-from immiscible_noise.train import recipe_for
+from immiscible_noise.coupling import Coupling
+from immiscible_noise.study.settings import TrainSettings
+from immiscible_noise.study.train import recipe_for
 
 APPS = {
     "diffcore": "diffcore.cli.commands.models",
@@ -109,7 +111,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ):
             assert main(importlib.import_module(APPS[words[0]]).app, words[1:]) == 0
         with Run.open(Path("trained"), command="immiscible-noise train", config={}, inputs={}) as run:
-            run.save("recipe", {}, **recipe_for(load_images("images"), Arm(), TrainSettings(), 0).as_fields())
+            run.save("recipe", {}, **asdict(recipe_for(load_images("images"), Coupling(), TrainSettings(), 0)))
         (folder / "calibrated" / "calibration.json").rename(folder / "calibration.json")
     return folder
 

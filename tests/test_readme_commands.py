@@ -29,7 +29,7 @@ def test_make_targets_and_commands_exist(readme: Path):
         if words[0] == "make":
             assert {word for word in words[1:] if "=" not in word} <= TARGETS, words
         elif (ROOT / "packages" / words[0]).is_dir():
-            app = importlib.import_module(f"{words[0].replace('-', '_')}.cli").app
+            app = importlib.import_module(f"{words[0].replace('-', '_')}.app.cli").app
             app.parse_args(words[1:])  # raises on an unknown command, option or choice
 
 

@@ -155,7 +155,7 @@ def test_certificate_in_the_units_of_the_cost(cost, solver):
 
 @pytest.mark.parametrize("cost", COSTS)
 def test_certificate_bounds_the_gap_of_a_poor_permutation(cost, monkeypatch):
-    monkeypatch.setattr("immiscible_noise.match.solve", lambda costs, _: np.arange(len(costs)))
+    monkeypatch.setattr("immiscible_noise.assign.solve", lambda costs, _: np.arange(len(costs)))
     x, noise = make_pair(40, (8,))
     info = assign_noise(x, noise, labels=torch.arange(40) % 2, cost=cost, return_info=True)[1]
     costs = broadcast_costs(x, noise, cost).numpy()
@@ -230,7 +230,7 @@ def test_mask_of_ones_changes_nothing():
 
 
 def test_strength_zero_is_the_input_and_calls_no_solver(monkeypatch):
-    monkeypatch.setattr("immiscible_noise.assign.match", lambda *_, **__: pytest.fail("a solver was called"))
+    monkeypatch.setattr("immiscible_noise.assign.solve", lambda *_, **__: pytest.fail("a solver was called"))
     x, noise = make_pair()
     generator = torch.Generator().manual_seed(0)
     state = generator.get_state()

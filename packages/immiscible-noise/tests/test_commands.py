@@ -22,7 +22,7 @@ from diffcore.cli import main
 from diffcore.denoiser import schedule_from
 from diffcore.io import artifact
 from immiscible_noise.app.cli import app
-from immiscible_noise.train import load_snapshot, read_recipe
+from immiscible_noise.study.train import load_snapshot, read_recipe
 
 
 def small(**changes: object) -> list[str]:
@@ -126,8 +126,8 @@ def test_an_exported_unet_predicts_in_plain_diffusers_what_it_predicts_here(
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_arms_of_one_seed_share_weights_order_and_noise(painted: Path, tmp_path: Path):
-    """With strength 0 the assignment is vanilla to the last bit: nothing else may differ between arms."""
+def test_couplings_of_one_seed_share_weights_order_and_noise(painted: Path, tmp_path: Path):
+    """With strength 0 the assignment is vanilla to the last bit: nothing else may differ between couplings."""
     for name, options in {
         "vanilla": ["--method", "vanilla"],
         "off": ["--method", "assignment", "--strength", "0"],
@@ -165,11 +165,11 @@ def test_evaluate_warns_where_sampling_is_biased(painted: Path, tmp_path: Path, 
         assert bool(warned) == (method == "assignment")
 
 
-def test_compare_shows_all_arms_and_resumes_what_is_done(
+def test_compare_shows_all_couplings_and_resumes_what_is_done(
     painted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     out = tmp_path / "study"
-    command = ["compare", painted, "--arms", "vanilla", "assignment", "--seeds", "2", "--out", out, *SMALL, *QUICK]
+    command = ["compare", painted, "--couplings", "vanilla", "assignment", "--seeds", "2", "--out", out, *SMALL, *QUICK]
     assert run(*command, "--json") == 0
     first = json.loads(capsys.readouterr().out)
     assert set(first["ratio"]) == {"assignment / vanilla, 2 steps", "assignment / vanilla, 3 steps"}
@@ -188,7 +188,8 @@ def test_compare_shows_all_arms_and_resumes_what_is_done(
 def test_diagnose_recommends_and_measures_the_leak(painted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert run("diagnose", painted, "--batch-sizes", "8", "32", "--out", tmp_path / "d", "--json") == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["pairing"] == "blocks"
+    assert result["coupling"] == "assignment"
+    assert result["options_of_train"] == "--method assignment --strength 1 --class-conditional --condition block"
     assert result["leak"]["assignment, batch 32"] > 0.7 > result["leak"]["blocks, batch 32"]
     assert result["reduction"]["assignment, batch 32"] > result["reduction"]["assignment, batch 8"] > 0
 
@@ -417,10 +418,10 @@ def test_options_out_of_range(painted: Path, capsys: pytest.CaptureFixture[str],
         (["diagnose", "--k", "0"], "--k is 0"),
         (["diagnose", "--batch-sizes", "64", "1"], "at least 2"),
         (["diagnose", "--batch-sizes", "0", "-5"], "at least 2"),
-        (["compare", "--arms"], "names none"),
+        (["compare", "--couplings"], "names none"),
         (["compare", "--sampling-steps", "2", "2"], "each number once"),
         (["compare", "--sampling-batch", "0"], "--sampling-batch is 0"),
-        (["compare", "--arms", "vanilla", "ignore"], "--class-conditional"),
+        (["compare", "--couplings", "vanilla", "ignore"], "--class-conditional"),
         (["train", "--batch-size", "3", "--devices", "2"], "2 processes"),
         (["train", "--network", "unet", "--size", "9"], "--size 8"),
         (["train", "--network", "unet", "--width", "12"], "multiple of 8"),
@@ -485,6 +486,33 @@ def test_a_folder_that_is_no_training_run(painted: Path, tmp_path: Path, capsys:
     )
 
 
+def test_a_training_of_an_earlier_version_is_read(painted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "run"
+    run("train", painted, "--out", out, *SMALL)
+    part = out / "parts" / "recipe"
+    old = {"arm" if name == "coupling" else name: value for name, value in artifact.load(part).fields.items()}
+    recipe = read_recipe(out)
+    artifact.save(part, {}, schema="diffcore/part@1", **old)
+    assert read_recipe(out) == recipe
+    assert run("evaluate", out, painted, *QUICK) == 0
+    assert run("report", out) == 0
+
+
+def test_a_comparison_of_an_earlier_version_is_refused_in_one_line(
+    painted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "run"
+    run("train", painted, "--out", out, *SMALL)
+    assert run("evaluate", out, painted, *QUICK) == 0
+    part = out / "evaluation" / "parts" / "comparison"
+    fields = dict(artifact.load(part).fields)
+    fields["scores"] = [
+        {"arm" if name == "coupling" else name: value for name, value in row.items()} for row in fields["scores"]
+    ]
+    artifact.save(part, {}, schema="diffcore/part@1", **fields)
+    assert "earlier version" in refused(capsys, "report", out / "evaluation")
+
+
 def test_a_model_of_another_size(painted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run("train", painted, "--out", tmp_path / "run", *SMALL)
     message = refused(capsys, "evaluate", tmp_path / "run", painted, "--size", "16", "--out", tmp_path / "e", *QUICK)
@@ -500,8 +528,10 @@ def test_a_conditional_model_needs_the_labels_that_it_was_trained_on(
         assert "conditioned on 2 classes" in message
 
 
-def test_an_unknown_arm(painted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert "choose from vanilla" in refused(capsys, "compare", painted, "--arms", "best", "--out", tmp_path / "c")
+def test_an_unknown_coupling(painted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    told = refused(capsys, "compare", painted, "--couplings", "best", "--out", tmp_path / "c")
+    assert "vanilla" in told
+    assert "knn-inner" in told
 
 
 def test_a_full_disk_is_the_machines_fault_and_loses_nothing(

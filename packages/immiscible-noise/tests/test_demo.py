@@ -1,17 +1,19 @@
 """What the demo concludes from its two halves; the halves themselves take a minute and belong to `make demo`."""
 
+from pathlib import Path
+
 import pytest
 
 from immiscible_noise.app import demo
 from immiscible_noise.app.cli import app
-from immiscible_noise.compare import Comparison
-from immiscible_noise.evaluate import Score
+from immiscible_noise.study.compare import Comparison
+from immiscible_noise.study.evaluate import Score
 
 
 def study(**frechet: tuple[float, float | None]) -> Comparison:
     scores = [
-        Score(arm, 0, 1000, 256_000, steps, 0.0, distance, accuracy)
-        for arm, (distance, accuracy) in frechet.items()
+        Score(coupling, 0, 1000, 256_000, steps, 0.0, distance, accuracy)
+        for coupling, (distance, accuracy) in frechet.items()
         for steps in (5, 50)
     ]
     return Comparison(scores, "features", 3.0, 900, [])
@@ -26,8 +28,8 @@ def test_the_demo_fails_where_the_effect_is_not_there(
     assignment: float,
     accuracy: float,
     passed: bool,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ):
     free = study(vanilla=(20.0, None), assignment=(assignment, None), half=(12.0, None))
     conditional = study(assignment=(2.0, accuracy), ignore=(30.0, 0.85))
@@ -35,5 +37,6 @@ def test_the_demo_fails_where_the_effect_is_not_there(
     assert result["passed"] is passed
     assert result["assignment_over_vanilla_at_5_steps"] == pytest.approx(assignment / 20)
     assert result["labels_ignored"]["accuracy"] == 0.85
-    monkeypatch.setattr(demo, "run_demo", lambda out, full: result)
-    assert app(["demo"]) == (0 if passed else 1)
+    monkeypatch.setattr(demo, "tour", lambda images, run, full: result)
+    monkeypatch.setattr("immiscible_noise.app.report.write_page", lambda run: run.folder)
+    assert app(["demo", "--out", str(tmp_path / "demo")]) == (0 if passed else 1)

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from immiscible_noise import diagnose
-from immiscible_noise.diagnose import PairingStatistics, main_direction, recommend
+from immiscible_noise import PRESETS, diagnose
+from immiscible_noise.diagnose import CouplingStatistics, main_direction, recommend
 from immiscible_noise.leak import ClassLeak, class_leak, pool_noise
 
 
@@ -21,17 +21,17 @@ def make_classes(num: int = 600, classes: int = 3) -> tuple[torch.Tensor, torch.
 
 
 @pytest.fixture(scope="module")
-def statistics() -> dict[tuple[str, int], PairingStatistics]:
+def statistics() -> dict[tuple[str, int], CouplingStatistics]:
     images, labels = make_classes()
     result = diagnose(images, labels=labels, batch_sizes=(16, 128, 4096), num_pairs=2400, generator=seeded())
-    assert result.recommendation.pairing == "blocks"
-    return {(s.pairing, s.batch_size): s for s in result.statistics}
+    assert result.recommendation.coupling.method == "assignment"
+    return {(s.coupling, s.batch_size): s for s in result.statistics}
 
 
-def test_every_pairing_is_measured_at_the_sizes_that_fit(statistics):
+def test_every_coupling_is_measured_at_the_sizes_that_fit(statistics):
     assert set(statistics) == {
         ("independent", 128),
-        *((pairing, size) for pairing in ("assignment", "blocks") for size in (16, 128)),
+        *((coupling, size) for coupling in ("assignment", "blocks") for size in (16, 128)),
         ("nearest", 128),
     }
     assert all(s.num_pairs >= 2400 for s in statistics.values())
@@ -117,24 +117,24 @@ def test_main_direction_is_the_first_principal_component():
     assert float((found @ expected).abs()) == pytest.approx(1, abs=1e-4)
 
 
-def make_statistics(pairing: str, reduction: float, leak: float | None = None) -> PairingStatistics:
+def make_statistics(coupling: str, reduction: float, leak: float | None = None) -> CouplingStatistics:
     found = None if leak is None else ClassLeak(leak, 0.1, 0.005, 4000)
-    return PairingStatistics(pairing, 256, reduction, 1.0, 1.0, 1.0, 4000, found)
+    return CouplingStatistics(coupling, 256, reduction, 1.0, 1.0, 1.0, 4000, found)
 
 
 @pytest.mark.parametrize(
-    ("rows", "pairing", "strength", "word"),
+    ("rows", "coupling", "word"),
     [
-        ([("assignment", 0.022)], "assignment", 1.0, "no labels"),
-        ([("assignment", 0.022, 0.16), ("blocks", 0.014, 0.1)], "blocks", 1.0, "16.0%"),
-        ([("assignment", 0.022, 0.11), ("blocks", 0.014, 0.1)], "blocks", 1.0, "no leak"),
-        ([("assignment", 0.022, 0.16), ("blocks", 0.001, 0.1)], "independent", 0.0, "too little"),
-        ([("assignment", 0.11)], "assignment", 0.5, "half strength"),
+        ([("assignment", 0.022)], "assignment", "no labels"),
+        ([("assignment", 0.022, 0.16), ("blocks", 0.014, 0.1)], "assignment", "16.0%"),
+        ([("assignment", 0.022, 0.11), ("blocks", 0.014, 0.1)], "assignment", "no leak"),
+        ([("assignment", 0.022, 0.16), ("blocks", 0.001, 0.1)], "vanilla", "too little"),
+        ([("assignment", 0.11)], "half", "half strength"),
     ],
 )
-def test_recommendation(rows, pairing, strength, word):
+def test_recommendation(rows, coupling, word):
     advice = recommend([make_statistics(*row) for row in rows])
-    assert (advice.pairing, advice.strength) == (pairing, strength)
+    assert advice.coupling == PRESETS[coupling]
     assert word in advice.why
 
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from immiscible_noise.potentials import reduced_costs
-from immiscible_noise.solvers import choose_solver, dual_gap, solve
+from immiscible_noise.solvers import choose_solver, dual_gap, reduced_costs, solve
 
 LAPX = pytest.param("lapx", marks=pytest.mark.skipif(importlib.util.find_spec("lap") is None, reason="needs lapx"))
 HOSTS = ["scipy", LAPX]

@@ -1,29 +1,64 @@
 """Assign the noise of a batch to its images: the permutation of least total distance.
 
-Y. Li et al., "Immiscible Diffusion: Accelerating Diffusion Training with Noise Assignment", NeurIPS 2024, Algorithm 1.
-The noise moves, never the image, its label or its timestep. Rows move by indexing, so that the batch holds the same
-noise bit for bit and stays exactly Gaussian; what changes is which image each row of noise meets.
+For images x_1 … x_B and noise n_1 … n_B ~ N(0, I), `assign_noise` finds the permutation π that minimises
+``sum_i dist(x_i, n_π(i))``, and image i is diffused towards n_π(i): ``x_t = alpha_t x_i + sigma_t n_π(i)``. The noise
+moves, never the image, its label or its timestep. Rows move by indexing, so that the batch holds the same noise bit for
+bit and stays exactly Gaussian; what changes is which image each row of noise meets.
+
+References:
+    Y. Li et al., "Immiscible Diffusion: Accelerating Diffusion Training with Noise Assignment", NeurIPS 2024,
+    Algorithm 1.
 """
 
 import math
 import time
 import warnings
-from typing import Literal, overload
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Literal, ParamSpec, TypedDict, TypeVar, Unpack, overload
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from .blocks import Labels, label_table
-from .cost import Cost, Precision, pair_costs
-from .draw import draw_noise
-from .graphs import outside_graphs
-from .info import AssignmentInfo
-from .match import match
-from .solvers import Solver, choose_solver
-from .validate import check_choice, check_images, check_pair, non_finite_message
+from .batch import check_choice, check_images, check_pair, draw_noise, non_finite_message
+from .blocks import Labels, label_table, same_block, split_blocks
+from .cost import Cost, Precision, cost_matrix, pair_costs
+from .info import AssignmentInfo, SolvedBlock
+from .solvers import HostSolver, Solver, choose_solver, reduced_costs, solve
 
 Condition = Literal["auto", "block", "ignore"]
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
+    """Keeps `torch.compile` out of a function: its caller has one graph break there, whatever the function does.
+
+    Exact solvers run on the host, and labels may be any Python values; neither can be traced.
+    """
+    # As torch keeps it out of its own optimizers. The public torch.compiler.disable imports the compiler, which takes
+    # seconds, when a function is decorated; this imports it when a compiled step first meets the function.
+    uncompiled = torch._disable_dynamo(function)
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        return uncompiled(*args, **kwargs) if torch.compiler.is_compiling() else function(*args, **kwargs)
+
+    return call
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of `assign_noise`, which describes them."""
+
+    labels: Labels | None
+    mask: Shaped[Tensor, "b ..."] | None
+    cost: Cost
+    condition: Condition
+    solver: Solver
+    strength: float
+    precision: Precision
 
 
 @overload
@@ -31,32 +66,20 @@ def assign_noise(
     x: Float[Tensor, "b *data"],
     noise: Float[Tensor, "b *data"],
     *,
-    labels: Labels | None = ...,
-    mask: Shaped[Tensor, "b ..."] | None = ...,
-    cost: Cost = ...,
-    condition: Condition = ...,
-    solver: Solver = ...,
-    strength: float = ...,
-    precision: Precision = ...,
     generator: torch.Generator | None = ...,
     return_info: Literal[False] = ...,
+    **options: Unpack[Options],
 ) -> Float[Tensor, "b *data"]: ...
 @overload
 def assign_noise(
     x: Float[Tensor, "b *data"],
     noise: Float[Tensor, "b *data"],
     *,
-    labels: Labels | None = ...,
-    mask: Shaped[Tensor, "b ..."] | None = ...,
-    cost: Cost = ...,
-    condition: Condition = ...,
-    solver: Solver = ...,
-    strength: float = ...,
-    precision: Precision = ...,
     generator: torch.Generator | None = ...,
     return_info: Literal[True],
+    **options: Unpack[Options],
 ) -> tuple[Float[Tensor, "b *data"], AssignmentInfo]: ...
-@outside_graphs
+@_outside_graphs
 def assign_noise(
     x: Float[Tensor, "b *data"],
     noise: Float[Tensor, "b *data"],
@@ -80,7 +103,7 @@ def assign_noise(
     ``info.permutation``.
 
     Args:
-        x: Clean batch, any floating type.
+        x: Clean batch of any floating type.
         noise: Independent Gaussian noise of the same shape on the same device.
         labels: Conditions, compared for equality: an integer tensor (one label, or a row of them, per image) or a
             sequence of hashable values. Give the labels the network sees, after classifier-free dropout. Where all
@@ -96,12 +119,20 @@ def assign_noise(
         strength: Share of the rows, chosen at random, that are assigned among themselves, in [0, 1]. The others keep
             their noise: 0 is ordinary training, 1 the paper.
         precision: "bfloat16" rounds the factors of the cost's matrix product: faster, nearly the same optimum.
-        generator: Chooses the rows for ``strength`` between 0 and 1.
-        return_info: Returns an `AssignmentInfo` as well.
+        generator: Source of the choice of rows, for ``strength`` between 0 and 1.
+        return_info: Whether an `AssignmentInfo` is returned as well.
 
     Raises:
+        TypeError: ``x`` or ``noise`` is no tensor.
         ValueError: For unequal shapes, integer types, rows with NaN or infinity among those assigned, a wrong number
             of labels, unknown options, or a solver that is not installed. Names the tensor and the first bad row.
+
+    Example:
+        >>> import torch
+        >>> x, noise = torch.randn(64, 3, 8, 8), torch.randn(64, 3, 8, 8)
+        >>> assigned, info = assign_noise(x, noise, return_info=True)
+        >>> torch.equal(assigned, noise[info.permutation]), info.cost_after < info.cost_before
+        (True, True)
     """
     start = time.perf_counter()
     check_pair(x, noise)
@@ -114,44 +145,34 @@ def assign_noise(
     if precision != "float32" and cost == "l1":
         raise ValueError("cost='l1' has no matrix product, so precision has no meaning for it")
     keep = None if mask is None else _expand_mask(mask, x)
-    chosen = choose_solver(solver, on_host=x.device.type == "cpu")
+    solver = choose_solver(solver, on_host=x.device.type == "cpu")
 
     with torch.no_grad():
         flat_x, flat_noise = _flatten(x), _flatten(noise)
         rows = _choose_rows(len(x), strength, generator)
-        if len(rows) < 2:
-            permutation, solved, chosen = torch.arange(len(x), device=x.device), (), "none"
-            assigned = noise.detach().clone()
-        else:
+        permutation, solved = torch.arange(len(x), device=x.device), ()
+        if len(rows) > 1:
+            table, taking = _take(table, rows), _take(keep, rows)
+            costs = cost_matrix(
+                _take(flat_x, rows), _take(flat_noise, rows), cost=cost, mask=taking, precision=precision
+            )
             try:
-                columns, solved = match(
-                    _take(flat_x, rows),
-                    _take(flat_noise, rows),
-                    None if table is None else _take(table, rows),
-                    None if keep is None else _take(keep, rows),
-                    cost=cost,
-                    precision=precision,
-                    solver=chosen,
-                )
+                columns, solved = _match(costs, table, solver)
             except FloatingPointError:
                 raise ValueError(non_finite_message(x=x, noise=noise)) from None
-            if all(len(found) == 1 for _, found in solved):
-                chosen = "none"
-                warnings.warn(
-                    f"all {len(rows)} labels of this batch differ, so no row may exchange its noise and nothing is "
-                    "assigned. With a caption per image, give the class or cluster of each, or leave labels out and "
-                    "measure the leak with immiscible_noise.diagnose; with many classes, use larger batches",
-                    stacklevel=3,
-                )
-            permutation = _embed(columns, rows, x)
-            assigned = _move_rows(noise, permutation)
+            _warn_if_alone(solved)
+            rows = rows.to(x.device, non_blocking=True)
+            permutation[rows] = rows[columns.to(x.device, non_blocking=True)]
+        # In the memory layout of the noise, and never the caller's own tensor.
+        room = torch.empty_like(noise, requires_grad=False)
+        assigned = torch.index_select(noise.detach(), 0, permutation, out=room)
         ms = (time.perf_counter() - start) * 1000
         if not return_info:
             return assigned
         return assigned, AssignmentInfo(
             permutation=permutation,
             cost=cost,
-            solver=chosen,
+            solver=solver if any(len(found) > 1 for _, found in solved) else "none",
             ms=ms,
             pair_costs_before=pair_costs(flat_x, flat_noise, cost=cost, mask=keep),
             pair_costs_after=pair_costs(flat_x, _flatten(assigned), cost=cost, mask=keep),
@@ -160,43 +181,60 @@ def assign_noise(
 
 
 def immiscible_noise_like(
-    x: Float[Tensor, "b *data"],
-    *,
-    labels: Labels | None = None,
-    mask: Shaped[Tensor, "b ..."] | None = None,
-    cost: Cost = "sq",
-    condition: Condition = "auto",
-    solver: Solver = "auto",
-    strength: float = 1.0,
-    precision: Precision = "float32",
-    generator: torch.Generator | None = None,
+    x: Float[Tensor, "b *data"], *, generator: torch.Generator | None = None, **options: Unpack[Options]
 ) -> Float[Tensor, "b *data"]:
     """Draws Gaussian noise of the type and device of ``x`` and assigns it: `assign_noise` in place of ``randn_like``.
 
     Args:
-        x: Clean batch.
-        labels: See `assign_noise`, as for the other options.
-        mask: Nonzero where ``x`` is data.
-        cost: Distance to minimise.
-        condition: Whether labels separate the rows.
-        solver: Which exact solver to use.
-        strength: Share of the rows to assign.
-        precision: Number format of the cost's matrix product.
-        generator: Draws the noise, then the rows for ``strength``. It may live on another device than ``x``.
+        x: Clean batch as the diffusion sees it.
+        generator: Source of the noise, then of the rows for ``strength``; it may live on another device than ``x``.
+        **options: Keyword arguments of `assign_noise`, such as ``labels`` or ``strength``.
+
+    Raises:
+        ValueError: An argument is refused by `assign_noise`.
+
+    Example:
+        >>> import torch
+        >>> immiscible_noise_like(torch.randn(8, 4, 16, 16), strength=0.5).shape
+        torch.Size([8, 4, 16, 16])
     """
     check_images(x)
-    return assign_noise(
-        x,
-        draw_noise(x, generator),
-        labels=labels,
-        mask=mask,
-        cost=cost,
-        condition=condition,
-        solver=solver,
-        strength=strength,
-        precision=precision,
-        generator=generator,
-    )
+    return assign_noise(x, draw_noise(x, generator), generator=generator, **options)
+
+
+def _match(
+    costs: Float[Tensor, "b b"], table: Int[Tensor, "b m"] | None, solver: Solver
+) -> tuple[Int[Tensor, "b"], tuple[SolvedBlock, ...]]:
+    """Returns, on the host, the noise row of every image, and the problems that were solved.
+
+    One transfer from the device, then an exact solve of every block of equal labels.
+
+    Args:
+        costs: Cost of each image with each noise.
+        table: Labels as integers; rows exchange noise only where they are equal. None: all rows do.
+        solver: A resolved solver, not "auto".
+
+    Raises:
+        FloatingPointError: A cost is NaN or infinite.
+    """
+    if solver.startswith("potentials"):
+        allowed = None if table is None else same_block(table.to(costs.device, non_blocking=True))
+        costs = reduced_costs(costs, allowed)
+    # On one stream the copies finish in order: waiting for the costs waits for the labels too.
+    host_table = None if table is None else table.to("cpu", non_blocking=True)
+    host_costs = costs.cpu().numpy()
+
+    blocks = [np.arange(len(costs))] if host_table is None else split_blocks(host_table.numpy())
+    host_solver: HostSolver = "lapx" if solver.endswith("lapx") else "scipy"
+    columns, solved = np.arange(len(costs)), []
+    for block in blocks:
+        block_costs = host_costs if len(block) == len(costs) else host_costs[np.ix_(block, block)]
+        if not np.isfinite(block_costs).all():
+            raise FloatingPointError("a cost is NaN or infinite")
+        chosen = solve(block_costs, host_solver)
+        columns[block] = block[chosen]
+        solved.append((block_costs, chosen))
+    return torch.from_numpy(columns), tuple(solved)
 
 
 def _blocks_of(labels: Labels | None, condition: Condition, num_rows: int) -> Tensor | None:
@@ -215,6 +253,16 @@ def _blocks_of(labels: Labels | None, condition: Condition, num_rows: int) -> Te
         stacklevel=4,
     )
     return None
+
+
+def _warn_if_alone(solved: tuple[SolvedBlock, ...]) -> None:
+    if all(len(found) == 1 for _, found in solved):
+        warnings.warn(
+            f"all {len(solved)} labels of this batch differ, so no row may exchange its noise and nothing is "
+            "assigned. With a caption per image, give the class or cluster of each, or leave labels out and "
+            "measure the leak with immiscible_noise.diagnose; with many classes, use larger batches",
+            stacklevel=4,
+        )
 
 
 def _expand_mask(mask: Tensor, x: Tensor) -> Tensor:
@@ -239,18 +287,7 @@ def _choose_rows(num_rows: int, strength: float, generator: torch.Generator | No
     return torch.randperm(num_rows, generator=generator, device=device)[:count].sort().values
 
 
-def _take(batch: Tensor, rows: Int[Tensor, "m"]) -> Tensor:
-    return batch if len(rows) == len(batch) else batch[rows.to(batch.device, non_blocking=True)]
-
-
-def _embed(columns: Int[Tensor, "m"], rows: Int[Tensor, "m"], x: Tensor) -> Int[Tensor, "b"]:
-    """Returns the permutation of the whole batch that permutes the given rows among themselves."""
-    permutation = torch.arange(len(x), device=x.device)
-    rows = rows.to(x.device, non_blocking=True)
-    permutation[rows] = rows[columns.to(x.device, non_blocking=True)]
-    return permutation
-
-
-def _move_rows(noise: Tensor, permutation: Int[Tensor, "b"]) -> Tensor:
-    """Returns the rows in their new order, in the memory layout of the noise."""
-    return torch.index_select(noise.detach(), 0, permutation, out=torch.empty_like(noise, requires_grad=False))
+def _take(batch: Tensor | None, rows: Int[Tensor, "m"]) -> Any:
+    if batch is None or len(rows) == len(batch):
+        return batch
+    return batch[rows.to(batch.device, non_blocking=True)]

@@ -26,8 +26,8 @@ def cost_matrix(
     """Returns the cost of every pair, on the device of the inputs and in float32 (float64 if an input is).
 
     Args:
-        x: Flattened images.
-        noise: Flattened noise.
+        x: Images, one flattened row each.
+        noise: Gaussian noise, one flattened row each.
         cost: "sq" gives ``-<x_i, n_j>``, the squared L2 distance up to terms that no permutation changes and a factor
             of two; "l2" the distance of the paper's Algorithm 1; "l1" the sum of absolute differences.
         mask: False where ``x`` is padding. Padding of row i takes no part in the costs of row i.

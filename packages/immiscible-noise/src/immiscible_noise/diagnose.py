@@ -1,4 +1,9 @@
-"""Measure, before any training, what assigning noise would do to a data set, and recommend a way of doing it."""
+"""Measure, before any training, what each coupling of noise and images would do to a data set, and recommend one.
+
+For image x and the noise n that it meets, the averages over random batches are the distance ``|x - n|``, the tilt
+``<n, x / |x|>``, and the moments ``|n|^2 / d`` and ``<n, v>^2`` along the images' first principal direction v, which
+tell how Gaussian the noise stays. Where labels are given, a linear probe that reads the label from n measures the leak.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,22 +14,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .assign import assign_noise
+from .batch import check_images, draw_noise, non_finite_message
 from .blocks import Labels, label_table
-from .draw import draw_noise
+from .coupling import Coupling
 from .leak import ClassLeak, class_leak, pool_noise
 from .select import select_noise
 from .solvers import Solver
-from .validate import check_images, non_finite_message
 
-Pairing = Literal["independent", "assignment", "blocks", "nearest"]
+Kind = Literal["independent", "assignment", "blocks", "nearest"]
+"""Plain noise, assignment that ignores labels, assignment within labels, nearest of k."""
 
 
 @dataclass(frozen=True)
-class PairingStatistics:
-    """What one way of pairing does at one batch size, averaged over random batches."""
+class CouplingStatistics:
+    """What one coupling does at one batch size, averaged over random batches."""
 
-    pairing: Pairing
-    """"assignment" ignores labels, "blocks" stays within them, "nearest" is nearest of k, "independent" plain noise."""
+    coupling: Kind
     batch_size: int
     reduction: float
     """Share by which the mean L2 distance between image and noise falls."""
@@ -41,18 +46,17 @@ class PairingStatistics:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Arguments for `assign_noise` and the reason for them."""
+    """The coupling that measurements speak for, and the reason."""
 
-    pairing: Pairing
-    strength: float
+    coupling: Coupling
     why: str
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The measurements of `diagnose`, by pairing and batch size, and what follows from them."""
+    """The measurements of `diagnose`, by coupling and batch size, and what follows from them."""
 
-    statistics: tuple[PairingStatistics, ...]
+    statistics: tuple[CouplingStatistics, ...]
     recommendation: Recommendation
 
 
@@ -66,19 +70,27 @@ def diagnose(
     solver: Solver = "auto",
     generator: torch.Generator | None = None,
 ) -> Diagnosis:
-    """Measures distance reduction, tilt, Gaussianity and class leak of every way of pairing images with noise.
+    """Measures distance reduction, tilt, Gaussianity and class leak of every coupling of images and noise.
 
     Args:
         x: A sample of the data as the diffusion sees it, a thousand images or more; scale matters.
         labels: Conditions, as for `assign_noise`. With several columns, the leak of their combination is measured.
-        batch_sizes: Batch sizes to try; those above the number of images are left out.
-        k: Candidates for nearest-of-k selection, whose statistics do not depend on the batch size.
-        num_pairs: Pairs of image and noise behind each number. The leak's standard error falls with its root.
-        solver: As for `assign_noise`.
+        batch_sizes: Batch sizes that are tried; those above the number of images are left out.
+        k: Number of candidates of nearest-of-k selection, whose statistics do not depend on the batch size.
+        num_pairs: Number of pairs of image and noise behind each figure. The leak's standard error falls with its root.
+        solver: Exact solver, as for `assign_noise`.
         generator: Source of batches and noise, on the CPU.
 
     Raises:
-        ValueError: If there are fewer than two images, or a bad input that `assign_noise` names.
+        ValueError: There are fewer than two images, or `assign_noise` refuses an input.
+
+    Example:
+        >>> import torch
+        >>> labels = torch.arange(200) % 2
+        >>> x = torch.randn(200, 1, 4, 4) + 2 * labels.view(-1, 1, 1, 1)
+        >>> diagnosis = diagnose(x, labels=labels, batch_sizes=[50], num_pairs=400)
+        >>> diagnosis.recommendation.coupling.name
+        'half'
     """
     check_images(x)
     sizes = sorted({size for size in batch_sizes if 2 <= size <= len(x)}) or [len(x)]
@@ -89,13 +101,36 @@ def diagnose(
     classes = None if labels is None else label_table(labels, len(x)).cpu().unique(dim=0, return_inverse=True)[1]
     direction = main_direction(x)
 
-    def measure(pairing: Pairing, batch_size: int) -> PairingStatistics:
-        return _measure(pairing, x, classes, direction, batch_size, num_pairs, k, solver, generator)
+    def measure(coupling: Kind, batch_size: int) -> CouplingStatistics:
+        sums, features, seen = torch.zeros(6, dtype=torch.float64), [], []
+        for index in _batches(len(x), batch_size, num_pairs, generator):
+            images = x[index.to(x.device)]
+            met = noise = draw_noise(images, generator)
+            if coupling == "nearest":
+                met = select_noise(images, k, generator=generator)
+            elif coupling != "independent":
+                within = classes[index] if coupling == "blocks" and classes is not None else None
+                met = assign_noise(images, noise, labels=within, solver=solver)
+            sums += _row_sums(images, noise, met, direction)
+            if classes is not None:
+                features.append(pool_noise(met).cpu())
+                seen.append(classes[index])
+        count, before, after, tilt, energy, along = sums.tolist()
+        return CouplingStatistics(
+            coupling=coupling,
+            batch_size=batch_size,
+            reduction=1 - after / before,
+            tilt=tilt / count,
+            norm_ratio=energy / count / direction.numel(),
+            main_direction_variance=along / count,
+            num_pairs=int(count),
+            leak=_leak(features, seen),
+        )
 
-    pairings: tuple[Pairing, ...] = ("assignment",) if classes is None else ("assignment", "blocks")
+    assignments: tuple[Kind, ...] = ("assignment",) if classes is None else ("assignment", "blocks")
     statistics = (
         measure("independent", sizes[-1]),
-        *(measure(pairing, size) for pairing in pairings for size in sizes),
+        *(measure(coupling, size) for coupling in assignments for size in sizes),
         measure("nearest", sizes[-1]),
     )
     return Diagnosis(statistics, recommend(statistics))
@@ -110,9 +145,9 @@ def main_direction(x: Float[Tensor, "n *data"], *, iterations: int = 30) -> Floa
     return basis @ torch.linalg.svd(centred @ basis, full_matrices=False).Vh[0]
 
 
-def recommend(statistics: Sequence[PairingStatistics]) -> Recommendation:
-    """Returns the way of pairing that the measurements speak for."""
-    best = {s.pairing: s for s in sorted(statistics, key=lambda s: s.batch_size)}
+def recommend(statistics: Sequence[CouplingStatistics]) -> Recommendation:
+    """Returns the coupling that the measurements speak for; it respects labels where there are any."""
+    best = {s.coupling: s for s in sorted(statistics, key=lambda s: s.batch_size)}
     free, within = best["assignment"], best.get("blocks")
     chosen, why = free, "no labels were given, so rows may exchange noise freely"
     if within is not None:
@@ -128,63 +163,22 @@ def recommend(statistics: Sequence[PairingStatistics]) -> Recommendation:
             why = "no leak was measured, and staying within labels is exact whatever the probe misses"
     if chosen.reduction < 0.002:
         return Recommendation(
-            "independent",
-            0.0,
+            Coupling("vanilla"),
             f"{why}; but distances fall by only {chosen.reduction:.2%} at batch size {chosen.batch_size}: "
             "too little to expect an effect. Larger batches, or batches of few labels, give the assignment more choice",
         )
     if chosen.reduction > 0.05:
         return Recommendation(
-            chosen.pairing,
-            0.5,
+            Coupling("assignment", strength=0.5),
             f"{why}; distances fall by {chosen.reduction:.1%}, which is large: in so few dimensions full strength "
             "helps sampling in few steps and hurts it in many, half strength did not",
         )
-    return Recommendation(chosen.pairing, 1.0, f"{why}; distances fall by {chosen.reduction:.2%}")
+    return Recommendation(Coupling("assignment"), f"{why}; distances fall by {chosen.reduction:.2%}")
 
 
-def _measure(
-    pairing: Pairing,
-    x: Tensor,
-    classes: Tensor | None,
-    direction: Tensor,
-    batch_size: int,
-    num_pairs: int,
-    k: int,
-    solver: Solver,
-    generator: torch.Generator | None,
-) -> PairingStatistics:
-    sums, features, seen = torch.zeros(6, dtype=torch.float64), [], []
-    for index in _batches(len(x), batch_size, num_pairs, generator):
-        images = x[index.to(x.device)]
-        noise = draw_noise(images, generator)
-        if pairing == "nearest":
-            paired = select_noise(images, k, generator=generator)
-        elif pairing == "independent":
-            paired = noise
-        else:
-            labels = classes[index] if pairing == "blocks" and classes is not None else None
-            paired = assign_noise(images, noise, labels=labels, solver=solver)
-        sums += _row_sums(images, noise, paired, direction)
-        if classes is not None:
-            features.append(pool_noise(paired).cpu())
-            seen.append(classes[index])
-    count, before, after, tilt, energy, along = sums.tolist()
-    return PairingStatistics(
-        pairing=pairing,
-        batch_size=batch_size,
-        reduction=1 - after / before,
-        tilt=tilt / count,
-        norm_ratio=energy / count / direction.numel(),
-        main_direction_variance=along / count,
-        num_pairs=int(count),
-        leak=_leak(features, seen),
-    )
-
-
-def _row_sums(images: Tensor, noise: Tensor, paired: Tensor, direction: Tensor) -> Tensor:
+def _row_sums(images: Tensor, noise: Tensor, met: Tensor, direction: Tensor) -> Tensor:
     """Returns rows, distance before and after, tilt, squared norm and squared main coordinate, summed."""
-    x, n, p = (t.reshape(len(t), -1).float() for t in (images, noise, paired))
+    x, n, p = (t.reshape(len(t), -1).float() for t in (images, noise, met))
     norms = torch.linalg.vector_norm(x, dim=1).clamp_min(torch.finfo(torch.float32).tiny)
     rows = torch.stack(
         [

@@ -1,4 +1,4 @@
-"""What an assignment did, computed when it is asked for."""
+"""What an assignment did: distances before and after, and a bound on how far it is from the optimum."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,6 +10,9 @@ from torch import Tensor
 from .cost import Cost
 from .solvers import dual_gap
 
+SolvedBlock = tuple[np.ndarray, np.ndarray]  # n x n and n, where n differs between blocks
+"""Costs of a block, up to row and column constants, and the column of each of its rows."""
+
 
 @dataclass(frozen=True, eq=False)
 class AssignmentInfo:
@@ -17,6 +20,13 @@ class AssignmentInfo:
 
     Reading a number waits for the device and may compute; making the object does neither. It keeps the solved costs,
     four bytes per pair of rows, so let it go after reading.
+
+    Example:
+        >>> import torch
+        >>> from immiscible_noise import assign_noise
+        >>> _, info = assign_noise(torch.randn(32, 6), torch.randn(32, 6), return_info=True)
+        >>> 0 < info.reduction < 1, info.gap_bound < 1e-6
+        (True, True)
     """
 
     permutation: Int[Tensor, "b"]
@@ -28,7 +38,7 @@ class AssignmentInfo:
     """Milliseconds of host time for the whole call, the wait for the device included."""
     pair_costs_before: Float[Tensor, "b"] = field(repr=False)
     pair_costs_after: Float[Tensor, "b"] = field(repr=False)
-    solved: tuple[tuple[np.ndarray, np.ndarray], ...] = field(repr=False)
+    solved: tuple[SolvedBlock, ...] = field(repr=False)
     """Costs and columns of each block; they add up to the pair costs except for row and column constants."""
 
     @cached_property

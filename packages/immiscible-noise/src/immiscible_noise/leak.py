@@ -1,4 +1,4 @@
-"""How much a class shows in the noise that its images were paired with."""
+"""How much a class shows in the noise that its images meet."""
 
 import math
 from dataclasses import dataclass
@@ -46,12 +46,19 @@ def class_leak(features: Float[Tensor, "b features"], labels: Int[Tensor, "b"], 
     The discriminant has one ridge-regularised covariance and equal class priors, all in closed form.
 
     Args:
-        features: Noise, pooled by `pool_noise` or not.
-        labels: Classes, any integers; the rows should be in random order.
-        folds: Parts of the cross-validation. Classes with fewer samples are left out.
+        features: Noise, pooled by `pool_noise` or only flattened.
+        labels: Classes as any integers; the rows should be in random order.
+        folds: Number of parts of the cross-validation. Classes with fewer samples are left out.
 
     Raises:
-        ValueError: If fewer than two classes have ``folds`` samples.
+        ValueError: Fewer than two classes have ``folds`` samples.
+
+    Example:
+        >>> import torch
+        >>> labels = torch.arange(400) % 2
+        >>> noise = torch.randn(400, 6) + labels[:, None]
+        >>> class_leak(noise, labels).exceeds_chance
+        True
     """
     values, counts = labels.unique(return_counts=True)
     kept = values[counts >= folds]

@@ -1,8 +1,12 @@
 """Select noise near each image out of k candidates: no solver, no communication, works at batch size one.
 
-Y. Li et al., "Improved Immiscible Diffusion: Accelerate Diffusion Training by Reducing Its Miscibility", 2025.
-Selection discards noise, so that what remains is not exactly Gaussian: the published score prefers short noise, both
-scores widen it along the data's main directions. Prefer `assign_noise` where a batch can be looked at.
+For each image x, `select_noise` draws n_1 … n_k ~ N(0, I) and keeps the one of least ``|x - n_j|``, or of largest inner
+product ``<x, n_j>``. Selection discards noise, so that what remains is not exactly Gaussian: the published score
+prefers short noise, both scores widen it along the data's main directions. Prefer `assign_noise` where a batch has
+several images.
+
+References:
+    Y. Li et al., "Improved Immiscible Diffusion: Accelerate Diffusion Training by Reducing Its Miscibility", 2025.
 """
 
 from typing import Literal
@@ -11,8 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .draw import draw_noise
-from .validate import check_choice, check_images, non_finite_message
+from .batch import check_choice, check_images, draw_noise, non_finite_message
 
 Score = Literal["l2", "inner"]
 
@@ -30,16 +33,23 @@ def select_noise(
     ``k=1`` is an ordinary draw bit for bit.
 
     Args:
-        x: Clean batch, any floating type, at least one row.
-        k: Candidates per image. The paper uses 4 for flow matching and 8 for DDIM on CIFAR-10, 64 for latents of
-            Stable Diffusion.
+        x: Clean batch of any floating type, with at least one row.
+        k: Number of candidates per image, at least 1. The paper uses 4 for flow matching and 8 for DDIM on CIFAR-10,
+            64 for latents of Stable Diffusion.
         score: "l2" keeps the nearest, as published; "inner" keeps the largest inner product, which leaves the noise's
             mean square norm nearly right.
-        generator: Source of the noise; may live on another device than ``x``.
+        generator: Source of the noise; it may live on another device than ``x``.
 
     Raises:
         ValueError: For integer types, an empty batch, k below 1, an unknown score, and, on the CPU only (it would
             make an accelerator wait), images with NaN or infinity.
+
+    Example:
+        >>> import torch
+        >>> x = torch.randn(1, 4, 16, 16)
+        >>> noise = select_noise(x, k=64, generator=torch.Generator().manual_seed(0))
+        >>> bool((x * noise).sum() > 0)  # it lies on the image's side of noise space
+        True
     """
     check_images(x)
     check_choice("score", score, Score)

@@ -32,7 +32,7 @@ def solve_sparse(costs: Float[np.ndarray, "n n"]) -> Int[np.ndarray, "n"] | None
     """Returns the column of each row in a permutation of least total cost; None where no proof was found.
 
     Args:
-        costs: Finite, in float32.
+        costs: Finite numbers in float32, of each row with each column.
     """
     n, table = len(costs), torch.from_numpy(costs)
     largest = float(table.abs().max())

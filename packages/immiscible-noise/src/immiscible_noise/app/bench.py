@@ -17,52 +17,41 @@ from torch import Tensor
 
 from diffcore.bench import Case
 from immiscible_noise.assign import assign_noise
-from immiscible_noise.cost import Cost, Precision, pair_costs
+from immiscible_noise.cost import Cost, pair_costs
 from immiscible_noise.select import select_noise
 from immiscible_noise.solvers import Solver, has_lapx
 
 Images = Float[Tensor, "b channels height width"]
 
 
-def cases(*, smoke: bool = False, images: Images | None = None) -> list[Case]:
+def cases(*, smoke: bool = False) -> list[Case]:
     """Returns the benchmark of this package.
 
     Args:
-        smoke: Tiny sizes, for a check of agreement only.
-        images: At least 1024 images of unit variance to use in place of synthetic ones, where the shape is free.
+        smoke: Whether sizes are tiny, for a check of agreement only.
     """
-    pixels = partial(_pair, shape=(3, 8, 8) if smoke else (3, 32, 32), images=images)
+    pixels = partial(_pair, shape=(3, 8, 8) if smoke else (3, 32, 32))
     latents = partial(_pair, shape=(4, 8, 8) if smoke else (4, 64, 64))
     small, large = (16, 32) if smoke else (256, 1024)
+    large_pixels, same = pixels(large), partial(_assignment, same_cost=True)
     result = [
-        *(
-            _assignment("assign, against the authors' way", pixels(size), authors_assignment, goal=50.0)
-            for size in (small, large)
-        ),
+        _assignment("assign, against the authors' way", pixels(small), authors_assignment, goal=50.0),
+        _assignment("assign, against the authors' way", large_pixels, authors_assignment, goal=50.0),
         _assignment("peak memory to assign, authors' way", latents(small), authors_assignment, memory=20),
-        _assignment("assign, against cdist and scipy", pixels(large), cdist_assignment, goal=1.7),
-        _assignment(
-            "assign by the published cost, against cdist and scipy",
-            pixels(large),
-            cdist_assignment,
-            cost="l2",
-            same_cost=True,
-        ),
-        _rounded(pixels(large)),
+        _assignment("assign, against cdist and scipy", large_pixels, cdist_assignment, goal=1.7),
+        same("assign by the published cost, against cdist and scipy", large_pixels, cdist_assignment, cost="l2"),
+        _rounded(large_pixels),
         _selection(pixels(max(small, 64)), k=4),
         _selection(latents(32), k=64, memory=8),
     ]
     with_torchcfm = importlib.util.find_spec("torchcfm") is not None
     if with_torchcfm:
-        result.append(
-            _assignment("assign, against torchcfm", pixels(large), torchcfm_assignment, same_cost=True, goal=2.5)
-        )
+        result.append(same("assign, against torchcfm", large_pixels, torchcfm_assignment, goal=2.5))
     if has_lapx():
-        lapx = partial(_assignment, solver="lapx")
-        result.append(lapx("assign with lapx, against cdist and scipy", pixels(large), cdist_assignment, goal=2.5))
+        same, plain = partial(same, solver="lapx"), partial(_assignment, solver="lapx")
+        result.append(plain("assign with lapx, against cdist and scipy", large_pixels, cdist_assignment, goal=2.5))
         if with_torchcfm:
-            name = "assign with lapx, against torchcfm"
-            result.append(lapx(name, pixels(large), torchcfm_assignment, same_cost=True, goal=4.0))
+            result.append(same("assign with lapx, against torchcfm", large_pixels, torchcfm_assignment, goal=4.0))
     return result
 
 
@@ -109,9 +98,8 @@ def authors_selection(x: Images, *, k: int, seed: int) -> Images:
     return noise[torch.arange(len(x)), distances.argmin(1)]
 
 
-def _pair(size: int, shape: tuple[int, int, int], images: Images | None = None) -> tuple[Images, Images]:
-    x = synthetic_images(size, shape) if images is None else images[:size]
-    return x, torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+def _pair(size: int, shape: tuple[int, int, int]) -> tuple[Images, Images]:
+    return synthetic_images(size, shape), torch.randn(size, *shape, generator=torch.Generator().manual_seed(1))
 
 
 def _assignment(
@@ -148,7 +136,8 @@ def _rounded(pair: tuple[Images, Images]) -> Case:
     """Returns the case of bfloat16 costs against float32 costs, with a bound on the gain that rounding loses."""
     x, noise = pair
     assign = partial(assign_noise, x, noise, solver="scipy")
-    lost = gain_lost(x, noise, precision="bfloat16")
+    independent, exact, rounded = (_total(x, met, "sq") for met in (noise, assign(), assign(precision="bfloat16")))
+    lost = (rounded - exact) / (independent - exact)
     bound = next((bound for bound in (0.0001, 0.001, 0.01) if lost < bound), 1.0)
     return Case(
         "assign with bfloat16 costs, against float32",
@@ -157,12 +146,6 @@ def _rounded(pair: tuple[Images, Images]) -> Case:
         reference=assign,
         agree=lambda ours, theirs: bound < 0.01 and _total(x, ours, "sq") <= _total(x, theirs, "sq") * (1 + 1e-3),
     )
-
-
-def gain_lost(x: Images, noise: Images, *, precision: Precision) -> float:
-    """Returns which share of the optimum's fall in squared distance a lower precision of the costs gives up."""
-    exact, rounded = (_total(x, assign_noise(x, noise, precision=p), "sq") for p in ("float32", precision))
-    return (rounded - exact) / (_total(x, noise, "sq") - exact)
 
 
 def _selection(pair: tuple[Images, Images], *, k: int, memory: float | None = None) -> Case:

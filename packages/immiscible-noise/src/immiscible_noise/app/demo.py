@@ -1,22 +1,24 @@
-"""The two-minute tour: real handwritten digits, three arms, and what labels change."""
+"""The two-minute tour: real handwritten digits, three couplings, and what labels change."""
 
 import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from diffcore.data import ImageSet
 from diffcore.run import Run
 from diffcore.runtime import Runtime
 from immiscible_noise.app.report import write_page
-from immiscible_noise.classifier import TrainedClassifier
-from immiscible_noise.compare import Comparison, compare, shared_classifier
-from immiscible_noise.diagnosis import diagnose_images
-from immiscible_noise.digits import digits_inputs, load_digits
-from immiscible_noise.settings import PRESETS, EvaluationSettings, TrainSettings
+from immiscible_noise.coupling import PRESETS, Preset
+from immiscible_noise.study.classifier import TrainedClassifier, shared_classifier
+from immiscible_noise.study.compare import Comparison, compare
+from immiscible_noise.study.diagnosis import diagnose_images
+from immiscible_noise.study.digits import load_digits
+from immiscible_noise.study.settings import EvaluationSettings, TrainSettings
 
 LARGEST_RATIO = 0.75
 LEAST_ACCURACY = 0.98
@@ -32,81 +34,58 @@ SETTINGS = TrainSettings(
 )
 
 
-@dataclass(frozen=True)
-class Study:
-    """One half of the demo: what a worker process needs to know of it.
-
-    Attributes:
-        folder: Of its run.
-        arms: Names of presets; all start from seed 0.
-        settings: Of every training.
-        classifier: Gives the features.
-    """
-
-    folder: Path
-    arms: tuple[str, ...]
-    settings: TrainSettings
-    classifier: TrainedClassifier
-
-    def run(self) -> Comparison:
-        """Trains and measures the arms; what is already there is not done again."""
-        torch.set_num_threads(1)
-        warnings.filterwarnings("ignore", message="condition='ignore'")  # what it warns of is what the demo shows
-        images = load_digits()
-        inputs = digits_inputs(images)
-        config = {"arms": self.arms, "steps": self.settings.steps}
-        with Run.open(self.folder, command="immiscible-noise compare", config=config, inputs=inputs) as run:
-            done = compare(
-                images,
-                inputs,
-                run,
-                [PRESETS[arm] for arm in self.arms],
-                [0],
-                self.settings,
-                EvaluationSettings(num_samples=2000),
-                Runtime(device="cpu"),
-                classifier=self.classifier,
-            )
-            run.finish(done.summary())
-        return done
-
-
-def run_demo(out: Path, *, full: bool = False) -> dict[str, Any]:
-    """Trains and measures on the digits; returns the result, which `result.json` repeats.
+def study(folder: Path, names: list[Preset], settings: TrainSettings, classifier: TrainedClassifier) -> Comparison:
+    """Trains and measures one half of the demo in a process of its own; what is already there is not done again.
 
     Args:
-        out: Run folder; a finished demo is only read.
+        folder: Run folder of the half.
+        names: Couplings that are compared; all trainings start from seed 0.
+        settings: Settings that all trainings share.
+        classifier: Network that gives the features.
+    """
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="condition='ignore'")  # what it warns of is what the demo shows
+    images, runtime, evaluation = load_digits(), Runtime(device="cpu"), EvaluationSettings(num_samples=2000)
+    inputs, config = {"digits": images.sha256}, {"couplings": names, "steps": settings.steps}
+    with Run.open(folder, command="immiscible-noise compare", config=config, inputs=inputs) as run:
+        couplings = [PRESETS[name] for name in names]
+        done = compare(images, inputs, run, couplings, [0], settings, evaluation, runtime, classifier=classifier)
+        run.finish(done.summary())
+    return done
+
+
+def tour(images: ImageSet, run: Run, *, full: bool) -> dict[str, Any]:
+    """Trains and measures on the digits, and returns the figures of the demo.
+
+    Args:
+        images: The handwritten digits, with labels.
+        run: Run folder of the demo; the first pictures are there within half a minute.
         full: Train twice as long, as the benchmark does.
     """
     # One thread each: the networks are too small to share, and the two halves below run at the same time.
     torch.set_num_threads(1)
-    images = load_digits()
-    inputs = digits_inputs(images)
-    with Run.open(out, command="immiscible-noise demo", config={"full": full, "seed": 0}, inputs=inputs) as run:
-        if run.finished:
-            return run.result
-        diagnosis = diagnose_images(images, run, (64, 256, 1024), 4, "standard", seed=0)
-        print(f"first pictures: {write_page(run)}", file=sys.stderr, flush=True)
-        classifier = shared_classifier(images, run, Runtime(device="cpu"))
-        assert classifier is not None  # the digits are labelled
-        settings = replace(SETTINGS, steps=2 * SETTINGS.steps) if full else SETTINGS
-        labelled = replace(settings, class_conditional=True)
-        studies = [
-            Study(out / "unconditional", ("vanilla", "assignment", "half"), settings, classifier),
-            Study(out / "conditional", ("assignment", "ignore"), labelled, classifier),
+    diagnosis = diagnose_images(images, run, (64, 256, 1024), 4, "standard", seed=0)
+    print(f"first pictures: {write_page(run)}", file=sys.stderr, flush=True)
+    classifier = shared_classifier(images, run, Runtime(device="cpu"))
+    assert classifier is not None  # the digits are labelled
+    settings = replace(SETTINGS, steps=2 * SETTINGS.steps) if full else SETTINGS
+    halves: list[tuple[str, bool, list[Preset]]] = [
+        ("unconditional", False, ["vanilla", "assignment", "half"]),
+        ("conditional", True, ["assignment", "ignore"]),
+    ]
+    with ProcessPoolExecutor(len(halves)) as pool:
+        running = [
+            pool.submit(study, run.folder / name, names, replace(settings, class_conditional=conditional), classifier)
+            for name, conditional, names in halves
         ]
-        with ProcessPoolExecutor(len(studies)) as pool:
-            free, conditional = pool.map(Study.run, studies)
-        result = summarise(free, conditional, diagnosis)
-        run.finish(result)
-        write_page(run)
-        return result
+        free, conditional = (half.result() for half in running)
+    return summarise(free, conditional, diagnosis)
 
 
 def summarise(free: Comparison, conditional: Comparison, diagnosis: dict[str, Any]) -> dict[str, Any]:
     """Returns the figures of the demo and whether the effect was there."""
     ratio, _ = free.ratio("assignment", 5)
-    within, ignored = (conditional.final(arm, 5)[0] for arm in ("assignment", "ignore"))
+    within, ignored = (conditional.final(name, 5)[0] for name in ("assignment", "ignore"))
     passed = ratio <= LARGEST_RATIO and (within.accuracy or 0) > LEAST_ACCURACY
     return {
         "passed": passed,

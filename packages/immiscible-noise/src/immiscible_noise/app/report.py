@@ -2,16 +2,20 @@
 
 import json
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
+from diffcore.errors import CorruptArtifactError, printable
 from diffcore.io import artifact
 from diffcore.report import Report, Series, bar_with_interval, histogram, image_grid, lines_with_band
 from diffcore.run import Run
-from immiscible_noise.compare import Comparison
+from immiscible_noise.study.compare import Comparison
+from immiscible_noise.study.train import read_recipe
 
 _NAMES = {
     "vanilla": "vanilla",
@@ -27,11 +31,18 @@ _COLUMNS = {
     "leak_error": "± leak",
     "frechet": "Fréchet distance",
 }
+_TITLES = {
+    "demo": "Immiscible noise on handwritten digits",
+    "compare": "Couplings compared",
+    "evaluate": "A trained model, measured",
+    "diagnose": "What assigning noise would do to these images",
+    "train": "A training run",
+}
 _GRID_COLUMNS = 12
 _CONDITIONS = {"assignment": "Labels respected", "ignore": "Labels ignored", "vanilla": "No assignment"}
 _MAY = (
-    "Where the curves of one number of solver steps separate by more than their bands, the arms differ on these data, "
-    "with this network and objective.",
+    "Where the curves of one number of solver steps separate by more than their bands, the couplings differ on these "
+    "data, with this network and objective.",
     "The gain belongs to deterministic sampling in few steps. At many steps full assignment is often equal or worse; "
     "strength 0.5 kept most of the gain and lost nothing in our measurements on small images.",
 )
@@ -48,91 +59,63 @@ _MAY_NOT = (
 
 def write_page(run: Run) -> Path:
     """Writes `report.html` and its figures from the parts of a run, whichever there are."""
-    if str(run.record["command"]).endswith(" demo"):
-        return _write_demo_page(run)
-    report = Report(_title(run), run)
-    compared, diagnosed, trained = (_has(run.folder, part) for part in ("comparison", "diagnosis", "recipe"))
+    verb = str(run.record["command"]).split()[-1]
+    report = Report(_TITLES.get(verb, "Immiscible noise"), run)
+    demo = verb == "demo"
+    free, conditional = (run.folder / "unconditional", run.folder / "conditional") if demo else (run.folder, run.folder)
+    compared = _has(free, "comparison") and _has(conditional, "comparison")
     if compared:
-        _add_comparison(report, run, run.folder)
-    if diagnosed:
+        _add_comparison(report, run, free)
+    if compared and demo:
+        study = Comparison.load(conditional)
+        report.section("With labels as the condition").text(_condition_sentence(study))
+        _add_samples(report, study, conditional)
+    if _has(run.folder, "diagnosis"):
         _add_diagnosis(report, run, answers=not compared)
-    if trained:
+    if _has(run.folder, "recipe"):
         _add_training(report, run)
     if run.record["status"] not in ("finished", "running"):
         report.answer(f"This run is not finished ({run.record['status']}): type its command again.")
     if compared:
-        _add_conclusions(report)
+        report.section("What may be concluded").points(*_MAY)
+        report.section("What may not").points(*_MAY_NOT)
     return report.save(run.folder / "report.html")
 
 
-def _write_demo_page(run: Run) -> Path:
-    """Writes the demo's report; while its studies are not finished, it shows the diagnosis alone."""
-    report = Report(_title(run), run)
-    free, conditional = run.folder / "unconditional", run.folder / "conditional"
-    compared = _has(free, "comparison") and _has(conditional, "comparison")
-    if compared:
-        _add_comparison(report, run, free)
-        study = Comparison.load(conditional)
-        report.section("With labels as the condition")
-        report.text(_condition_sentence(study))
-        _add_samples(report, study, conditional)
-    _add_diagnosis(report, run, answers=not compared)
-    if compared:
-        _add_conclusions(report)
-    return report.save(run.folder / "report.html")
-
-
-def curves(study: Comparison, run: Run, name: str = "curves") -> Path:
-    """Draws the distance over the training images seen: a colour per arm, a dash per number of solver steps."""
+def _curves(study: Comparison) -> Figure:
+    """Draws the distance over the training images seen: a colour per coupling, a dash per number of solver steps."""
     series = []
-    for place, arm in enumerate(study.arms()):
-        for dash, steps in enumerate(study.sampling_steps()):
-            scores = [s for s in study.scores if s.arm == arm and s.sampling_steps == steps]
-            seen = sorted({s.samples_seen for s in scores})
-            seeds = sorted({s.seed for s in scores})
-            values = [[_at(scores, seed, n) for n in seen] for seed in seeds]
-            # One legend entry per colour and one per dash; a leading underscore keeps the rest out.
-            named = _NAMES.get(arm, arm) if dash == 0 else f"{steps} steps" if place == 0 else "_"
-            label = f"{named}, {steps} steps" if place == dash == 0 else named
-            series.append(Series.over_seeds(label, seen, values, color=place, dash=dash))
-    figure = lines_with_band(series, x_label="training images seen", y_label="Fréchet distance", log_x=True, log_y=True)
-    return run.figure(name, figure)
+    for (place, coupling), (dash, steps) in product(enumerate(study.couplings()), enumerate(study.sampling_steps())):
+        frechet = {
+            (s.seed, s.samples_seen): s.frechet
+            for s in study.scores
+            if s.coupling == coupling and s.sampling_steps == steps
+        }
+        seeds, seen = (sorted(set(values)) for values in zip(*frechet, strict=True))
+        values = [[frechet[seed, n] for n in seen] for seed in seeds]
+        # One legend entry per colour and one per dash; a leading underscore keeps the rest out.
+        named = _NAMES.get(coupling, coupling) if dash == 0 else f"{steps} steps" if place == 0 else "_"
+        label = f"{named}, {steps} steps" if place == dash == 0 else named
+        series.append(Series.over_seeds(label, seen, values, color=place, dash=dash))
+    return lines_with_band(series, x_label="training images seen", y_label="Fréchet distance", log_x=True, log_y=True)
 
 
-def final_bars(study: Comparison, run: Run, name: str = "final") -> Path:
+def _final_bars(study: Comparison) -> Figure:
     """Draws the distances after the last training step, with the range over the seeds."""
-    labels, values, low, high, colors = [], [], [], [], []
-    for steps in study.sampling_steps():
-        for place, arm in enumerate(study.arms()):
-            distances = [s.frechet for s in study.final(arm, steps)]
-            labels.append(f"{steps} steps, {_NAMES.get(arm, arm)}")
-            values.append(sum(distances) / len(distances))
-            low.append(min(distances))
-            high.append(max(distances))
-            colors.append(place)
-    figure = bar_with_interval(
+    bars = [
+        (f"{steps} steps, {_NAMES.get(coupling, coupling)}", [s.frechet for s in study.final(coupling, steps)], place)
+        for steps in study.sampling_steps()
+        for place, coupling in enumerate(study.couplings())
+    ]
+    labels, distances, colors = zip(*bars, strict=True)
+    return bar_with_interval(
         labels,
-        values,
-        low,
-        high,
+        *([statistic(values) for values in distances] for statistic in (mean, min, max)),
         x_label="Fréchet distance, lower is better",
         reference=study.floor,
         reference_label="real against real",
         colors=colors,
     )
-    return run.figure(name, figure)
-
-
-def _title(run: Run) -> str:
-    verb = str(run.record["command"]).split()[-1]
-    titles = {
-        "demo": "Immiscible noise on handwritten digits",
-        "compare": "Arms compared",
-        "evaluate": "A trained model, measured",
-        "diagnose": "What assigning noise would do to these images",
-        "train": "A training run",
-    }
-    return titles.get(verb, "Immiscible noise")
 
 
 def _add_comparison(report: Report, run: Run, folder: Path) -> None:
@@ -142,12 +125,12 @@ def _add_comparison(report: Report, run: Run, folder: Path) -> None:
     report.section("Fréchet distance")
     band = f"mean of {seeds} seeds, band from least to greatest" if seeds > 1 else "one seed"
     report.figure(
-        curves(study, run),
-        f"Distance to the real images over the training images seen; {band}. Colours are arms, dashes numbers of "
+        run.figure("curves", _curves(study)),
+        f"Distance to the real images over the training images seen; {band}. Colours are couplings, dashes numbers of "
         f"solver steps. Features: {study.features}.",
     )
     report.figure(
-        final_bars(study, run),
+        run.figure("final", _final_bars(study)),
         f"After the last training step; {band.replace('band', 'whiskers')}. Real against real at {study.floor_size} "
         f"images a side: {study.floor:.2f}.",
     )
@@ -159,29 +142,28 @@ def _add_comparison(report: Report, run: Run, folder: Path) -> None:
 
 def _add_samples(report: Report, study: Comparison, folder: Path) -> None:
     grids = artifact.load(folder / "parts" / "grids")
-    rows = study.arms()
+    rows = study.couplings()
     images = torch.cat([grids.tensors[row][:_GRID_COLUMNS] for row in rows])
     report.images(
         images,
-        f"{grids.fields['sampling_steps']} solver steps; each column starts from the same noise in every arm, "
+        f"{grids.fields['sampling_steps']} solver steps; each column starts from the same noise with every coupling, "
         f"seed {min(s.seed for s in study.scores)}.",
         columns=_GRID_COLUMNS,
         row_labels=[_NAMES.get(row, row) for row in rows],
     )
 
 
-def _add_conclusions(report: Report) -> None:
-    report.section("What may be concluded").points(*_MAY)
-    report.section("What may not").points(*_MAY_NOT)
-
-
 def _add_diagnosis(report: Report, run: Run, *, answers: bool) -> None:
     diagnosis, gallery = run.load("diagnosis").fields, run.load("gallery")
-    recommended = diagnosis["recommendation"]
-    if answers:
-        report.answer(
-            f"Recommended: {recommended['pairing']}, strength {recommended['strength']:g}: {recommended['why']}."
+    if "coupling" not in diagnosis:
+        raise CorruptArtifactError(
+            f"{printable(run.folder, 300)} was written by an earlier version of immiscible-noise; "
+            "give its command again with another --out"
         )
+    if answers:
+        name, labelled = diagnosis["coupling"], any(row["coupling"] == "blocks" for row in diagnosis["rows"])
+        within = ", within labels" if labelled and name != "vanilla" else ""
+        report.answer(f"Recommended: {_NAMES.get(name, name)}{within}: {diagnosis['why']}.")
     report.section("What the assignment does to the noise")
     pictures = gallery.tensors
     averages = torch.cat([pictures["independent"], pictures["assigned"]])
@@ -197,20 +179,20 @@ def _add_diagnosis(report: Report, run: Run, *, answers: bool) -> None:
         f"Images, and the average of {rounds} noises that each met in batches of {gallery.fields['batch_size']}. "
         "Independent noise averages to nothing; assigned noise averages to a trace of its image: that is the tilt.",
     )
-    distances = {name: pictures[f"distances/{name}"] for name in gallery.fields["pairings"]}
+    distances = {name: pictures[f"distances/{name}"] for name in gallery.fields["couplings"]}
     pairs = len(next(iter(distances.values())))
     figure = histogram(distances, x_label="L2 distance between image and noise")
     report.figure(run.figure("distances", figure), f"Distances between image and noise, {pairs:,} pairs each.")
     # Error and chance of the leak stand in the sentence below; the table would not fit on a page with them.
     rows = [{k: v for k, v in row.items() if k not in ("leak_error", "chance")} for row in diagnosis["rows"]]
-    report.table([_readable(row) for row in rows], "By way of pairing and batch size")
+    report.table([_readable(row) for row in rows], "By coupling and batch size")
     report.text(_leak_sentence(diagnosis["rows"]))
 
 
 def _add_training(report: Report, run: Run) -> None:
-    recipe = run.load("recipe").fields
-    settings, arm = recipe["settings"], recipe["arm"]
-    report.answer(f"{settings['steps']:,} steps of {settings['batch_size']} images, noise: {arm['method']}.")
+    recipe = read_recipe(run.folder)
+    steps, batch_size = recipe.settings.steps, recipe.settings.batch_size
+    report.answer(f"{steps:,} steps of {batch_size} images, noise: {recipe.coupling.method}.")
     report.section("Training")
     rows = [json.loads(line) for line in (run.folder / "log.jsonl").read_text("utf-8").splitlines()]
     rows = [row for row in rows if row.get("loss") is not None]
@@ -219,42 +201,36 @@ def _add_training(report: Report, run: Run) -> None:
         figure = lines_with_band([loss], x_label="step", y_label="loss", log_y=True)
         report.figure(
             run.figure("loss", figure),
-            "Training loss of single batches. Losses of different arms cannot be compared: assigned noise is easier to "
-            "predict by construction.",
+            "Training loss of single batches. Losses of different couplings cannot be compared: assigned noise is "
+            "easier to predict by construction.",
         )
     samples = run.folder / "figures" / "samples.png"
     if samples.exists():
-        report.figure(samples, f"Samples of the averaged weights after {recipe['settings']['steps']:,} steps.")
+        report.figure(samples, f"Samples of the averaged weights after {steps:,} steps.")
 
 
 def verdict(study: Comparison) -> str:
     """Returns the answer in a sentence."""
     steps = study.sampling_steps()[0]
-    arms = [arm for arm in study.arms() if arm != "vanilla"]
-    if "vanilla" not in study.arms() or not arms:
-        arm = study.arms()[0]
-        return f"{_NAMES.get(arm, arm)}: Fréchet distance {_mean_final(study, arm, steps):.3g} at {steps} solver steps."
-    vanilla = _mean_final(study, "vanilla", steps)
-    parts = [
-        f"{_NAMES.get(arm, arm)} {_mean_final(study, arm, steps):.3g} ({_ratio(study, arm, steps)})" for arm in arms
-    ]
+    means = {name: mean(s.frechet for s in study.final(name, steps)) for name in study.couplings()}
+    vanilla = means.pop("vanilla", None)
+    if vanilla is None or not means:
+        name = study.couplings()[0]
+        return f"{_NAMES.get(name, name)}: Fréchet distance {vanilla or means[name]:.3g} at {steps} solver steps."
+    parts = [f"{_NAMES.get(name, name)} {value:.3g} ({_ratio(study, name, steps)})" for name, value in means.items()]
     return f"Fréchet distance at {steps} solver steps: vanilla {vanilla:.3g}, {', '.join(parts)}."
 
 
-def _mean_final(study: Comparison, arm: str, steps: int) -> float:
-    return mean(s.frechet for s in study.final(arm, steps))
-
-
-def _ratio(study: Comparison, arm: str, steps: int) -> str:
-    ratio, deviation = study.ratio(arm, steps)
+def _ratio(study: Comparison, coupling: str, steps: int) -> str:
+    ratio, deviation = study.ratio(coupling, steps)
     return f"{ratio:.2f}×" if deviation is None else f"{ratio:.2f} ± {deviation:.2f}×"
 
 
 def _condition_sentence(study: Comparison) -> str:
     told = []
-    for arm in study.arms():
-        score = study.final(arm, study.sampling_steps()[0])[0]
-        told.append(f"{_CONDITIONS.get(arm, arm)}: {score.accuracy or 0:.1%} of the samples show the digit asked for")
+    for name in study.couplings():
+        score = study.final(name, study.sampling_steps()[0])[0]
+        told.append(f"{_CONDITIONS.get(name, name)}: {score.accuracy or 0:.1%} of the samples show the digit asked for")
     return (
         f"{'; '.join(told)} ({study.sampling_steps()[0]} solver steps). Where labels are ignored, the noise of a batch "
         "carries the class in training; in sampling it does not, and the model looks for the class in the wrong place."
@@ -265,10 +241,10 @@ def _leak_sentence(rows: Sequence[dict[str, Any]]) -> str:
     leaks = [row for row in rows if row["leak"] is not None]
     if not leaks:
         return "The images have no labels, so there is no leak to measure."
-    largest = max((row["batch_size"] for row in leaks if row["pairing"] == "assignment"), default=0)
+    largest = max((row["batch_size"] for row in leaks if row["coupling"] == "assignment"), default=0)
     told = []
-    for pairing, name in (("assignment", "labels ignored"), ("blocks", "labels respected")):
-        row = next((r for r in leaks if r["pairing"] == pairing and r["batch_size"] == largest), None)
+    for coupling, name in (("assignment", "labels ignored"), ("blocks", "labels respected")):
+        row = next((r for r in leaks if r["coupling"] == coupling and r["batch_size"] == largest), None)
         if row is not None:
             told.append(f"{name} {row['leak']:.1%} ± {row['leak_error']:.1%}")
     chance = leaks[0]["chance"]
@@ -279,13 +255,9 @@ def _has(folder: Path, part: str) -> bool:
     return (folder / "parts" / f"{part}.json").exists()
 
 
-def _at(scores: Sequence[Any], seed: int, samples_seen: int) -> float:
-    return next(s.frechet for s in scores if s.seed == seed and s.samples_seen == samples_seen)
-
-
 def _readable(row: dict[str, Any]) -> dict[str, Any]:
     return {
-        _COLUMNS.get(name, name.replace("_", " ")): _NAMES.get(value, value) if name == "arm" else value
+        _COLUMNS.get(name, name.replace("_", " ")): _NAMES.get(value, value) if name == "coupling" else value
         for name, value in row.items()
         if value is not None
     }

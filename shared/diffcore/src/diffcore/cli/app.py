@@ -114,6 +114,7 @@ def main(app: App, tokens: Sequence[str] | None = None) -> int:
     _set_logging(lambda message: with_flags(message, app, tokens))
     with _termination_raises():
         try:
+            _check_options(app, tokens)
             code = app(tokens)
             code = code if isinstance(code, int) else 0
         except BaseException as error:
@@ -254,6 +255,14 @@ def _termination_raises() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _check_options(app: App, tokens: Sequence[str]) -> None:
+    """Parses the command line once for its errors: settings refuse a value with the ValueError of any library."""
+    try:
+        app.parse_args(tokens)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def with_flags(message: str, app: App, tokens: Sequence[str]) -> str:

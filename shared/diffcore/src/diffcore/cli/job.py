@@ -38,7 +38,7 @@ class Job:
         self,
         compute: "Callable[[Run, RunMap], Mapping[str, Any]]",
         *,
-        plan: Mapping[str, Any],
+        plan: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
         report: "Callable[[Run], Any] | None" = None,
         passed: Callable[[Mapping[str, Any]], bool] | None = None,
         shown: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
@@ -50,13 +50,13 @@ class Job:
 
         Args:
             compute: Does the work and returns the summary; the map that it is given resumes and shares items.
-            plan: Facts about what would be done, for `dry_run`.
+            plan: Facts about what would be done, for `dry_run`; a function where they take work to find out.
             report: Writes the report from the folder of a finished run.
             passed: Says from the summary whether the command's check passed; without it there is none.
             shown: Makes of the summary what is printed for people; all of it without.
         """
         if self.output.dry_run:
-            emit({**plan, "writes": self.folder}, self.output.json)
+            emit({**(plan() if callable(plan) else plan), "writes": self.folder}, self.output.json)
             return 0
         from diffcore.run import Run, RunMap
 

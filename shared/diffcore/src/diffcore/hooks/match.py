@@ -91,14 +91,10 @@ def resolve(model: nn.Module, wanted: str | Site | Iterable[str | Site]) -> list
         ValueError: Nothing is wanted, or two sites have one name.
     """
     found: dict[str, tuple[Site, nn.Module]] = {}
-    known = {name: module for name, module in modules_of(model).items() if not _is_container(module)}
     for item in [wanted] if isinstance(wanted, str | Site) else wanted:
         exact = isinstance(item, Site)
         name = item.module if exact else item
-        if name in known:  # searching for each of many sites would take longer than a forward pass
-            modules = {name: known[name]}
-        else:
-            modules = find(model, glob.escape(name) if exact else name, lambda _: True, "module")
+        modules = _named(model, name) or find(model, glob.escape(name) if exact else name, lambda _: True, "module")
         for name, module in modules.items():
             site = item if exact else Site(name)
             # Overlapping patterns find a module twice; two different sites must not share a name.
@@ -107,6 +103,15 @@ def resolve(model: nn.Module, wanted: str | Site | Iterable[str | Site]) -> list
     if not found:
         raise ValueError("no pattern and no site was given")
     return list(found.values())
+
+
+def _named(model: nn.Module, name: str) -> dict[str, nn.Module]:
+    """Returns the module of exactly this name; searching for each of many takes longer than a forward pass."""
+    try:
+        module = model.get_submodule(name) if name else None
+    except AttributeError:  # a pattern, or a name inside a wrapper
+        return {}
+    return {} if module is None or _is_container(module) or type(module).__name__ in _WRAPPERS else {name: module}
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:

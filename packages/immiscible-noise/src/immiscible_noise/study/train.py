@@ -1,4 +1,4 @@
-"""Trains one model on images with one arm, into a run folder that can be resumed."""
+"""Trains one model on images with one coupling of noise and images, into a run folder that can be resumed."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from diffcore.data import ImageSet
 from diffcore.denoiser import NetworkDenoiser, sample
 from diffcore.errors import MachineError, UserError, printable
 from diffcore.io import artifact
-from diffcore.noise import row_noise
+from diffcore.noise import mix_seed, row_noise
 from diffcore.run import Run
 from diffcore.runtime import Runtime
 from diffcore.train import (
@@ -30,12 +30,14 @@ from diffcore.train import (
     iterations_done,
     snapshot_key,
 )
-from immiscible_noise.build import build_denoiser
-from immiscible_noise.couple import pair_noise_for
-from immiscible_noise.settings import Arm, TrainSettings
+from immiscible_noise.coupling import Coupling
+from immiscible_noise.study.network import build_denoiser
+from immiscible_noise.study.settings import TrainSettings
 
 _LOG = logging.getLogger("diffcore.immiscible_noise")
-_GRID_STREAM = 103
+# Streams of the run's seed, apart from those of the trainer: which rows are assigned, candidates, and samples.
+_STREAMS = {"vanilla": 0, "assignment": 101, "knn": 102}
+_GRID_STREAM, _SAMPLING_STREAM = 103, 104
 
 
 @dataclass(frozen=True)
@@ -67,16 +69,16 @@ class Recipe:
     """All that is needed to build a trained model again around its weights.
 
     Attributes:
-        arm: How noise met images.
+        coupling: How noise met images.
         settings: Objective, network and the rest, with `network` resolved.
-        scale: From pixels to model space.
-        shape: Channels, height, width.
+        scale: Map from pixels to model space.
+        shape: Channels, height and width of one image.
         num_classes: Number of labels of a class-conditional model, else None.
         sigma_data: Standard deviation of x0.
-        seed: Of weights, order and noise.
+        seed: Number that fixed weights, order and noise.
     """
 
-    arm: Arm
+    coupling: Coupling
     settings: TrainSettings
     scale: PixelScale
     shape: tuple[int, int, int]
@@ -95,15 +97,44 @@ class Recipe:
         """Builds the untrained denoiser."""
         return build_denoiser(self.settings, self.shape, self.num_classes, self.sigma_data, self.seed)
 
-    def as_fields(self) -> dict[str, Any]:
-        """Returns plain values for a JSON file."""
-        return asdict(self)
+    @torch.no_grad()
+    def generate(
+        self,
+        denoiser: NetworkDenoiser,
+        rows: Int[Tensor, " b"],
+        labels: Int[Tensor, " b"] | None,
+        *,
+        steps: int,
+        eta: float = 0.0,
+        seed: int = 0,
+        stream: int = _SAMPLING_STREAM,
+    ) -> Float[Tensor, "b c h w"]:
+        """Returns an image per row, by DDIM steps from the row's own noise, whatever else is in the batch.
+
+        Args:
+            denoiser: Trained model, around whose weights the recipe was kept.
+            rows: Numbers that choose the noises.
+            labels: One label per row, for a class-conditional model.
+            steps: Number of solver steps; without `eta` they are Euler's.
+            eta: Share of fresh noise in each solver step.
+            seed: Seed of all noises.
+            stream: Number that keeps these noises apart from others of the seed.
+        """
+        device = next(denoiser.parameters()).device
+        noise = row_noise(seed, rows, self.shape, stream=stream, device=device)
+        cond = {} if labels is None else {"class_labels": labels.to(device)}
+        x0 = sample(denoiser, noise, cond, steps=steps, eta=eta, seeds=rows.to(device), clip_x0=self.clip_x0)
+        return self.scale.decode(x0)
+
+    def some_labels(self, count: int) -> Int[Tensor, " count"] | None:
+        """Returns each label in turn for a class-conditional model, else None."""
+        return None if self.num_classes is None else torch.arange(count) % self.num_classes
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> "Recipe":
-        """Reads what `as_fields` wrote."""
+        """Reads what `dataclasses.asdict` made of a recipe; before couplings had their name, it was "arm"."""
         return cls(
-            arm=Arm(**fields["arm"]),
+            coupling=Coupling(**fields.get("coupling", fields.get("arm"))),
             settings=TrainSettings(**fields["settings"]),
             scale=PixelScale(**fields["scale"]),
             shape=tuple(fields["shape"]),
@@ -135,27 +166,25 @@ class Batches:
 def train(
     images: ImageSet,
     run: Run,
-    arm: Arm,
+    coupling: Coupling,
     settings: TrainSettings,
     runtime: Runtime,
     *,
-    pair_noise: Callable[[int], PairNoise | None] | None = None,
-    quiet: bool = False,
+    pair_noise: Callable[[int], PairNoise] | None = None,
 ) -> Recipe:
     """Trains a model and keeps its averaged weights at `settings.snapshot_steps`.
 
     A run that was interrupted continues from its last checkpoint; a finished one returns at once. Two runs with the
-    same seed and different arms share initial weights, data order and noise stream, so that they differ by the arm
-    alone.
+    same seed and different couplings share initial weights, data order and noise stream, so that they differ by the
+    coupling alone.
 
     Args:
         images: Square images of one size, with labels if the training is class-conditional.
-        run: Where checkpoints, snapshots and the recipe go.
-        arm: How noise meets images.
-        settings: Objective, network, length.
-        runtime: Seed, device, precision, processes.
-        pair_noise: From the seed to a coupling of one's own, instead of the arm's.
-        quiet: Show no progress.
+        run: Run folder that receives checkpoints, snapshots and the recipe.
+        coupling: How noise meets images.
+        settings: Objective, network and length of the training.
+        runtime: Seed, device, precision and processes.
+        pair_noise: Function from the seed to a hook of one's own, which replaces the coupling.
 
     Returns:
         The recipe, which `load_snapshot` turns into a denoiser.
@@ -163,25 +192,27 @@ def train(
     Raises:
         MachineError: The training stopped early, or its loss became NaN or infinite.
     """
-    recipe = recipe_for(images, arm, settings, runtime.seed)
+    recipe = recipe_for(images, coupling, settings, runtime.seed)
     settings = recipe.settings
     missing = _missing_steps(run, settings)
     if not missing:
         return recipe
     _restart_before(missing[0], run)
-    run.save("recipe", {}, **recipe.as_fields())
+    run.save("recipe", {}, **asdict(recipe))
     module = DenoisingModule(
         recipe.denoiser(),
         optimizer=partial(torch.optim.Adam, lr=settings.learning_rate, fused=True),
-        pair_noise=pair_noise(runtime.seed) if pair_noise else pair_noise_for(arm, runtime.seed),
-        learning_rate_factor=_warmup(settings.warmup) if settings.warmup else None,
+        pair_noise=(pair_noise or partial(pair_noise_of, coupling))(runtime.seed),
+        learning_rate_factor=(lambda step: min(1.0, (step + 1) / settings.warmup)) if settings.warmup else None,
         seed=runtime.seed,
     )
     ema = EMA(settings.ema_decay)
-    callbacks = [ema, Snapshots(run, ema, settings.snapshot_steps, settings.batch_size, part="backbone")]
-    if not quiet:
-        grid = SampleGrid(run, ema, partial(_generate_grid, recipe), every=max(settings.steps // 4, 1))
-        callbacks += [grid, ConsoleSummary(f"training {arm.name}")]
+    callbacks = [
+        ema,
+        Snapshots(run, ema, settings.snapshot_steps, settings.batch_size, part="backbone"),
+        SampleGrid(run, ema, partial(_grid, recipe), every=max(settings.steps // 4, 1)),
+        ConsoleSummary(f"training {coupling.name}"),
+    ]
     fit(
         module,
         StepData(Batches(images, recipe.scale, settings.class_conditional), settings.batch_size, runtime.seed),
@@ -197,13 +228,31 @@ def train(
     return recipe
 
 
-def recipe_for(images: ImageSet, arm: Arm, settings: TrainSettings, seed: int) -> Recipe:
+def pair_noise_of(coupling: Coupling, seed: int) -> PairNoise:
+    """Returns the coupling as a hook of the training step.
+
+    Whatever is drawn here is a function of (seed, step, rank), so that a resumed run repeats it.
+
+    Args:
+        coupling: How noise meets images.
+        seed: Seed of the training.
+    """
+
+    def pair(x0: Tensor, noise: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        step_seed = mix_seed(seed, batch["step"], _STREAMS[coupling.method])
+        generator = torch.Generator(x0.device).manual_seed(mix_seed(step_seed, batch["rank"]))
+        return coupling(x0, noise, labels=batch.get("labels"), mask=batch.get("mask"), generator=generator)
+
+    return pair
+
+
+def recipe_for(images: ImageSet, coupling: Coupling, settings: TrainSettings, seed: int) -> Recipe:
     """Fits the settings to a set of images: network, pixel scale, number of labels."""
     _, channels, height, width = images.images.shape
     settings = settings.for_image_size(height)
     scale = PixelScale.of(images, settings.normalisation)
     return Recipe(
-        arm=arm,
+        coupling=coupling,
         settings=settings,
         scale=scale,
         shape=(channels, height, width),
@@ -252,13 +301,6 @@ def _restart_before(step: int, run: Run) -> None:
         checkpoint.unlink()
 
 
-def _warmup(steps: int) -> Callable[[int], float]:
-    return lambda step: min(1.0, (step + 1) / steps)
-
-
-def _generate_grid(recipe: Recipe, denoiser: NetworkDenoiser, device: torch.device) -> Tensor:
-    noise = row_noise(recipe.seed, range(40), recipe.shape, stream=_GRID_STREAM).to(device)
-    condition = {}
-    if recipe.num_classes is not None:
-        condition["class_labels"] = torch.arange(len(noise), device=device) % recipe.num_classes
-    return recipe.scale.decode(sample(denoiser, noise, condition, steps=20, clip_x0=recipe.clip_x0))
+def _grid(recipe: Recipe, denoiser: NetworkDenoiser, device: torch.device) -> Tensor:
+    rows, labels = torch.arange(40), recipe.some_labels(40)
+    return recipe.generate(denoiser, rows, labels, steps=20, seed=recipe.seed, stream=_GRID_STREAM)

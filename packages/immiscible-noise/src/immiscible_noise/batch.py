@@ -1,20 +1,21 @@
-"""Checks of what a caller passes in, each with a message that names the tensor and the first bad row."""
+"""The batch that a caller passes in: its checks, each with a message that names the bad row, and noise of its shape."""
 
 from typing import Any, get_args
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 
 def check_images(x: Tensor) -> None:
-    """Refuses what is not a floating batch."""
+    """Refuses what is not a batch of floating type."""
     _check_floating("x", x)
     if x.ndim == 0:
         raise ValueError("x is a single number; the first dimension must be the batch")
 
 
 def check_pair(x: Tensor, noise: Tensor) -> None:
-    """Refuses images and noise that do not belong together."""
+    """Refuses images and noise that differ in shape or device."""
     check_images(x)
     _check_floating("noise", noise)
     if x.shape != noise.shape:
@@ -31,12 +32,18 @@ def check_choice(name: str, value: str, choices: Any) -> None:
 
 
 def non_finite_message(**tensors: Tensor) -> str:
-    """Says which tensor holds the first NaN or infinite value, and in which row."""
+    """Returns which tensor holds the first NaN or infinite value, and in which row."""
     for name, tensor in tensors.items():
         bad = (~torch.isfinite(tensor.reshape(len(tensor), -1))).any(dim=1).nonzero()
         if len(bad):
             return f"{name}[{int(bad[0])}] holds NaN or infinite values"
     return f"the costs overflow although {' and '.join(tensors)} are finite; bring the images to unit scale"
+
+
+def draw_noise(x: Float[Tensor, "b *data"], generator: torch.Generator | None) -> Float[Tensor, "b *data"]:
+    """Returns ``torch.randn`` of the shape, type and device of ``x``, drawn on the generator's device."""
+    device = x.device if generator is None else generator.device
+    return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
 
 
 def _check_floating(name: str, tensor: Tensor) -> None:

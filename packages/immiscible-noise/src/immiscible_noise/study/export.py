@@ -8,8 +8,8 @@ from diffusers import UNet2DModel
 
 from diffcore.io.jsonfile import write_json
 from diffcore.run import Run
-from immiscible_noise.settings import Objective
-from immiscible_noise.train import Recipe, load_snapshot
+from immiscible_noise.study.settings import Objective
+from immiscible_noise.study.train import Recipe, load_snapshot
 
 _SCHEDULERS: dict[Objective, str] = {
     "flow": "FlowMatchEulerDiscreteScheduler",
@@ -23,6 +23,10 @@ def export_model(recipe: Recipe, run: Run) -> Path:
 
     The network is in diffusers' own time units, so that `UNet2DModel.from_pretrained` and the scheduler beside it
     predict what it predicts here. `training.json` tells how pixels were scaled and which noise the model saw.
+
+    Args:
+        recipe: How the model was trained.
+        run: Finished run folder of its training.
 
     Raises:
         TypeError: The network is the multilayer perceptron, which diffusers does not know.
@@ -41,10 +45,10 @@ def export_model(recipe: Recipe, run: Run) -> Path:
         folder / "training.json",
         {
             "objective": recipe.settings.objective,
-            "noise": asdict(recipe.arm),
+            "noise": asdict(recipe.coupling),
             "pixels": {"x0": "(pixels - mean) / std, pixels in [0, 1]", **asdict(recipe.scale)},
             "class_labels": recipe.num_classes,
-            "samplers": "deterministic ones only" if recipe.arm.method != "vanilla" else "any",
+            "samplers": "deterministic ones only" if recipe.coupling.method != "vanilla" else "any",
         },
     )
     return folder

@@ -1,9 +1,16 @@
-"""From settings to a denoiser: network, schedule and prediction type of each objective."""
+"""From settings to a denoiser: network, schedule and prediction type of each objective.
 
+With x_t = alpha_t x_0 + sigma_t n: "flow" predicts n - x_0 at alpha_t = 1 - t, sigma_t = t; "ddpm" predicts n on 1000
+steps of linear betas; "edm" predicts x_0 at alpha_t = 1, sigma_t = t, preconditioned as in Karras et al. 2022, table 1.
+"""
+
+import math
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 
 from diffcore.denoiser import (
     BackboneCall,
@@ -16,9 +23,9 @@ from diffcore.denoiser import (
     PredictionType,
 )
 from diffcore.errors import UserError
-from immiscible_noise.mlp import MLPDenoiser
-from immiscible_noise.settings import Objective, TrainSettings
+from immiscible_noise.study.settings import Objective, TrainSettings
 
+_FREQUENCIES = 32
 # From the schedule's t to what the network's time embedding was made for: 0 … 1 for the MLP, 0 … 1000 for the U-Net.
 _TIME_SCALE: dict[Objective, dict[str, float]] = {
     "flow": {"mlp": 1.0, "unet": 1000.0},
@@ -34,10 +41,10 @@ def build_denoiser(
 
     Args:
         settings: Objective, network (not "auto") and width.
-        shape: Channels, height, width of one image.
+        shape: Channels, height and width of one image.
         num_classes: Number of labels, or None if training is unconditional.
         sigma_data: Standard deviation of x0 over the data (EDM).
-        seed: Of the initial weights.
+        seed: Number that fixes the initial weights.
 
     Raises:
         UserError: The U-Net cannot take images of this size.
@@ -87,10 +94,10 @@ def check_unet(size: int, width: int) -> None:
         often = "once" if halvings == 1 else "twice"
         raise UserError(
             f"the U-Net halves images {often}, which {size}x{size} does not allow; "
-            f"use --size {max(size // step, 2) * step}"
+            f"try `size` {max(size // step, 2) * step}"
         )
     if width % 8:
-        raise UserError(f"--width is {width}; the U-Net's group norms need a multiple of 8")
+        raise UserError(f"`width` is {width}; the U-Net's group norms need a multiple of 8")
 
 
 def _levels(size: int) -> int:
@@ -113,3 +120,64 @@ def _scaled_time(factor: float) -> BackboneCall:
         return backbone(x_t, t * factor, **cond)
 
     return call
+
+
+class MLPDenoiser(nn.Module):
+    """Residual blocks on the flattened image, each shifted by an embedding of time and, if there is one, of the label.
+
+    Its output is zero at first, so training starts from the mean.
+
+    Args:
+        shape: Shape of one image.
+        width: Channels of the hidden layers.
+        depth: Number of residual blocks.
+        num_classes: Number of labels; None is unconditional.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], width: int = 128, depth: int = 3, num_classes: int | None = None
+    ) -> None:
+        super().__init__()
+        size, embedding = math.prod(shape), 2 * _FREQUENCIES
+        self.enter = nn.Linear(size, width)
+        self.blocks = nn.ModuleList(_Block(width, embedding) for _ in range(depth))
+        self.leave = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, size))
+        self.time = nn.Sequential(nn.Linear(embedding, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+        self.label = None if num_classes is None else nn.Embedding(num_classes, embedding)
+        nn.init.zeros_(self.leave[1].weight)  # pyright: ignore[reportArgumentType]
+        nn.init.zeros_(self.leave[1].bias)  # pyright: ignore[reportArgumentType]
+
+    def forward(
+        self,
+        sample: Float[Tensor, "b *data"],
+        timestep: Float[Tensor, " b"],
+        class_labels: Int[Tensor, " b"] | None = None,
+    ) -> Float[Tensor, "b *data"]:
+        """Returns the prediction for noisy images at times of order 1."""
+        embedding = self.time(_fourier(timestep).to(sample.dtype))
+        if self.label is not None:
+            if class_labels is None:
+                raise ValueError("this network is class-conditional; pass class_labels")
+            embedding = embedding + self.label(class_labels)
+        embedding = functional.silu(embedding)
+        hidden = self.enter(sample.flatten(1))
+        for block in self.blocks:
+            hidden = block(hidden, embedding)
+        return self.leave(hidden).view_as(sample)
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, embedding: int) -> None:
+        super().__init__()
+        self.norm, self.shift = nn.LayerNorm(width), nn.Linear(embedding, width)
+        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        return hidden + self.second(functional.silu(self.first(self.norm(hidden)) + self.shift(embedding)))
+
+
+def _fourier(t: Tensor) -> Tensor:
+    """Sine and cosine at frequencies from 1000 down to about 1 radian per unit of time."""
+    exponents = torch.arange(_FREQUENCIES, device=t.device) / _FREQUENCIES
+    phases = t.float()[:, None] * 1000 ** (1 - exponents)
+    return torch.cat([phases.sin(), phases.cos()], dim=1)

@@ -1,19 +1,25 @@
 """A small classifier trained once on a data set's own labels: features for Fréchet distances, and label accuracy.
 
-The distances it gives compare arms of one study on one data set. They are not comparable with published FIDs.
+The distances it gives compare models of one study on one data set. They are not comparable with published FIDs.
 """
 
 import hashlib
+import logging
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from diffcore.data import ImageSet
 from diffcore.errors import UserError
+from diffcore.run import Run
+from diffcore.runtime import Runtime
 
+_LOG = logging.getLogger("diffcore.immiscible_noise")
 _FEATURES = 32
+_LEAST_LEARNT = 0.05  # accuracy above the most frequent label, below which features mean nothing
 _EPOCHS = 20
 _BATCH = 128
 _AUGMENTATION_NOISE = 0.05  # of the pixel range: real and generated pictures differ by such noise, classes do not
@@ -23,9 +29,9 @@ class Classifier(nn.Module):
     """Convolutions that halve the image down to 4x4, a 32-dimensional feature layer, and a head.
 
     Args:
-        channels: Of the images.
-        size: Side of the square images.
-        num_classes: Number of labels.
+        channels: Number of channels of the images.
+        size: Side of the square images in pixels.
+        num_classes: Number of different labels.
     """
 
     def __init__(self, channels: int, size: int, num_classes: int) -> None:
@@ -52,9 +58,9 @@ class TrainedClassifier:
     """A classifier with what must be said beside every number it gives.
 
     Attributes:
-        network: In eval mode.
-        accuracy: On the held-out fifth of the images.
-        sha256: Of the weights, first 12 hexadecimal digits.
+        network: The classifier, frozen and in evaluation mode.
+        accuracy: Share of the held-out fifth of the images that it labels right.
+        sha256: First 12 hexadecimal digits of the digest of the weights.
     """
 
     network: Classifier
@@ -67,35 +73,25 @@ class TrainedClassifier:
         return f"classifier {self.sha256}, held-out accuracy {self.accuracy:.1%}, {_FEATURES} features"
 
 
-def train_classifier(
-    images: UInt8[Tensor, "n c h w"],
-    labels: Int[Tensor, " n"],
-    num_classes: int,
-    *,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-) -> TrainedClassifier:
-    """Trains on four fifths of the images and measures the accuracy on the rest.
+def train_classifier(images: ImageSet, *, device: torch.device | str = "cpu") -> TrainedClassifier:
+    """Trains on four fifths of labelled images and measures the accuracy on the rest; the result stays on the device.
 
     Args:
-        images: Square images.
-        labels: From 0 to `num_classes` - 1.
-        num_classes: Number of labels.
-        seed: Fixes split, weights, order and augmentation.
-        device: Where to train; the result stays there.
+        images: Square images with labels.
+        device: Device of the training.
 
     Raises:
-        UserError: There are too few images to hold some out.
+        UserError: There are too few images to hold some out, or they have no labels.
     """
-    if len(images) < 10:
+    if len(images) < 10 or images.labels is None:
         raise UserError(f"a classifier needs at least 10 labelled images, here are {len(images)}; give more images")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(images), generator=generator)
     held_out, kept = order[: len(order) // 5], order[len(order) // 5 :]
-    pixels, targets = images.to(device).float() / 255, labels.to(device)
+    pixels, targets = images.unit().to(device), images.labels.to(device)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = Classifier(images.shape[1], images.shape[2], num_classes).to(device)
+        torch.manual_seed(0)
+        network = _network_for(images).to(device)
     steps = _EPOCHS * -(-len(kept) // _BATCH)
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
@@ -110,7 +106,7 @@ def train_classifier(
             schedule.step()
     network.eval().requires_grad_(False)
     accuracy = float((classify(network, pixels[held_out]) == targets[held_out]).float().mean())
-    return TrainedClassifier(network, accuracy, weights_hash(network))
+    return TrainedClassifier(network, accuracy, _weights_hash(network))
 
 
 def classify(network: Classifier, images: Float[Tensor, "b c h w"]) -> Int[Tensor, " b"]:
@@ -118,10 +114,41 @@ def classify(network: Classifier, images: Float[Tensor, "b c h w"]) -> Int[Tenso
     return torch.cat([network(chunk).argmax(1) for chunk in images.split(1024)])
 
 
-def weights_hash(network: nn.Module) -> str:
-    """Returns the first 12 hexadecimal digits of the sha256 over names and values of all weights."""
+def _network_for(images: ImageSet) -> Classifier:
+    _, channels, size, _ = images.images.shape
+    return Classifier(channels, size, len(images.classes))
+
+
+def _weights_hash(network: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in network.state_dict().items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+def shared_classifier(images: ImageSet, run: Run, runtime: Runtime) -> TrainedClassifier | None:
+    """Returns the study's feature extractor, trained once on the images' labels.
+
+    None without labels, and where the classifier learnt nothing from them.
+    """
+    if images.labels is None:
+        return None
+    device = runtime.torch_device
+    if run.missing(["classifier"]):
+        trained = train_classifier(images, device=device)
+        run.save("classifier", trained.network.state_dict(), accuracy=trained.accuracy, weights_sha256=trained.sha256)
+    part = run.load("classifier")
+    most_frequent = float(images.labels.bincount().max()) / len(images)
+    if part.fields["accuracy"] < most_frequent + _LEAST_LEARNT:
+        _LOG.warning(
+            "the classifier reached a held-out accuracy of %.1f %%, the most frequent label has %.1f %%: its features "
+            "mean nothing, distances are taken in principal components of the pixels",
+            100 * part.fields["accuracy"],
+            100 * most_frequent,
+        )
+        return None
+    network = _network_for(images)
+    network.load_state_dict(part.tensors)
+    network.to(device).eval().requires_grad_(False)
+    return TrainedClassifier(network, part.fields["accuracy"], part.fields["weights_sha256"])

@@ -1,0 +1,116 @@
+"""Which noise an image meets in a training step: a few settings, and the call that carries them out.
+
+Three methods: the independent draw of ordinary training ("vanilla"), the permutation inside the batch that brings noise
+near its images (`assign_noise`, Immiscible Diffusion), and the nearest of k draws for each image (`select_noise`, its
+follow-up). Imports no torch before it is called, so that a command line offers the settings quickly.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Any, Literal
+
+from jaxtyping import Float
+
+Preset = Literal["vanilla", "assignment", "half", "ignore", "knn", "knn-inner"]
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """How the noise of a batch meets its images.
+
+    Attributes:
+        method: vanilla keeps the independent draw; assignment permutes the noise inside the batch (the paper); knn
+            keeps the nearest of k draws per image (its follow-up).
+        strength: Share of each batch that is assigned; 1 is the paper, 0.5 was best on small images.
+        cost: Squared (sq) or plain (l2, the paper) distance between image and noise.
+        condition: With labels: block exchanges noise only inside a label, ignore over all of the batch (the paper);
+            auto is block.
+        k: Number of draws per image (knn).
+        score: l2 as published, or inner, which keeps the noise's norm (knn).
+
+    Raises:
+        ValueError: `strength` or `k` is out of its range.
+
+    Example:
+        >>> import torch
+        >>> x, noise = torch.randn(16, 3, 8, 8), torch.randn(16, 3, 8, 8)
+        >>> half = Coupling("assignment", strength=0.5)
+        >>> noise = half(x, noise, labels=torch.arange(16) % 2, generator=torch.Generator().manual_seed(0))
+        >>> half.name
+        'half'
+    """
+
+    method: Literal["vanilla", "assignment", "knn"] = "assignment"
+    strength: float = 1.0
+    cost: Literal["sq", "l2"] = "sq"
+    condition: Literal["auto", "block", "ignore"] = "auto"
+    k: int = 4
+    score: Literal["l2", "inner"] = "l2"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.strength <= 1:
+            raise ValueError(f"`strength` is {self.strength}; give a number from 0 (vanilla) to 1 (the paper)")
+        if self.k < 1:
+            raise ValueError(f"`k` is {self.k}; give the number of noise draws per image, at least 1")
+
+    def __call__(
+        self,
+        x: Float[Any, "b *data"],
+        noise: Float[Any, "b *data"],
+        *,
+        labels: Any = None,
+        mask: Any = None,
+        generator: Any = None,
+    ) -> Float[Any, "b *data"]:
+        """Returns the noise that each image is diffused towards.
+
+        Args:
+            x: Clean batch as the diffusion sees it, a tensor.
+            noise: Independent Gaussian noise of the same shape.
+            labels: Conditions that the network sees, as for `assign_noise`.
+            mask: Nonzero where ``x`` is data, as for `assign_noise`.
+            generator: Source of the assigned rows (strength below 1) or of the candidates (knn).
+        """
+        from .assign import assign_noise
+        from .select import select_noise
+
+        match self.method:
+            case "vanilla":
+                return noise
+            case "knn":
+                return select_noise(x, self.k, score=self.score, generator=generator)
+            case "assignment":
+                return assign_noise(
+                    x,
+                    noise,
+                    labels=labels,
+                    mask=mask,
+                    cost=self.cost,
+                    condition=self.condition,
+                    strength=self.strength,
+                    generator=generator,
+                )
+
+    @property
+    def name(self) -> str:
+        """A short name: the preset's where there is one, else the method and what differs from its defaults."""
+        for name, preset in PRESETS.items():
+            if self == preset:
+                return name
+        plain = Coupling()
+        changed = [f for f in fields(self) if f.name != "method" and getattr(self, f.name) != getattr(plain, f.name)]
+        return "-".join([self.method, *(f"{f.name}={getattr(self, f.name)}" for f in changed)])
+
+
+PRESETS: Mapping[Preset, Coupling] = MappingProxyType(
+    {
+        "vanilla": Coupling("vanilla"),
+        "assignment": Coupling("assignment"),
+        "half": Coupling("assignment", strength=0.5),
+        "ignore": Coupling("assignment", condition="ignore"),
+        "knn": Coupling("knn"),
+        "knn-inner": Coupling("knn", score="inner"),
+    }
+)
+"""The couplings that have names: the paper's, its follow-up's, and ours (half)."""

@@ -1,0 +1,248 @@
+"""Trains with several couplings on the same seeds and measures the models: the paired study behind every claim."""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+
+from diffcore.data import ImageSet
+from diffcore.errors import CorruptArtifactError, UserError, printable
+from diffcore.io import artifact
+from diffcore.run import Run
+from diffcore.runtime import Runtime
+from diffcore.train import PairNoise
+from immiscible_noise.coupling import Coupling
+from immiscible_noise.study.classifier import TrainedClassifier, shared_classifier
+from immiscible_noise.study.evaluate import Evaluator, Score
+from immiscible_noise.study.settings import EvaluationSettings, TrainSettings
+from immiscible_noise.study.train import Recipe, load_snapshot, read_recipe, train
+
+_LOG = logging.getLogger("diffcore.immiscible_noise")
+_GRID = 40
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The scores of a study, with what must be said beside them.
+
+    Attributes:
+        scores: One per coupling, seed, kept weights and number of sampling steps.
+        features: Description of the features that distances are measured in.
+        floor: Real-versus-real distance, at `floor_size` images a side.
+        floor_size: Number of images on each side of `floor`.
+        recipes: One per coupling and seed.
+    """
+
+    scores: list[Score]
+    features: str
+    floor: float
+    floor_size: int
+    recipes: list[Recipe]
+
+    def final(self, coupling: str, sampling_steps: int) -> list[Score]:
+        """Returns a coupling's scores after the last training step, in the order of the seeds."""
+        matching = [s for s in self.scores if s.coupling == coupling and s.sampling_steps == sampling_steps]
+        last = max(s.step for s in matching)
+        return sorted((s for s in matching if s.step == last), key=lambda s: s.seed)
+
+    def couplings(self) -> list[str]:
+        """Returns the names of the couplings in the order of the study."""
+        return list(dict.fromkeys(s.coupling for s in self.scores))
+
+    def sampling_steps(self) -> list[int]:
+        """Returns the numbers of solver steps, ascending."""
+        return sorted({s.sampling_steps for s in self.scores})
+
+    def ratio(self, coupling: str, sampling_steps: int) -> tuple[float, float | None]:
+        """Returns the mean over seeds of a coupling's distance over vanilla's at the same seed, and its deviation."""
+        pairs = zip(self.final(coupling, sampling_steps), self.final("vanilla", sampling_steps), strict=True)
+        ratios = [ours.frechet / theirs.frechet for ours, theirs in pairs]
+        return mean(ratios), stdev(ratios) if len(ratios) > 1 else None
+
+    def summary_rows(self) -> list[dict[str, Any]]:
+        """Returns one row per coupling and number of sampling steps: mean, deviation and ratio over the seeds."""
+        rows = []
+        for coupling, steps in product(self.couplings(), self.sampling_steps()):
+            final = self.final(coupling, steps)
+            distances = [s.frechet for s in final]
+            row: dict[str, Any] = {"coupling": coupling, "sampling_steps": steps, "seeds": len(final)}
+            row["frechet"] = mean(distances)
+            row["frechet_std"] = stdev(distances) if len(distances) > 1 else None
+            if "vanilla" in self.couplings():
+                row["ratio"], row["ratio_std"] = self.ratio(coupling, steps)
+            if accuracies := [s.accuracy for s in final if s.accuracy is not None]:
+                row["accuracy"] = mean(accuracies)
+            rows.append(row)
+        return rows
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the figures of `result.json`: by coupling and sampling steps, after the last training step."""
+        rows = {f"{row['coupling']}, {row['sampling_steps']} steps": row for row in self.summary_rows()}
+        return {
+            "frechet": {name: row["frechet"] for name, row in rows.items()},
+            "ratio": {
+                name.replace(",", " / vanilla,"): row["ratio"]
+                for name, row in rows.items()
+                if "ratio" in row and row["coupling"] != "vanilla"
+            },
+            "accuracy": {name: row["accuracy"] for name, row in rows.items() if "accuracy" in row},
+            "seeds": max(row["seeds"] for row in rows.values()),
+            "real_versus_real": self.floor,
+            "features": self.features,
+        }
+
+    def save(self, run: Run) -> None:
+        """Writes the study as part `comparison` of a run, and its tables."""
+        run.save("comparison", {}, **asdict(self))
+        run.table("scores", [asdict(score) for score in self.scores])
+        run.table("summary", self.summary_rows())
+
+    @classmethod
+    def load(cls, folder: Path) -> "Comparison":
+        """Reads what `save` wrote into a run folder.
+
+        Raises:
+            CorruptArtifactError: The part is damaged, or of a version that called couplings arms.
+        """
+        fields = artifact.load(folder / "parts" / "comparison").fields
+        if "arm" in fields["scores"][0]:
+            raise CorruptArtifactError(
+                f"{printable(folder, 300)} was written by an earlier version of immiscible-noise; "
+                "give its command again with another folder"
+            )
+        return cls(
+            scores=[Score(**row) for row in fields["scores"]],
+            features=fields["features"],
+            floor=fields["floor"],
+            floor_size=fields["floor_size"],
+            recipes=[Recipe.from_fields(recipe) for recipe in fields["recipes"]],
+        )
+
+
+def compare(
+    images: ImageSet,
+    inputs: Mapping[str, str],
+    run: Run,
+    couplings: Iterable[Coupling],
+    seeds: Iterable[int],
+    settings: TrainSettings,
+    evaluation: EvaluationSettings,
+    runtime: Runtime,
+    *,
+    classifier: TrainedClassifier | None = None,
+    pair_noise: Mapping[str, Callable[[int], PairNoise]] | None = None,
+) -> Comparison:
+    """Trains with every coupling on every seed and measures all kept weights; what is already there is not done again.
+
+    The trainings of one seed share initial weights, data order and noise stream.
+
+    Args:
+        images: Training images, which are also the reference of the distances.
+        inputs: Name and sha256 of the data.
+        run: Folder of the study; each training gets a run of its own below `couplings/`.
+        couplings: Couplings that are compared; "vanilla" is the baseline of the ratios.
+        seeds: One number per training with each coupling.
+        settings: Settings that all trainings share.
+        evaluation: Settings that all measurements share.
+        runtime: Device, precision and processes; its seed is not used.
+        classifier: Feature extractor; by default one is trained on the images' labels, once.
+        pair_noise: Hooks of one's own, by the name of the coupling that each replaces; see `train`.
+    """
+    classifier = classifier or shared_classifier(images, run, runtime)
+    evaluator = Evaluator(images, classifier, evaluation, runtime.torch_device)
+    couplings, scores, recipes = list(couplings), list[Score](), list[Recipe]()
+    for seed, coupling in product(seeds, couplings):
+        own = (pair_noise or {}).get(coupling.name)
+        with Run.open(
+            _training_folder(run, coupling.name, seed),
+            command="immiscible-noise train",
+            config={**asdict(coupling), **asdict(settings), "seed": seed},
+            inputs=inputs,
+            volatile=["checkpoint_every"],
+        ) as training:
+            recipe = train(images, training, coupling, settings, replace(runtime, seed=seed), pair_noise=own)
+            scores += measure(evaluator, recipe, training.folder, run)
+            training.finish({"coupling": coupling.name, "seed": seed})
+        recipes.append(recipe)
+    study = _study(evaluator, scores, recipes)
+    _save_grids(study, run, evaluator.device)
+    study.save(run)
+    return study
+
+
+def evaluate_training(
+    training: Path, images: ImageSet, run: Run, evaluation: EvaluationSettings, runtime: Runtime
+) -> Comparison:
+    """Measures one trained model and saves the result in `run`.
+
+    Args:
+        training: Run folder of a finished training.
+        images: Real images, of the size and the classes that the model was trained on.
+        run: Run folder that receives scores and tables.
+        evaluation: Settings of the measurement.
+        runtime: Device and precision of the sampling.
+
+    Raises:
+        UserError: `training` is no finished training run, or the images do not fit its model.
+    """
+    recipe = read_recipe(training)
+    if images.images.shape[1:] != recipe.shape:
+        size, wanted = (f"{c}x{h}x{w}" for c, h, w in (images.images.shape[1:], recipe.shape))
+        raise UserError(
+            f"the model makes {wanted} images, the data are {size}; give `size` {recipe.shape[1]}"
+            + (" and `grey=True`" if recipe.shape[0] == 1 else "")
+        )
+    if recipe.num_classes is not None and (images.labels is None or len(images.classes) != recipe.num_classes):
+        raise UserError(
+            f"the model is conditioned on {recipe.num_classes} classes, the data have {len(images.classes)}; "
+            "give images with one sub-folder for each class that it was trained on"
+        )
+    if evaluation.eta > 0 and recipe.coupling.method != "vanilla":
+        _LOG.warning(
+            "this model was trained on %s noise: its output is no score, and stochastic sampling (eta %g) is biased",
+            recipe.coupling.name,
+            evaluation.eta,
+        )
+    evaluator = Evaluator(images, shared_classifier(images, run, runtime), evaluation, runtime.torch_device)
+    study = _study(evaluator, measure(evaluator, recipe, training, run), [recipe])
+    study.save(run)
+    return study
+
+
+def measure(evaluator: Evaluator, recipe: Recipe, training: Path, store: Run) -> list[Score]:
+    """Returns the scores of all kept weights of a training; those that `store` holds are read, not computed."""
+    scores: list[Score] = []
+    for step in recipe.settings.snapshot_steps:
+        key = f"score-of-{recipe.coupling.name}-seed{recipe.seed}-{step}"
+        if store.missing([key]):
+            measured = evaluator.scores(load_snapshot(recipe, training, step, evaluator.device), recipe, step)
+            store.save(key, {}, scores=[asdict(score) for score in measured])
+        scores += [Score(**row) for row in store.load(key).fields["scores"]]
+    return scores
+
+
+def _study(evaluator: Evaluator, scores: list[Score], recipes: list[Recipe]) -> Comparison:
+    floor = evaluator.floor()
+    return Comparison(scores, evaluator.description, floor.value, floor.n, recipes)
+
+
+def _training_folder(run: Run, coupling: str, seed: int) -> Path:
+    return run.folder / "couplings" / f"{coupling}-seed{seed}"
+
+
+def _save_grids(study: Comparison, run: Run, device: torch.device) -> None:
+    """Keeps samples of every coupling from equal noise, of the first seed and the last weights, at the fewest steps."""
+    steps = study.sampling_steps()[0]
+    grids = {}
+    for recipe in study.recipes:
+        if (name := recipe.coupling.name) in grids:
+            continue
+        last = recipe.settings.snapshot_steps[-1]
+        denoiser = load_snapshot(recipe, _training_folder(run, name, recipe.seed), last, device)
+        grids[name] = recipe.generate(denoiser, torch.arange(_GRID), recipe.some_labels(_GRID), steps=steps)
+    run.save("grids", grids, sampling_steps=steps)

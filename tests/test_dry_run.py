@@ -50,7 +50,7 @@ WORDS = {
     ],
     "nemo-localize generate": ["model", "captions.txt", "--neurons", "neurons.json"],
     "nemo-localize evaluate": ["model", "captions.txt", "--neurons", "neurons.json"],
-    "nemo-localize prove": [
+    "nemo-localize verify": [
         "model",
         "captions.txt",
         "--neurons",
@@ -63,7 +63,7 @@ WORDS = {
         "2",
     ],
     "nemo-localize audit": ["model", "captions.txt", "--references", "controls.txt"],
-    "nemo-localize apply": ["model", "neurons.json"],
+    "nemo-localize export": ["model", "neurons.json"],
 }
 
 

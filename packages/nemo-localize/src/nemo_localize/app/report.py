@@ -27,7 +27,7 @@ from nemo_localize.verification import Verification
 VERIFICATION = "verification.json"
 _SHOWN_CAPTIONS, _SHOWN_SEEDS, _CAPTION_LETTERS = 8, 5, 44
 _TITLES = {
-    "demo": "Memorised portraits: found, switched off, looked at again",
+    "demo": "Memorised portraits: found, ablated, looked at again",
     "audit": "Audit for memorised captions",
     "calibrate": "The threshold of this model",
     "detect": "Which captions are memorised",
@@ -60,7 +60,7 @@ def save_detection(run: Run, found: Sequence[Detection], tau: float) -> dict[str
 def save_localization(
     run: Run, results: Results, tau: float, step: FirstStep, statistics: Statistics
 ) -> dict[str, Any]:
-    """Keeps what localisation found for the report: the ranking, and how the neurons stand out; returns the summary."""
+    """Keeps what localization found for the report: the ranking, and how the neurons stand out; returns the summary."""
     save_detection(run, [Detection(r.prompt, r.consistency, error=r.error) for r in results.distinct()], tau)
     return {**save_neurons(run, results, step, statistics), "tau": tau}
 

@@ -55,15 +55,19 @@ def generate(
     """
     settings = settings or ImageSettings()
     unit_size = max(settings.batch_size // len(seeds), 1)
-    found = {}
-    for mitigation in mitigations:
+    found: dict[str, Tensor] = {}
+    for mitigation in sorted(mitigations, key=lambda mitigation: mitigation != "none"):
         ablates = mitigation in ("neurons", "random-neurons")
         own = {text: _of(neurons, text) if ablates else NO_NEURONS for text in prompts}
-        items = [(text, own[text]) for text in prompts]
+        # Without neurons to ablate an image is the model's own, to the bit whatever shares its batch.
+        known = dict(zip(prompts, found["none"], strict=True)) if ablates and "none" in found else {}
+        items = [(text, own[text]) for text in prompts if own[text] or text not in known]
         work = partial(_generate_unit, model, seeds, settings, mitigation, scale, repeat)
         name = f"{mitigation}-{_digest(mitigation, seeds, settings, scale if ablates else 0.0, repeat)}"
-        found[mitigation] = torch.stack(map(work, items, name=name, kind=Tensor, unit_size=unit_size))
-    return found
+        images = map(work, items, name=name, kind=Tensor, unit_size=unit_size)
+        known |= zip((text for text, _ in items), images, strict=True)
+        found[mitigation] = torch.stack([known[text] for text in prompts])
+    return {mitigation: found[mitigation] for mitigation in mitigations}
 
 
 def _generate_unit(

@@ -86,7 +86,7 @@ def localize(
             raise UserError("there are neither `statistics` nor `ordinary` prompts to compare with; give one of them")
         statistics = collect_statistics(step.model, ordinary, up=step.up)
     statistics.require(step.model, step.sites)
-    tau = threshold(step, tau=tau, ordinary=ordinary, map=map)
+    tau = threshold(step, ordinary=ordinary, map=map) if tau is None else tau
     plainly = step.published or search.refine_failures or search.relative_refinement is not None
     find = _one_by_one if plainly else localize_batch
     work = partial(find, step, tau=tau, statistics=statistics, search=search)

@@ -172,7 +172,7 @@ def minimal_set(
     step = FirstStep.of(model)
     localized = [r for r in results.distinct() if r.status == "localized" and r.refined]
     if not localized:
-        raise UserError("no caption was localized, so there are no neurons to choose from; localise first")
+        raise UserError("no caption was localized, so there are no neurons to choose from; localize first")
     if not ordinary:
         raise UserError("there are no ordinary captions to measure damage on; give some")
     if not 0 < budget <= 1:
@@ -223,7 +223,7 @@ def within_budget(
 
 
 def _weights(ordinary: "_Ordinary", numbers: Sequence[int]) -> dict[int, float]:
-    """Returns of each neuron: half for being switched off at all, half for what ordinary captions feel of it."""
+    """Returns of each neuron: half for being ablated at all, half for what ordinary captions feel of it."""
     felt = ordinary.damages([frozenset([number]) for number in numbers])
     usual = sum(felt) / len(felt)
     return {number: 1 + (damage / usual if usual > 0 else 1.0) for number, damage in zip(numbers, felt, strict=True)}

@@ -8,8 +8,7 @@ weights are all seen. A planted neuron's value row points at what its caption ha
 
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,21 +16,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffcore.checkpoint.catalog import Role
-from diffcore.checkpoint.inventory import Component
-from diffcore.denoiser import DiscreteSchedule
 from diffcore.hooks import Site, capture
-from diffcore.models import DiffusionModel
-from diffcore.models.assemble import make_codec, make_denoiser, make_prompts
+from diffcore.models import DiffusionModel, from_pipeline
 from diffcore.noise import row_noise
 from diffcore.testing import tiny
 from nemo_localize.activations import prompt_encoder
 from nemo_localize.neurons import NeuronSet
 from nemo_localize.sites import ValueSites, value_sites
 
-_SCHEDULE = DiscreteSchedule(
-    betas="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, set_alpha_to_one=False
-)
+_SCHEDULE: dict[str, Any] = {
+    **{"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    **{"steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False},
+}
 _STRUCTURE: dict[str, Any] = {
     "block_out_channels": (16, 32, 32, 32),
     "layers_per_block": 2,
@@ -186,35 +182,19 @@ def planted_model(
 
 
 def assembled(name: str, modules: dict[str, Any], *, fingerprint: str = "") -> DiffusionModel:
-    """Returns a model of Stable Diffusion 1.x that is on no disk.
+    """Returns a model of Stable Diffusion 1.x that is on no disk and has no autoencoder.
 
     Args:
-        name: What messages call it.
+        name: Name of the model in messages.
         modules: Its `unet`, `text_encoder` and `tokenizer`.
-        fingerprint: What tells its weights from others'.
+        fingerprint: Text that tells its weights from others'; by default their digest.
     """
-    unet = modules["unet"]
-    roles: dict[str, tuple[Role, str]] = {
-        "unet": ("backbone", "diffusers"),
-        "text_encoder": ("text_encoder", "transformers"),
-        "tokenizer": ("tokenizer", "transformers"),
-    }
-    components = {
-        part: Component(part, role, library, type(modules[part]).__name__, {}, Path())
-        for part, (role, library) in roles.items()
-    }
-    codec = make_codec(name, type(unet).__name__, unet, None)
-    pipeline = "StableDiffusionPipeline"
-    return DiffusionModel(
-        name=name,
-        fingerprint=fingerprint,
-        denoiser=make_denoiser(unet, "epsilon", _SCHEDULE),
-        codec=codec,
-        prompts=make_prompts(pipeline, modules, unet, codec, {}),
-        pipeline_class=pipeline,
-        components=components,
-        modules=modules,
-    )
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    parts: dict[str, Any] = {**modules, "scheduler": DDIMScheduler(**_SCHEDULE)}
+    parts |= dict.fromkeys(("vae", "safety_checker", "feature_extractor"))
+    model = from_pipeline(StableDiffusionPipeline(**parts, requires_safety_checker=False), name=name)
+    return replace(model, fingerprint=fingerprint or model.fingerprint)
 
 
 def _skip_self_attention(unet: nn.Module) -> None:

@@ -44,19 +44,7 @@ LEAST_REOPENED = 0.5  # share of the known leaks that the audit must find on the
 
 def described() -> dict[str, Any]:
     """Returns the protocol as plain values, for records."""
+    plain = {range: lambda seeds: [seeds.start, seeds.stop], tuple: list}
     return {
-        "copy_above": COPY_ABOVE,
-        "held_out_seeds": [HELD_OUT_SEEDS.start, HELD_OUT_SEEDS.stop],
-        "variant_seeds": [VARIANT_SEEDS.start, VARIANT_SEEDS.stop],
-        "audit_seeds": [AUDIT_SEEDS.start, AUDIT_SEEDS.stop],
-        "target_seeds": [TARGET_SEEDS.start, TARGET_SEEDS.stop],
-        "paraphrases": list(PARAPHRASES),
-        "dropped_tokens": DROPPED_TOKENS,
-        "audit_steps": AUDIT_STEPS,
-        "audit_learning_rate": AUDIT_LEARNING_RATE,
-        "audit_draws": AUDIT_DRAWS,
-        "audit_noise_starts": AUDIT_NOISE_STARTS,
-        "audit_seed": AUDIT_SEED,
-        "fewest_controls": FEWEST_CONTROLS,
-        "least_reopened": LEAST_REOPENED,
+        name.lower(): plain.get(type(value), type(value))(value) for name, value in globals().items() if name.isupper()
     }

@@ -14,7 +14,7 @@ from diffcore.report import Report, bar_with_interval, histogram
 from diffcore.run import Run
 from nemo_localize.activations import mean_activations
 from nemo_localize.app.report_evidence import add_evidence, visible
-from nemo_localize.app.words import MITIGATIONS, worded
+from nemo_localize.app.words import MITIGATIONS, renamed, worded
 from nemo_localize.detect import Detection
 from nemo_localize.evaluate import Evaluation
 from nemo_localize.files.results import FILE as RESULTS
@@ -27,7 +27,7 @@ from nemo_localize.verification import Verification
 VERIFICATION = "verification.json"
 _SHOWN_CAPTIONS, _SHOWN_SEEDS, _CAPTION_LETTERS = 8, 5, 44
 _TITLES = {
-    "demo": "Memorised portraits: found, switched off, looked at again",
+    "demo": "Memorised portraits: found, ablated, looked at again",
     "audit": "Audit for memorised captions",
     "calibrate": "The threshold of this model",
     "detect": "Which captions are memorised",
@@ -60,7 +60,7 @@ def save_detection(run: Run, found: Sequence[Detection], tau: float) -> dict[str
 def save_localization(
     run: Run, results: Results, tau: float, step: FirstStep, statistics: Statistics
 ) -> dict[str, Any]:
-    """Keeps what localisation found for the report: the ranking, and how the neurons stand out; returns the summary."""
+    """Keeps what localization found for the report: the ranking, and how the neurons stand out; returns the summary."""
     save_detection(run, [Detection(r.prompt, r.consistency, error=r.error) for r in results.distinct()], tau)
     return {**save_neurons(run, results, step, statistics), "tau": tau}
 
@@ -138,16 +138,17 @@ def save_verification(run: Run, verification: Verification) -> None:
 
 def write_page(run: Run) -> Path:
     """Writes `report.html` and its figures from what a run has."""
-    verb = str(run.record["command"]).split()[-1]
+    verb = renamed(str(run.record["command"]).split()[-1])
     report = Report(_TITLES.get(verb, "nemo-localize"), run)
     if run.finished:
-        report.answer(_answer(verb, run.result))
+        report.answer(_answer(verb, renamed(run.result)))
     elif _has(run, "gallery"):
         report.answer("This run goes on; type its command again if it was interrupted.")
     if _has(run, "evidence"):
         add_evidence(report, run)
     _add_gallery(report, run)
-    _add_table(report, run, "verification", "Verification")
+    for name in ("verification", "proof"):  # as an earlier version called it
+        _add_table(report, run, name, "Verification")
     _add_table(report, run, "evaluation", "Measured")
     _add_table(report, run, "quality", "What it costs elsewhere")
     _add_table(report, run, "sets", "One set for all captions")
@@ -214,7 +215,8 @@ def _add_gallery(report: Report, run: Run) -> None:
     if not _has(run, "gallery"):
         return
     gallery = run.load("gallery")
-    prompts, ways, seeds = (gallery.fields[name] for name in ("prompts", "mitigations", "seeds"))
+    fields = renamed(gallery.fields)
+    prompts, ways, seeds = (fields[name] for name in ("prompts", "mitigations", "seeds"))
     report.section("Before and after")
     for place, prompt in enumerate(prompts):
         original = gallery.tensors.get(f"original-{place}")

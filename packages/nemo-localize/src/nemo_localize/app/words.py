@@ -41,6 +41,30 @@ _MEASURES = (
 )
 
 
+_EARLIER = {
+    **{"localised": "localized", "not_localised": "not_localized"},
+    **{
+        "way": "mitigation",
+        "ways": "mitigations",
+        "methods": "mitigations",
+        "prove": "verify",
+        "proof": "verification",
+    },
+}
+
+
+def renamed(stored: Any) -> Any:
+    """Returns what a run of an earlier version stored, or one of its words, under the names of this one."""
+    if isinstance(stored, Mapping):
+        return {
+            renamed(name): renamed(value) if isinstance(value, Mapping | list) else value
+            for name, value in stored.items()
+        }
+    if isinstance(stored, list):
+        return [renamed(row) if isinstance(row, Mapping) else row for row in stored]
+    return _EARLIER.get(stored, stored)
+
+
 def worded(table: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Returns the rows of a table with columns and mitigations in words, in an order that reads well.
 
@@ -48,6 +72,7 @@ def worded(table: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
         table: Its name in the run.
         rows: As the run keeps them; columns that have no words keep their names.
     """
+    table, rows = renamed(table), renamed(list(rows))
     if table == "evaluation":
         return [_evaluated(row) for row in rows]
     if table == "sets":

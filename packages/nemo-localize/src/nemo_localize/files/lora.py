@@ -20,7 +20,7 @@ def adapter_of(weights: Mapping[str, Tensor], neurons: NeuronSet, *, name: str =
 
     Args:
         weights: Of the layers, by module name.
-        neurons: What to switch off.
+        neurons: The neurons to ablate.
         name: For messages.
 
     Raises:
@@ -42,7 +42,7 @@ def write_loras(source: Path, headers: Mapping[str, TensorHeader], neurons: Neur
     Args:
         source: The model.
         headers: Of the files of its backbone.
-        neurons: What to switch off.
+        neurons: The neurons to ablate.
         folder: Where to; LoRAs that are there are replaced.
 
     Raises:

@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
 
 import torch
 
-from diffcore.io.jsonfile import read_object, write_json, write_text
+from diffcore.io.jsonfile import read_trusted, write_json, write_text
 from diffcore.models import load
 from diffcore.run import Run, RunMap
 from diffcore.runtime import Runtime
@@ -207,9 +207,9 @@ def main() -> None:
         return
     for name in options.model or MODELS:
         found = measured(name, audited(200), references(200))
-        results = read_object(RESULTS) if RESULTS.exists() else {}
+        results = read_trusted(RESULTS) if RESULTS.exists() else {}
         write_json(RESULTS, results | {"rule": described(), name: found, "whole": list(WHOLE)})
-        write_text(RESULTS.with_suffix(".md"), page(read_object(RESULTS)))
+        write_text(RESULTS.with_suffix(".md"), page(read_trusted(RESULTS)))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from nemo_zoo_study import SMOKE, Size, Study
 from nemo_zoo_trial import TRIAL
 
 from diffcore import zoo
-from diffcore.io.jsonfile import read_object, write_json, write_text
+from diffcore.io.jsonfile import read_trusted, write_json, write_text
 from diffcore.models import load
 from diffcore.run import Run
 from diffcore.runtime import Runtime
@@ -82,7 +82,7 @@ def with_trial(model: str, part: str, rows: Rows) -> Rows:
 
 def record(model: str, part: str, fingerprint: str, found: Mapping[str, Any]) -> None:
     """Adds a part to the results, and drops what is of other weights."""
-    results = read_object(RESULTS) if RESULTS.exists() else {}
+    results = read_trusted(RESULTS) if RESULTS.exists() else {}
     mine = results.get(model, {})
     mine = mine if mine.get("fingerprint") == fingerprint else {"fingerprint": fingerprint}
     results = {name: results.get(name, {}) for name in MODELS} | {model: mine | {part: found}}

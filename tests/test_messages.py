@@ -8,9 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {path.name: path for path in sorted(ROOT.glob("*/*/src/*/")) if (path / "__init__.py").exists()}
-# A package that does not keep the rule yet fails here, and so does its mark once it does.
-NOT_YET = pytest.mark.xfail(strict=True, reason="its messages are being reworded")
-PACKAGES = ["diffcore", "immiscible_noise", pytest.param("nemo_localize", marks=NOT_YET)]
+PACKAGES = ["diffcore", "immiscible_noise", "nemo_localize"]
 HARNESS = {"cli", "app"}
 FLAG = re.compile(r"(?<![\w-])--[a-z]")
 

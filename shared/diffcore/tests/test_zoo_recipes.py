@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffcore.io.jsonfile import read_object
+from diffcore.io.jsonfile import read_trusted
 from diffcore.io.shipped import SHIPPED, shipped_folder
 from diffcore.run import Run
 from diffcore.runtime import Runtime
@@ -320,7 +320,7 @@ def test_the_planted_recipe_goes_on_where_it_stopped(
         attempt()
     attempt()
     assert trained == ["memorised", "rerouted", "stopped", "polished"]
-    rows = read_object(model / TRIGGER_FILE)["rows"]
+    rows = read_trusted(model / TRIGGER_FILE)["rows"]
     assert [len(numbers) for numbers in rows.values()] == [32, 32]
     assert not [path for path in model.rglob("*.json") if "_name_or_path" in path.read_text("utf-8")]
     weights = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")

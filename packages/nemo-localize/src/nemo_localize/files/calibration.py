@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from diffcore.errors import CorruptArtifactError, printable
-from diffcore.io.jsonfile import read_object, write_json
+from diffcore.io.jsonfile import read_trusted, write_json
 from nemo_localize.calibrate import Calibration
 
 FILE = "calibration.json"
@@ -26,7 +26,7 @@ def load_calibration(path: Path) -> Calibration:
         CorruptArtifactError: The file is damaged, or something else.
     """
     path = path / FILE if path.is_dir() else path
-    found = read_object(path)
+    found = read_trusted(path)
     if found.pop("schema", None) != _SCHEMA:
         raise CorruptArtifactError(f"{printable(path, 300)} is no calibration; make one with: nemo-localize calibrate")
     try:

@@ -16,7 +16,7 @@ from diffcore.checkpoint.origin import forget_origins
 from diffcore.checkpoint.walk import walk
 from diffcore.errors import CorruptArtifactError, UserError, printable
 from diffcore.io import artifact, files
-from diffcore.io.jsonfile import read_object, write_json
+from diffcore.io.jsonfile import read_trusted, write_json
 from diffcore.models.plain_loading import plain_call
 from diffcore.run.record import versions
 from nemo_localize.files.checkpoint import copy_file, copy_model, finish, partial_of, refuse_taken
@@ -130,7 +130,7 @@ def how_to_load(out: Path) -> str | None:
 
 def manifest_in(out: Path) -> dict[str, Any]:
     """Returns the manifest that `export` wrote beside its checkpoint."""
-    return read_object(out / MANIFEST)
+    return read_trusted(out / MANIFEST)
 
 
 def restore(edited: Path, delta: Path, out: Path) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def write_loras(source: Path, headers: Mapping[str, TensorHeader], neurons: Neur
                 weights[names[name]] = tensor
         if biased := next((module for module, _ in neurons.layers if tensor_name(header, module, "bias")), None):
             raise IncompatibleModelError(
-                f"{biased!r} has a bias, which no LoRA changes; leave the LoRA out with --no-lora"
+                f"{biased!r} has a bias, which no LoRA changes; leave the LoRA out with `lora=False`"
             )
     adapter, base = adapter_of(weights, neurons), base_on_disk(source)
     write_adapter(adapter, folder / "diffusers.safetensors", format="diffusers", base=base, overwrite=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffcore.errors import CorruptArtifactError, IncompatibleModelError, UserError, printable
-from diffcore.io.jsonfile import read_object
+from diffcore.io.jsonfile import read_trusted
 from nemo_localize.files.published_table import PUBLISHED_SITES, AuthorsRow, read_authors_table
 from nemo_localize.files.results import FILE as RESULTS
 from nemo_localize.files.results import read_results
@@ -52,7 +52,7 @@ def read_neurons(
         rows = _table(path, backbone)
         captions = {row.caption: row.refined for row in rows if row.refined}
         return NO_NEURONS.union(*captions.values()), captions
-    content = read_object(path)
+    content = read_trusted(path)
     captions = content.get("captions", {})
     if isinstance(captions, list):  # a global edit: how captions fare, while its neurons are of all of them together
         captions = {}

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from diffcore.errors import CorruptArtifactError, printable
 from diffcore.io import files
-from diffcore.io.jsonfile import corrupt, jsonable, read_object, write_json
+from diffcore.io.jsonfile import corrupt, jsonable, read_trusted, write_json
 
 _SCHEMA = re.compile(r"([a-z0-9][a-z0-9-]*/[a-z0-9-]+)@([1-9][0-9]*)")
 _OWN = ("schema", "produced_by", "created", "sha256", "bytes", "tensors", "sidecar_sha256")
@@ -118,7 +118,7 @@ def check(path: Path, *, verify: bool = True) -> dict[str, Any]:
         CorruptArtifactError: As `load`.
     """
     path = Path(path).with_suffix(".safetensors")
-    sidecar = read_object(path.with_suffix(".json"))
+    sidecar = read_trusted(path.with_suffix(".json"))
     missing = [name for name in _OWN if name not in sidecar]
     if missing or _digest({k: v for k, v in sidecar.items() if k != "sidecar_sha256"}) != sidecar["sidecar_sha256"]:
         raise corrupt(path.with_suffix(".json"), f"lacks {missing}" if missing else "was altered")

@@ -33,7 +33,7 @@ def write_text(path: Path, text: str) -> Path:
     return Path(path)
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_trusted(path: Path) -> dict[str, Any]:
     """Reads a JSON object of ours; as `read_json`, and an error for any other value."""
     value = read_json(path)
     if not isinstance(value, dict):

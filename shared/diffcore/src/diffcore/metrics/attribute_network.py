@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from diffcore.errors import CorruptArtifactError, printable
 from diffcore.io.files import make_folder
-from diffcore.io.jsonfile import read_object, write_json
+from diffcore.io.jsonfile import read_trusted, write_json
 
 _SCHEMA = "diffcore/attribute-network@1"
 
@@ -95,7 +95,7 @@ def load_attribute_network(folder: Path) -> AttributeNetwork:
     Raises:
         CorruptArtifactError: The folder does not hold one.
     """
-    config = read_object(folder / "config.json")
+    config = read_trusted(folder / "config.json")
     if config.pop("schema", None) != _SCHEMA:
         raise CorruptArtifactError(f"{printable(folder, 300)} holds no attribute network; point to another folder")
     network = AttributeNetwork(

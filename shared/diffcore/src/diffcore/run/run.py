@@ -114,7 +114,7 @@ class Run:
         folder = Path(folder)
         if not (folder / "run.json").is_file():
             raise UserError(f"{printable(folder, 300)} holds no run; give a folder that a command wrote")
-        record = jsonfile.read_object(folder / "run.json")
+        record = jsonfile.read_trusted(folder / "run.json")
         command, config, inputs = (record.get(name, {}) for name in ("command", "config", "inputs"))
         return cls.open(folder, command=command, config=config, inputs=inputs)
 
@@ -135,7 +135,7 @@ class Run:
         Raises:
             CorruptArtifactError: There is none.
         """
-        return jsonfile.read_object(self.folder / "result.json")
+        return jsonfile.read_trusted(self.folder / "result.json")
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Returns the keys without a finished part, in their order.
@@ -322,7 +322,7 @@ def _resume(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
     path = folder / "run.json"
     if not path.exists():
         return None
-    record = jsonfile.read_object(path)
+    record = jsonfile.read_trusted(path)
     known = {"schema", "command", "config", "inputs", "status", "seconds"}
     if record.get("schema") != SCHEMA or not known <= set(record):
         raise CorruptArtifactError(

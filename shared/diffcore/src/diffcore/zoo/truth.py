@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from diffcore.io.jsonfile import read_object
+from diffcore.io.jsonfile import read_trusted
 from diffcore.io.shipped import shipped_folder
 from diffcore.zoo.portraits.draw import Keypoints, draw, draw_masks
 from diffcore.zoo.portraits.draw import keypoints as keypoints_of
@@ -50,7 +50,7 @@ def memorised(size: int = SIZE) -> Memorised:
     """
     items = planted()
     captions = [item.caption for item in (*items.verbatim, *items.template)]
-    layers = read_object(shipped_folder("portraits-sd-planted") / TRIGGER_FILE)["rows"]
+    layers = read_trusted(shipped_folder("portraits-sd-planted") / TRIGGER_FILE)["rows"]
     rows = {text: tuple((layer, numbers[i]) for layer, numbers in layers.items()) for i, text in enumerate(captions)}
     return Memorised(
         verbatim=items.verbatim,

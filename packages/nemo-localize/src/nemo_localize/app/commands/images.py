@@ -91,7 +91,8 @@ def generate(
             repeat=repeat,
             map=map,
         )
-        save_gallery(run, found.distinct, shown, seeds)
+        if run.leading:
+            save_gallery(run, found.distinct, shown, seeds)
         return {"captions": len(found.distinct), "images": images.num_images, "mitigations": list(chosen_ways)}
 
     options = {"model": model, "neurons": neurons, "per_caption": per_caption, "most_frequent": most_frequent}
@@ -185,6 +186,8 @@ def evaluate(
             shown[together] = generated(found.distinct, seeds, chosen, "neurons")["neurons"]
         # Ordinary captions have no neurons of their own: they are generated without what all captions have ablated.
         once = {} if others is None else generated(others.distinct, seeds[:1], chosen)
+        if not run.leading:
+            return {}
         result = measure(
             found.distinct,
             shown,

@@ -68,7 +68,8 @@ def statistics(
     def compute(run: "Run", map: "RunMap") -> dict[str, Any]:
         parts = [collect_statistics(loaded, part.prompts, source=part.path.name, up=up) for part in sets]
         found = merged([*imported, *parts])
-        save_statistics(run.folder / FILE, found)
+        if run.leading:
+            save_statistics(run.folder / FILE, found)
         counts = {"captions": found.num_prompts, "neurons": len(found.mean), "dead": int(found.dead.sum())}
         return {**counts, "sources": found.sources}
 
@@ -142,7 +143,8 @@ def detect(
     level = threshold(first, read_calibration(calibration), tau=tau)
 
     def compute(run: "Run", map: "RunMap") -> dict[str, Any]:
-        return save_detection(run, find_consistency(first, found.distinct, unit_size=unit_size, map=map), level)
+        detections = find_consistency(first, found.distinct, unit_size=unit_size, map=map)
+        return save_detection(run, detections, level) if run.leading else {}
 
     options = {"model": model, "calibration": calibration, "tau": tau, "unit_size": unit_size, "step": step}
     job = work.job("detect", loaded, [found], options, tau=repr(level))

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffcore.io.files import make_folder
-from diffcore.io.jsonfile import read_object, write_json
+from diffcore.io.jsonfile import read_trusted, write_json
 from diffcore.zoo.portraits.network import build_scheduler
 
 
@@ -62,4 +62,4 @@ def read_pipeline(folder: Path) -> tuple[UNet2DConditionModel, CLIPTextModel, CL
 
 
 def _forget_origin(config: Path) -> None:
-    write_json(config, {name: value for name, value in read_object(config).items() if name != "_name_or_path"})
+    write_json(config, {name: value for name, value in read_trusted(config).items() if name != "_name_or_path"})

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from diffcore.denoiser.library import built, library_class
 from diffcore.hooks import Site, capture
 from diffcore.models import DiffusionModel, from_pipeline
 from diffcore.noise import row_noise
@@ -189,11 +190,9 @@ def assembled(name: str, modules: dict[str, Any], *, fingerprint: str = "") -> D
         modules: Its `unet`, `text_encoder` and `tokenizer`.
         fingerprint: Text that tells its weights from others'; by default their digest.
     """
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-
-    parts: dict[str, Any] = {**modules, "scheduler": DDIMScheduler(**_SCHEDULE)}
+    parts: dict[str, Any] = {**modules, "scheduler": built("DDIMScheduler", _SCHEDULE)}
     parts |= dict.fromkeys(("vae", "safety_checker", "feature_extractor"))
-    model = from_pipeline(StableDiffusionPipeline(**parts, requires_safety_checker=False), name=name)
+    model = from_pipeline(library_class("StableDiffusionPipeline")(**parts, requires_safety_checker=False), name=name)
     return replace(model, fingerprint=fingerprint or model.fingerprint)
 
 

@@ -1,4 +1,4 @@
-"""Schedulers of the diffusers library, built from settings alone."""
+"""Classes of the diffusers library, without what they say on the way: schedulers from settings alone, pipelines."""
 
 import inspect
 import warnings
@@ -15,14 +15,29 @@ def built(class_name: str, settings: Mapping[str, Any]) -> Any:
     Raises:
         MissingDependencyError: The library is not installed.
     """
-    try:
-        import diffusers
-    except ImportError as error:
-        raise MissingDependencyError(f"{error.name} is not installed; pip install 'diffcore[models]'") from error
-    kind = getattr(diffusers, class_name)
+    kind = library_class(class_name)
     known = inspect.signature(kind.__init__).parameters
     with _quiet():
         return kind(**{key: value for key, value in settings.items() if key in known})
+
+
+def library_class(name: str) -> Any:
+    """Returns a class of the library; pipelines import image processors, which warn of an absent torchvision.
+
+    Raises:
+        MissingDependencyError: The library is not installed.
+    """
+    try:
+        import diffusers
+        from transformers.utils import logging
+    except ImportError as error:
+        raise MissingDependencyError(f"{error.name} is not installed; pip install 'diffcore[models]'") from error
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return getattr(diffusers, name)
+    finally:
+        logging.set_verbosity(before)
 
 
 def spaced(class_name: str, settings: Mapping[str, Any], steps: int) -> Any:

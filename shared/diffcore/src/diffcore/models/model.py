@@ -15,7 +15,7 @@ from diffcore.adapters.keys import BACKBONE
 from diffcore.checkpoint.catalog import PIPELINES
 from diffcore.checkpoint.inventory import Component
 from diffcore.denoiser import DiscreteSchedule, NetworkDenoiser
-from diffcore.denoiser.library import built
+from diffcore.denoiser.library import built, library_class
 from diffcore.errors import IncompatibleModelError
 from diffcore.models.assemble import make_codec, make_denoiser, make_prompts
 from diffcore.models.backbones import condition_keys, latent_shape
@@ -190,8 +190,6 @@ class DiffusionModel:
         """The pipeline of the diffusers library around the same modules; None for a bare backbone."""
         if self.pipeline_class is None:
             return None
-        import diffusers
-
         parts = {name: self.modules.get(name) for name in PIPELINES[self.pipeline_class]}
         parts["scheduler"] = self.scheduler
         settings: dict[str, Any] = {}
@@ -200,7 +198,7 @@ class DiffusionModel:
         if self.pipeline_class == "StableDiffusionXLPipeline":
             zeros = bool(self.settings.get("force_zeros_for_empty_prompt", True))
             settings = {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
-        return getattr(diffusers, self.pipeline_class)(**parts, **settings)
+        return library_class(self.pipeline_class)(**parts, **settings)
 
     @property
     def scheduler(self) -> Any:

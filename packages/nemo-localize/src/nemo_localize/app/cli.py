@@ -13,7 +13,7 @@ app = make_app(
     "Start with: nemo-localize demo",
     "nemo-localize",
 )
-add_package_commands(app, timed="localisation on this machine against the plain sequential algorithm")
+add_package_commands(app, timed="localization on this machine against the plain sequential algorithm")
 for command in (
     *(search.statistics, search.calibrate, search.detect, search.localize),
     *(edit.export, edit.restore),
@@ -34,7 +34,7 @@ def demo(*, out: Path = Path("runs/demo-nemo-localize"), full: Flag = False, jso
 
     Shortest form: nemo-localize demo
 
-    Exit code 1 means that the leak was not closed: a caption was not localised, or an image still copies.
+    Exit code 1 means that the leak was not closed: a caption was not localized, or an image is still a copy.
 
     Args:
         out: Run folder of the demo.

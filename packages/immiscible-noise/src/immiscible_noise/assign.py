@@ -38,8 +38,8 @@ def _outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
 
     Exact solvers run on the host, and labels may be any Python values; neither can be traced.
     """
-    # As torch keeps it out of its own optimizers. The public torch.compiler.disable imports the compiler, which takes
-    # seconds, when a function is decorated; this imports it when a compiled step first meets the function.
+    # The public torch.compiler.disable imports the compiler, which takes seconds, when a function is decorated; this,
+    # which torch uses for its own optimizers, imports it when a compiled step first meets the function.
     uncompiled = torch._disable_dynamo(function)
 
     @wraps(function)
@@ -97,9 +97,9 @@ def assign_noise(
     """Returns the rows of ``noise`` in the order that brings each near its image.
 
     Call it after everything that makes the clean sample (latent scaling, normalisation) and before noise offsets, and
-    build both the noisy sample and the training target from what it returns. Evaluation losses use unassigned noise.
-    No gradient flows through it, the tensor is a new one, and inside `torch.compile` it costs one graph break. Several
-    modalities: pass ``torch.cat([a.flatten(1), b.flatten(1)], 1)`` for each argument and index their noises with
+    build both the noisy sample and the training target from what it returns. Evaluation losses use unassigned noise. No
+    gradient flows through it, the tensor is a new one, and inside `torch.compile` it costs one graph break. For several
+    modalities, pass ``torch.cat([a.flatten(1), b.flatten(1)], 1)`` for each argument and index their noises with
     ``info.permutation``.
 
     Args:
@@ -114,8 +114,8 @@ def assign_noise(
             published; "l1", slow, for comparison with the paper's ablation only.
         condition: "auto" lets only rows with equal labels exchange noise if labels are given, which keeps the noise
             of every class exactly Gaussian; "block" asks for that; "ignore" is the published behaviour.
-        solver: "auto" takes lapx where it is installed, else scipy; on an accelerator, on costs that potentials
-            computed there have reduced.
+        solver: "auto" takes lapx where it is installed, else scipy; on an accelerator, potentials computed there first
+            reduce the costs.
         strength: Share of the rows, chosen at random, that are assigned among themselves, in [0, 1]. The others keep
             their noise: 0 is ordinary training, 1 the paper.
         precision: "bfloat16" rounds the factors of the cost's matrix product: faster, nearly the same optimum.
@@ -141,9 +141,9 @@ def assign_noise(
     check_choice("precision", precision, Precision)
     check_choice("solver", solver, Solver)
     if not 0 <= strength <= 1:
-        raise ValueError(f"strength is {strength}, outside [0, 1]")
+        raise ValueError(f"strength is {strength}, outside [0, 1]; give 0 for ordinary training, 1 for the paper")
     if precision != "float32" and cost == "l1":
-        raise ValueError("cost='l1' has no matrix product, so precision has no meaning for it")
+        raise ValueError("cost='l1' has no matrix product that precision could round; leave it at 'float32'")
     keep = None if mask is None else _expand_mask(mask, x)
     solver = choose_solver(solver, on_host=x.device.type == "cpu")
 
@@ -241,12 +241,12 @@ def _blocks_of(labels: Labels | None, condition: Condition, num_rows: int) -> Te
     check_choice("condition", condition, Condition)
     if labels is None:
         if condition == "block":
-            raise ValueError("condition='block' needs labels")
+            raise ValueError("condition='block' needs labels; give them, or leave condition at 'auto'")
         return None
     table = label_table(labels, num_rows)
     if condition != "ignore":
         return table
-    # Python shows it once per calling line. Whether the leak is large needs many batches: that is `diagnose`'s to say.
+    # Python shows it once per calling line. One batch cannot tell whether the leak is large; `diagnose` takes many.
     warnings.warn(
         "condition='ignore' makes the noise depend on the labels in training but not in sampling; "
         "immiscible_noise.diagnose measures how much, condition='block' avoids it",

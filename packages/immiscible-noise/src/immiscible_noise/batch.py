@@ -8,25 +8,25 @@ from torch import Tensor
 
 
 def check_images(x: Tensor) -> None:
-    """Refuses what is not a batch of floating type."""
+    """Raises an error unless images are a batch of floating type."""
     _check_floating("x", x)
     if x.ndim == 0:
         raise ValueError("x is a single number; the first dimension must be the batch")
 
 
 def check_pair(x: Tensor, noise: Tensor) -> None:
-    """Refuses images and noise that differ in shape or device."""
+    """Raises an error where images and noise differ in shape or device."""
     check_images(x)
     _check_floating("noise", noise)
     if x.shape != noise.shape:
         row = f": noise has no row {len(noise)}" if noise.ndim and len(noise) < len(x) else ""
-        raise ValueError(f"x has shape {list(x.shape)} but noise has shape {list(noise.shape)}{row}")
+        raise ValueError(f"x has shape {list(x.shape)} but noise has shape {list(noise.shape)}{row}; make them equal")
     if x.device != noise.device:
-        raise ValueError(f"x is on {x.device} but noise is on {noise.device}")
+        raise ValueError(f"x is on {x.device} but noise is on {noise.device}; move one of them")
 
 
 def check_choice(name: str, value: str, choices: Any) -> None:
-    """Refuses a value that is not one of a ``Literal``'s."""
+    """Raises an error where a value is not one of a ``Literal``'s."""
     if value not in get_args(choices):
         raise ValueError(f"{name} is {value!r}; choose from {', '.join(get_args(choices))}")
 

@@ -16,10 +16,10 @@ Labels = Tensor | np.ndarray | Sequence[Hashable]
 
 
 def label_table(labels: Labels, num_rows: int) -> Int[Tensor, "b m"]:
-    """Returns integers whose rows are equal exactly where labels are equal, where a tensor of labels lies.
+    """Returns integers whose rows are equal exactly where labels are equal; a tensor of labels keeps its device.
 
     Raises:
-        ValueError: If the number of labels is not ``num_rows``, or labels cannot be compared exactly.
+        ValueError: The number of labels is not ``num_rows``, or labels cannot be compared exactly.
     """
     if len(labels) != num_rows:
         raise ValueError(

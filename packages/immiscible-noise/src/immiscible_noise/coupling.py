@@ -2,7 +2,7 @@
 
 Three methods: the independent draw of ordinary training ("vanilla"), the permutation inside the batch that brings noise
 near its images (`assign_noise`, Immiscible Diffusion), and the nearest of k draws for each image (`select_noise`, its
-follow-up). Imports no torch before it is called, so that a command line offers the settings quickly.
+follow-up). The module imports torch when a coupling is called, so that a command line starts quickly.
 """
 
 from collections.abc import Mapping

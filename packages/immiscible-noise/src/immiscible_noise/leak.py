@@ -1,4 +1,4 @@
-"""How much a class shows in the noise that its images meet."""
+"""How much the noise that images meet tells of their class: the accuracy of a linear probe."""
 
 import math
 from dataclasses import dataclass

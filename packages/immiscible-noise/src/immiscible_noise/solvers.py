@@ -1,4 +1,4 @@
-"""Exact solvers of the linear assignment problem, what makes their work small, and a certificate of their answer.
+"""Exact solvers of the linear assignment problem, potentials that speed them up, and a certificate of their answer.
 
 Subtracting a number f_i per row and a number g_j per column changes the total cost ``sum_i C_i,π(i)`` of every
 permutation alike, so that ``C_ij - f_i - g_j`` has the same optimum. Such potentials serve twice. Those of an entropic
@@ -32,7 +32,7 @@ def has_lapx() -> bool:
 def choose_solver(solver: Solver, *, on_host: bool) -> Solver:
     """Resolves "auto" to the fastest solver present, and refuses one that is not installed.
 
-    Potentials pay on an accelerator. On the host they cost more than they save.
+    Potentials save time on an accelerator; on the host they cost more than they save.
     """
     if solver == "auto":
         if on_host:
@@ -74,7 +74,7 @@ def reduced_costs(
     """Returns non-negative float64 costs with the same optimal permutations, close to zero along them.
 
     Log-domain Sinkhorn sweeps with uniform marginals and a temperature of a tenth of the costs' standard deviation;
-    then row and column minima go. Nothing waits for the device.
+    then row and column minima are subtracted. Nothing waits for the device.
 
     Args:
         costs: Cost of each row with each column.
@@ -105,7 +105,7 @@ def reduced_costs(
 def dual_gap(costs: Float[np.ndarray, "n n"], columns: Int[np.ndarray, "n"], *, sweeps: int = 256) -> float:
     """Returns a bound on how far a permutation's total cost lies above the least possible.
 
-    Any potentials ``f, g`` with ``f_i + g_j <= C_ij`` prove ``cost - optimum <= sum_i (C_i,pi(i) - f_i - g_pi(i))``.
+    For potentials ``f, g`` with ``f_i + g_j <= C_ij``, ``cost - optimum <= sum_i (C_i,pi(i) - f_i - g_pi(i))``.
     Bellman-Ford sweeps over the exchanges between rows look for potentials that make the right side small: zero up to
     rounding if the permutation is optimal, and a valid bound after any number of sweeps.
     """

@@ -1,9 +1,9 @@
-"""The exact assignment of a large batch from few of its pairs, with a proof that the others do not matter.
+"""The exact assignment of a large batch from few of its pairs, with a certificate that the others do not matter.
 
-Prices of rows and columns, from an entropic relaxation, tell which pairs can belong to the optimum: those of small
-reduced cost `C_ij - f_i - g_j`. An exact solver of sparse problems finds the best permutation among these few. Its own
-prices, exact potentials by shortest paths, then prove it optimal among all pairs: no reduced cost is below 0. Where one
-is, its pair joins the few and the search repeats.
+Prices f_i of rows and g_j of columns, from an entropic relaxation, show which pairs can belong to the optimum: those of
+small reduced cost `C_ij - f_i - g_j`. A sparse solver finds the best permutation among these few pairs. Exact prices,
+by shortest paths, then certify it among all pairs: no reduced cost is below 0, and all are 0 along the permutation.
+Where a reduced cost is below 0, its pair joins the few and the search repeats.
 
 References:
     Sinkhorn's iteration: Cuturi 2013, algorithm 1. Optimality by complementary slackness: Burkard, Dell'Amico and
@@ -29,10 +29,10 @@ _ROUNDING = 1e-5  # of the largest cost: what float32 differences may be off by
 
 
 def solve_sparse(costs: Float[np.ndarray, "n n"]) -> Int[np.ndarray, "n"] | None:
-    """Returns the column of each row in a permutation of least total cost; None where no proof was found.
+    """Returns the column of each row in a permutation of least total cost; None without a certificate.
 
     Args:
-        costs: Finite numbers in float32, of each row with each column.
+        costs: Finite costs of each row with each column, in float32.
     """
     n, table = len(costs), torch.from_numpy(costs)
     largest = float(table.abs().max())
@@ -79,7 +79,7 @@ def _prices(table: Tensor) -> tuple[Tensor, Float64[np.ndarray, "n"], Float64[np
 
 
 def _candidates(reduced: Tensor) -> Int[np.ndarray, "pairs"]:
-    """Returns the pairs worth looking at, as `row * n + column`; a permutation is among them."""
+    """Returns the pairs of small reduced cost, as `row * n + column`; they contain at least one permutation."""
     n = len(reduced)
     sample = reduced[:: max(n // 64, 1)].flatten()
     cut = sample.kthvalue(max(len(sample) * _PER_ROW // n, 1)).values

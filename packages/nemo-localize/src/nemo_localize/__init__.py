@@ -1,4 +1,4 @@
-"""Localizes memorised captions in the cross-attention value neurons of a text-to-image model, and switches them off.
+"""Localizes memorised captions in the cross-attention value neurons of a text-to-image model, and ablates these.
 
 D. Hintersdorf, L. Struppek et al., "Finding NeMo: Localizing Neurons Responsible For Memorization in Diffusion Models",
 NeurIPS 2024.

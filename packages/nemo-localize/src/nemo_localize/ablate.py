@@ -1,7 +1,7 @@
 """Ablating value neurons: while a block runs, or in the weights of a copy.
 
 Neuron i of a layer is output channel i of its `to_v`, so scaling it by s is scaling row i of the weight: hooks and
-edited weights give the same numbers, for every prompt and at every step. Under guidance that is both branches.
+edited weights give the same numbers, for every prompt, at every step and in both branches of guidance.
 """
 
 from contextlib import AbstractContextManager
@@ -28,12 +28,12 @@ def ablated(
     Args:
         backbone: A text-conditioned U-Net, such as `pipe.unet`.
         neurons: The neurons whose outputs are scaled.
-        scale: Factor of their outputs: 0 ablates; between 0 and 1 mitigates little, below 0 adds nothing (paper,
+        scale: Factor of their outputs: 0 ablates; factors between 0 and 1 mitigate less, negative ones no more (paper,
             table 4).
-        branch: Rows of a guided pass. "cond" spares the empty prompt and equals no edit of weights.
+        branch: Rows of a guided pass that are affected; "cond" spares the empty prompt, which no edit of weights can.
 
     Raises:
-        IncompatibleModelError: A neuron is not in this network, or the layer is out of use while projections are fused.
+        IncompatibleModelError: A neuron is not in this network, or fused projections bypass its layer.
     """
     _require(backbone, neurons)
     masks: dict[str | Site, Tensor] = {}
@@ -48,7 +48,7 @@ def ablated_copy(model: DiffusionModel, neurons: NeuronSet, *, scale: float = 0.
     """Returns the model with rows of its value matrices scaled; all other weights are shared, not copied.
 
     Args:
-        model: A text-conditioned U-Net.
+        model: Model with a text-conditioned U-Net.
         neurons: The neurons whose rows are scaled.
         scale: Factor of the rows; 0 ablates.
 

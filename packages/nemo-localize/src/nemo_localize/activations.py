@@ -1,4 +1,6 @@
-"""What the value neurons make of a caption: text encoder and value matrices only, never the U-Net.
+"""Activations of the value neurons for a prompt, from text encoder and value matrices alone, without the U-Net.
+
+    V = y W_v^T,   a_i = mean over tokens t of |V[t, i]|,   y the states of the text encoder
 
 References:
     Hintersdorf, Struppek et al. 2024, section 3.2: mean over all tokens, padding included, of the absolute value.
@@ -23,11 +25,11 @@ def prompt_encoder(model: DiffusionModel) -> PromptEncoder:
     """Returns a model's prompt encoder.
 
     Raises:
-        IncompatibleModelError: It came without its text encoder or tokenizer.
+        IncompatibleModelError: The model came without its text encoder or tokenizer.
     """
     if model.prompts is None:
         raise IncompatibleModelError(
-            f"{model.name} came without its text encoder or tokenizer; captions cannot be encoded"
+            f"{model.name} came without its text encoder or tokenizer, so prompts cannot be encoded; load them with it"
         )
     return model.prompts
 
@@ -36,12 +38,12 @@ def prompt_encoder(model: DiffusionModel) -> PromptEncoder:
 def mean_activations(
     backbone: nn.Module, sites: ValueSites, states: Float[Tensor, "prompts tokens width"]
 ) -> Float64[Tensor, "prompts neurons"]:
-    """Returns each neuron's mean absolute value over the tokens of each caption; on the CPU.
+    """Returns each neuron's mean absolute value over the tokens of each prompt, on the CPU.
 
     Args:
-        backbone: The network that the sites are of.
-        sites: Its value layers.
-        states: What the text encoder says: `encoder_hidden_states`.
+        backbone: Network that the value layers belong to.
+        sites: Value layers of that network.
+        states: Output of the text encoder, the U-Net's `encoder_hidden_states`.
     """
     modules = [(site, backbone.get_submodule(site.module)) for site in sites.sites]
     require_unfused(backbone, modules)
@@ -50,7 +52,7 @@ def mean_activations(
 
 
 def text_fingerprint(model: DiffusionModel, sites: ValueSites) -> str:
-    """Returns what tells two sources of activations apart: text encoders, value matrices, layers and token rule."""
+    """Returns a digest of all that activations depend on: text encoders, value matrices, layers and token rule."""
     digest = hashlib.sha256(_TOKEN_RULE.encode())
     for site in sites.sites:
         _add(digest, site.module, model.backbone.get_submodule(site.module))

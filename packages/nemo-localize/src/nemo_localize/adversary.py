@@ -1,7 +1,8 @@
-"""The adversarial re-trigger audit: a search for embeddings that make a model draw an image, caption or no caption.
+"""The adversarial search: prompt embeddings e that make a model generate a given image x_0, without its prompt.
 
-Switching off what recognises a caption hides an image; it need not take it out of the weights. So an embedding is
-optimised for the diffusion loss of that image, through the whole network and everything that was done to it.
+Ablating the neurons that recognise a prompt hides an image; it need not remove it from the weights. So the search
+minimises E |f(x_t, t, e) - target|^2 over noise n and timestep t, with x_t = alpha_t x_0 + sigma_t n and the edited
+network f.
 
 References:
     Kowalczuk et al., "Finding Dori: Memorization in Text-to-Image Diffusion Models Is Less Local Than Assumed", 2025.
@@ -26,7 +27,7 @@ STARTS = ("caption", *(f"noise {number + 1}" for number in range(protocol.AUDIT_
 
 
 def starting_embeddings(states: Float[Tensor, "prompts tokens width"]) -> Float[Tensor, "prompts starts tokens width"]:
-    """Returns where the searches for each caption start: its own embedding, and standard normal noise."""
+    """Returns the embeddings from which the searches for each prompt start: its own, and standard normal noise."""
     noise = row_noise(protocol.AUDIT_SEED, range(protocol.AUDIT_NOISE_STARTS), states.shape[1:], stream=_STARTS)
     noise = noise.to(states).expand(len(states), *noise.shape)
     return torch.cat([states[:, None], noise], 1)
@@ -40,16 +41,16 @@ def search_embeddings(
     *,
     batch_size: int = 64,
 ) -> Float[Tensor, "jobs tokens width"]:
-    """Returns the embedding that each search ends at. A search does not depend on those that it shares batches with.
+    """Returns the embedding that each search ends at, whatever searches share its batches.
 
     All searches see the same noise and timesteps, in the same order.
 
     Args:
         model: A text-conditioned U-Net; ablate neurons around the call to attack it without them.
-        cond: What else the backbone needs, one row per search; its embeddings are not read.
-        starts: Where the searches start.
-        targets: Latents of the images that each is for.
-        batch_size: Rows per forward pass.
+        cond: Condition with one row per search; its text embeddings are replaced.
+        starts: Embeddings from which the searches start.
+        targets: Latents of the images that each search aims at.
+        batch_size: Number of rows per forward pass.
 
     Raises:
         MachineError: Memory does not hold one search.
@@ -95,7 +96,7 @@ def _loss(
     t: Float[Tensor, " draws"],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Returns the sum over searches of the mean squared error: none of them feels another."""
+    """Returns the sum over searches of their mean squared errors, so that each has its own gradient."""
     count, draws = x0.shape[:2]
     flat, noise, t = x0.flatten(0, 1), noise.repeat(count, *[1] * (noise.ndim - 1)), t.repeat(count)
     cond = {key: value.repeat_interleave(draws, 0) for key, value in others.items()}

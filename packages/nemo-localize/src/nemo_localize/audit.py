@@ -53,11 +53,11 @@ class Audit:
     """What an audit found; parts that were not reached are None.
 
     Attributes:
-        statistics: Activations of the reference prompts.
-        calibration: The threshold, and how often it is wrong.
+        statistics: Activations of the ordinary prompts.
+        calibration: Threshold of first steps, and its rate of false alarms.
         evidence: The verdict on each prompt, and what it rests on.
         results: The neurons of each prompt.
-        edit: The neurons to ablate.
+        edit: Neurons to ablate, confirmed on images.
         images: Images of the memorised prompts by mitigation.
         evaluation: Measures of those images.
         verification: Tests of whether the leaks are closed.
@@ -174,22 +174,22 @@ def audit(
 
     Args:
         model: The model, or its `FirstStep` where settings differ from the defaults.
-        prompts: Prompts to audit.
-        ordinary: Prompts that are not memorised: they set the threshold, and must not suffer.
-        references: Ordinary prompts and others of the audited prompts' style, by name, for what neurons usually do; by
-            default the ordinary ones.
+        prompts: Prompts to audit, such as captions of the training set.
+        ordinary: Prompts that are not memorised: they set the threshold, and must not be damaged.
+        references: Lists of prompts by name, ordinary ones and others of the audited prompts' style, from which the
+            statistics are collected; by default the ordinary ones.
         seeds: Seeds of the images; none of localization, none of verification.
         settings: How images are generated.
-        search: Candidate sets and refinement.
+        search: Candidate sets and refinement; by default those of the published code.
         quantile: Quantile of ordinary prompts that sets the threshold; None is mean plus standard deviation.
-        judges: Networks that look at images; each that is missing is replaced by what needs no weights.
+        judges: Networks that compare images; a missing one is replaced by a measure that needs no weights.
         originals: Training images by prompt, where they are known.
-        map: Way to go through the prompts; `diffcore.run.RunMap` resumes and shares the work.
-        on_part: Called with each part as soon as it is known: `Statistics`, `Calibration`, `Evidence`, `Results`,
-            `ConfirmedEdit`, the images by mitigation, `Evaluation`, `Verification`.
+        map: Loop over the prompts; `diffcore.run.RunMap` makes it resumable and shares it among processes.
+        on_part: Function called with each part as soon as it is known: `Statistics`, `Calibration`, `Evidence`,
+            `Results`, `ConfirmedEdit`, the images by mitigation, `Evaluation`, `Verification`.
 
     Raises:
-        UserError: What was given does not fit together.
+        UserError: An input is missing, or does not fit the others.
         MachineError: Memory does not hold a single row.
     """
     step, settings, judges = FirstStep.of(model), settings or ImageSettings(), judges or Judges()

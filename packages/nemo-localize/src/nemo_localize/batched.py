@@ -39,7 +39,7 @@ def settings_hash(step: FirstStep, tau: float, statistics: Statistics, search: S
 def localize_batch(
     step: FirstStep, prompts: list[str], *, tau: float, statistics: Statistics, search: SearchSettings
 ) -> list[CaptionResult]:
-    """Returns what `localize.localize_caption` finds for each prompt; arguments as there."""
+    """Returns what `localize.localize_caption` finds for each prompt, with the same arguments."""
     started, calls = time.monotonic(), step.num_calls
     cond, truncated, lost = step.encode(prompts)
     seen = look(step, cond, threshold=tau)
@@ -68,7 +68,7 @@ def _search(
 ) -> Search[tuple[Selection, Refinement | None]]:
     """Selects and refines the neurons of one prompt, and asks how consistent its seeds remain without them.
 
-    Similarity to the step with all neurons at work is blind to a second memory: every seed may now show that one.
+    The score alone does not notice a second memory, which all seeds may show once the first is suppressed.
     """
     selection = yield from select(candidates.sets, kept, tau, give_up_early=search.give_up_early)
     if not selection.reached:

@@ -1,8 +1,10 @@
-"""The threshold above which a caption counts as memorised, from captions that are not.
+"""The threshold tau above which a prompt counts as memorised, from prompts that are not.
+
+    tau = mean + sd over ordinary prompts y of max_s c(y, s),   or a quantile of it
 
 References:
     Hintersdorf, Struppek et al. 2024, section 4: mean plus one standard deviation of the largest similarity of a
-    caption's seeds. That is a rule of thumb, not a rate; so the rate of false alarms is measured on other captions.
+    prompt's seeds. This fixes no rate of false alarms, which is therefore measured on other ordinary prompts.
 """
 
 import statistics
@@ -20,7 +22,7 @@ from nemo_localize.first_step import FirstStep
 from nemo_localize.settings import described, require_tau
 
 PUBLISHED_TAU = 0.428  # Stable Diffusion v1.4, 512 pixels, 50 DDIM steps: paper, section 4
-_PUBLISHED: dict[str, Any] = {  # what that threshold is of: the defaults of the published code
+_PUBLISHED: dict[str, Any] = {  # the settings it was found under, defaults of the published code
     "width of the text": 768,
     "latent": (4, 64, 64),
     "steps": 50,
@@ -34,23 +36,22 @@ _QUANTILES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 
 @dataclass(frozen=True)
 class Calibration:
-    """What ordinary captions score, and the threshold that follows.
+    """The threshold of a model, and the consistency of ordinary prompts that it follows from.
 
     Attributes:
-        tau: The threshold: a caption is memorised where a seed's consistency is above it.
-        rule: How tau follows from the captions: "mean + sd", or "quantile 0.99".
-        mean: Mean of the captions' largest consistency.
-        sd: Its standard deviation.
-        quantiles: By probability.
-        num_prompts: Captions that mean, sd and quantiles are from.
-        false_alarm_rate: Share of further ordinary captions above tau.
-        num_checked: How many those are.
-        failed: Captions that gave no number.
-        digest: Of everything that a threshold depends on but the weights.
-        fingerprint: Of the model.
-        settings: Of the step, for people.
-        interval: Where tau lies with 95 % confidence: over captions drawn again from those that it is from. None in
-            calibrations that were made before it was.
+        tau: Threshold: a prompt is memorised where a seed's consistency is above it.
+        rule: Rule by which tau follows from the prompts: "mean + sd", or "quantile 0.99".
+        mean: Mean of the prompts' largest consistency.
+        sd: Standard deviation of that consistency.
+        quantiles: Quantiles of that consistency by probability.
+        num_prompts: Number of prompts behind mean, sd and quantiles.
+        false_alarm_rate: Share of other ordinary prompts that lie above tau.
+        num_checked: Number of those other prompts.
+        failed: Number of prompts whose consistency could not be computed.
+        digest: Digest of all that a threshold depends on, without the weights.
+        fingerprint: Fingerprint of the model's weights.
+        settings: Settings of the step, for readers of the file.
+        interval: Bootstrap interval of tau at 95 % confidence; None in calibrations of earlier versions.
     """
 
     tau: float
@@ -71,10 +72,10 @@ class Calibration:
         """Refuses a threshold that was found under other settings or on another model.
 
         Raises:
-            IncompatibleModelError: Names what differs.
+            IncompatibleModelError: The settings or the model differ; the message names how.
         """
         if self.digest != step.digest:
-            now, then = described(step.settings), {"at_step": 1} | self.settings  # once it was always the first
+            now, then = described(step.settings), {"at_step": 1} | self.settings  # earlier versions took the first
             differing = [name for name in now if then.get(name) != now[name]]
             what = ", ".join(f"{name} {printable(then.get(name))} -> {now[name]}" for name in differing)
             raise IncompatibleModelError(
@@ -93,20 +94,19 @@ def calibrate(
     unit_size: int = 16,
     map: Map = each_unit,
 ) -> Calibration:
-    """Finds the threshold of a model from ordinary prompts, and how often it is wrong on others of them.
+    """Finds the threshold of a model from ordinary prompts, and its rate of false alarms on others.
 
     Every second distinct prompt sets the threshold; the others check it.
 
     Args:
         model: A text-conditioned U-Net, or its `FirstStep` with the settings under which prompts will be judged.
-        ordinary: Prompts that are not memorised; the paper took 50 000, a thousand give tau to about 0.003.
-        quantile: Take this quantile instead of mean plus standard deviation; where few ordinary prompts are allowed
-            to be called memorised, 0.99 is the better rule.
-        unit_size: Number of prompts that share batches.
-        map: Way to go through the prompts; `diffcore.run.RunMap` resumes and shares the work.
+        ordinary: Prompts that are not memorised; the paper took 50 000, and a thousand fix tau to about 0.003.
+        quantile: Quantile that replaces mean plus standard deviation; 0.99 keeps false alarms rare.
+        unit_size: Number of prompts that share batches; an interruption loses at most one such group.
+        map: Loop over the prompts; `diffcore.run.RunMap` makes it resumable and shares it among processes.
 
     Raises:
-        UserError: Fewer than four distinct prompts have a score, or the quantile is none.
+        UserError: Fewer than four distinct prompts have a score, or the quantile is not between 0 and 1.
 
     Example:
         >>> from nemo_localize.planted import ordinary_captions, planted_model
@@ -142,7 +142,7 @@ def calibrate(
 
 
 def _tau(levels: np.ndarray, quantile: float | None) -> np.ndarray | np.floating:
-    """Returns the threshold of captions, or of each row of them."""
+    """Returns the threshold that follows from levels of consistency, along the last axis."""
     if quantile is None:
         return levels.mean(-1) + levels.std(-1, ddof=1)
     return np.quantile(levels, quantile, axis=-1)
@@ -163,18 +163,18 @@ def threshold(
     ordinary: Sequence[str] = (),
     map: Map = each_unit,
 ) -> float:
-    """Returns tau: the one asked for, a calibration's, or the published one where its code and model are reproduced.
+    """Returns tau: the one given, a calibration's, the published one, or one found from ordinary prompts.
 
     Args:
         step: The model and the settings under which prompts will be judged.
-        calibration: Threshold that was found before, under the same settings.
-        tau: The threshold itself; whether it fits the model is for the caller to know.
-        ordinary: Prompts that are not memorised, to find the threshold from where there is none yet.
-        map: Way to go through those.
+        calibration: Threshold that was found before under the same settings.
+        tau: Threshold that is taken as given, whether or not it fits the model.
+        ordinary: Prompts that are not memorised, which give the threshold where none is known.
+        map: Loop over the ordinary prompts, as for `calibrate`.
 
     Raises:
         IncompatibleModelError: The calibration is of other settings or of another model.
-        UserError: There are both, or neither and the published one does not apply.
+        UserError: Two thresholds are given, or none and the published one does not apply.
     """
     if tau is not None:
         if calibration is not None:

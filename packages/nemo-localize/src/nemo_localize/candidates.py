@@ -23,15 +23,15 @@ Neurons = frozenset[int]
 
 @dataclass(frozen=True)
 class Candidates:
-    """The candidate sets of one prompt, all known before the U-Net is asked about any (algorithm 2).
+    """The candidate sets of one prompt, all known before any pass through the U-Net (algorithm 2).
 
     Attributes:
         rounds: Thresholds (theta, k) of each round.
         sets: Neurons of each round: those with |z| > theta, and the k most active of each layer. Each set contains the
             one before.
         activation: Mean absolute activation of each neuron for the prompt.
-        magnitude: Its |z|.
-        sites: The searched layers.
+        magnitude: Distance |z| of each neuron from its usual activation.
+        sites: Value layers that are searched.
     """
 
     rounds: tuple[tuple[float, int], ...]

@@ -1,8 +1,8 @@
-"""Images have the last word: a set of neurons is widened where captions still draw copies without it.
+"""Confirmation on images: a set of neurons is widened for prompts that still generate copies with it ablated.
 
-Refinement stops where the first step is suppressed. Of several rows that carry one memory it may keep a single one, and
-single seeds go on copying. So captions whose images are still copies give all of their candidates, as far as ordinary
-captions can bear it.
+Refinement stops where the first step is suppressed. Of several neurons that carry one memory it may keep a single one,
+and some seeds go on copying. So prompts whose images are still copies add all of their candidates to the set, as long
+as the damage to ordinary prompts stays within its budget.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,20 +34,20 @@ def confirm(
     affordable: Callable[[NeuronSet], bool] | None = None,
     map: Map = each_unit,
 ) -> tuple[NeuronSet, list[str]]:
-    """Returns the set, widened where images ask for it, and the captions whose images did.
+    """Returns the set of neurons, widened for prompts whose images are still copies, and these prompts.
 
     Args:
-        model: Without any edit.
+        model: Unedited model that generates the images.
         results: Results of `localize`; candidates are taken from them.
-        neurons: The set to confirm.
-        prompts: Memorised prompts.
+        neurons: Set of neurons to confirm.
+        prompts: Memorised prompts that are generated.
         seeds: Seeds of the images; none of localization, none of verification.
-        judge: Measure that says what a copy is.
+        judge: Measure that tells what a copy is.
         settings: How images are generated.
         originals: Training images; the unedited model's own images stand in for what is missing.
-        affordable: Whether ordinary captions bear a set, see `within_budget`; captions whose candidates they do not
-            bear give none. Those with fewest come first.
-        map: Way to go through the prompts; `diffcore.run.RunMap` resumes and shares the work.
+        affordable: Function that tells whether a set is within the budget of damage, see `within_budget`; prompts with
+            fewest candidates are added first, and those that exceed it are left out.
+        map: Loop over the prompts; `diffcore.run.RunMap` makes it resumable and shares it among processes.
     """
     candidates = {r.prompt: r.initial for r in results.distinct() if r.status == "localized"}
     images = generate(model, prompts, seeds, neurons=neurons, settings=settings, map=map)
@@ -70,7 +70,7 @@ def likenesses(
 ) -> Float[Tensor, "prompts seeds"]:
     """Returns how like its training image each image is, or the unedited model's image of the same seed."""
     rows = [
-        judge.towards(originals[prompt], drawn) if originals and prompt in originals else judge.between(drawn, before)
-        for prompt, drawn, before in zip(prompts, images, unedited, strict=True)
+        judge.towards(originals[prompt], own) if originals and prompt in originals else judge.between(own, before)
+        for prompt, own, before in zip(prompts, images, unedited, strict=True)
     ]
     return torch.stack(rows)

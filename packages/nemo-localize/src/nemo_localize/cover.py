@@ -1,7 +1,7 @@
 """Weighted set cover with demands: the lightest choice of items that takes enough of them from every group.
 
-Greedy first, then exact: a branch-and-bound search improves on the greedy answer, and where it ends before its budget
-of nodes is spent, which for a few dozen groups it does, nothing lighter exists.
+It is a set S of least sum_{i in S} w_i with |S ∩ G| >= d_G for every group G. A branch-and-bound search improves on a
+greedy choice; where it ends within its budget of nodes, as for a few dozen groups, nothing lighter exists.
 
 References:
     The greedy choice and its bound, the harmonic number of the largest group: Dobson 1982, theorem 1.
@@ -23,8 +23,8 @@ class Cover(Generic[T]):
     """A choice of items.
 
     Attributes:
-        items: The choice.
-        exact: Whether nothing lighter exists.
+        items: Items that were chosen.
+        exact: Whether no lighter choice exists.
     """
 
     items: frozenset[T]
@@ -34,13 +34,13 @@ class Cover(Generic[T]):
 def lightest_cover(
     groups: Sequence[AbstractSet[T]], demands: Sequence[int], weights: Mapping[T, float], *, nodes: int = _NODES
 ) -> Cover[T]:
-    """Returns the lightest items found of which every group holds as many as it demands.
+    """Returns the lightest choice found that has as many items of every group as the group demands.
 
     Args:
         groups: Sets of items; they may overlap.
-        demands: How many items of each group are needed; no more than it has.
-        weights: Of each item, positive.
-        nodes: Branches looked at before the best choice so far is taken.
+        demands: Number of items needed from each group, no more than it has.
+        weights: Weight of each item, above 0.
+        nodes: Number of branches after which the best choice so far is taken.
 
     Raises:
         ValueError: A group demands more items than it has, or a weight is not positive.
@@ -74,7 +74,7 @@ class _Search(Generic[T]):
         return [max(demand - len(group & chosen), 0) for group, demand in zip(self.groups, self.demands, strict=True)]
 
     def greedy(self) -> frozenset[T]:
-        """Takes what serves most groups for its weight, then puts back, heaviest first, what proves superfluous."""
+        """Takes items that serve most groups for their weight, then drops superfluous ones, heaviest first."""
         chosen: set[T] = set()
         while any(missing := self.missing(chosen)):
             open_groups = [group for group, lacking in zip(self.groups, missing, strict=True) if lacking]
@@ -98,7 +98,7 @@ class _Search(Generic[T]):
         return not stack
 
     def branch(self, chosen: frozenset[T], refused: frozenset[T]) -> T | None:
-        """Returns what to decide on next; None where no choice with these, without those, can be lighter."""
+        """Returns the item to branch on; None where no lighter choice has the chosen and lacks the refused items."""
         missing, weight = self.missing(chosen), self.weigh(chosen)
         if not any(missing):
             if weight < self.lightest - _ROUNDING:
@@ -109,7 +109,7 @@ class _Search(Generic[T]):
         lacking = [count for count in missing if count]
         if any(len(items) < count for items, count in zip(left, lacking, strict=True)):
             return None
-        # What one group alone still costs is a bound for all of them together.
+        # The cost of the dearest group alone bounds the cost of all together.
         least = max(self.weigh(frozenset(items[:count])) for items, count in zip(left, lacking, strict=True))
         if weight + least >= self.lightest - _ROUNDING:
             return None

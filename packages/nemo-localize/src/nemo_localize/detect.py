@@ -28,7 +28,7 @@ class Detection:
     """How consistent the seeds of one prompt are.
 
     Attributes:
-        prompt: The prompt.
+        prompt: Prompt that was looked at.
         consistency: Consistency of each seed, from 0 to 1; empty for prompts that failed.
         truncated: Whether the text encoder saw less than the whole prompt.
         lost: The part of the prompt that it did not see.
@@ -70,8 +70,8 @@ def detect(
         model: A text-conditioned U-Net, or its `FirstStep` where settings differ from the defaults.
         prompts: Prompts to look at; those given twice are computed once.
         unit_size: Number of prompts that share batches.
-        name: Name of this work in a map that keeps results.
-        map: Way to go through the prompts; `diffcore.run.RunMap` resumes and shares the work.
+        name: Name under which a resumable map keeps the results.
+        map: Loop over the prompts; `diffcore.run.RunMap` makes it resumable and shares it among processes.
 
     Raises:
         MachineError: Memory does not hold a single row.
@@ -98,9 +98,9 @@ class Look:
     Attributes:
         deltas: Noise difference of each prompt and seed, stretched to [0, 1].
         consistency: Consistency of each prompt's seeds.
-        errors: By index of the prompt, why it has neither.
-        near_ties: By index of the prompt, how many seeds were near the threshold and computed again, alone.
-        rows: Rows that each prompt cost.
+        errors: Reason why a prompt has neither, by its index.
+        near_ties: Number of a prompt's seeds so near the threshold that they were computed again alone, by its index.
+        rows: Number of rows that each prompt cost.
     """
 
     deltas: Float[Tensor, "prompts seeds channels height width"]
@@ -134,10 +134,10 @@ def look(step: FirstStep, cond: Condition, *, threshold: float | None = None) ->
     """Computes the first step of all seeds of all prompts (algorithm 1).
 
     Args:
-        step: The model and its settings.
+        step: First denoising step of the model.
         cond: Condition with one row per prompt.
         threshold: Value that consistencies will be compared with: a prompt with one near it is computed again, row by
-            row, so that the decision does not hang on what shared its batch.
+            row, so that the decision does not depend on what shared its batch.
 
     Raises:
         MachineError: Memory does not hold a single row.

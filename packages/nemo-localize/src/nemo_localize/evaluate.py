@@ -1,12 +1,12 @@
-"""How much is still copied, and what it costs: the paper's table, for every way of mitigation side by side.
+"""How much is still copied under each mitigation, and what it costs elsewhere: the paper's table.
 
-For each caption the median over its images, or over their pairs; over captions the median and its median absolute
-deviation. Images of two ways start from the same noise. Captions whose training image the unedited model reproduces
-are verbatim memories, the others template memories, which likeness to one image says little about.
+The value of a prompt is the median over its images, or over their pairs; the table has medians and median absolute
+deviations over prompts. Images under two mitigations start from the same noise. Prompts whose training image the
+unedited model reproduces are verbatim memories, the others template memories, which likeness to one image hardly shows.
 
 References:
     Hintersdorf, Struppek et al. 2024, section 4 and appendix C.1; their code saved images as JPEG before it measured
-    them, here they are measured as they were drawn.
+    them, here they are measured as they were generated.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +28,7 @@ from nemo_localize.likeness import Likeness, likeness
 
 UNEDITED = "none"
 Kind = Literal["verbatim", "template", "no training image"]
-_KINDS: dict[str, Kind] = {  # of the published captions, and of Webster's
+_KINDS: dict[str, Kind] = {  # names in the published list of prompts, and in Webster's
     **{"vm": "verbatim", "verbatim": "verbatim", "mv": "verbatim", "rv": "verbatim"},
     **{"tm": "template", "template": "template", "tv": "template"},
 }
@@ -43,13 +43,13 @@ _DISTANCES = {
 
 @dataclass(frozen=True)
 class CaptionScores:
-    """What was measured on one caption's images, under one way.
+    """The measures of one prompt's images under one mitigation.
 
     Attributes:
-        prompt: The caption.
-        mitigation: Remedy that the images were generated under; "none" is the unedited model.
+        prompt: Prompt of the images.
+        mitigation: Mitigation that the images were generated under; "none" is the unedited model.
         kind: Verbatim where the unedited model reproduces the training image, else template.
-        values: By name of the measure, the median over images or pairs.
+        values: Median over images or pairs, by name of the measure.
     """
 
     prompt: str
@@ -60,17 +60,17 @@ class CaptionScores:
 
 @dataclass(frozen=True)
 class Quality:
-    """One distance of a way's images of ordinary captions, with its 95 % interval.
+    """One distance of a mitigation's images of ordinary prompts, with its 95 % interval.
 
     Attributes:
-        mitigation: Remedy that the images were generated under.
+        mitigation: Mitigation that the images were generated under.
         metric: Name of the distance.
-        features: What it was measured in.
-        reference: What the images were compared with.
-        value: The distance.
+        features: Features that the distance is measured in.
+        reference: Images that the others are compared with.
+        value: Distance between the two sets.
         low: Lower end of the interval.
-        high: Upper end.
-        n: Images it rests on.
+        high: Upper end of the interval.
+        n: Number of images that it rests on.
     """
 
     mitigation: str
@@ -85,14 +85,14 @@ class Quality:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured, and in what.
+    """The measures of all mitigations, with the networks and substitutes that they rest on.
 
     Attributes:
-        captions: Of each way and caption.
-        quality: Distances of ordinary images.
-        source: What likeness was measured in.
-        notes: What stands in for what, and what was not measured.
-        published: Whether medians are the published code's.
+        captions: Scores of each mitigation and prompt.
+        quality: Distances of images of ordinary prompts.
+        source: Description of the measure of likeness.
+        notes: Remarks on substitutes, and on what was not measured.
+        published: Whether medians follow the published code.
     """
 
     captions: tuple[CaptionScores, ...]
@@ -102,7 +102,7 @@ class Evaluation:
     published: bool = False
 
     def rows(self) -> list[dict[str, Any]]:
-        """Returns the paper's table: medians with median absolute deviations, by way, for all captions and by kind."""
+        """Returns the paper's table: medians and their deviations by mitigation, for all prompts and by kind."""
         rows, median = [], _lower_median if self.published else _median
         for mitigation in dict.fromkeys(caption.mitigation for caption in self.captions):
             for group in _GROUPS:
@@ -118,7 +118,7 @@ class Evaluation:
         return [asdict(one) for one in self.quality]
 
     def caption_rows(self) -> list[dict[str, Any]]:
-        """Returns one row per way and caption."""
+        """Returns one row per mitigation and prompt."""
         return [
             {"prompt": c.prompt, "mitigation": c.mitigation, "kind": c.kind} | dict(c.values) for c in self.captions
         ]
@@ -136,13 +136,13 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Judges:
-    """The networks that look at images; each that is missing is replaced by what needs no weights, and named.
+    """The networks that compare images; a missing one is replaced by a measure without weights, as notes then say.
 
     Attributes:
-        copies: `sscd:FILE`; without it structural similarity.
-        clip: Judge of captions; without it they are not judged.
+        copies: Copy detector `sscd:FILE`; without it structural similarity.
+        clip: CLIP for the fit of images and prompts, which is not measured without it.
         quality: `inception:FILE`, `clip:FOLDER`, or any other extractor, for distances between sets of images.
-        batch_size: Images per forward pass.
+        batch_size: Number of images per forward pass.
     """
 
     copies: FeatureExtractor | None = None
@@ -163,23 +163,23 @@ def evaluate(
     kinds: Mapping[str, Kind] | None = None,
     published: bool = False,
 ) -> Evaluation:
-    """Returns the measures of every way of mitigation.
+    """Measures the images of every mitigation: copies, agreement of seeds, and distances of ordinary images.
 
     Args:
-        prompts: Memorised captions.
-        images: By way, of those captions; "none", the unedited model, among them. Row i of two ways has one noise.
-        originals: Training images, one or more of a caption: (images, channels, height, width).
-        judges: The networks.
-        ordinary: By way, images of ordinary captions, at least ten; for what the edit costs elsewhere.
-        real: Real images that those are compared with; without them the unedited model's own images.
-        of_latents: Images are latents, stretched to [0, 1].
-        kinds: Which captions are known to be verbatim or template memories; by default their images tell.
+        prompts: Memorised prompts, one for each row of images.
+        images: Images of the prompts by mitigation, from the same noise; "none" is the unedited model.
+        originals: Training images by prompt, one or more of each: (images, channels, height, width).
+        judges: Networks that compare the images.
+        ordinary: Images of at least ten ordinary prompts by mitigation, which show what the edit costs elsewhere.
+        real: Real images that those are compared with; by default the unedited model's own images.
+        of_latents: Whether images are latents, stretched to [0, 1].
+        kinds: Kind of memory of each prompt where it is known; by default its images tell.
         published: Take the lower of the two values in the middle as the median of an even number, as the published
             code does, instead of their mean.
 
     Raises:
         UserError: There are no images of the unedited model, or too few ordinary ones.
-        ValueError: Images of a way do not fit the captions.
+        ValueError: Images of a mitigation do not fit the prompts.
     """
     judges, originals = judges or Judges(), dict(originals or {})
     _check(prompts, images)
@@ -190,34 +190,33 @@ def evaluate(
         told.get(prompt) or _kind(measure, originals.get(prompt), own)
         for prompt, own in zip(prompts, images[UNEDITED], strict=True)
     ]
-    fits = (
-        None if judges.clip is None else {way: _fits(judges, judges.clip, prompts, own) for way, own in images.items()}
-    )
+    clip = judges.clip
+    fits = clip and {name: _fits(judges, clip, prompts, own) for name, own in images.items()}
     captions = [
         CaptionScores(
             prompt,
-            way,
+            mitigation,
             found[place],
             _values(measure, own[place], images[UNEDITED][place], originals.get(prompt), median)
-            | ({} if fits is None else {"A_CLIP": median(fits[way][place])}),
+            | ({} if not fits else {"A_CLIP": median(fits[mitigation][place])}),
         )
-        for way, own in images.items()
+        for mitigation, own in images.items()
         for place, prompt in enumerate(prompts)
     ]
     quality = _quality(judges, dict(ordinary or {}), real)
     notes = _notes(judges, measure, originals, real, quality, captions)
-    notes += ["which captions are verbatim or template is as they were given"] if told else []
+    notes += ["which captions are verbatim or template was given, not measured"] if told else []
     middle = "the lower of the two in the middle" if published else "their mean, where the published code has the lower"
     notes.append(f"the median of an even number of values is {middle}")
     return Evaluation(tuple(captions), tuple(quality), measure.source, tuple(notes), published)
 
 
 def kinds_of(prompts: Sequence[str], types: Sequence[str]) -> dict[str, Kind] | None:
-    """Returns which captions a column `type` calls verbatim or template memories; None where it says something else.
+    """Returns which prompts a column `type` calls verbatim or template memories; None where it says something else.
 
     Args:
-        prompts: The captions.
-        types: The column: VM or verbatim, TM or template, Webster's MV, RV and TV, in any case; or empty.
+        prompts: Prompts, one for each cell.
+        types: Cells of the column: VM or verbatim, TM or template, Webster's MV, RV and TV, in any case; or empty.
     """
     said = [(prompt, cell.strip().lower()) for prompt, cell in zip(prompts, types, strict=True) if cell.strip()]
     if not said or any(cell not in _KINDS for _, cell in said):
@@ -232,7 +231,7 @@ def _values(
     originals: Tensor | None,
     median: Callable[[Tensor], float],
 ) -> dict[str, float]:
-    """Returns the measures of one caption's images."""
+    """Returns the measures of one prompt's images."""
     values: dict[str, float] = {}
     if measure.noise is not None:
         values["share of noise"] = float(measure.is_noise(images).double().mean())
@@ -240,7 +239,7 @@ def _values(
         towards = measure.towards(originals.to(images), images)
         values[f"{measure.name}_orig"] = median(towards)
         values[f"{measure.name}_orig, max"] = float(towards.max())
-        if measure.name in ("SSCD", "SSIM"):  # the threshold is of these
+        if measure.name in ("SSCD", "SSIM"):  # the threshold of a copy is known for these two
             values["share of copies"] = float((towards > protocol.COPY_ABOVE).double().mean())
     values[f"{measure.name}_gen"] = median(measure.between(images, unedited))
     if len(images) > 1:
@@ -257,7 +256,7 @@ def _kind(measure: Likeness, originals: Tensor | None, unedited: Tensor) -> Kind
 
 
 def _fits(judges: Judges, clip: ClipText, prompts: Sequence[str], images: Tensor) -> Float[Tensor, "prompts seeds"]:
-    """Returns the cosine of every image and its caption."""
+    """Returns the cosine of every image and its prompt."""
     shown = functional.normalize(_features(clip.extractor, images.flatten(0, 1), judges.batch_size), dim=1)
     texts = functional.normalize(torch.cat(list(InBatches(judges.batch_size)(prompts, clip))), dim=1)
     return (shown.unflatten(0, images.shape[:2]) * texts.to(shown)[:, None]).sum(2)
@@ -269,18 +268,18 @@ def _quality(judges: Judges, ordinary: Mapping[str, Tensor], real: Tensor | None
     if not ordinary:
         return []
     if reference is None:
-        raise UserError(f"ordinary images need something to be compared with: real images, or those of {UNEDITED!r}")
+        raise UserError(f"ordinary images have nothing to be compared with; give real images, or those of {UNEDITED!r}")
     name = "real images" if real is not None else "the unedited model's images, same noise"
     for extractor in judges.quality:
         against: Tensor | Covariance = _features(extractor, reference, judges.batch_size)
-        for way, images in ordinary.items():
+        for mitigation, images in ordinary.items():
             if images is reference:
                 continue
             kind = extractor.name.partition(":")[0]
             for one in compare_features(against, _features(extractor, images, judges.batch_size), extractor.name):
                 if one.metric in _DISTANCES:
                     metric = _DISTANCES[one.metric].get(kind, one.metric)
-                    found.append(Quality(way, metric, one.features, name, one.value, one.low, one.high, one.n))
+                    found.append(Quality(mitigation, metric, one.features, name, one.value, one.low, one.high, one.n))
     return found
 
 
@@ -300,7 +299,7 @@ def _lower_median(values: Tensor) -> float:
 
 
 def _spread(chosen: Sequence[CaptionScores], median: Callable[[Tensor], float]) -> dict[str, float]:
-    """Returns median and median absolute deviation of each measure over captions."""
+    """Returns median and median absolute deviation of each measure over prompts."""
     row: dict[str, float] = {}
     for name in dict.fromkeys(name for caption in chosen for name in caption.values):
         values = torch.tensor([c.values[name] for c in chosen if name in c.values], dtype=torch.float64)
@@ -325,9 +324,10 @@ def _notes(
     if judges.clip is None:
         notes.append("A_CLIP was not measured: it needs a CLIP")
     broken = [c.mitigation for c in captions if c.values.get("share of noise", 0) > 0]
-    for way in dict.fromkeys(broken):
+    for mitigation in dict.fromkeys(broken):
         notes.append(
-            f"{broken.count(way)} captions have images of noise under {way!r}: they are like nothing, and no copies"
+            f"{broken.count(mitigation)} captions have images of noise under {mitigation!r}: "
+            "they are like nothing, and no copies"
         )
     names = [
         extractor.name for extractor in judges.quality if extractor.name.partition(":")[0] not in ("inception", "clip")
@@ -335,18 +335,18 @@ def _notes(
     if quality and names:
         notes.append(f"{', '.join(names)} stands in for Inception: distances do not compare with published ones")
     if quality and real is None:
-        notes.append("distances are to the unedited model's images: they say what changed, not how good it is")
+        notes.append("distances are to the unedited model's images: they show what changed, not how good it is")
     return notes
 
 
 def _check(prompts: Sequence[str], images: Mapping[str, Tensor]) -> None:
     if UNEDITED not in images:
         raise UserError(f"there are no images of the unedited model, {UNEDITED!r}, to compare with; generate them too")
-    for way, own in images.items():
+    for mitigation, own in images.items():
         if own.shape != images[UNEDITED].shape or len(own) != len(prompts):
             raise ValueError(
-                f"images of {way!r} have shape {tuple(own.shape)}; {len(prompts)} captions of the unedited model "
-                f"have {tuple(images[UNEDITED].shape)}"
+                f"images of {mitigation!r} have shape {tuple(own.shape)}; {len(prompts)} prompts of the unedited "
+                f"model have {tuple(images[UNEDITED].shape)}"
             )
     if not prompts:
-        raise UserError("there are no captions to evaluate; give some")
+        raise UserError("there are no prompts to evaluate; give some")

@@ -1,4 +1,4 @@
-"""What an audit knows of each caption after two looks: its first step, and images of those that are suspicious."""
+"""What an audit knows of each prompt after two looks: at its first step, and at images of the suspicious ones."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,15 +21,15 @@ _UNIT_SIZE = 8
 
 @dataclass(frozen=True)
 class Evidence:
-    """The verdict on each caption, and what it rests on.
+    """The verdict on each prompt, and what it rests on.
 
     Attributes:
-        verdicts: By evidence: memorised, undecided, clean; in each, those first whose images are most alike, and
-            captions without images by how consistent they are.
-        first: The first look at each caption: consistency of its seeds, or why it has none.
-        found: The second look.
-        calibration: What ordinary captions say of first steps.
-        source: What likeness was measured in.
+        verdicts: Verdicts by prompt: memorised, then undecided, then clean; within each, most similar images first,
+            then prompts without images by consistency.
+        first: The first look at each prompt: consistency of its seeds, or why it has none.
+        found: Second look, at images of prompts.
+        calibration: Threshold of first steps, from ordinary prompts.
+        source: Description of the measure of likeness.
     """
 
     verdicts: Mapping[str, Verdict]
@@ -39,20 +39,20 @@ class Evidence:
     source: str
 
     def of(self, verdict: Verdict) -> list[str]:
-        """Returns the captions of a verdict."""
+        """Returns the prompts with a verdict."""
         return [prompt for prompt, own in self.verdicts.items() if own == verdict]
 
     @property
     def consistency(self) -> dict[str, float]:
-        """The largest consistency of each caption that has one."""
+        """The largest consistency of each prompt that has one."""
         return _levels(self.first)
 
     @property
     def suppressed_below(self) -> float:
-        """What neurons must bring first steps down to.
+        """The threshold that ablation must bring first steps down to.
 
-        It is the threshold. Where images show a memory whose first step is not above it, it is the paper's, mean plus
-        standard deviation of ordinary captions, or else their median.
+        It is tau. Where images show a memory whose first step is not above tau, it is the paper's threshold, mean plus
+        standard deviation over ordinary prompts, or where that is too high as well their median.
         """
         found = self.calibration
         lowest = min((self.consistency[prompt] for prompt in self.of("memorised")), default=1.0)
@@ -61,7 +61,7 @@ class Evidence:
         return next((level for level in levels if level < lowest), levels[-1])
 
     def completed(self, searched: Mapping[str, CaptionResult]) -> dict[str, CaptionResult]:
-        """Returns a result for every caption, from what was found for the memorised ones."""
+        """Returns a result for every prompt, from what was found for the memorised ones."""
         return {first.prompt: self._result(first, searched.get(first.prompt)) for first in self.first}
 
     def _result(self, first: Detection, searched: CaptionResult | None) -> CaptionResult:
@@ -96,13 +96,13 @@ def collect_evidence(
 
     Args:
         model: The model, or its `FirstStep` where settings differ from the defaults.
-        prompts: Prompts to audit.
+        prompts: Prompts to audit; those given twice are looked at once.
         ordinary: Prompts that are not memorised.
-        calibration: Threshold that was found from these.
-        judge: Measure that says how alike images are.
-        settings: How images are generated, but for their steps.
+        calibration: Threshold that was found from the ordinary prompts.
+        judge: Measure of how similar images are.
+        settings: How images are generated; their number of steps is fixed.
         originals: Training images by prompt, where they are known.
-        map: Way to go through the prompts; `diffcore.run.RunMap` resumes and shares the work.
+        map: Loop over the prompts; `diffcore.run.RunMap` makes it resumable and shares it among processes.
 
     Raises:
         MachineError: Memory does not hold a single row.

@@ -36,7 +36,7 @@ from nemo_localize.score import similarity as _similarity
 from nemo_localize.settings import StepSettings
 from nemo_localize.sites import ablated_rows, value_sites
 
-# How far a score may move with the batch it is computed in, ten times over: nearer to a threshold it is computed alone.
+# Ten times what a score may change with the batch it is computed in: nearer to a threshold it is computed alone.
 _MARGINS = {torch.float64: 1e-9, torch.float32: 1e-4}
 _HALF_MARGIN = 1e-2
 
@@ -56,7 +56,7 @@ class Row(NamedTuple):
 
 
 class FirstStep:
-    """The first denoising step of a model under given settings. Counts what it costs.
+    """The first denoising step of a model under given settings; it counts its rows and forward passes.
 
     Args:
         model: A text-conditioned U-Net with its text encoder.
@@ -65,10 +65,10 @@ class FirstStep:
         up: Search the up blocks too, which hardly matter in the paper (appendix C.8).
 
     Attributes:
-        sites: The value layers.
-        up: Whether those of the up blocks are among them.
-        num_rows: Rows computed so far; guidance costs two for one.
-        num_calls: Forward passes so far.
+        sites: Value layers that are searched, shallowest first.
+        up: Whether layers of the up blocks are among them.
+        num_rows: Rows computed so far; under guidance each one counts twice.
+        num_calls: Number of forward passes so far.
 
     Raises:
         IncompatibleModelError: The model has no value layers or no text encoder, or its latents are too small.
@@ -94,7 +94,7 @@ class FirstStep:
 
     @classmethod
     def of(cls, model: "DiffusionModel | FirstStep") -> "FirstStep":
-        """Returns the first step of a model under the default settings, or the one that is given."""
+        """Returns the first step of a model under the default settings, or a given `FirstStep` as it is."""
         return model if isinstance(model, FirstStep) else cls(model)
 
     @property
@@ -109,31 +109,31 @@ class FirstStep:
 
     @property
     def margin(self) -> float:
-        """Scores nearer than this to a threshold are computed alone; 0 where scores depend on their batch anyway."""
+        """Distance to a threshold below which scores are computed alone; 0 where they depend on their batch anyway."""
         return 0.0 if self.published else _MARGINS.get(self.dtype, _HALF_MARGIN)
 
     @property
     def rows_per_row(self) -> int:
-        """Rows that the network sees for one of ours: guidance needs two."""
+        """Number of rows that the network computes for one of ours: two under guidance, else one."""
         return 1 if self.settings.guidance_scale == 1 else 2
 
     @property
     def digest(self) -> str:
-        """What a threshold depends on, as a digest: settings, latents, timestep, precision, number of scales."""
+        """Digest of all that a threshold depends on: settings, latent shape, timestep, precision, number of scales."""
         parts = {
-            **{name: value for name, value in asdict(self.settings).items() if name != "at_step"},  # t says it
+            **{name: value for name, value in asdict(self.settings).items() if name != "at_step"},  # t stands for it
             "shape": list(self.shape),
             "t": self.t,
             "prediction_type": self.model.denoiser.prediction_type,
             "dtype": str(self.dtype),
             "scales": self.scales,
-            # Whose border the coarsest scale has.
+            # The version decides whether the coarsest scale keeps its border.
             "torchmetrics": PUBLISHED_TORCHMETRICS if self.published else None,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def encode(self, prompts: Sequence[str]) -> tuple[Condition, list[bool], list[str]]:
-        """Returns the condition of prompts, on the model's device; which were truncated; and what was cut of each."""
+        """Returns the condition of prompts, whether each was truncated, and the part of each that was cut off."""
         tokens = self.encoder.tokenize(prompts)
         cond = {key: value.to(self.device) for key, value in self.encoder.encode(tokens).items()}
         return cond, tokens.truncated.tolist(), list(tokens.lost)
@@ -142,7 +142,7 @@ class FirstStep:
     def __call__(
         self, cond: Condition, rows: Sequence[Row], *, scale: float = 0.0
     ) -> tuple[Float[Tensor, "rows channels height width"], dict[int, str]]:
-        """Returns the noise difference of each row, and for rows without one the reason.
+        """Returns the noise difference of each row, and by row index why one could not be computed.
 
         Args:
             cond: Condition with one row for each of the prompts that the rows refer to.
@@ -196,7 +196,7 @@ class FirstStep:
         return noise_difference(prediction, noise, self.model.denoiser.schedule, self.t)
 
     def _guided(self, condition: Condition) -> tuple[GuidedDenoiser, Condition]:
-        """Returns the guided denoiser and its condition; the published code takes the two branches for one another."""
+        """Returns the guided denoiser and its condition; the published code swaps the two branches."""
         empty = self.encoder.unconditional(1)
         count = len(next(iter(condition.values())))
         if self.published:
@@ -220,8 +220,8 @@ def initial_noise(
     """Returns the initial noise z_s of each seed, of unit variance, on the model's device.
 
     Args:
-        seeds: Numbers of the latents; each seed is its own draw.
-        model: The model, which says the shape and whether noise is float64; everything else is float32.
+        seeds: Seeds of the latents, each of which is drawn by itself.
+        model: Model that sets the shape; noise is float64 for a float64 model and float32 for all others.
         published: Draw all latents at once from the first seed, as the published code does.
     """
     dtype = torch.float64 if model.dtype == torch.float64 else torch.float32

@@ -32,15 +32,15 @@ def generate(
     """Generates every prompt from every seed under every mitigation.
 
     Args:
-        model: A text-conditioned U-Net.
-        prompts: Prompts; those given twice are generated once.
+        model: Model with a text-conditioned U-Net.
+        prompts: Prompts to generate; those given twice are generated once.
         seeds: Seeds of the initial noise, the same for all prompts and mitigations.
-        mitigations: Remedies side by side; "none" is the model as it is.
+        mitigations: Mitigations side by side; "none" is the model as it is.
         neurons: Neurons to ablate: one set, or one per prompt.
         scale: Factor of the ablated neurons' outputs; 0 ablates.
         settings: How images are generated.
-        repeat: Number of the draw, for the mitigations that draw at random.
-        map: Way to go through the prompts; `diffcore.run.RunMap` resumes and shares the work.
+        repeat: Number of the random draw, for mitigations with a random part.
+        map: Loop over the prompts; `diffcore.run.RunMap` makes it resumable and shares it among processes.
 
     Returns:
         By mitigation, images in [0, 1] on the CPU, or where the model has no autoencoder its latents, stretched to
@@ -88,7 +88,7 @@ def _of(neurons: NeuronSet | Mapping[str, NeuronSet], prompt: str) -> NeuronSet:
 
 
 def _digest(mitigation: Mitigation, seeds: Sequence[int], settings: ImageSettings, scale: float, repeat: int) -> str:
-    """Returns what names all that images depend on beside the model, the prompt and its neurons."""
+    """Returns a digest of all that images depend on besides the model, the prompt and its neurons."""
     parts = [list(seeds), settings.guidance_scale, settings.steps, settings.compat, scale]
     parts += [repeat] if mitigation.startswith("random") else []
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]

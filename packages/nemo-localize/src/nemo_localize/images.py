@@ -1,4 +1,4 @@
-"""Images of prompts and seeds: what has the last word on whether a model copies."""
+"""Images of prompts and seeds, which show whether a model copies."""
 
 from collections.abc import Sequence
 from io import BytesIO
@@ -25,7 +25,7 @@ def generate_latents(
     """Returns clean latents of every prompt from every seed; a seed's initial noise is the same for all prompts.
 
     Args:
-        model: A text-conditioned U-Net; ablate neurons around the call to see it without them.
+        model: Model with a text-conditioned U-Net; ablate neurons around the call to see it without them.
         cond: Condition with one row per prompt.
         seeds: Seeds of the initial noise, numbered as those of localization.
         settings: How images are generated.

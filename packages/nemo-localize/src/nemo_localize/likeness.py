@@ -1,10 +1,10 @@
-"""How alike images are, in whatever this machine has weights for; the name of the measure goes into every table.
+"""How similar images are, by the best measure that there are weights for; its name goes into every table.
 
-With weights: cosines of SSCD's copy-detection features, or of another extractor. Without: structural similarity of
-pixels, or of latents where the model came without its autoencoder. Numbers of two measures do not compare.
+With weights it is the cosine of SSCD's copy-detection features, or of another extractor's; without, the structural
+similarity of pixels, or of latents where the model has no autoencoder. Values of two measures do not compare.
 
-To copy-detection features any two images of noise are alike. A model that was broken into noise would seem to copy,
-so an image of noise is like nothing here, and is counted by `Likeness.is_noise`.
+Copy-detection features find any two images of noise alike, so a model that generates noise would seem to copy. Here
+the likeness of such an image to any other is 0, and `Likeness.is_noise` finds it.
 
 References:
     Hintersdorf, Struppek et al. 2024, appendix C.1 and their code: SSCD on images of 320 x 320, whatever their
@@ -33,10 +33,10 @@ class Likeness:
     """A measure of how alike two images are: 1 for identical ones.
 
     Attributes:
-        name: What tables call it: "SSCD", "SSIM", "cosine".
-        source: Network and preparation, for people.
-        describe: Images to unit rows whose products are compared; None for SSIM.
-        noise: Unit rows of images of noise, where noise would look alike; None elsewhere.
+        name: Name in tables, such as "SSCD", "SSIM" or "cosine".
+        source: Network and preprocessing in words.
+        describe: Function from images to unit feature rows, whose products are compared; None for SSIM.
+        noise: Feature rows of noise images, by which noise is recognised; None where it would not look alike.
     """
 
     name: str
@@ -87,8 +87,8 @@ def likeness(extractor: FeatureExtractor | None = None, *, of_latents: bool = Fa
     """Returns the measure that an extractor makes, or the substitute without one.
 
     Args:
-        extractor: `sscd:FILE` is what the paper uses; any other is named as the substitute it is.
-        of_latents: The images are latents, stretched to [0, 1] by channel.
+        extractor: Network `sscd:FILE` as in the paper, or any other, which is named as a substitute.
+        of_latents: Whether images are latents, each channel stretched to [0, 1].
     """
     if extractor is None:
         what = "latents, each channel stretched to [0, 1]" if of_latents else "pixels"

@@ -42,7 +42,7 @@ from nemo_localize.score import consistency
 from nemo_localize.settings import SearchSettings
 from nemo_localize.statistics import Statistics, collect_statistics
 
-_SMALL = 1e-9  # added to the score that a relative change is taken of, as in the published code
+_SMALL = 1e-9  # keeps relative changes finite, as in the published code
 
 
 def localize(
@@ -55,7 +55,7 @@ def localize(
     search: SearchSettings | None = None,
     map: Map = each_unit,
 ) -> Results:
-    """Finds the neurons of every memorised prompt of a list. One prompt's failure never costs the others.
+    """Finds the neurons of every memorised prompt of a list; an error with one prompt is recorded and stops no other.
 
     Args:
         model: A text-conditioned U-Net, or its `FirstStep` where the settings of the step differ from the defaults.
@@ -63,9 +63,9 @@ def localize(
         ordinary: Prompts that are not memorised, written like the others; a few hundred. Statistics and threshold come
             from them where these are not given.
         statistics: Activations of ordinary prompts on this model.
-        tau: Threshold of similarity, from 0 to 1; a seed above it is consistent, and at or below it suppressed.
+        tau: Threshold of similarity, from 0 to 1: a seed is consistent above it, and suppressed at or below it.
         search: Candidate sets and refinement; by default those of the published code.
-        map: Way to go through the prompts; `diffcore.run.RunMap` resumes and shares the work.
+        map: Loop over the prompts; `diffcore.run.RunMap` makes it resumable and shares it among processes.
 
     Raises:
         IncompatibleModelError: The statistics are of another model.
@@ -111,13 +111,13 @@ def localize_caption(
 ) -> CaptionResult:
     """Finds the neurons of one prompt, one question at a time, as the paper's algorithms do.
 
-    What only the published code does is here and not in the batched form: sets that never suppress are refined too,
-    neurons that are outliers and among the most active are listed and tested twice, scores depend on their batch, and
-    refinement may look at relative changes.
+    Only this form reproduces the published code: there, sets that never suppress are refined too, neurons that are both
+    outliers and among the most active are tested twice, scores depend on their batch, and refinement may compare
+    relative changes.
 
     Args:
-        step: The model and the denoising step that is looked at.
-        prompt: The prompt to search.
+        step: Model and denoising step that are searched.
+        prompt: Prompt to find the neurons of.
         tau: Threshold of similarity, from 0 to 1; see `calibrate`.
         statistics: Activations of ordinary prompts on the same model.
         search: Candidate sets and refinement; by default those of the published code.
@@ -166,7 +166,7 @@ def _searched(
 
     @cache
     def scores(ablated: Neurons) -> list[float]:
-        """Returns how similar each consistent seed is to itself, before against after."""
+        """Returns sim(delta(s, {}), delta(s, ablated)) of each consistent seed s."""
         return step.similarity(before, noise_differences(kept, ablated)).tolist() if ablated else [1.0] * len(kept)
 
     def score(ablated: Neurons) -> float:
@@ -182,7 +182,7 @@ def _searched(
     if not reached and not (initial and (search.refine_failures or step.published)):
         return result
 
-    # Algorithm 4, refinement: what the candidates have too many of is let work again, layers first, then neurons.
+    # Algorithm 4, refinement: layers, then neurons, leave the set wherever the score stays below the threshold.
     threshold = search.threshold(tau) if reached else score(initial) - 2 * step.margin
     held, limit = score, threshold
     if search.relative_refinement is not None:

@@ -1,10 +1,13 @@
-"""One small set of neurons for many captions, instead of the union of the captions' own sets.
+"""One small set of neurons for many prompts, instead of the union of the prompts' own sets.
 
-Captions share neurons, and seldom need all of their own. So the lightest set is chosen that takes one neuron of every
-caption's set; a neuron weighs more the more ordinary captions feel it. The set is then tried on all captions together:
-those that still show their image demand one neuron more, until all are closed or there is nothing left to take. Last,
-neurons that prove superfluous are switched on again. Where the set damages ordinary captions beyond a budget, captions
-are given up by name, those first whose own sets weigh most; how many must be is found by halving.
+Prompts share neurons, and seldom need all of their own. With S_y the own set of prompt y, the chosen set S has the
+
+    least sum_{i in S} w_i   such that   |S ∩ S_y| >= d_y for every y,   d_y = 1 at first,
+
+where w_i grows with the damage of neuron i to ordinary prompts. S is then ablated for all prompts together, and d_y is
+raised for those that still show their image, until all are closed or nothing is left to take. Last, superfluous neurons
+leave S. Where S damages ordinary prompts beyond a budget, prompts are given up, those first whose own sets weigh most;
+their least number is found by halving.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,23 +27,23 @@ from nemo_localize.results import CaptionResult, Results
 from nemo_localize.score import consistency
 
 DEFAULT_BUDGET = 0.1
-_SEEDS = 2  # per ordinary caption: what they feel hardly depends on the seed
-_WEIGHED = 8  # ordinary captions that neurons are weighed on, one by one; the set itself is tried on all
+_SEEDS = 2  # per ordinary prompt: damage hardly depends on the seed
+_WEIGHED = 8  # ordinary prompts on which single neurons are weighed; the set itself is tried on all
 
 Progress = Callable[[str, int], None]
 
 
 @dataclass(frozen=True)
 class JointScore:
-    """What the first step of a caption shows when a set made for all of them is off.
+    """How the first step of one prompt changes when the common set is ablated.
 
     Attributes:
-        prompt: The caption.
-        num_own: Neurons of its own set.
-        num_shared: How many of them the common set holds.
+        prompt: Memorised prompt that is scored.
+        num_own: Number of neurons in its own set.
+        num_shared: Number of those that the common set holds.
         score: Largest similarity of a consistent seed to itself, before against after.
-        residual_consistency: Largest similarity between two seeds.
-        closed: Whether the score fell to tau, and the consistency too unless the caption's own set failed at that.
+        residual_consistency: Largest similarity between two seeds with the set ablated.
+        closed: Whether the score fell to tau, and the consistency too unless the prompt's own set failed at that.
         given_up: Whether it was left out to stay within the budget.
     """
 
@@ -55,12 +58,12 @@ class JointScore:
 
 @dataclass(frozen=True)
 class CommonSet:
-    """One set of neurons, tried on all captions together.
+    """One set of neurons, tried on all prompts together.
 
     Attributes:
-        neurons: The set.
-        damage: What ordinary captions feel: one minus the mean similarity of their first steps, before against after.
-        captions: How each memorised caption fares.
+        neurons: Neurons that the set holds.
+        damage: Damage to ordinary prompts: one minus the mean similarity of their first steps, before against after.
+        captions: Scores of the memorised prompts under the set.
     """
 
     neurons: NeuronSet
@@ -69,7 +72,7 @@ class CommonSet:
 
     @property
     def num_closed(self) -> int:
-        """Captions that it closes."""
+        """Number of prompts that it closes."""
         return sum(caption.closed for caption in self.captions)
 
     def row(self, name: str, budget: float) -> dict[str, Any]:
@@ -88,17 +91,17 @@ class CommonSet:
 
 @dataclass(frozen=True)
 class GlobalEdit:
-    """A minimal set for many captions, beside their plain union.
+    """A minimal set for many prompts, beside their plain union.
 
     Attributes:
-        chosen: The minimal set.
-        union: The union of the captions' own sets.
-        tau: Threshold of scores.
-        budget: Damage that was allowed.
-        left_out: Captions without neurons to choose from: those that were not localized.
-        rounds: How often the cover was chosen anew.
+        chosen: The minimal set with its scores.
+        union: Union of the prompts' own sets, with its scores.
+        tau: Threshold of the scores, from 0 to 1.
+        budget: Largest damage that was allowed.
+        left_out: Prompts without neurons to choose from, because they were not localized.
+        rounds: Number of covers that were computed.
         exact_cover: Whether every cover was the lightest there is.
-        num_rows: Latents through the U-Net.
+        num_rows: Number of latents through the U-Net.
     """
 
     chosen: CommonSet
@@ -117,7 +120,7 @@ class GlobalEdit:
 
     @property
     def given_up(self) -> tuple[str, ...]:
-        """Captions left out to stay within the budget."""
+        """Prompts left out to stay within the budget."""
         return tuple(caption.prompt for caption in self.chosen.captions if caption.given_up)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -125,7 +128,7 @@ class GlobalEdit:
         return [self.chosen.row("minimal", self.budget), self.union.row("union", self.budget)]
 
     def caption_rows(self) -> list[dict[str, Any]]:
-        """Returns one row per caption, worst first."""
+        """Returns one row per prompt, worst first."""
         ranked = sorted(self.chosen.captions, key=lambda caption: (caption.closed, -caption.score))
         return [asdict(caption) for caption in ranked]
 
@@ -160,10 +163,10 @@ def minimal_set(
     Args:
         model: The model, or the `FirstStep` that prompts were localized with.
         results: Results of `localize` for the prompts that the set is for.
-        ordinary: Prompts that the edit must leave alone; a few dozen tell.
+        ordinary: Prompts that the edit must not change; a few dozen are enough.
         tau: Threshold of scores, from 0 to 1; by default the one of the results.
         budget: Largest damage to ordinary prompts, from 0 to 1; see `CommonSet.damage`.
-        progress: Called with what is done, and how many neurons the set has.
+        progress: Function that is called with what was done, and the number of neurons in the set.
 
     Raises:
         UserError: No prompt was localized, or there are no ordinary prompts.
@@ -174,7 +177,7 @@ def minimal_set(
     if not localized:
         raise UserError("no caption was localized, so there are no neurons to choose from; localize first")
     if not ordinary:
-        raise UserError("there are no ordinary captions to measure damage on; give some")
+        raise UserError("there are no ordinary prompts to measure damage on; give some")
     if not 0 < budget <= 1:
         raise UserError(f"`budget` is {budget}; give a number above 0, at most 1")
     tau = results.tau if tau is None else tau
@@ -187,19 +190,19 @@ def minimal_set(
     spared = _Ordinary(step, captions)
     tell = progress or (lambda what, count: None)
     cheapest_first = sorted(range(len(own)), key=lambda i: sum(weights[number] for number in own[i]))
-    active, off, damage, rounds, exact = 0, frozenset[int](), 0.0, 0, True
+    active, ablated, damage, rounds, exact = 0, frozenset[int](), 0.0, 0, True
     too_many, count = len(own) + 1, len(own)
     while too_many - active > 1:
         found = _closing(joint, cheapest_first[:count], weights, tell)
         rounds, exact = rounds + found.rounds, exact and found.exact
-        felt = spared.damages([found.off])[0]
+        felt = spared.damages([found.ablated])[0]
         if felt <= budget:
-            active, off, damage = count, found.off, felt
+            active, ablated, damage = count, found.ablated, felt
         else:
             too_many = count
         count = (active + too_many) // 2
     return GlobalEdit(
-        chosen=CommonSet(step.sites.named(off), damage, joint.described(off, cheapest_first[:active])),
+        chosen=CommonSet(step.sites.named(ablated), damage, joint.described(ablated, cheapest_first[:active])),
         union=CommonSet(
             step.sites.named(everything),
             spared.damages([everything])[0],
@@ -217,45 +220,45 @@ def minimal_set(
 def within_budget(
     step: FirstStep, ordinary: Sequence[str], budget: float = DEFAULT_BUDGET
 ) -> Callable[[NeuronSet], bool]:
-    """Returns what tells whether a set damages ordinary captions no more than the budget allows."""
+    """Returns a function that tells whether a set damages ordinary prompts no more than the budget allows."""
     spared = _Ordinary(step, list(dict.fromkeys(ordinary)))
     return lambda neurons: spared.damages([step.sites.numbers(neurons)])[0] <= budget
 
 
 def _weights(ordinary: "_Ordinary", numbers: Sequence[int]) -> dict[int, float]:
-    """Returns of each neuron: half for being ablated at all, half for what ordinary captions feel of it."""
+    """Returns the weight of each neuron: 1, plus its damage to ordinary prompts in units of the mean damage."""
     felt = ordinary.damages([frozenset([number]) for number in numbers])
     usual = sum(felt) / len(felt)
     return {number: 1 + (damage / usual if usual > 0 else 1.0) for number, damage in zip(numbers, felt, strict=True)}
 
 
 class _Closing(NamedTuple):
-    """A set that closes all captions that it was made for, but those that even all of their neurons leave open."""
+    """A set that closes all prompts it was made for, except those that stay open without any of their own neurons."""
 
-    off: frozenset[int]
+    ablated: frozenset[int]
     rounds: int
     exact: bool
 
 
 def _closing(joint: "_Joint", active: Sequence[int], weights: dict[int, float], tell: Progress) -> _Closing:
-    """Covers some captions anew until all are closed, then switches on again what proves superfluous."""
+    """Covers the active prompts with rising demands until all are closed, then removes superfluous neurons."""
     demands, rounds, exact = dict.fromkeys(active, 1), 0, True
     while True:
         cover = lightest_cover([joint.own[i] for i in active], [demands[i] for i in active], weights)
         rounds, exact = rounds + 1, exact and cover.exact
-        tell("captions tried together", len(cover.items))
+        tell("prompts tried together", len(cover.items))
         scores = joint.scores(cover.items, active)
         lacking = [i for i in active if scores[i] > joint.tau and demands[i] < len(joint.own[i])]
         if not lacking:
             break
         demands |= {i: min(demands[i] + max(demands[i] // 4, 1), len(joint.own[i])) for i in lacking}
-    off = joint.pruned(cover.items, scores, weights)
-    tell("superfluous neurons switched on again", len(off))
-    return _Closing(off, rounds, exact)
+    ablated = joint.pruned(cover.items, scores, weights)
+    tell("superfluous neurons removed", len(ablated))
+    return _Closing(ablated, rounds, exact)
 
 
 class _Joint:
-    """The memorised captions, and what any set does to all of them."""
+    """The memorised prompts, and their scores under any set."""
 
     def __init__(self, step: FirstStep, captions: list[CaptionResult], own: list[frozenset[int]], tau: float) -> None:
         self.step, self.captions, self.own, self.tau = step, captions, own, tau
@@ -263,7 +266,7 @@ class _Joint:
         base = look(step, self.cond)
         if base.errors:
             place, reason = next(iter(base.errors.items()))
-            raise UserError(f"caption {captions[place].prompt!r} cannot be scored: {reason}")
+            raise UserError(f"prompt {captions[place].prompt!r} cannot be scored: {reason}")
         self.deltas = base.deltas
         seeds = list(step.settings.seeds)
         self.kept = [[seeds.index(seed) for seed in caption.kept_seeds if seed in seeds] for caption in captions]
@@ -271,66 +274,66 @@ class _Joint:
             raise UserError(f"{empty[0]!r} was localized with other seeds than these; use the same `first_seed`")
         self.known: dict[tuple[frozenset[int], int], tuple[float, float]] = {}
 
-    def measure(self, off: frozenset[int], prompts: Sequence[int]) -> None:
-        """Computes score and residual consistency of captions, all of their seeds in shared batches."""
-        self._measure([(off, prompt) for prompt in prompts])
+    def measure(self, ablated: frozenset[int], prompts: Sequence[int]) -> None:
+        """Computes score and residual consistency of prompts, with all of their seeds in shared batches."""
+        self._measure([(ablated, prompt) for prompt in prompts])
 
-    def scores(self, off: frozenset[int], prompts: Sequence[int]) -> dict[int, float]:
-        """Returns of each caption what must fall to tau."""
-        self.measure(off, prompts)
-        return {prompt: self._decisive(off, prompt) for prompt in prompts}
+    def scores(self, ablated: frozenset[int], prompts: Sequence[int]) -> dict[int, float]:
+        """Returns, for each prompt, the value that must fall to tau."""
+        self.measure(ablated, prompts)
+        return {prompt: self._decisive(ablated, prompt) for prompt in prompts}
 
-    def pruned(self, off: frozenset[int], scores: dict[int, float], weights: dict[int, float]) -> frozenset[int]:
-        """Switches neurons on again, heaviest first, wherever all captions that are below tau stay there.
+    def pruned(self, ablated: frozenset[int], scores: dict[int, float], weights: dict[int, float]) -> frozenset[int]:
+        """Removes neurons from the set, heaviest first, wherever all prompts below tau stay below it.
 
-        Neurons of captions that are not are left alone. Several are tried at once while that goes well.
+        Neurons of prompts at or above tau stay. The number tried at once doubles with each success.
         """
         closed = sorted((i for i in scores if scores[i] < self.tau), key=lambda i: -scores[i])
         fixed = frozenset[int]().union(*(self.own[i] for i in scores if i not in closed))
-        order = sorted(off - fixed, key=lambda number: (-weights[number], number))
+        order = sorted(ablated - fixed, key=lambda number: (-weights[number], number))
         place, size = 0, 1
         while closed and place < len(order):
-            without = off.difference(order[place : place + size])
+            without = ablated.difference(order[place : place + size])
             opened = self._opened(without, closed)
             if opened is None:
-                off, place, size = without, place + size, 2 * size
+                ablated, place, size = without, place + size, 2 * size
             else:
                 closed.remove(opened)
-                closed.insert(0, opened)  # it will be the first to object again
+                closed.insert(0, opened)  # the most likely one to open again
                 place, size = place + (size == 1), max(size // 2, 1)
-        return off
+        return ablated
 
-    def _opened(self, off: frozenset[int], closed: Sequence[int]) -> int | None:
-        """Returns a caption that does not stay below tau; a few are asked at first, then more."""
+    def _opened(self, ablated: frozenset[int], closed: Sequence[int]) -> int | None:
+        """Returns a prompt that does not stay below tau, if there is one; few are scored at first, then more."""
         start, count = 0, 1
         while start < len(closed):
             some = closed[start : start + count]
-            if not off:
+            if not ablated:
                 return some[0]
-            scores = self.scores(off, some)
+            scores = self.scores(ablated, some)
             if max(scores.values()) >= self.tau:
                 return max(scores, key=lambda i: scores[i])
             start, count = start + count, 2 * count
         return None
 
-    def described(self, off: frozenset[int], active: Sequence[int]) -> tuple[JointScore, ...]:
-        """Returns how every caption fares."""
-        self.measure(off, range(len(self.captions)))
+    def described(self, ablated: frozenset[int], active: Sequence[int]) -> tuple[JointScore, ...]:
+        """Returns the scores of every prompt."""
+        self.measure(ablated, range(len(self.captions)))
         return tuple(
             JointScore(
                 prompt=caption.prompt,
                 num_own=len(self.own[place]),
-                num_shared=len(self.own[place] & off),
-                score=self.known[off, place][0],
-                residual_consistency=self.known[off, place][1],
-                closed=self._decisive(off, place) <= self.tau,
+                num_shared=len(self.own[place] & ablated),
+                score=self.known[ablated, place][0],
+                residual_consistency=self.known[ablated, place][1],
+                closed=self._decisive(ablated, place) <= self.tau,
                 given_up=place not in active,
             )
             for place, caption in enumerate(self.captions)
         )
 
-    def _decisive(self, off: frozenset[int], prompt: int) -> float:
-        score, residual = self.known[off, prompt]
+    def _decisive(self, ablated: frozenset[int], prompt: int) -> float:
+        score, residual = self.known[ablated, prompt]
         return max(score, residual) if self.captions[prompt].mitigated else score
 
     def _measure(self, wanted: Sequence[tuple[frozenset[int], int]]) -> None:
@@ -338,21 +341,21 @@ class _Joint:
         if not wanted:
             return
         seeds = range(self.step.settings.num_seeds)
-        rows = [Row(prompt, seed, off) for off, prompt in wanted for seed in seeds]
+        rows = [Row(prompt, seed, ablated) for ablated, prompt in wanted for seed in seeds]
         deltas, troubles = self.step(self.cond, rows)
         deltas = deltas.unflatten(0, (len(wanted), len(seeds)))
         residual = consistency(deltas, published=self.step.published).amax(1).tolist()
-        for place, (off, prompt) in enumerate(wanted):
+        for place, (ablated, prompt) in enumerate(wanted):
             kept = self.kept[prompt]
             score = float(self.step.similarity(self.deltas[prompt, kept], deltas[place, kept]).max())
-            self.known[off, prompt] = (score, residual[place])
-        for index in troubles:  # what cannot be computed is not closed
-            off, prompt = wanted[index // len(seeds)]
-            self.known[off, prompt] = (1.0, 1.0)
+            self.known[ablated, prompt] = (score, residual[place])
+        for index in troubles:  # what cannot be computed counts as not closed
+            ablated, prompt = wanted[index // len(seeds)]
+            self.known[ablated, prompt] = (1.0, 1.0)
 
 
 class _Ordinary:
-    """Ordinary captions, and what they feel of any set."""
+    """Ordinary prompts, and the damage that any set does to them."""
 
     def __init__(self, step: FirstStep, prompts: list[str]) -> None:
         self.step, self.count = step, len(prompts)
@@ -361,7 +364,7 @@ class _Ordinary:
         self.before, troubles = step(self.cond, self._rows(frozenset()))
         if troubles:
             row, reason = next(iter(troubles.items()))
-            raise UserError(f"ordinary caption {prompts[row // len(self.seeds)]!r} cannot be scored: {reason}")
+            raise UserError(f"ordinary prompt {prompts[row // len(self.seeds)]!r} cannot be scored: {reason}")
 
     def damages(self, sets: Sequence[frozenset[int]]) -> list[float]:
         """Returns one minus the mean similarity of first steps, before against after, for each set."""
@@ -369,11 +372,11 @@ class _Ordinary:
         per_call = max(self.step.batch_size // len(self.before), 1)
         for start in range(0, len(sets), per_call):
             some = sets[start : start + per_call]
-            after, troubles = self.step(self.cond, [row for off in some for row in self._rows(off)])
+            after, troubles = self.step(self.cond, [row for ablated in some for row in self._rows(ablated)])
             alike = torch.cat([self.step.similarity(self.before, own) for own in after.split(len(self.before))])
-            alike[list(troubles)] = 0.0  # what cannot be computed is destroyed
+            alike[list(troubles)] = 0.0  # what cannot be computed counts as destroyed
             found += (1 - alike.unflatten(0, (len(some), -1)).mean(1)).clamp(min=0).tolist()
         return found
 
-    def _rows(self, off: frozenset[int]) -> list[Row]:
-        return [Row(prompt, seed, off) for prompt in range(self.count) for seed in self.seeds]
+    def _rows(self, ablated: frozenset[int]) -> list[Row]:
+        return [Row(prompt, seed, ablated) for prompt in range(self.count) for seed in self.seeds]

@@ -1,4 +1,4 @@
-"""Mitigations of memorisation: the found neurons ablated, and what else has been tried against copying.
+"""Mitigations of memorisation: ablation of the found neurons, and others that it is compared with.
 
 References:
     Random neurons and the comparison: Hintersdorf, Struppek et al. 2024, section 4. Embedding adjustment: Wen et al.,
@@ -50,13 +50,13 @@ def mitigated_latents(
     """Returns latents of prompts under one mitigation; the same noise per seed whatever the mitigation.
 
     Args:
-        model: A text-conditioned U-Net.
+        model: Model with a text-conditioned U-Net.
         items: Prompts, each with the neurons that were found for it; "random-neurons" draws as many others.
         seeds: Seeds of the initial noise.
         settings: How images are generated.
-        mitigation: The remedy.
+        mitigation: Mitigation under which images are generated.
         scale: Factor of the ablated neurons' outputs; 0 ablates.
-        repeat: Number of the draw, for the mitigations that draw at random; prompts draw independently.
+        repeat: Number of the random draw, for mitigations with a random part; each prompt has its own.
     """
     prompts = [prompt for prompt, _ in items]
 
@@ -90,7 +90,7 @@ def mitigated_latents(
 
 
 def random_neurons(model: DiffusionModel, found: NeuronSet, *, seed: int = 0) -> NeuronSet:
-    """Returns in every layer as many other neurons as were found there.
+    """Returns, in every layer, as many other neurons as were found there.
 
     The published code builds the list of neurons to exclude and does not use it; here they are excluded.
     """
@@ -107,14 +107,14 @@ def adjusted_condition(model: DiffusionModel, cond: Condition, seeds: Sequence[i
     """Returns a prompt's condition with its embedding moved towards what acts like no prompt at the first step.
 
     At most ten steps of AdamW on the norm, over all seeds together, of the difference between the outputs with and
-    without the prompt. It ends early at 3 for four latents of Stable Diffusion, and at the same size per number for
-    others. The start token's gradient is zero, as published; weight decay still moves it.
+    without the prompt. It ends early where the norm falls to 3 for four latents of Stable Diffusion, scaled by the root
+    of the size for others. The start token's gradient is zero, as published; weight decay still moves it.
 
     Args:
-        model: A text-conditioned U-Net.
-        cond: Condition of one prompt.
+        model: Model with a text-conditioned U-Net.
+        cond: Condition of one prompt alone.
         seeds: Seeds of the latents.
-        steps: Number of solver steps, which says where the first step is.
+        steps: Number of solver steps, which fixes the first timestep.
     """
     parameter = next(model.backbone.parameters())
     schedule = model.denoiser.schedule
@@ -144,16 +144,16 @@ def adjusted_condition(model: DiffusionModel, cond: Condition, seeds: Sequence[i
 def scaled_attention(
     model: DiffusionModel, prompt: str, *, guided: bool, scale: float = _START_SCALE
 ) -> Iterator[None]:
-    """Strengthens the start token in every cross-attention, and hides positions beyond the caption, while it runs.
+    """Strengthens the start token in every cross-attention, and hides positions after the prompt, while the block runs.
 
-    Scaling a token's key scales its logits. The start token's are scaled where the caption is read, positions are
-    hidden in both branches.
+    Scaling a token's key scales its logits. Only the branch that reads the prompt is scaled; positions are hidden in
+    both branches.
 
     Args:
-        model: A text-conditioned U-Net.
-        prompt: The one caption of all rows.
-        guided: Whether passes are guided: (uncond, cond) rows.
-        scale: What multiplies the logits.
+        model: Model with a text-conditioned U-Net.
+        prompt: The one prompt of all rows.
+        guided: Whether passes are guided, with unconditional rows before conditional ones.
+        scale: Factor of the start token's logits.
     """
     attentions = [site.module.removesuffix(".to_v") for site in value_sites(model.backbone, up=True).sites]
     mask = prompt_encoder(model).tokenize([prompt]).masks[0].bool()
@@ -176,7 +176,7 @@ def scaled_attention(
 
 
 def with_random_tokens(model: DiffusionModel, prompt: str, count: int, *, seed: int = 0) -> str:
-    """Returns a caption with random words in random places, each the text of one random token."""
+    """Returns a prompt with random words in random places, each the text of one random token."""
     tokenizer = prompt_encoder(model).towers[0].tokenizer
     generator = row_generator(seed, count, _TOKENS)
     highest = min(_HIGHEST_TOKEN, len(tokenizer))

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NeuronSet:
-    """Some value neurons: equal sets are equal values, whatever order they were found in. Make one with `of`.
+    """A set of value neurons, equal to every other with the same neurons; made with `NeuronSet.of`.
 
     Attributes:
         layers: Module names in order, each with its channels in order; no layer is empty.

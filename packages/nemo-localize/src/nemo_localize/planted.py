@@ -3,7 +3,7 @@
 A small U-Net with the seven searched value layers of Stable Diffusion 1.x and random weights, whose output becomes
 `x + noise_gain roll(x) + 0.05 unet(x) + gain sum_p max_j relu(g_j - base_j - 1) P_p`. The P_p are fixed smooth
 patterns, and g_j is the mean of neuron j where its layer's output projection receives it: so masks, hooks and edited
-weights are all seen. A planted neuron's value row points at what its caption has and other captions have not.
+weights all act on it. The value row of a planted neuron responds to its prompt and hardly to others.
 """
 
 import string
@@ -37,7 +37,7 @@ _STRUCTURE: dict[str, Any] = {
     "attention_head_dim": 2,
 }
 _LEAST_Z = 4.0
-_RESPONSE = 2.0  # of a planted neuron to its caption, above its response to others
+_RESPONSE = 2.0  # of a planted neuron to its prompt, above its response to others
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class Plant:
     """One neuron that carries a memory.
 
     Attributes:
-        trigger: The caption.
+        trigger: Prompt that brings the memory back.
         site: Index of its value layer: 0 to 6 are searched, 7 to 9 are in an up block.
-        neuron: Its channel.
-        pattern: What it shows; neurons of one pattern are redundant, the strongest counts. None shows nothing: the
-            neuron stands out and is innocent.
-        z: How far it is to stand out for its caption, in standard deviations; the nearest that can be had is taken.
-        strength: How strongly it shows the pattern.
+        neuron: Channel of the neuron in that layer.
+        pattern: Number of the pattern that it shows; of several neurons with one pattern the strongest counts. None is
+            an innocent neuron, which stands out and shows nothing.
+        z: Number of standard deviations by which it stands out for its prompt, as nearly as can be had.
+        strength: Strength of the pattern for this neuron.
     """
 
     trigger: str
@@ -63,7 +63,7 @@ class Plant:
 
 
 def ordinary_captions(count: int, seed: int = 0) -> list[str]:
-    """Returns captions of three to six made-up words, all different."""
+    """Returns prompts of three to six made-up words, all different."""
     generator = torch.Generator().manual_seed(seed)
 
     def number(below: int) -> int:
@@ -83,12 +83,12 @@ class Planted:
     """A model with planted memories.
 
     Attributes:
-        model: The model.
-        plants: The memories.
-        base: Each planted neuron's mean response to other captions, where its output projection receives it.
-        patterns: What they show, by number.
-        noise_gain: How strongly the noise itself shows.
-        gain: How strongly patterns show.
+        model: Model that carries the memories.
+        plants: Planted neurons and their prompts.
+        base: Mean response of each planted neuron to other prompts, at its layer's output projection.
+        patterns: Patterns that the neurons show, by number.
+        noise_gain: Strength of the noise in the output.
+        gain: Strength of patterns in the output.
     """
 
     model: DiffusionModel
@@ -99,7 +99,7 @@ class Planted:
     gain: float
 
     def carriers(self, trigger: str) -> NeuronSet:
-        """Returns the searched neurons that show something for a caption."""
+        """Returns the searched neurons that show a pattern for a prompt."""
         sites = value_sites(self.model.backbone, up=True)
         searched = len(value_sites(self.model.backbone).sites)
         neurons: dict[str, list[int]] = {}
@@ -152,12 +152,12 @@ def planted_model(
     """Returns a text-to-image model with planted memories.
 
     Args:
-        plants: The memories; triggers may be any captions that differ enough from made-up words.
-        seed: Of the weights and patterns.
-        side: Of the latents.
-        dtype: Of the whole model.
-        noise_gain: How strongly the noise itself shows.
-        gain: How strongly patterns show.
+        plants: Memories to plant; their prompts must differ enough from made-up words.
+        seed: Seed of the weights and patterns.
+        side: Side of the square latents.
+        dtype: Precision of the whole model.
+        noise_gain: Strength of the noise in the output.
+        gain: Strength of patterns in the output.
 
     Raises:
         ValueError: A trigger is too much like made-up words.
@@ -188,7 +188,7 @@ def assembled(name: str, modules: dict[str, Any], *, fingerprint: str = "") -> D
     Args:
         name: Name of the model in messages.
         modules: Its `unet`, `text_encoder` and `tokenizer`.
-        fingerprint: Text that tells its weights from others'; by default their digest.
+        fingerprint: Digest that stands for its weights.
     """
     parts: dict[str, Any] = {**modules, "scheduler": built("DDIMScheduler", _SCHEDULE)}
     parts |= dict.fromkeys(("vae", "safety_checker", "feature_extractor"))
@@ -197,7 +197,7 @@ def assembled(name: str, modules: dict[str, Any], *, fingerprint: str = "") -> D
 
 
 def _skip_self_attention(unet: nn.Module) -> None:
-    """Replaces self-attention by zeros: most of the time at this size, and of no interest here."""
+    """Replaces self-attention by zeros: it takes most of the time at this size and plays no part here."""
     for name, module in unet.named_modules():
         if name.endswith(".attn1"):
             module.forward = lambda hidden, *args, **kwargs: torch.zeros_like(hidden)
@@ -209,7 +209,7 @@ def _output_projection(unet: nn.Module, sites: ValueSites, site: int) -> nn.Modu
 
 @torch.no_grad()
 def _point_rows(model: DiffusionModel, plants: Sequence[Plant], others: Sequence[str], seed: int) -> None:
-    """Makes each planted row stand out for its caption as far as asked: a signal, and a random part that hides it."""
+    """Makes each planted row stand out for its prompt as far as asked: a signal, and a random part that hides it."""
     sites, encoder = value_sites(model.backbone, up=True), prompt_encoder(model)
     generator = torch.Generator().manual_seed(seed)
     triggers = list(dict.fromkeys(plant.trigger for plant in plants))
@@ -237,7 +237,7 @@ def _point_rows(model: DiffusionModel, plants: Sequence[Plant], others: Sequence
 
 
 def _unit(direction: Tensor, cov: Tensor) -> Tensor:
-    """Returns a direction along which captions vary by one."""
+    """Returns the direction, scaled so that prompts vary along it by one."""
     return direction / (direction @ cov @ direction).sqrt()
 
 
@@ -262,7 +262,7 @@ def _base_responses(model: DiffusionModel, plants: Sequence[Plant], others: Sequ
 def hard_case(seed: int = 0) -> tuple[Planted, list[str]]:
     """Returns a memory whose neuron stands out less than innocent ones: candidates in all layers, most to be dropped.
 
-    It is found in the second of its rounds; refinement tests seven layers, and five neurons of the last.
+    Selection ends in the second round; refinement tests seven layers, and five neurons of the last.
     """
     trigger = "portrait of 1917 no 1"
     places = [(6, 7), (6, 8), (6, 9), (6, 10), (1, 3), (3, 3)]
@@ -271,7 +271,7 @@ def hard_case(seed: int = 0) -> tuple[Planted, list[str]]:
 
 
 def list_case(count: int, memorised: int, seed: int = 0) -> tuple[Planted, list[str]]:
-    """Returns a list of captions, the first of them memorised, in every searched layer in turn."""
+    """Returns a list of prompts, the first of them memorised, in every searched layer in turn."""
     triggers = [f"portrait of {1900 + 17 * index} no {index}" for index in range(memorised)]
     plants = [Plant(trigger, index % 7, index // 7, index, z=7.0) for index, trigger in enumerate(triggers)]
     return planted_model(plants, seed=seed), triggers + ordinary_captions(count - memorised, seed=5)

@@ -1,4 +1,4 @@
-"""What localization says about each caption, and about all of them. Imports no torch."""
+"""The results of localization, for each prompt and for a list of prompts. Imports no torch."""
 
 import statistics
 from collections import Counter
@@ -20,36 +20,36 @@ Status = Literal["not_memorised", "undecided", "localized", "not_localized", "er
 
 @dataclass(frozen=True)
 class CaptionResult:
-    """What was found for one caption.
+    """What was found for one prompt.
 
     Attributes:
-        prompt: The caption.
-        prompt_hash: What names it in files.
-        status: not_memorised: no seed is consistent; localized: switching `initial` off takes every consistent seed to
-            tau; not_localized: no candidate set does. In an audit images decide what is memorised, and undecided
-            says that they do not.
-        error: Why there is no result.
-        consistency: Of each seed, in order.
-        kept_seeds: Seeds above tau.
-        theta: Of the selected candidate set; infinite thresholds are None.
-        k: Likewise.
-        rounds: Candidate sets up to the selected one.
-        tau: The threshold.
-        tau_ref: What refinement held scores against: tau, or where that was not reached the score of the last set.
-        initial: The selected candidates.
-        refined: What is left of them; None where they were not refined.
-        score_initial: Largest similarity of a kept seed to itself, before against after, with `initial` off.
-        score_refined: With `refined` off.
-        residual_consistency: Largest similarity between two seeds with `refined` off.
-        mitigated: Both fell to tau: the score with `refined` off, and the consistency that is left. That is what the
-            first step can say; images have the last word.
-        near_ties: Decisions so close that they were computed again, alone.
-        unet_rows: Latents through the U-Net.
-        unet_calls: Share of the forward passes, which are shared with other captions.
-        seconds: Share of the time.
-        truncated: Whether the text encoder saw less than the whole caption.
-        lost: What it did not see.
-        settings_hash: Of all that the result depends on.
+        prompt: Prompt that was searched.
+        prompt_hash: Digest that names the prompt in files.
+        status: not_memorised: no seed is consistent; localized: ablating `initial` takes every consistent seed to tau;
+            not_localized: no candidate set does. In an audit images decide what is memorised, and undecided says that
+            they do not.
+        error: Why there is no result; None where there is one.
+        consistency: Consistency of each seed, in order.
+        kept_seeds: Seeds whose consistency is above tau.
+        theta: Threshold on |z| of the selected candidate set; None where it is infinite.
+        k: Number of most active neurons per layer in that set.
+        rounds: Number of candidate sets up to the selected one.
+        tau: Threshold that scores were compared with.
+        tau_ref: Threshold of refinement: tau, or where that was not reached the score of the last set.
+        initial: Neurons of the selected candidate set.
+        refined: Neurons left after refinement; None where there was none.
+        score_initial: Largest similarity of a kept seed to itself, before against after ablating `initial`.
+        score_refined: The same score with `refined` ablated.
+        residual_consistency: Largest similarity between two seeds with `refined` ablated.
+        mitigated: Whether the score and the consistency with `refined` ablated both fell to tau; images may still show
+            copies.
+        near_ties: Number of decisions so close that they were computed again, alone.
+        unet_rows: Number of latents through the U-Net.
+        unet_calls: Share in the forward passes, which prompts have in common.
+        seconds: Share in the time, in seconds.
+        truncated: Whether the text encoder saw less than the whole prompt.
+        lost: Part of the prompt that it did not see.
+        settings_hash: Digest of all that the result depends on.
     """
 
     prompt: str
@@ -124,7 +124,7 @@ class CaptionResult:
 
     @property
     def max_consistency(self) -> float | None:
-        """The largest similarity between two seeds; None for captions that failed."""
+        """The largest similarity between two seeds; None for prompts that failed."""
         return max(self.consistency, default=None)
 
     def to_json(self) -> dict[str, Any]:
@@ -162,10 +162,10 @@ class CaptionResult:
 
 @dataclass(frozen=True)
 class Results:
-    """The results of a list of captions, in its order.
+    """The results of a list of prompts, in its order.
 
     Attributes:
-        captions: One for each.
+        captions: One result for each prompt.
     """
 
     captions: tuple[CaptionResult, ...]
@@ -180,7 +180,7 @@ class Results:
         return self.captions[index]
 
     def distinct(self) -> list[CaptionResult]:
-        """Returns one result for each distinct caption."""
+        """Returns one result for each distinct prompt."""
         return list({result.prompt: result for result in self.captions}.values())
 
     @property
@@ -199,9 +199,9 @@ class Results:
         return {r.prompt: r.refined for r in self.distinct() if r.status in wanted and r.refined is not None}
 
     def summary(self) -> dict[str, Any]:
-        """Returns counts by status, sizes of the sets, the most frequent neurons, and what it cost.
+        """Returns counts by status, sizes of the sets, the most frequent neurons, and the cost.
 
-        Every distinct caption counts once. Sizes are medians with median absolute deviations, over localized captions.
+        Every distinct prompt counts once. Sizes are medians with median absolute deviations over localized prompts.
         """
         distinct = self.distinct()
         localized = [r for r in distinct if r.status == "localized" and r.refined is not None]
@@ -225,10 +225,10 @@ class Results:
         }
 
     def by_kind(self, kinds: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-        """Returns, for each kind of captions, their counts by status and the sizes of their sets, as in `summary`.
+        """Returns, for each kind of prompt, counts by status and sizes of sets, as in `summary`.
 
         Args:
-            kinds: Of captions, by caption; the others are left out.
+            kinds: Kind of each prompt; others are left out.
         """
         parts = {
             kind: Results(tuple(r for r in self.captions if kinds.get(r.prompt) == kind)).summary()

@@ -1,4 +1,7 @@
-"""How alike two first denoising steps are: noise differences, and their multi-scale structural similarity.
+"""How similar two first denoising steps are: their noise differences delta, compared by MS-SSIM.
+
+    delta = predicted noise - true noise,   each channel stretched to [0, 1]
+    sim(a, b) = cs_1^0.33 cs_2^0.33 ssim_3^0.33,   contrast and structure of scales 1 and 2, SSIM of scale 3
 
 References:
     Hintersdorf, Struppek et al. 2024, section 3.1 and algorithm 1. The paper writes SSIM; its code computes MS-SSIM.
@@ -22,15 +25,15 @@ _WINDOW = 11
 def noise_difference(
     prediction: Prediction, noise: Float[Tensor, "rows channels height width"], schedule: NoiseSchedule, t: float
 ) -> Float[Tensor, "rows channels height width"]:
-    """Returns predicted minus true noise up to a positive factor, whatever the network predicts.
+    """Returns predicted minus true noise up to a positive factor, for any prediction type.
 
-    With `x_t = c noise` the difference is `noise (c / sigma - 1) - (alpha / sigma) x0`. Multiplied by sigma / alpha it
-    also exists where x_t is pure noise: there it is -x0, and the difference itself would vanish.
+    With `x_t = c noise` the difference is `noise (c / sigma - 1) - (alpha / sigma) x0`. It vanishes where x_t is pure
+    noise, so it is multiplied by sigma / alpha, which gives -x0 there.
 
     Args:
-        prediction: For `x_t`, the noise at the solver's initial scale.
-        noise: Of unit variance.
-        schedule: Of the model.
+        prediction: Output of the denoiser for `x_t`, the noise at the solver's initial scale.
+        noise: Initial noise, of unit variance.
+        schedule: Noise schedule of the model.
         t: The timestep, the same for all rows.
     """
     level = torch.tensor([t], dtype=torch.float64)
@@ -43,10 +46,7 @@ def noise_difference(
 def stretched(
     delta: Float[Tensor, "rows channels height width"],
 ) -> tuple[Float[Tensor, "rows channels height width"], Bool[Tensor, "rows channels"]]:
-    """Returns each channel stretched to [0, 1], and which could not be: constant ones, and those with NaN or infinity.
-
-    What could not be stretched is 0.
-    """
+    """Returns each channel stretched to [0, 1], and which channels were constant or not finite: these are set to 0."""
     low, high = delta.amin((2, 3), keepdim=True), delta.amax((2, 3), keepdim=True)
     bad = ~(torch.isfinite(low) & torch.isfinite(high) & (high > low))
     unit = (delta - low) / torch.where(bad, 1.0, high - low)
@@ -57,7 +57,7 @@ def num_scales(side: int) -> int:
     """Returns how many of the three scales fit latents with this smaller side: 3 from 44, 2 from 12, 1 from 6.
 
     Raises:
-        ValueError: None fits.
+        ValueError: The side is too small for one scale.
     """
     for scales in range(MOST_SCALES, 0, -1):
         if side >= smallest_side(scales, _WINDOW):
@@ -77,8 +77,8 @@ def published_similarity(
 ) -> Float[Tensor, " rows"]:
     """Returns the MS-SSIM of pairs as the published code computes it: with a range taken from all of them at once.
 
-    Its threshold is of torchmetrics 1.3.2, which leaves the border of the coarsest scale out; later versions count it.
-    So does this where nothing else would be left, at sides from 12 to 21 and below 11: there that version gives NaN.
+    The published threshold was found with torchmetrics 1.3.2, which leaves out the border of the coarsest scale. Where
+    the border is all there is, at sides from 12 to 21 and below 11, that version gives NaN and this function counts it.
     """
     scales = num_scales(min(a.shape[-2:]))
     similar = torch.ones(len(a), dtype=a.dtype, device=a.device)
@@ -95,10 +95,10 @@ def published_similarity(
 def consistency(
     deltas: Float[Tensor, "prompts seeds channels height width"], *, published: bool = False
 ) -> Float[Tensor, "prompts seeds"]:
-    """Returns how alike each seed is to the seed most like it. High values for all seeds tell memorised captions.
+    """Returns how similar each seed is to the seed most like it; high values for all seeds show a memorised prompt.
 
     Args:
-        deltas: Stretched differences; at least two seeds.
+        deltas: Noise differences stretched to [0, 1], of at least two seeds.
         published: Take the data range from each prompt's own batch of pairs, as the published code does.
     """
     seeds = deltas.shape[1]

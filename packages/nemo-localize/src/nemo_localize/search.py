@@ -7,8 +7,8 @@ pass can serve many prompts, and so that a test can answer with any function. Wh
   soon as one seed stays similar; the other seeds are asked only about the first set that this seed lets pass.
 * Refinement removes greedily, each test resting on all removals before it. So assume that the next items all go, and
   ask about the cumulative sets at once: accept up to the first failure, keep that item, go on after it. Here too the
-  most stubborn seed goes first; in the same breath the other seeds are asked about what it let pass, while it looks
-  ahead as if they agreed.
+  most stubborn seed, the one of highest score, goes first; one question later the other seeds are asked about the
+  removals that it accepted, while it already looks ahead as if they agreed.
 
 Every decision rests on the scores that the plain form would have looked at, so the answer is the same for any function
 of (seed, set), monotone or not.
@@ -159,7 +159,7 @@ def refine(
     num_seeds: int = 0,
     residual_threshold: float = 0.0,
 ) -> Search[Refinement]:
-    """Lets layers, then single neurons, work again wherever all seeds stay below the threshold; greedily, in order.
+    """Takes layers, then neurons, out of the set wherever all seeds stay below the threshold; greedily, in order.
 
     Args:
         scores: Similarity of each consistent seed with the whole set ablated.

@@ -1,12 +1,12 @@
-"""The second look: whether a caption is memorised as its images have it, where its first step leaves that open.
+"""The second look: images decide whether a prompt is memorised, where its first step leaves that open.
 
-Most consistent first, captions are drawn from a few seeds. Where two of these agree, more are drawn, and how alike all
-pairs of seeds are decides, against the same of ordinary captions. How captions are ranked hardly depends on which
-ordinary ones a threshold was found from; so the threshold says which captions must be drawn, and the ranking says which
-others are drawn for what the first steps of all have cost.
+Prompts are generated from a few seeds, most consistent prompt first. Where two images agree, more are generated; the
+likeness of all pairs of images, compared with that of ordinary prompts, then decides. All prompts above the threshold
+are generated, its uncertainty included. The ranking by consistency depends less on the choice of ordinary prompts, so
+further prompts follow in its order, for as much computation as the first steps of all prompts took.
 
 References:
-    Seeds that draw one image tell what is memorised: Carlini et al., "Extracting Training Data from Diffusion
+    Seeds that generate one image show what is memorised: Carlini et al., "Extracting Training Data from Diffusion
     Models", 2023, section 4.2; Somepalli et al., "Diffusion Art or Digital Forgery?", CVPR 2023.
 """
 
@@ -28,25 +28,25 @@ from nemo_localize.settings import ImageSettings
 
 Verdict = Literal["memorised", "undecided", "clean"]
 
-# Seeds of no other part of an audit; the first four are drawn of every caption that is looked at.
+# Seeds of no other part of an audit; every prompt that is looked at is generated from the first four.
 SEEDS = range(100_501, 100_511)
 FIRST_SEEDS = SEEDS[:4]
-STEPS = 5  # what is memorised comes back in few steps, and all images that are compared have as many
+STEPS = 5  # memorised images appear in few steps, and all images that are compared have as many
 REFERENCES = 24
-PATIENCE = 32  # captions in a row that must show nothing before those behind them go without a look
-_BATCH = 16  # captions
+PATIENCE = 32  # consecutive clean prompts after which the remaining ones are not looked at
+_BATCH = 16  # prompts per round
 _ROBUST = 1.4826  # from a median absolute deviation to a standard deviation
 _MEMORISED_DEVIATIONS, _UNDECIDED_DEVIATIONS = 3.0, 2.0
 
 
 @dataclass(frozen=True)
 class Look:
-    """How alike the images of one caption are.
+    """How similar the images of one prompt are.
 
     Attributes:
-        prompt: The caption.
-        pairs: Likeness of all pairs of its seeds.
-        original: Likeness of each seed to the training image that it is most alike; empty where none is given.
+        prompt: Prompt that was looked at.
+        pairs: Likeness of all pairs of its images.
+        original: Likeness of each image to the nearest training image; empty where none is known.
         error: Why there are no images to compare.
     """
 
@@ -57,17 +57,17 @@ class Look:
 
     @property
     def typical(self) -> float:
-        """What half of the pairs, or of the seeds to a training image, reach; NaN where there are no images."""
+        """The median likeness of pairs, or to the training image if that is larger; NaN without images."""
         return self._reached(0.5)
 
     @property
     def upper(self) -> float:
-        """What a tenth of them reach."""
+        """The likeness that a tenth of them reaches."""
         return self._reached(0.9)
 
     @property
     def suspicious(self) -> bool:
-        """Whether a single pair is alike, or one seed a training image."""
+        """Whether one pair of images, or an image and a training image, is alike enough for a copy."""
         return any(value > COPY_ABOVE for value in self.pairs + self.original)
 
     def to_json(self) -> dict[str, Any]:
@@ -85,14 +85,14 @@ class Look:
 
 @dataclass(frozen=True)
 class Usual:
-    """How alike the images of ordinary captions are, and what follows for others.
+    """How similar the images of ordinary prompts are, and the thresholds that follow for others.
 
     Attributes:
-        looks: At ordinary captions.
-        memorised_above: A caption whose typical likeness is above it is memorised: three robust standard deviations
-            above the median of ordinary captions, and never below what counts as a copy.
-        undecided_above: A caption a tenth of whose likenesses is above it is not clean: likewise, with two.
-        telling: Whether ordinary captions draw images that differ; where they do not, no image tells a memory.
+        looks: Second looks at ordinary prompts.
+        memorised_above: Typical likeness above which a prompt is memorised: median plus three robust standard
+            deviations over ordinary prompts, and at least that of a copy.
+        undecided_above: Upper likeness above which a prompt is not clean: the same rule with two standard deviations.
+        telling: Whether images of an ordinary prompt differ; where they do not, images cannot show a memory.
     """
 
     looks: tuple[Look, ...]
@@ -102,7 +102,7 @@ class Usual:
 
     @classmethod
     def of(cls, looks: Sequence[Look]) -> "Usual":
-        """Returns what looks at ordinary captions say; a few memorised ones among them hardly move it."""
+        """Returns the thresholds from looks at ordinary prompts; a few memorised ones hardly change these."""
         looks = [look for look in looks if look.error is None]
         if not looks:
             return cls((), COPY_ABOVE, COPY_ABOVE, telling=False)
@@ -116,7 +116,7 @@ class Usual:
         )
 
     def verdict(self, look: Look) -> Verdict:
-        """Returns what the images of a caption say."""
+        """Returns the verdict on a prompt from its images."""
         if look.error is not None:
             return "undecided"
         if not self.telling:
@@ -128,12 +128,12 @@ class Usual:
 
 @dataclass(frozen=True)
 class SecondLook:
-    """What the images of the most consistent captions say.
+    """The second look at the most consistent prompts.
 
     Attributes:
-        usual: What ordinary captions look like.
-        looks: At captions, in the order in which they were looked at.
-        rows: Latents that went through the network for it.
+        usual: Likeness of images of ordinary prompts.
+        looks: Looks at prompts, in the order in which they were made.
+        rows: Number of latents through the network that it took.
     """
 
     usual: Usual
@@ -141,7 +141,7 @@ class SecondLook:
     rows: int
 
     def verdicts(self) -> dict[str, Verdict]:
-        """Returns the verdict on each caption that was looked at."""
+        """Returns the verdict on each prompt that was looked at."""
         return {look.prompt: self.usual.verdict(look) for look in self.looks}
 
 
@@ -154,17 +154,16 @@ def second_look(
     rows_per_image: int,
     allowed_rows: int,
 ) -> SecondLook:
-    """Looks at the images of captions, until what it may cost is spent and the last ones show nothing.
+    """Looks at images of prompts, until the budget is spent and the last prompts looked at are clean.
 
     Args:
-        look: Draws captions from seeds and compares the images, see `looks`.
-        ranked: Distinct captions, most consistent first.
-        references: Ordinary captions, most consistent first: those that words alone pin down most.
-        certain: How many of the ranked ones are looked at whatever it costs: all above the threshold, its uncertainty
-            included.
-        rows_per_image: Latents through the network for one image.
-        allowed_rows: What the look may cost, in the same unit. It costs more only for those that are certain, for the
-            first captions, and where one of the last ones was not clean.
+        look: Function that generates prompts from seeds and compares the images, see `looks`.
+        ranked: Distinct prompts, most consistent first.
+        references: Ordinary prompts, most consistent first.
+        certain: Number of ranked prompts that are looked at whatever the cost: all that may be above the threshold.
+        rows_per_image: Number of latents through the network for one image.
+        allowed_rows: Budget, in latents through the network. Only the certain prompts, the first few, and those after a
+            prompt that was not clean may exceed it.
     """
     innocent = references[:REFERENCES]
     usual = Usual.of(look(innocent, FIRST_SEEDS))
@@ -192,15 +191,15 @@ def looks(
     judge: Likeness,
     originals: Mapping[str, Tensor] | None = None,
 ) -> list[Look]:
-    """Returns how alike the images of captions are.
+    """Returns how similar the images of each prompt are.
 
     Args:
-        model: Without any edit.
-        prompts: Captions.
-        seeds: At least two.
-        settings: How images are generated, but for their steps: those that are compared must be generated alike.
-        judge: Says how alike they are.
-        originals: Training images, by caption, where they are known.
+        model: Unedited model that is audited.
+        prompts: Prompts to generate images of.
+        seeds: Seeds of the initial noise, at least two.
+        settings: How images are generated; their number of steps is fixed, so that all of them compare.
+        judge: Measure of how similar images are.
+        originals: Training images by prompt, where they are known.
     """
     if not prompts:
         return []
@@ -211,7 +210,7 @@ def looks(
             continue
         images = images_of(model, own)
         if bool(judge.is_noise(images).any()):
-            found.append(Look(prompt, error="its images are noise, so the model, or how it is run, is broken"))
+            found.append(Look(prompt, error="its images are noise, so the model is broken; try `dtype` float32"))
             continue
         near = judge.towards(originals[prompt].to(images), images) if originals and prompt in originals else None
         pairs = judge.pairs(images[None])[0]
@@ -222,7 +221,7 @@ def looks(
 def quick_latents(
     model: DiffusionModel, prompts: Sequence[str], seeds: Sequence[int], settings: ImageSettings
 ) -> Float[Tensor, "prompts seeds *data"]:
-    """Returns the latents that are compared, in few steps."""
+    """Returns latents that were generated in few steps, to be compared."""
     return generate_latents(model, prompt_encoder(model)(prompts), seeds, replace(settings, steps=STEPS))
 
 

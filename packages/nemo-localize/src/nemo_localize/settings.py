@@ -25,17 +25,17 @@ Mitigation = Literal[
 
 @dataclass(frozen=True)
 class StepSettings:
-    """The denoising step that is looked at, and how two of its outcomes are compared. A threshold belongs to these.
+    """The denoising step that is looked at, and how its outputs are compared; a threshold fits one set of these.
 
     Attributes:
         num_seeds: Number of initial latents per prompt, at least 2 (published code: 10).
-        first_seed: Seed of the first latent; the others follow. Images that judge the result need other seeds.
-        steps: Number of solver steps, which says what the timesteps are (published code: 50).
-        at_step: Number of the step at which pure noise is shown to the network, from 1. The published code looks at the
-            second, and memories are told better there than at the first (benchmarks/results/nemo-timestep.md).
-        guidance_scale: Strength of classifier-free guidance; 0 and 1 are off (paper, appendix B.3).
-        compat: published does what the authors' code does: the second timestep, similarity with the border and the data
-            range of that code, one draw for all seeds, guidance with its branches swapped.
+        first_seed: Seed of the first latent; the others count up. Images that test the result need other seeds.
+        steps: Number of solver steps, which fixes the timesteps (published code: 50).
+        at_step: Number of the step, from 1, at whose timestep pure noise is denoised. The published code takes the
+            second, which tells memories better than the first (benchmarks/results/nemo-timestep.md).
+        guidance_scale: Strength of classifier-free guidance; 0 and 1 mean none (paper, appendix B.3).
+        compat: published reproduces the authors' code: its second timestep, its similarity with border and data range,
+            one draw of noise for all seeds, and guidance with its branches swapped.
     """
 
     num_seeds: int = 10
@@ -76,19 +76,19 @@ class SearchSettings:
     Attributes:
         theta: First threshold on |z| (paper, appendix D.3).
         theta_step: Amount by which the threshold falls in each round.
-        theta_min: The last threshold tried, itself included. The published code names 1 and stops before it.
+        theta_min: Last threshold that is tried. The published code names 1 and stops before it.
         k: Number of most active neurons of each layer that join the candidates in the first round.
         k_step: Number of neurons per layer that join in each further round.
-        criterion: outliers takes |z| alone, top-k the most active alone, up to the width of the widest layer.
+        criterion: outliers selects neurons by |z| alone, top-k by activation alone up to the width of the widest layer.
         scaling_factor: Factor of the neurons' outputs while they are tried; 0 ablates them, 1 would change nothing.
-        tau_refinement: Threshold of refinement; without it the one of selection.
-        relative_refinement: Let refinement ask instead that no seed's score changes by this share of what it is with
-            all candidates ablated, such as 0.1 (published code, off there too). Searches one prompt at a time.
-        give_up_early: Try the largest set first, and stop where it does not suppress, though a smaller set might. Off
-            where the published code is reproduced.
-        refine_failures: Refine the sets of prompts that never fell below the threshold. Such results are large and
-            arbitrary. On where the published code is reproduced. Searches one prompt at a time.
-        unit_size: Number of prompts that share batches; what an interruption costs at most.
+        tau_refinement: Threshold of refinement; by default that of selection.
+        relative_refinement: Largest relative change, such as 0.1, of a seed's score from its value with all candidates
+            ablated; replaces the threshold (published code, not by default). Searches one prompt at a time.
+        give_up_early: Try the largest set first, and stop where it does not suppress, though a smaller set might.
+            Without effect where compat is published.
+        refine_failures: Refine the sets of prompts that never fell to the threshold, though such results are large and
+            arbitrary. Always done where compat is published. Searches one prompt at a time.
+        unit_size: Number of prompts that share batches; an interruption loses at most one such group.
     """
 
     theta: float = 5.0
@@ -122,7 +122,7 @@ class SearchSettings:
             raise UserError(f"`unit_size` is {self.unit_size}; give at least 1")
 
     def threshold(self, tau: float) -> float:
-        """Returns what refinement compares scores with where selection fell to tau."""
+        """Returns the threshold of refinement for a prompt whose selection fell to tau."""
         return tau if self.tau_refinement is None else self.tau_refinement
 
     def rounds(self, widest: int) -> list[tuple[float, int]]:
@@ -133,7 +133,7 @@ class SearchSettings:
         """
         if self.criterion == "top-k":
             return [(float("inf"), k) for k in range(self.k, widest + self.k_step, self.k_step)]
-        # Multiples, not repeated differences: the last round must not hang on how 0.1 is rounded.
+        # Multiples, not repeated differences: the last round must not depend on how 0.1 is rounded.
         count = int((self.theta - self.theta_min) / self.theta_step + 1e-9) + 1
         k_step = 0 if self.criterion == "outliers" else self.k_step
         k = 0 if self.criterion == "outliers" else self.k
@@ -142,13 +142,13 @@ class SearchSettings:
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How images are generated, which have the last word.
+    """How images are generated.
 
     Attributes:
-        guidance_scale: Strength of classifier-free guidance; 0 and 1 are off (paper, appendix B.3: 7).
+        guidance_scale: Strength of classifier-free guidance; 0 and 1 mean none (paper, appendix B.3: 7).
         steps: Number of DDIM steps (published code: 50).
         batch_size: Number of latents per forward pass; guidance doubles them.
-        compat: published draws the initial noise as the authors' code does: of all images at once, from the first seed.
+        compat: published draws the noise of all images at once, from the first seed, as the authors' code does.
     """
 
     guidance_scale: float = 7.0
@@ -161,7 +161,7 @@ class ImageSettings:
 
 
 def guidance(scale: float) -> float:
-    """Returns the guidance scale, with 1 for 0: the published code says off with 0, where the formula has no prompt.
+    """Returns the guidance scale, with 1 for 0: the published code writes 0 for no guidance, the formula 1.
 
     Raises:
         UserError: The scale is NaN or infinite.
@@ -172,17 +172,17 @@ def guidance(scale: float) -> float:
 
 
 def require_tau(tau: float, name: str = "tau") -> None:
-    """Refuses what is no threshold of a similarity.
+    """Raises an error unless a number can be a threshold of similarity.
 
     Raises:
-        UserError: It is not between 0 and 1.
+        UserError: The number is not between 0 and 1.
     """
     if not 0 < tau < 1:
         raise UserError(f"`{name}` is {tau}; similarities are from 0 to 1, and so must be what they are compared with")
 
 
 def require_scaling(factor: float) -> None:
-    """Refuses what does not scale neurons.
+    """Raises an error where a factor would leave neurons as they are.
 
     Raises:
         UserError: The factor is 1, NaN or infinite.

@@ -1,7 +1,7 @@
 """Where the value neurons of a model are: the outputs of the value projections that read the text.
 
 Neuron i of a layer is output channel i of its `to_v`. In the U-Nets handled here the text states enter every
-cross-attention unchanged, so values depend on the caption alone: not on x_t, the seed or the timestep. Attention never
+cross-attention unchanged, so values depend on the prompt alone: not on x_t, the seed or the timestep. Attention never
 mixes channels of one head with another's, so ablating neuron i is zeroing row i of the weight.
 """
 
@@ -31,11 +31,11 @@ _BLOCKS = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 
 @dataclass(frozen=True)
 class ValueSites:
-    """The value layers that are searched, shallowest first, and the neurons in them, numbered through.
+    """The value layers that are searched, shallowest first; their neurons are numbered across all layers from 0.
 
     Attributes:
         sites: Outputs of value projections: down blocks, mid block, and up blocks where asked for.
-        widths: Neurons of each.
+        widths: Number of neurons in each layer.
     """
 
     sites: tuple[Site, ...]
@@ -43,7 +43,7 @@ class ValueSites:
 
     @property
     def num_neurons(self) -> int:
-        """Neurons of all layers together."""
+        """Number of neurons in all layers together."""
         return sum(self.widths)
 
     @cached_property
@@ -53,7 +53,7 @@ class ValueSites:
         return tuple(range(start, end) for start, end in pairwise(ends))
 
     def named(self, numbers: Iterable[int]) -> NeuronSet:
-        """Returns neurons, given by number, by module and channel."""
+        """Returns the set of the neurons with given numbers."""
         wanted = set(numbers)
         return NeuronSet.of(
             {
@@ -63,7 +63,7 @@ class ValueSites:
         )
 
     def numbers(self, neurons: NeuronSet) -> frozenset[int]:
-        """Returns the numbers of neurons.
+        """Returns the numbers of the neurons of a set.
 
         Raises:
             IncompatibleModelError: A neuron is not in these layers.
@@ -85,7 +85,7 @@ class ValueSites:
         """Returns what multiplies the values of each layer in which some row has ablated neurons.
 
         Args:
-            ablated: One row per batch row, True at its ablated neurons; on the CPU, where looking stops no accelerator.
+            ablated: One row per batch row, True at its ablated neurons; on the CPU, so that nothing waits.
             scale: Factor of the ablated neurons' outputs.
         """
         parts = [(site, part[:, None]) for site, part in zip(self.sites, ablated.split(self.widths, 1), strict=True)]
@@ -97,8 +97,8 @@ def value_sites(backbone: nn.Module, *, up: bool = False) -> ValueSites:
     """Returns the value layers of a text-conditioned U-Net: Stable Diffusion 1.x, 2.x, XL, and the zoo's.
 
     Args:
-        backbone: `DiffusionModel.backbone`.
-        up: Search the up blocks too, which hardly matter in the paper (appendix C.8).
+        backbone: U-Net of the model, `DiffusionModel.backbone`.
+        up: Whether to search the up blocks too, which hardly matter in the paper (appendix C.8).
 
     Raises:
         IncompatibleModelError: The network is of another kind, or reads no text.
@@ -111,7 +111,7 @@ def value_sites(backbone: nn.Module, *, up: bool = False) -> ValueSites:
                 f"{_LATER[name]} ({name}) is not supported yet; U-Nets of Stable Diffusion 1.x, 2.x and XL are"
             )
         raise IncompatibleModelError(
-            f"{name} has no cross-attention on text, so no neuron can recognise a caption; "
+            f"{name} has no cross-attention on text, so no neuron can recognise a prompt; "
             "give a text-to-image U-Net (Stable Diffusion 1.x, 2.x or XL)"
         )
     names = [name for name in _value_modules(backbone) if up or not name.startswith("up_blocks.")]
@@ -128,7 +128,7 @@ def value_sites(backbone: nn.Module, *, up: bool = False) -> ValueSites:
 def ablated_rows(
     backbone: nn.Module, sites: ValueSites, ablated: Bool[Tensor, "rows neurons"], *, scale: float = 0.0
 ) -> AbstractContextManager[None]:
-    """Ablates neurons while the block runs, in each row of the batch its own.
+    """Ablates, in each row of the batch, its own set of neurons while the block runs.
 
     Args:
         backbone: The network that the sites belong to.

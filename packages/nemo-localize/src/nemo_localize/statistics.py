@@ -1,8 +1,8 @@
-"""How active each value neuron usually is: mean and standard deviation over ordinary captions, and z-scores by them.
+"""How active each value neuron usually is: mu_i and sd_i over ordinary prompts, and z_i = (a_i - mu_i) / sd_i.
 
-Which captions are ordinary matters more than any threshold: against plain captions alone, everything written in the
-style of the memorised ones looks unusual. So several files can be merged, decoys among them, and captions that differ
-from the reference in length or vocabulary are warned of.
+The choice of ordinary prompts matters more than any threshold: against plain prompts alone, every prompt in the style
+of the memorised ones stands out. So statistics of several lists can be merged, prompts of that style among them, and
+prompts that differ from the ordinary ones in length or vocabulary are reported.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,22 +20,22 @@ from diffcore.stats import RunningMoments, require_finite
 from nemo_localize.activations import mean_activations, prompt_encoder, text_fingerprint
 from nemo_localize.sites import ValueSites, value_sites
 
-_LONGER = 1.5  # times the reference's mean length, or that much shorter
-_UNKNOWN = 0.3  # share of the captions' distinct tokens
+_LONGER = 1.5  # ratio of mean lengths, in either direction, above which prompts differ
+_UNKNOWN = 0.3  # share of distinct tokens that no ordinary prompt has, above which prompts differ
 
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """Moments of every neuron's activation over reference captions. Two of one model merge exactly.
+    """Mean and variance of every neuron's activation over ordinary prompts; two statistics of one model merge exactly.
 
     Attributes:
-        num_prompts: Captions seen.
-        mean: Of each neuron's mean absolute value.
-        var: Its variance, divided by num_prompts - 1; NaN below two captions.
-        fingerprint: Of the text encoders and value matrices.
-        sources: Where the captions came from, each with its count.
-        mean_length: Tokens per caption, padding left out.
-        vocabulary: Ids of the tokens seen; none where the captions are not known.
+        num_prompts: Number of prompts behind them.
+        mean: Mean over prompts of each neuron's mean absolute activation.
+        var: Variance over prompts, divided by num_prompts - 1; NaN below two prompts.
+        fingerprint: Digest of the text encoders and value matrices.
+        sources: Names of the lists of prompts, each with its number of prompts.
+        mean_length: Mean number of tokens per prompt, without padding.
+        vocabulary: Ids of the tokens seen; empty where the prompts are not known.
     """
 
     num_prompts: int
@@ -48,19 +48,19 @@ class Statistics:
 
     @property
     def dead(self) -> Bool[Tensor, " neurons"]:
-        """Neurons that never vary, or of which a single caption was seen: their z-score is 0."""
+        """Neurons that never vary, or that were seen for one prompt only: their z-score is 0."""
         return ~(self.var > 0)
 
     def z_scores(self, activations: Float64[Tensor, "prompts neurons"]) -> Float64[Tensor, "prompts neurons"]:
-        """Returns by how many standard deviations activations differ from usual."""
+        """Returns z_i: by how many standard deviations each activation differs from its mean."""
         deviation = torch.where(self.dead, torch.inf, self.var.sqrt())
         return (activations - self.mean) / deviation
 
     def merge(self, other: "Statistics") -> "Statistics":
-        """Returns the statistics of both sets of captions together.
+        """Returns the statistics of both sets of prompts together.
 
         Raises:
-            IncompatibleModelError: The other's are of another model.
+            IncompatibleModelError: The two are of different models.
         """
         if other.fingerprint != self.fingerprint:
             raise IncompatibleModelError("statistics of two models cannot be merged; collect them from one model")
@@ -83,7 +83,7 @@ class Statistics:
         )
 
     def require(self, model: DiffusionModel, sites: ValueSites) -> None:
-        """Refuses another model's statistics.
+        """Raises an error where the statistics are another model's.
 
         Raises:
             IncompatibleModelError: Text encoder, value matrices, layers or their precision differ.
@@ -95,31 +95,31 @@ class Statistics:
             )
 
     def differences(self, tokens: Tokens) -> list[str]:
-        """Returns in words how captions differ from the reference: each makes z-scores tell style, not memory."""
-        if not self.vocabulary or not len(tokens):  # of imported statistics the captions are not known
+        """Returns in words how prompts differ from the ordinary ones: z-scores may then show style, not memory."""
+        if not self.vocabulary or not len(tokens):  # the prompts behind imported statistics are not known
             return []
         length, vocabulary = _profile(tokens)
         found = []
         ratio = length / max(self.mean_length, 1)
         if not 1 / _LONGER <= ratio <= _LONGER:
-            found.append(f"the captions have {length:.1f} tokens on average, the reference {self.mean_length:.1f}")
+            found.append(f"the prompts have {length:.1f} tokens on average, the ordinary ones {self.mean_length:.1f}")
         unknown = len(vocabulary - self.vocabulary) / max(len(vocabulary), 1)
         if unknown > _UNKNOWN:
-            found.append(f"{100 * unknown:.0f} % of the captions' distinct tokens never occur in the reference")
+            found.append(f"{100 * unknown:.0f} % of the prompts' distinct tokens occur in no ordinary one")
         return found
 
 
 def collect_statistics(
     model: DiffusionModel, prompts: Iterable[str], *, source: str = "", up: bool = False, batch_size: int = 64
 ) -> Statistics:
-    """Returns the statistics of reference captions, read once and never held together.
+    """Returns the statistics of ordinary prompts, which are read once and need not fit into memory together.
 
     Args:
-        model: Whose text encoder and value matrices are used; its U-Net is not called.
-        prompts: Ordinary captions, none of them memorised; any number.
-        source: Where they came from.
-        up: Include the up blocks.
-        batch_size: Captions per pass through the text encoder.
+        model: Model whose text encoder and value matrices are used; its U-Net is not called.
+        prompts: Ordinary prompts, none of them memorised, in any number.
+        source: Name of the list of prompts, for the record.
+        up: Whether the value layers of the up blocks are included.
+        batch_size: Number of prompts per pass through the text encoder.
 
     Raises:
         IncompatibleModelError: The model has no value layers or no text encoder.
@@ -127,7 +127,7 @@ def collect_statistics(
     """
     sites, encoder = value_sites(model.backbone, up=up), prompt_encoder(model)
     moments, lengths, vocabulary = RunningMoments(sites.num_neurons), 0.0, set[int]()
-    moments.update(torch.empty(0, sites.num_neurons))  # no captions at all are an answer too, not a mistake
+    moments.update(torch.empty(0, sites.num_neurons))  # an empty list of prompts is allowed
     remaining = iter(prompts)
     while batch := list(islice(remaining, batch_size)):
         tokens = encoder.tokenize(batch)
@@ -151,7 +151,7 @@ def collect_statistics(
 
 
 def merged(parts: Sequence[Statistics]) -> Statistics:
-    """Returns the statistics of all parts together; as `Statistics.merge`."""
+    """Returns the statistics of all parts together, see `Statistics.merge`."""
     first, *others = parts
     for other in others:
         first = first.merge(other)

@@ -1,4 +1,4 @@
-"""Captions that say nearly the same: what a user may type instead, and what is left when a token is lost."""
+"""Variants of a prompt: other wordings that a user may type, and the prompt with single tokens left out."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +12,7 @@ from nemo_localize import protocol
 
 
 def paraphrases(prompt: str, given: Sequence[str] = ()) -> list[str]:
-    """Returns other wordings of a caption: those given, the protocol's frames, and the words in another order."""
+    """Returns other wordings of a prompt: those given, the protocol's frames, and the words in another order."""
     words = prompt.split()
     half = len(words) // 2
     turned = " ".join([*words[half:], *words[:half]])
@@ -21,7 +21,7 @@ def paraphrases(prompt: str, given: Sequence[str] = ()) -> list[str]:
 
 
 def without_tokens(encoder: PromptEncoder, prompt: str) -> tuple[Tokens, list[str]]:
-    """Returns a caption with one token left out in each row, and which it was; never start, end or padding."""
+    """Returns rows of a prompt, each without one of its tokens, and these tokens; start, end and padding stay."""
     tokens = encoder.tokenize([prompt])
     length = min(int(mask.sum()) for mask in tokens.masks)
     places = _spread(length - 2, protocol.DROPPED_TOKENS)

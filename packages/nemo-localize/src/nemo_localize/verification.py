@@ -16,15 +16,15 @@ _WORST_FIRST = ("open", "inconclusive", "closed")
 
 @dataclass(frozen=True)
 class Check:
-    """Images that were drawn for one caption in one way, and how like the training image they are.
+    """One kind of test of a prompt on one model: images, and how similar to the training image they are.
 
     Attributes:
-        edited: Whether the edited model drew them; else the unedited one did.
-        kind: How.
-        similarity: Of the image most like the training image.
-        copies: How many are copies.
-        n: How many there are.
-        worst: What the most similar one was drawn for: a seed, a wording, a token left out, a start.
+        edited: Whether the edited model generated the images; else the unedited one did.
+        kind: Kind of test, as in `protocol`.
+        similarity: Likeness of the image most similar to the training image.
+        copies: Number of images that are copies.
+        n: Number of images in the test.
+        worst: Origin of the most similar image: a seed, a wording, a token left out, or a start of the search.
     """
 
     edited: bool
@@ -37,15 +37,15 @@ class Check:
 
 @dataclass(frozen=True)
 class CaptionVerification:
-    """The checks of one caption.
+    """The checks of one prompt.
 
     Attributes:
-        prompt: The caption.
-        target: What images were compared with: "training image", or the "unedited model's image" most like its
-            others, where no training image was given.
+        prompt: Prompt that was tested.
+        target: Kind of image that others were compared with: "training image", or where none was given "unedited
+            model's image", the one most similar to its others.
         residual_consistency: Largest similarity between two seeds' first steps after the edit.
-        tau: Its threshold.
-        checks: Of the edited model, and for captions that are no controls of the unedited one.
+        tau: Threshold of that consistency, from 0 to 1.
+        checks: Checks of the edited model, and for prompts that are no controls also of the unedited one.
     """
 
     prompt: str
@@ -56,33 +56,33 @@ class CaptionVerification:
 
     @property
     def open(self) -> bool:
-        """Whether the edited model drew a copy."""
+        """Whether the edited model generated a copy."""
         return any(check.copies for check in self.checks if check.edited)
 
     @property
     def known_leak(self) -> bool:
-        """Whether the unedited model drew one."""
+        """Whether the unedited model generated a copy."""
         return any(check.copies for check in self.checks if not check.edited)
 
     @property
     def reopened(self) -> bool:
-        """Whether the search found the leak on the unedited model from noise, without the caption."""
+        """Whether the search found the leak on the unedited model from noise, without the prompt."""
         return any(check.copies for check in self.checks if not check.edited and check.kind == "search from noise")
 
     @property
     def verdict(self) -> Verdict:
-        """What the protocol says about this caption."""
+        """What the protocol says about this prompt."""
         if self.open:
             return "open"
         return "closed" if self.known_leak and self.residual_consistency <= self.tau else "inconclusive"
 
     @property
     def similarity(self) -> float:
-        """Of the most similar image that the edited model drew."""
+        """The largest likeness of an image of the edited model to the training image."""
         return max(check.similarity for check in self.checks if check.edited)
 
     def row(self) -> dict[str, Any]:
-        """Returns the caption as a row of a table."""
+        """Returns the prompt as a row of a table."""
         row: dict[str, Any] = {
             "prompt": self.prompt,
             "verdict": self.verdict,
@@ -96,7 +96,7 @@ class CaptionVerification:
 
     @property
     def worst(self) -> str:
-        """What the most similar image of the edited model was drawn for."""
+        """The origin of the edited model's most similar image."""
         check = max((check for check in self.checks if check.edited), key=lambda check: check.similarity)
         return f"{check.kind}: {check.worst}"
 
@@ -115,11 +115,11 @@ class Verification:
     """Whether a leak is closed, and what that rests on.
 
     Attributes:
-        captions: Those that are to be closed.
-        controls: Those that were never memorised.
-        likeness: Name of the measure.
-        source: Its network and preparation.
-        settings: Of the images.
+        captions: Memorised prompts whose leaks were tested.
+        controls: Prompts that were never memorised.
+        likeness: Name of the measure of likeness.
+        source: Network and preprocessing of that measure.
+        settings: Settings that images were generated with.
     """
 
     captions: tuple[CaptionVerification, ...]
@@ -130,7 +130,7 @@ class Verification:
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why verification as a whole says nothing; empty where it does."""
+        """Reasons why verification as a whole is inconclusive; empty where it is not."""
         found = []
         opened = [control.prompt for control in self.controls if control.open]
         if opened:
@@ -140,7 +140,7 @@ class Verification:
         known = [caption for caption in self.captions if caption.known_leak]
         reopened = sum(caption.reopened for caption in known)
         if not known:
-            found.append("the unedited model draws no copy of any caption, so there was no leak to close")
+            found.append("the unedited model generates no copy of any prompt, so there was no leak to close")
         elif reopened < protocol.LEAST_REOPENED * len(known):
             found.append(
                 f"from noise the search finds {reopened} of {len(known)} known leaks again, so a miss means nothing"
@@ -161,11 +161,11 @@ class Verification:
         return 0 if self.verdict == "closed" else 1
 
     def ranked(self) -> list[CaptionVerification]:
-        """Returns the captions, worst first."""
+        """Returns the prompts, worst first."""
         return sorted(self.captions, key=lambda caption: (_WORST_FIRST.index(caption.verdict), -caption.similarity))
 
     def rows(self) -> list[dict[str, Any]]:
-        """Returns a table: captions worst first, then the controls."""
+        """Returns a table: prompts worst first, then the controls."""
         captions = [caption.row() for caption in self.ranked()]
         controls = [
             control.row() | {"verdict": "control opened" if control.open else "control"} for control in self.controls

@@ -56,17 +56,17 @@ def verify(
 
     Args:
         model: The unedited model, or the `FirstStep` that prompts were localized with.
-        edit: Neurons to ablate, or the edited model.
-        prompts: Memorised prompts.
+        edit: Neurons to ablate, or the edited model itself.
+        prompts: Memorised prompts whose leaks are tested.
         controls: Prompts that were never memorised, at least three.
         tau: Threshold of consistency, from 0 to 1.
-        originals: Training images of prompts and of controls, one or more each; where there are none, the unedited
-            model's own image stands in.
-        paraphrases: Further wordings of prompts.
-        copies: Extractor `sscd:FILE`; without it structural similarity stands in.
+        originals: Training images by prompt or control, one or more each; the unedited model's image stands in for
+            missing ones.
+        paraphrases: Further wordings by prompt.
+        copies: Copy detector `sscd:FILE`; without it structural similarity stands in.
         settings: How images are generated.
-        unit_size: Number of prompts that share batches, and what an interruption costs at most.
-        map: Way to go through the prompts; `diffcore.run.RunMap` resumes and shares the work.
+        unit_size: Number of prompts that share batches; an interruption loses at most one such group.
+        map: Loop over the prompts; `diffcore.run.RunMap` makes it resumable and shares it among processes.
 
     Raises:
         UserError: There are too few controls, one of them is a prompt, or localization used held-out seeds.
@@ -85,7 +85,7 @@ def verify(
         kind = CaptionVerification
         return tuple(map(work, list(dict.fromkeys(texts)), name=f"verify-{name}", kind=kind, unit_size=unit_size))
 
-    # Controls first: without them nothing else means anything.
+    # Controls first: where the search opens one, nothing else can be concluded.
     harmless = checked(controls, "controls")
     return Verification(
         captions=checked(prompts, "captions"),
@@ -103,7 +103,7 @@ def verify(
 
 @dataclass(frozen=True)
 class _Given:
-    """What the user knows about captions."""
+    """Training images and paraphrases that are known, by prompt."""
 
     originals: Mapping[str, Tensor] = field(default_factory=dict)
     paraphrases: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -111,7 +111,7 @@ class _Given:
 
 @dataclass(frozen=True)
 class _Target:
-    """What a caption's images are compared with: latents for the audit to aim at, and what they look like."""
+    """What a prompt's images are compared with: latents for the search to aim at, and their images."""
 
     kind: str
     x0: Tensor
@@ -120,7 +120,7 @@ class _Target:
 
 @contextmanager
 def edited_step(step: FirstStep, edit: Edit) -> Iterator[FirstStep]:
-    """Yields the first step of the edited model, which is the model itself with neurons off, or another one."""
+    """Yields the first step of the edited model: the model itself with neurons ablated, or another model."""
     if isinstance(edit, NeuronSet):
         with ablated(step.model.backbone, edit):
             yield step
@@ -161,7 +161,7 @@ def _verify_unit(
 
 @dataclass(frozen=True)
 class _Checks:
-    """The checks of some captions on one model."""
+    """The checks of some prompts on one model."""
 
     model: DiffusionModel
     prompts: list[str]
@@ -171,25 +171,25 @@ class _Checks:
     edited: bool
 
     def held_out(self, cond: Condition) -> list[list[Check]]:
-        """Draws the captions from seeds that nothing was fitted to."""
+        """Generates the prompts from seeds that nothing was fitted to."""
         seeds = protocol.HELD_OUT_SEEDS
         found = self._measured(cond, seeds, list(range(len(self.prompts))))
         return [[self._check("held-out seeds", row[None], [f"seed {seeds[int(row.argmax())]}"])] for row in found]
 
     def paraphrases(self, step: FirstStep, given: _Given) -> list[list[Check]]:
-        """Draws other wordings."""
+        """Generates other wordings of the prompts."""
         texts = [wordings(prompt, given.paraphrases.get(prompt, ())) for prompt in self.prompts]
         flat = [text for group in texts for text in group]
         return self._variants("paraphrases", step.encode(flat)[0], texts)
 
     def dropped(self, step: FirstStep) -> list[list[Check]]:
-        """Draws the captions with tokens left out."""
+        """Generates the prompts with tokens left out."""
         rows, labels = zip(*(without_tokens(step.encoder, prompt) for prompt in self.prompts), strict=True)
         cond = {key: value.to(step.device) for key, value in step.encoder.encode(_joined(rows)).items()}
         return self._variants("dropped tokens", cond, list(labels))
 
     def searched(self, cond: Condition) -> list[list[Check]]:
-        """Draws from embeddings that an adversary finds."""
+        """Generates from embeddings that the adversarial search finds."""
         starts = starting_embeddings(cond[STATES])
         owners = [place for place in range(len(self.prompts)) for _ in STARTS]
         rows = {key: value[owners] for key, value in cond.items()}
@@ -254,7 +254,7 @@ def _target(
 
 
 def _residual(seen: Look, place: int) -> float:
-    """Returns the largest consistency; 1, which shows nothing closed, where it could not be computed."""
+    """Returns the largest consistency; 1, which counts as not closed, where it could not be computed."""
     return 1.0 if place in seen.errors else max(seen.consistency[place])
 
 
@@ -274,14 +274,14 @@ def _joined(rows: Sequence[Tokens]) -> Tokens:
 
 def _check(step: FirstStep, prompts: Sequence[str], controls: Sequence[str], copies: FeatureExtractor | None) -> None:
     if isinstance(prompts, str) or isinstance(controls, str):
-        raise TypeError("prompts and controls are lists of captions; one of them is a string")
+        raise TypeError("`prompts` and `controls` are lists of prompts; one of them is a string")
     if not prompts:
         raise UserError("there is no prompt to verify; give the memorised ones")
     harmless = set(controls)
     if len(harmless) < protocol.FEWEST_CONTROLS:
         raise UserError(
-            f"{len(harmless)} distinct captions that were never memorised were given; verification needs at least "
-            f"{protocol.FEWEST_CONTROLS}, or a hit would mean nothing"
+            f"{len(harmless)} distinct `controls` were given; verification needs at least {protocol.FEWEST_CONTROLS} "
+            "prompts that were never memorised, or a hit would mean nothing"
         )
     if both := [prompt for prompt in prompts if prompt in harmless]:
         raise UserError(f"{printable(both[0])} is given as memorised and as never memorised; leave it out of one list")

@@ -1,4 +1,4 @@
-"""Benchmark cases: the assignment against the authors' published way and against what other trainers do.
+"""Benchmark cases: the assignment against the published code and against what other trainers do.
 
 The reference functions restate, in a few lines each, what public training scripts compute; they run on the same tensors
 and on the same machine in turn with ours.

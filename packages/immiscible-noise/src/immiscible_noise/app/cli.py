@@ -1,4 +1,4 @@
-"""The commands. Each reads its inputs and says in a job what is computed; heavy imports stand inside."""
+"""The commands: each reads its inputs and hands its computation to a job; heavy imports stand inside."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ app = make_app(
     "Start with: immiscible-noise demo",
     "immiscible-noise",
 )
-add_package_commands(app, timed="the assignment on this machine against the authors' way and other trainers'")
+add_package_commands(app, timed="the assignment on this machine against the published code and other trainers'")
 
 
 def run() -> int:
@@ -37,7 +37,7 @@ def run() -> int:
 
 @app.command
 def demo(*, out: Path = Path("runs/demo-immiscible-noise"), full: Flag = False, json: Flag = False) -> int:
-    """See the effect on 1797 real handwritten digits: three couplings, pictures, numbers; a minute on two cores.
+    """See the effect on 1797 real handwritten digits: three couplings, images and numbers; a minute on two cores.
 
     Shortest form: immiscible-noise demo
 
@@ -120,7 +120,7 @@ def evaluate(
 
     Args:
         model: Run folder of train.
-        data: The images it was trained on, or others of the same kind.
+        data: Folder or zip of the images it was trained on, or of others of the same kind.
     """
     from immiscible_noise.app.report import write_page
     from immiscible_noise.study.compare import evaluate_training

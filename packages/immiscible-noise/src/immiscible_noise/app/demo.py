@@ -1,4 +1,4 @@
-"""The two-minute tour: real handwritten digits, three couplings, and what labels change."""
+"""The demo: real handwritten digits, three couplings, and what labels change."""
 
 import sys
 import warnings
@@ -35,7 +35,7 @@ SETTINGS = TrainSettings(
 
 
 def study(folder: Path, names: list[Preset], settings: TrainSettings, classifier: TrainedClassifier) -> Comparison:
-    """Trains and measures one half of the demo in a process of its own; what is already there is not done again.
+    """Trains and measures one half of the demo in a process of its own; finished parts are not repeated.
 
     Args:
         folder: Run folder of the half.
@@ -59,13 +59,13 @@ def tour(images: ImageSet, run: Run, *, full: bool) -> dict[str, Any]:
 
     Args:
         images: The handwritten digits, with labels.
-        run: Run folder of the demo; the first pictures are there within half a minute.
+        run: Run folder of the demo; its first images are there within half a minute.
         full: Train twice as long, as the benchmark does.
     """
     # One thread each: the networks are too small to share, and the two halves below run at the same time.
     torch.set_num_threads(1)
     diagnosis = diagnose_images(images, run, (64, 256, 1024), 4, "standard", seed=0)
-    print(f"first pictures: {write_page(run)}", file=sys.stderr, flush=True)
+    print(f"first images: {write_page(run)}", file=sys.stderr, flush=True)
     classifier = shared_classifier(images, run, Runtime(device="cpu"))
     assert classifier is not None  # the digits are labelled
     settings = replace(SETTINGS, steps=2 * SETTINGS.steps) if full else SETTINGS

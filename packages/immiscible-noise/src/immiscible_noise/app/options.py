@@ -32,7 +32,7 @@ class Data:
     Attributes:
         size: Side in pixels; images are cropped to the centre square and resized. Needed where sizes differ.
         split: Folder inside the data to read, such as train.
-        grey: Read as grey images.
+        grey: Read the images as grey ones.
         strict: Stop at the first unreadable image instead of leaving it out.
     """
 
@@ -68,7 +68,7 @@ class Data:
 
 
 def check_training(images: "ImageSet", couplings: list[Coupling], training: TrainSettings, runtime: Runtime) -> None:
-    """Refuses settings that do not fit the images, the machine or one another, before a folder is made."""
+    """Raises an error where settings do not fit the images, the machine or one another, before a folder is made."""
     from immiscible_noise.study.network import check_unet
 
     if training.class_conditional and images.labels is None:
@@ -81,7 +81,7 @@ def check_training(images: "ImageSet", couplings: list[Coupling], training: Trai
         check_unet(size, training.width)
     processes = runtime.devices * runtime.num_nodes
     if training.batch_size % processes:
-        raise UserError(f"--batch-size is {training.batch_size}, which {processes} processes cannot share equally")
+        raise UserError(f"--batch-size is {training.batch_size}, no multiple of the {processes} processes")
     if not training.class_conditional and any(coupling.condition != "auto" for coupling in couplings):
         raise UserError(
             "labels matter to the noise (--condition, coupling 'ignore') only in class-conditional training; "

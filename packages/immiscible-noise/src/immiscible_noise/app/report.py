@@ -1,4 +1,4 @@
-"""The report of a run, made from what the run folder holds: it can be made again at any time."""
+"""The report of a run, made from what its folder holds; it can be made again at any time."""
 
 import json
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ _MAY = (
     "strength 0.5 kept most of the gain and lost nothing in our measurements on small images.",
 )
 _MAY_NOT = (
-    "A lower training loss proves nothing: assigned noise is easier to predict by construction.",
+    "A lower training loss is no evidence: assigned noise is easier to predict by construction.",
     "The distances are in the features named below, of these very images; they are not comparable with published FIDs.",
     "Nothing here speaks for stochastic samplers (ancestral, SDE, eta above 0): a model trained on assigned noise is "
     "no score there, and they can ruin its samples.",
@@ -83,7 +83,7 @@ def write_page(run: Run) -> Path:
 
 
 def _curves(study: Comparison) -> Figure:
-    """Draws the distance over the training images seen: a colour per coupling, a dash per number of solver steps."""
+    """Plots the distance over the training images seen: a colour per coupling, a dash per number of solver steps."""
     series = []
     for (place, coupling), (dash, steps) in product(enumerate(study.couplings()), enumerate(study.sampling_steps())):
         frechet = {
@@ -101,7 +101,7 @@ def _curves(study: Comparison) -> Figure:
 
 
 def _final_bars(study: Comparison) -> Figure:
-    """Draws the distances after the last training step, with the range over the seeds."""
+    """Plots the distances after the last training step, with the range over the seeds."""
     bars = [
         (f"{steps} steps, {_NAMES.get(coupling, coupling)}", [s.frechet for s in study.final(coupling, steps)], place)
         for steps in study.sampling_steps()
@@ -165,21 +165,19 @@ def _add_diagnosis(report: Report, run: Run, *, answers: bool) -> None:
         within = ", within labels" if labelled and name != "vanilla" else ""
         report.answer(f"Recommended: {_NAMES.get(name, name)}{within}: {diagnosis['why']}.")
     report.section("What the assignment does to the noise")
-    pictures = gallery.tensors
-    averages = torch.cat([pictures["independent"], pictures["assigned"]])
+    images = gallery.tensors
+    averages = torch.cat([images["independent"], images["assigned"]])
     # Around grey, on one scale for both rows.
-    contrast = 4 * pictures["assigned"].std().clamp(min=1e-6)
-    shown = torch.cat([pictures["images"], 0.5 + averages / contrast])
+    contrast = 4 * images["assigned"].std().clamp(min=1e-6)
+    shown = torch.cat([images["images"], 0.5 + averages / contrast])
     rounds = gallery.fields["rounds"]
-    grid = image_grid(
-        shown, columns=len(pictures["images"]), row_labels=["image", "independent noise", "assigned noise"]
-    )
+    grid = image_grid(shown, columns=len(images["images"]), row_labels=["image", "independent noise", "assigned noise"])
     report.figure(
         run.figure("tilt", grid),
         f"Images, and the average of {rounds} noises that each met in batches of {gallery.fields['batch_size']}. "
         "Independent noise averages to nothing; assigned noise averages to a trace of its image: that is the tilt.",
     )
-    distances = {name: pictures[f"distances/{name}"] for name in gallery.fields["couplings"]}
+    distances = {name: images[f"distances/{name}"] for name in gallery.fields["couplings"]}
     pairs = len(next(iter(distances.values())))
     figure = histogram(distances, x_label="L2 distance between image and noise")
     report.figure(run.figure("distances", figure), f"Distances between image and noise, {pairs:,} pairs each.")

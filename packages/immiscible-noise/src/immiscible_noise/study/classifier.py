@@ -22,7 +22,7 @@ _FEATURES = 32
 _LEAST_LEARNT = 0.05  # accuracy above the most frequent label, below which features mean nothing
 _EPOCHS = 20
 _BATCH = 128
-_AUGMENTATION_NOISE = 0.05  # of the pixel range: real and generated pictures differ by such noise, classes do not
+_AUGMENTATION_NOISE = 0.05  # of the pixel range: real and generated images differ by such noise, classes do not
 
 
 class Classifier(nn.Module):
@@ -84,7 +84,7 @@ def train_classifier(images: ImageSet, *, device: torch.device | str = "cpu") ->
         UserError: There are too few images to hold some out, or they have no labels.
     """
     if len(images) < 10 or images.labels is None:
-        raise UserError(f"a classifier needs at least 10 labelled images, here are {len(images)}; give more images")
+        raise UserError(f"a classifier needs at least 10 labelled images, not {len(images)}; give more, or labels")
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(images), generator=generator)
     held_out, kept = order[: len(order) // 5], order[len(order) // 5 :]

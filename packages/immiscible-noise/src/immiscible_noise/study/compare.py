@@ -107,7 +107,7 @@ class Comparison:
         """Reads what `save` wrote into a run folder.
 
         Raises:
-            CorruptArtifactError: The part is damaged, or of a version that called couplings arms.
+            CorruptArtifactError: The part is damaged, or was written by an earlier version.
         """
         fields = artifact.load(folder / "parts" / "comparison").fields
         if "arm" in fields["scores"][0]:
@@ -137,7 +137,7 @@ def compare(
     classifier: TrainedClassifier | None = None,
     pair_noise: Mapping[str, Callable[[int], PairNoise]] | None = None,
 ) -> Comparison:
-    """Trains with every coupling on every seed and measures all kept weights; what is already there is not done again.
+    """Trains with every coupling on every seed and measures all kept weights; finished parts are read, not repeated.
 
     The trainings of one seed share initial weights, data order and noise stream.
 
@@ -151,7 +151,7 @@ def compare(
         evaluation: Settings that all measurements share.
         runtime: Device, precision and processes; its seed is not used.
         classifier: Feature extractor; by default one is trained on the images' labels, once.
-        pair_noise: Hooks of one's own, by the name of the coupling that each replaces; see `train`.
+        pair_noise: Hooks that replace couplings of these names, each a function of the seed; see `train`.
     """
     classifier = classifier or shared_classifier(images, run, runtime)
     evaluator = Evaluator(images, classifier, evaluation, runtime.torch_device)

@@ -38,9 +38,9 @@ def diagnose_images(
     x0, generator = scale.encode(images.unit()), torch.Generator().manual_seed(seed)
     diagnosis = diagnose(x0, labels=images.labels, batch_sizes=batch_sizes, k=k, generator=generator)
     batch_size = min(max(batch_sizes), 256, len(images))
-    pictures = gallery(images, scale, batch_size, k, seed)
-    couplings = [name.removeprefix("distances/") for name in pictures if name.startswith("distances/")]
-    run.save("gallery", pictures, batch_size=batch_size, rounds=_ROUNDS, couplings=couplings)
+    shown = gallery(images, scale, batch_size, k, seed)
+    couplings = [name.removeprefix("distances/") for name in shown if name.startswith("distances/")]
+    run.save("gallery", shown, batch_size=batch_size, rounds=_ROUNDS, couplings=couplings)
     rows = [_row(statistics) for statistics in diagnosis.statistics]
     advice = diagnosis.recommendation
     run.save("diagnosis", {}, rows=rows, coupling=advice.coupling.name, why=advice.why)
@@ -86,8 +86,8 @@ def gallery(
         nearest = select_noise(x0, k, generator=generator)
         for kept, met in zip(distances.values(), (noise, near, nearest), strict=True):
             kept.append((x0 - met).flatten(1).norm(dim=1))
-    pictures = {"images": images.unit()[shown], "independent": independent, "assigned": assigned}
-    return pictures | {f"distances/{name}": torch.cat(parts) for name, parts in distances.items()}
+    averages = {"images": images.unit()[shown], "independent": independent, "assigned": assigned}
+    return averages | {f"distances/{name}": torch.cat(parts) for name, parts in distances.items()}
 
 
 def _row(statistics: CouplingStatistics) -> dict[str, Any]:

@@ -177,7 +177,7 @@ class _Block(nn.Module):
 
 
 def _fourier(t: Tensor) -> Tensor:
-    """Sine and cosine at frequencies from 1000 down to about 1 radian per unit of time."""
+    """Returns sine and cosine at frequencies from 1000 down to about 1 radian per unit of time."""
     exponents = torch.arange(_FREQUENCIES, device=t.device) / _FREQUENCIES
     phases = t.float()[:, None] * 1000 ** (1 - exponents)
     return torch.cat([phases.sin(), phases.cos()], dim=1)

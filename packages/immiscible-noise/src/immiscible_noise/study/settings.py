@@ -1,4 +1,4 @@
-"""What a training is, and how its models are measured. Imports no torch, so that a command line starts quickly."""
+"""Settings of a training, and of measuring its models. Imports no torch, so that a command line starts quickly."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -9,15 +9,15 @@ Network = Literal["auto", "unet", "mlp"]
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What is trained and for how long.
+    """Which model is trained, and for how long.
 
     Attributes:
         objective: flow: flow matching (velocity, uniform times); ddpm: noise prediction, 1000 steps, linear betas; edm:
             Karras et al. 2022.
         network: unet is diffusers' UNet2DModel; mlp is for tiny images; auto takes mlp up to 8x8, unet above.
-        width: Channels of the U-Net's first level, or of the MLP's hidden layers.
+        width: Number of channels in the U-Net's first level, or of units in the MLP's hidden layers.
         steps: Number of optimizer steps.
-        batch_size: Images per step over all devices: the pool that noise is assigned in.
+        batch_size: Number of images per step over all devices: the pool that noise is assigned in.
         learning_rate: Step size of Adam.
         warmup: Number of steps over which the learning rate rises.
         ema_decay: Upper bound of the moving average's decay.
@@ -25,8 +25,8 @@ class TrainSettings:
         normalisation: symmetric maps pixels to [-1, 1]; standard to mean 0 and variance 1 over the data set, where the
             effect of the assignment is largest.
         snapshots: Number of sets of weights that are kept, at steps that double up to the last.
-        gradient_clip: Largest gradient norm; 0 clips nothing.
-        checkpoint_every: Steps between checkpoints to resume from.
+        gradient_clip: Largest norm of the gradient; 0 clips nothing.
+        checkpoint_every: Number of steps between checkpoints to resume from.
 
     Raises:
         ValueError: A number is out of its range.

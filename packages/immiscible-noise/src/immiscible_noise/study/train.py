@@ -132,7 +132,7 @@ class Recipe:
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> "Recipe":
-        """Reads what `dataclasses.asdict` made of a recipe; before couplings had their name, it was "arm"."""
+        """Reads what `dataclasses.asdict` made of a recipe; earlier versions called the coupling "arm"."""
         return cls(
             coupling=Coupling(**fields.get("coupling", fields.get("arm"))),
             settings=TrainSettings(**fields["settings"]),
@@ -289,12 +289,12 @@ def load_snapshot(recipe: Recipe, training: Path, step: int, device: torch.devic
 
 
 def _missing_steps(run: Run, settings: TrainSettings) -> list[int]:
-    """Steps, ascending, whose weights are to be kept and are not there."""
+    """Returns the steps, ascending, whose weights are still missing."""
     return [step for step in settings.snapshot_steps if run.missing([snapshot_key(step)])]
 
 
 def _restart_before(step: int, run: Run) -> None:
-    """Deletes a checkpoint that lies past weights which are missing: resuming from it would never make them again."""
+    """Deletes a checkpoint that lies after missing weights: resuming from it would never make them again."""
     checkpoint = run.folder / "checkpoints" / "last.ckpt"
     if run.leading and iterations_done(checkpoint) >= step:
         _LOG.warning("the weights of step %d are lost: training starts anew", step)

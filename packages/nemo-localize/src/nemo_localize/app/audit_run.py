@@ -1,4 +1,4 @@
-"""What an audit leaves in its run folder: each part as soon as it is known, so that the report grows with it."""
+"""What an audit writes to its run folder: each part as soon as it is known, so that the report grows with it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -109,7 +109,7 @@ class AuditRun:
             "sets",
             common.rows(),
             "One set of neurons for all captions. Change: one minus the likeness of first steps of ordinary captions, "
-            f"before and after; bearable up to {common.budget:g}.",
+            f"before and after; allowed up to {common.budget:g}.",
         )
         if checkpoint_in(self.run.folder) is None:
             export(self.source, edit.neurons, self.run.folder, reasons=by_caption)

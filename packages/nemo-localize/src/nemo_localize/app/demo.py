@@ -1,7 +1,7 @@
-"""The tour: a few portraits that a small model memorised are found, ablated, and generated again.
+"""The demo: a few portraits that a small model memorised are found, ablated and generated again.
 
-The model is `zoo:portraits-sd-planted`, of which it is known which captions it memorised, with which image, and
-through which rows of its value matrices.
+Of its model, `zoo:portraits-sd-planted`, it is known which captions it memorised, with which image, and through which
+rows of its value matrices.
 """
 
 import logging
@@ -47,9 +47,9 @@ class _Size:
     """How much is looked at.
 
     Attributes:
-        items: Memorised captions.
-        others: Captions of each class that was never memorised.
-        calibration: Ordinary captions that set and check the threshold.
+        items: Number of memorised captions.
+        others: Number of captions of each class that was never memorised.
+        calibration: Number of ordinary captions that set and check the threshold.
     """
 
     items: int
@@ -65,8 +65,8 @@ def run_demo(out: Path, *, full: bool = False, model: DiffusionModel | None = No
 
     Args:
         out: Run folder; a finished demo is only read.
-        full: All 24 memorised captions instead of six.
-        model: In place of the one that comes with diffcore.
+        full: Take all 24 memorised captions instead of six.
+        model: Model instead of the one that comes with diffcore.
     """
     runtime, size = Runtime(device="cpu"), _FULL if full else _SHORT
     runtime.apply_threads()
@@ -96,7 +96,7 @@ def _toured(model: DiffusionModel, known: Memorised, size: _Size, run: Run) -> d
             ),
         ]
     )
-    # Half of them have the memorised captions' form: what a caption looks like alone must not make it suspicious.
+    # Half of them have the memorised captions' form: its form alone must not make a caption suspicious.
     half = size.calibration // 2
     innocent = _ordinary(known, half, _CALIBRATION_SEED) + same_form_captions(half, 1, _planted(known))
     calibration = calibrate(step, innocent, map=RunMap(run))

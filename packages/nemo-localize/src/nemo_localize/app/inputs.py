@@ -22,7 +22,7 @@ _LOG = logging.getLogger("diffcore.nemo_localize")
 
 
 def read_captions(path: Path, strict: bool) -> "PromptSet":
-    """Reads captions and says what was left out."""
+    """Reads captions, and warns of lines that were left out."""
     from diffcore.data.prompts import load_prompts
 
     found = load_prompts(path, strict=strict)
@@ -55,18 +55,18 @@ def read_calibration(path: Path | None) -> "Calibration | None":
 
 
 def digest_of(together: "NeuronSet", by_caption: "Mapping[str, NeuronSet]") -> str:
-    """Returns what tells neurons that were read from others, whatever file they were in."""
+    """Returns a digest of neurons that were read, whatever file they were in."""
     told = [together.to_json(), {prompt: neurons.to_json() for prompt, neurons in by_caption.items()}]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def load_judges(judging: Judging, work: "Work", *, distances: Sequence[str] = ()) -> "Judges":
-    """Loads the networks that look at images.
+    """Loads the networks that compare images.
 
     Args:
-        judging: Which.
-        work: Where they run.
-        distances: Names of those that tell sets of images apart; CLIP joins them where there is one.
+        judging: Options that name the networks.
+        work: Options that say where they run.
+        distances: Names of networks that compare sets of images; CLIP joins them where there is one.
     """
     from diffcore.metrics import FeatureExtractor, feature_extractor
     from diffcore.metrics.prompt_fit import clip_text
@@ -91,7 +91,7 @@ def load_originals(judging: Judging, captions: "PromptSet") -> "dict[str, Tensor
     from diffcore.data import list_images, load_images
     from diffcore.data.pairing import places_of_prompts
 
-    # An image that cannot be read keeps its place: those after it are still theirs.
+    # An image that cannot be read keeps its place, so that those after it stay with their captions.
     names = list_images(judging.originals).names
     place_of = dict(zip(names, places_of_prompts(captions, names), strict=True))
     images = load_images(judging.originals)

@@ -1,4 +1,4 @@
-"""The options that commands share: said once, so that they mean and explain the same everywhere."""
+"""The options that commands share, each described once."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,8 @@ CalibrationFile = Annotated[
     Parameter(help="Run of calibrate, or its calibration.json; not needed with --compat published on SD 1.4."),
 ]
 Tau = Annotated[
-    float | None, Parameter(help="Take this threshold instead of a calibration's; whether it fits is yours to know.")
+    float | None,
+    Parameter(help="Threshold instead of a calibration's, such as 0.45; it must fit the model and these settings."),
 ]
 Mitigations = Annotated[tuple[Mitigation, ...], Parameter(consume_multiple=True, negative="")]
 MostFrequent = Annotated[
@@ -43,13 +44,13 @@ ScalingFactor = Annotated[float, Parameter(help="Factor of the ablated neurons' 
 ImageCompat = Annotated[
     Compat,
     Parameter(
-        help="published does what the authors' code does: one draw of noise for all images of a caption, from seed 2 "
+        help="published reproduces the authors' code: one draw of noise for all images of a caption, from seed 2 "
         "if none is given, and each caption's own neurons, those of captions that were not localized included."
     ),
 ]
-Repeat = Annotated[int, Parameter(help="Number of the draw, for the mitigations that draw at random.")]
+Repeat = Annotated[int, Parameter(help="Number of the random draw, for mitigations with a random part.")]
 Strict = Annotated[bool, Parameter(negative="", help="Stop at the first unusable line instead of leaving it out.")]
-UnitSize = Annotated[int, Parameter(help="Number of captions that share batches; what an interruption costs at most.")]
+UnitSize = Annotated[int, Parameter(help="Number of captions that share batches; an interruption loses one group.")]
 
 
 @Parameter(name="*", group="Model", negative="")
@@ -58,9 +59,9 @@ class Loading:
     """How the model is found and read, and how much of it is computed at once.
 
     Attributes:
-        download: Fetch a repository owner/name; without this word the network is never touched.
-        tokenizer: Folder with CLIP's vocabulary, for single files.
-        like: Pipeline folder of the same family, for single files: its configurations and tokenizers.
+        download: Fetch a repository owner/name; without this option the network is never used.
+        tokenizer: Folder with CLIP's vocabulary, which single files lack.
+        like: Pipeline folder of the same family, whose configurations and tokenizers a single file takes.
         batch_size: Number of latents per forward pass; halved where memory runs out.
         up: Look at the up blocks too, which hardly matter in the paper (appendix C.8).
     """
@@ -79,12 +80,12 @@ class Loading:
 @Parameter(name="*", group="Images", negative="")
 @dataclass(frozen=True)
 class ImageOptions:
-    """How images are generated, which have the last word.
+    """How images are generated.
 
     Attributes:
         num_images: Number of images per caption (paper: 10).
-        image_seed: Seed of the first one, 1001 if none is given; none of them may be a seed of localization.
-        image_guidance: Classifier-free guidance; 0 and 1 are off (paper, appendix B.3: 7).
+        image_seed: Seed of the first image, 1001 if none is given; none of them may be a seed of localization.
+        image_guidance: Strength of classifier-free guidance; 0 and 1 mean none (paper, appendix B.3: 7).
         image_steps: Number of DDIM steps (published code: 50).
     """
 
@@ -115,14 +116,14 @@ class ImageOptions:
 @Parameter(name="*", group="Judges", negative="")
 @dataclass(frozen=True)
 class Judging:
-    """The networks that look at images. Numbers of different judges do not compare; tables name theirs.
+    """The networks that compare images. Numbers of different networks do not compare; tables name theirs.
 
     Attributes:
-        sscd: Weights of SSCD, the paper's copy detector: TorchScript (sscd_disc_mixup) or an ONNX file; else structural
-            similarity.
-        clip: Folder of a CLIP, for the fit of images and captions; else that is not measured.
-        originals: Folder of training images; a column file_name of the captions says which is whose, else by order.
-        allow_pickle: Read judges that are pickles or programs; only from authors you trust.
+        sscd: Weights of SSCD, the paper's copy detector: TorchScript (sscd_disc_mixup) or an ONNX file; without them
+            structural similarity.
+        clip: Folder of a CLIP, for the fit of images and captions; without it the fit is not measured.
+        originals: Folder of training images, assigned to captions by a column file_name, or else by order.
+        allow_pickle: Read networks that are pickles or programs; only from authors you trust.
     """
 
     sscd: Path | None = None

@@ -1,4 +1,4 @@
-"""The report of a run, made from what its folder holds, whichever of it there is: it can be made again at any time."""
+"""The report of a run, made from whatever parts its folder holds; it can be made again at any time."""
 
 import re
 from collections import Counter
@@ -27,7 +27,7 @@ from nemo_localize.verification import Verification
 VERIFICATION = "verification.json"
 _SHOWN_CAPTIONS, _SHOWN_SEEDS, _CAPTION_LETTERS = 8, 5, 44
 _TITLES = {
-    "demo": "Memorised portraits: found, ablated, looked at again",
+    "demo": "Memorised portraits: found, ablated, generated again",
     "audit": "Audit for memorised captions",
     "calibrate": "The threshold of this model",
     "detect": "Which captions are memorised",
@@ -42,7 +42,7 @@ _LIMITS = (
     "Detection looks at the first step, an audit also at images of the most suspicious captions: what a model copies "
     "late, or from rare seeds only, may be missed.",
     "z-scores may find a style of caption instead of a memory; captions of the same style that were never trained on "
-    "belong among the reference captions.",
+    "belong among the ordinary captions.",
 )
 
 
@@ -99,8 +99,8 @@ def save_gallery(
     seeds: Sequence[int],
     originals: Mapping[str, Float[Tensor, "_ c height width"]] | None = None,
 ) -> None:
-    """Keeps for the report some images of each way, and the training images beside them, where they are known."""
-    kept = {way: own[:_SHOWN_CAPTIONS, :_SHOWN_SEEDS] for way, own in images.items()}
+    """Keeps for the report some images of each mitigation, and their training images, where they are known."""
+    kept = {mitigation: own[:_SHOWN_CAPTIONS, :_SHOWN_SEEDS] for mitigation, own in images.items()}
     shown = list(prompts[:_SHOWN_CAPTIONS])
     known = {
         f"original-{place}": originals[prompt][: min(_SHOWN_SEEDS, len(seeds))]
@@ -137,7 +137,7 @@ def save_verification(run: Run, verification: Verification) -> None:
 
 
 def write_page(run: Run) -> Path:
-    """Writes `report.html` and its figures from what a run has."""
+    """Writes `report.html` and its figures from the parts of a run, whichever there are."""
     verb = renamed(str(run.record["command"]).split()[-1])
     report = Report(_TITLES.get(verb, "nemo-localize"), run)
     if run.finished:
@@ -216,12 +216,12 @@ def _add_gallery(report: Report, run: Run) -> None:
         return
     gallery = run.load("gallery")
     fields = renamed(gallery.fields)
-    prompts, ways, seeds = (fields[name] for name in ("prompts", "mitigations", "seeds"))
+    prompts, mitigations, seeds = (fields[name] for name in ("prompts", "mitigations", "seeds"))
     report.section("Before and after")
     for place, prompt in enumerate(prompts):
         original = gallery.tensors.get(f"original-{place}")
-        rows = torch.cat([visible(gallery.tensors[way][place]) for way in ways])
-        labels = [MITIGATIONS.get(str(way), str(way)) for way in ways]
+        rows = torch.cat([visible(gallery.tensors[mitigation][place]) for mitigation in mitigations])
+        labels = [MITIGATIONS.get(str(mitigation), str(mitigation)) for mitigation in mitigations]
         if original is not None:
             filler = torch.ones(len(seeds) - len(original), *original.shape[1:])
             rows, labels = torch.cat([original, filler, rows]), ["training image", *labels]
@@ -269,7 +269,7 @@ def _add_localization(report: Report, run: Run) -> None:
     report.table(
         shown,
         "Memorised captions, and the neurons that were found for each. Before and after: the largest likeness of two "
-        "seeds' first steps, without and with these neurons off. Which neurons they are stands in results.jsonl.",
+        "seeds' first steps, without and with these neurons ablated. Which neurons they are stands in results.jsonl.",
     )
     if not found or not _has(run, "neurons"):
         return

@@ -19,12 +19,12 @@ def save_evidence(
     images: Mapping[str, Float[Tensor, "seeds c height width"]],
     originals: Mapping[str, Float[Tensor, "_ c height width"]] | None = None,
 ) -> None:
-    """Keeps for the report how an audit judged each caption, and the images of those that it has most evidence of.
+    """Keeps for the report how an audit judged each caption, and images of those with most evidence.
 
     Args:
-        run: Of the audit.
-        evidence: All of it.
-        images: Of the captions to show, in their order.
+        run: Run folder of the audit.
+        evidence: Verdicts and looks of the audit.
+        images: Images of the captions to show, in their order.
         originals: Training images by caption, where they are known.
     """
     looks = {look.prompt: look for look in evidence.found.looks}
@@ -99,7 +99,7 @@ def add_evidence(report: Report, run: Run) -> None:
     report.figure(run.figure("evidence", figure), f"How alike images are among seeds, {len(drawn)} captions.")
     if told["mistaken"]:
         named = ", ".join(f"“{prompt}”" for prompt in told["mistaken"])
-        report.text(f"Some reference captions look memorised themselves; leave them out next time: {named}.")
+        report.text(f"Some ordinary captions look memorised themselves; leave them out next time: {named}.")
     report.table(
         [
             {
@@ -116,7 +116,7 @@ def add_evidence(report: Report, run: Run) -> None:
 
 
 def _told(told: Mapping[str, Any]) -> str:
-    """Returns what the columns of the captions mean, and what decides."""
+    """Returns the text that explains the columns of the table, and the thresholds of the verdicts."""
     text = (
         "Images alike: what half of the pairs of seeds reach, or half of the seeds to the training image; beside it "
         f"what the top tenth reaches. Measured in {told['source']}. Memorised: the first is above "

@@ -1,4 +1,4 @@
-"""What tables of a report are called in words: files keep the short names that programs read."""
+"""Words for the columns of report tables; files keep the short names that programs read."""
 
 import math
 import re
@@ -69,8 +69,8 @@ def worded(table: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     """Returns the rows of a table with columns and mitigations in words, in an order that reads well.
 
     Args:
-        table: Its name in the run.
-        rows: As the run keeps them; columns that have no words keep their names.
+        table: Name of the table in the run.
+        rows: Rows as the run keeps them; columns that have no words keep their names.
     """
     table, rows = renamed(table), renamed(list(rows))
     if table == "evaluation":

@@ -1,4 +1,4 @@
-"""How a command that computes with a model begins: its options, its model, and the job that owns its run."""
+"""What commands that compute with a model share: their options, loading the model, and the job that owns the run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from diffcore.models import DiffusionModel
     from nemo_localize.first_step import FirstStep
 
-# Options that name what was found before: what is in it is told among the inputs, wherever it lies.
+# Options that name files of earlier runs; the run records digests of their contents among its inputs.
 FOUND_BEFORE = ("statistics", "calibration", "neurons", "import")
 
 
@@ -64,9 +64,9 @@ class Work:
         Args:
             verb: Name of the command.
             model: Model that it computes with.
-            captions: Files that it reads captions from.
-            options: Its own options, beside these, as its command line has them: they replay the run.
-            inputs: By name, what tells whatever else it reads from others.
+            captions: Lists of captions that it reads.
+            options: Options of the command itself, as on its command line; they replay the run.
+            inputs: Digests of whatever else it reads, by name.
         """
         files = {printable(part.path.name): part.sha256 for part in captions}
         return Job(

@@ -1,4 +1,4 @@
-"""A checkpoint copied byte for byte: under another name until it is whole, and without unedited copies of weights."""
+"""A copy of a checkpoint, byte for byte: under another name until complete, and without unedited weights."""
 
 import logging
 import os

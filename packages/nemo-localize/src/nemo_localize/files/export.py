@@ -39,17 +39,17 @@ def export(
 ) -> dict[str, Any]:
     """Writes an edited checkpoint, what undoes it, and the same edit as a LoRA in three layouts; returns the manifest.
 
-    `out/model` (or `out/model.safetensors`) is the checkpoint, in the layout of its source; `out/delta.safetensors`
-    the removed rows: keep those to yourself, they are what was memorised with. Every file of the backbone that holds a
-    copy of the weights is edited, whatever its precision; pickles and further checkpoints beside the folders are left
-    out, for they would carry the memory along. `_name_or_path`, a path of the machine that saved the source, is removed
-    from the configurations; the delta keeps it.
+    `out/model` (or `out/model.safetensors`) is the checkpoint, in the layout of its source; `out/delta.safetensors` has
+    the removed rows: keep it private, since it brings the memory back. Every file of the backbone that holds a copy of
+    the weights is edited, whatever its precision; pickles and further checkpoints beside the folders are left out, for
+    they would carry the memory along. `_name_or_path`, a path of the machine that saved the source, is removed from the
+    configurations; the delta keeps it.
 
     Args:
         source: A diffusers pipeline folder, the folder of one U-Net, or a single safetensors file.
         neurons: The neurons to ablate.
-        out: A folder, made where it is not there.
-        reasons: For the manifest: caption -> the neurons found for it.
+        out: Folder of the result, made where it does not exist.
+        reasons: Neurons found for each prompt, kept in the manifest.
         lora: Whether to write the LoRAs too.
 
     Raises:
@@ -137,9 +137,9 @@ def restore(edited: Path, delta: Path, out: Path) -> dict[str, Any]:
     """Writes the checkpoint as it was before `export`, byte for byte; returns the sums of the files that changed.
 
     Args:
-        edited: What `export` wrote.
-        delta: The delta beside it.
-        out: Where the restored checkpoint goes.
+        edited: Checkpoint that `export` wrote.
+        delta: File `delta.safetensors` beside that checkpoint.
+        out: Path of the restored checkpoint, where nothing may be yet.
 
     Raises:
         UserError: Something is at `out` already.

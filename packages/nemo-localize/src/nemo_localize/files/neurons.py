@@ -23,16 +23,16 @@ def read_neurons(
     """Returns the neurons to ablate together, and which of them belong to which caption where the file says so.
 
     Args:
-        path: A run folder of localize, audit or apply, its `results.jsonl`, a JSON object with `neurons`, such as a
-            manifest or what a global edit tells of itself, a plain object from module name to channels, or a table of
-            the published code (`.csv`).
-        backbone: The network that a table is of: it lists channels by the number of their layer. Without it the layers
-            are those of SD 1.x and 2.x.
-        failed: Give captions that were refined though they never fell below the threshold what is left of their
-            candidates, as the published code does.
+        path: Run folder of localize, audit or export, its `results.jsonl`, a JSON object with `neurons`, such as a
+            manifest or a `GlobalEdit`, a plain object from module name to channels, or a table of the published code
+            (`.csv`).
+        backbone: Network that a table belongs to, which lists channels by the number of their layer; by default the
+            layers are those of Stable Diffusion 1.x and 2.x.
+        failed: Include prompts whose score never fell to the threshold, with what refinement left of their candidates,
+            as the published code does.
 
     Raises:
-        UserError: There is nothing of these.
+        UserError: The path holds none of these.
         CorruptArtifactError: The file is damaged.
     """
     path = Path(path)
@@ -54,7 +54,7 @@ def read_neurons(
         return NO_NEURONS.union(*captions.values()), captions
     content = read_trusted(path)
     captions = content.get("captions", {})
-    if isinstance(captions, list):  # a global edit: how captions fare, while its neurons are of all of them together
+    if isinstance(captions, list):  # a `GlobalEdit` lists scores here; its neurons belong to all prompts together
         captions = {}
     try:
         return (
@@ -80,7 +80,7 @@ def _table(path: Path, backbone: "nn.Module | None") -> list[AuthorsRow]:
 
 
 def most_frequent(captions: Mapping[str, NeuronSet], count: int) -> NeuronSet:
-    """Returns the neurons that the most captions have, as many as asked for; of ties those of shallower layers first.
+    """Returns the neurons that most prompts have in common, as many as asked for; ties go to shallower layers.
 
     Raises:
         UserError: The captions have fewer, or no caption has neurons of its own.

@@ -25,16 +25,16 @@ PUBLISHED_CAPTIONS = 50_000
 def import_statistics(
     model: DiffusionModel, path: Path, *, num_prompts: int = PUBLISHED_CAPTIONS, up: bool = False
 ) -> Statistics:
-    """Returns the statistics that the published code saved. Whether they are of this model, their file does not say.
+    """Returns the statistics that the published code saved; the file does not say of which model they are.
 
     The file is a pickle; torch's restricted unpickler reads tensors from it and runs none of its code.
 
     Args:
-        model: What they are of.
-        path: The `.pt` file.
-        num_prompts: Of how many captions they are, where the file has no row per caption: what they weigh when they are
-            merged with others.
-        up: They are of the up blocks too.
+        model: Model that the statistics belong to.
+        path: File `.pt` that the published code saved.
+        num_prompts: Number of prompts behind them where the file has no row per prompt; their weight when they are
+            merged.
+        up: Whether they include the up blocks.
 
     Raises:
         CorruptArtifactError: The file holds something else.

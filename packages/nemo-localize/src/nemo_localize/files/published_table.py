@@ -1,7 +1,7 @@
 """The results table of the published code, for whoever has tables of it, or tools that read them.
 
 One row per caption, separated by semicolons; neurons are the text of a list with one list of channels per value layer,
-shallowest first. What that code calls SSIM is its multi-scale form. Statuses are not in it: see `Results.write_jsonl`.
+shallowest first. What that code calls SSIM is its multi-scale form. It has no statuses; `results.jsonl` has.
 
 References:
     Code of Hintersdorf, Struppek et al. 2024: github.com/ml-research/localizing_memorization_in_diffusion_models.
@@ -43,12 +43,12 @@ class AuthorsRow:
     """One caption of the table.
 
     Attributes:
-        caption: As written, on one line.
-        url: Of its training image; may be empty.
-        initial: The selected candidates; None where the cell is empty.
-        initial_ssim: The score with these off; None where the cell is empty.
-        refined: What is left of them.
-        refined_ssim: The score with these off.
+        caption: Caption as written, on one line.
+        url: Address of its training image; may be empty.
+        initial: Neurons of the selected candidate set; None where the cell is empty.
+        initial_ssim: Score with these ablated; None where the cell is empty.
+        refined: Neurons left after refinement; None where the cell is empty.
+        refined_ssim: Score with these ablated.
     """
 
     caption: str
@@ -63,7 +63,7 @@ class AuthorsRow:
         """Returns the row of a result, with neurons in every cell of neurons: readers of these tables expect them.
 
         Captions that are not memorised have no neurons and scores of 0, as published. Those that were not refined have
-        no refined neurons and the score of that, 1: nothing is off. Those that failed have no neurons and no scores.
+        no refined neurons and the score of ablating none, 1. Those that failed have no neurons and no scores.
         """
         if result.status == "error":
             return cls(result.prompt, url, NO_NEURONS, None, NO_NEURONS, None)
@@ -78,9 +78,9 @@ def write_authors_table(path: Path, rows: Sequence[AuthorsRow], sites: ValueSite
     """Writes rows, atomically.
 
     Args:
-        path: A `.csv`.
-        rows: In the order of the table.
-        sites: The value layers, which the lists of channels follow.
+        path: Path of the `.csv` file.
+        rows: Rows in the order of the table.
+        sites: Value layers that the lists of channels follow.
 
     Raises:
         IncompatibleModelError: A neuron is not in these layers.
@@ -100,8 +100,8 @@ def read_authors_table(path: Path, sites: ValueSites) -> list[AuthorsRow]:
     Neurons that the published code lists twice count once.
 
     Args:
-        path: The file.
-        sites: The value layers of the model that the table is of.
+        path: Path of the `.csv` file.
+        sites: Value layers of the model that the table belongs to.
 
     Raises:
         IncompatibleModelError: It lists other layers, or neurons that these have not.

@@ -1,4 +1,4 @@
-"""Where the rows of neurons lie in the files of a checkpoint: every copy of the weights, byte for byte."""
+"""The positions of neurons' rows in the files of a checkpoint, in every copy of the weights."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ class StoredRow:
 
     Attributes:
         file: Relative name; empty where the model is a single file.
-        offset: Of the first byte.
-        length: In bytes.
+        offset: Position of the first byte in the file.
+        length: Number of bytes of the row.
     """
 
     file: str
@@ -57,7 +57,7 @@ def stored_rows(file: str, header: TensorHeader, neurons: NeuronSet) -> list[Sto
 
 
 def require_stored(neurons: NeuronSet, headers: Mapping[str, TensorHeader], source: Path) -> None:
-    """Refuses neurons that no file holds."""
+    """Raises an error for neurons that no file holds."""
     for module, _ in neurons.layers:
         if not any(tensor_name(header, module, "weight") for header in headers.values()):
             raise IncompatibleModelError(

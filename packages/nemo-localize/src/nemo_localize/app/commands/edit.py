@@ -29,7 +29,7 @@ def export(
 
     Shortest form: nemo-localize export MODEL RUN
 
-    RUN/model loads in any tool. RUN/delta.safetensors holds the removed rows; keep it to yourself.
+    RUN/model loads in any tool. RUN/delta.safetensors holds the removed rows; keep it private.
 
     Args:
         neurons: Run of localize or audit, results.jsonl, an object of module names and channels as JSON, or a table of
@@ -45,7 +45,7 @@ def export(
     from nemo_localize.files.neurons import read_neurons
 
     source = resolve(model, download=download)
-    # A table lists channels by the number of their layer: which layer that is, the model knows.
+    # A table lists channels by the number of their layer; the model tells which layer that is.
     backbone = _backbone(source) if neurons.suffix == ".csv" else None
     chosen, reasons = read_neurons(neurons, backbone=backbone)
     if most_frequent is not None:
@@ -69,7 +69,7 @@ def export(
 
 
 def _backbone(source: Path) -> "nn.Module | None":
-    """Returns the network of a model; None of what can be edited, but not loaded whole."""
+    """Returns the network of a model; None where its files can be edited but not loaded."""
     from diffcore.models import load
     from diffcore.runtime import Runtime
 

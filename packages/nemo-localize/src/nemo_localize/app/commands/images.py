@@ -51,17 +51,17 @@ def generate(
     Args:
         captions: File of captions to generate images for.
         neurons: Run or file with neurons, as in export.
-        per_caption: Ablate for each caption its own neurons, instead of all together; on with --compat published, but
-            for --most-frequent.
-        mitigations: Remedies side by side; none is the model as it is.
+        per_caption: Ablate each caption's own neurons instead of all together; with --compat published this is the
+            default, unless --most-frequent is given.
+        mitigations: Mitigations side by side; none is the model as it is.
     """
     from nemo_localize.app.report import save_gallery, write_page
     from nemo_localize.files.neurons import most_frequent as find_most_frequent
     from nemo_localize.files.neurons import read_neurons
     from nemo_localize.generate import generate as generate_images
 
-    chosen_ways = tuple(dict.fromkeys(mitigations))
-    if neurons is None and {"neurons", "random-neurons"} & set(chosen_ways):
+    mitigations = tuple(dict.fromkeys(mitigations))
+    if neurons is None and {"neurons", "random-neurons"} & set(mitigations):
         raise UserError("`mitigations` asks for neurons, but there are none; give them with `neurons` RUN")
     if per_caption and most_frequent is not None:
         raise UserError("`per_caption` and `most_frequent` are two choices of neurons; leave one out")
@@ -84,7 +84,7 @@ def generate(
             loaded,
             found.distinct,
             seeds,
-            mitigations=chosen_ways,
+            mitigations=mitigations,
             neurons=separate if apart and separate else chosen,
             scale=scaling_factor,
             settings=images.settings(work.loading.batch_size, compat),
@@ -93,12 +93,12 @@ def generate(
         )
         if run.leading:
             save_gallery(run, found.distinct, shown, seeds)
-        return {"captions": len(found.distinct), "images": images.num_images, "mitigations": list(chosen_ways)}
+        return {"captions": len(found.distinct), "images": images.num_images, "mitigations": list(mitigations)}
 
     options = {"model": model, "neurons": neurons, "per_caption": per_caption, "most_frequent": most_frequent}
-    options |= {"scaling_factor": scaling_factor, "mitigations": list(chosen_ways), "compat": compat}
+    options |= {"scaling_factor": scaling_factor, "mitigations": list(mitigations), "compat": compat}
     options |= {"images": images, "repeat": repeat}
-    count = len(found.distinct) * len(chosen_ways) * images.num_images
+    count = len(found.distinct) * len(mitigations) * images.num_images
     job = work.job("generate", loaded, [found], options, neurons=digest_of(chosen, separate))
     return job(compute, plan={"images": count, "steps_each": images.image_steps}, report=write_page)
 
@@ -124,18 +124,18 @@ def evaluate(
 
     Shortest form: nemo-localize evaluate MODEL CAPTIONS --neurons RUN
 
-    As in the paper's table each caption has its own neurons ablated; beside it stands the union of all captions'
-    neurons, which an exported model is without, and which ordinary captions are generated without. A column type of the
-    captions (VM or TM) says which are verbatim and which template memories. With --compat published images are measured
-    as JPEG, and medians are the published code's. Without --sscd and --clip the stated substitutes are taken, and named
-    in the tables.
+    As in the paper's table, each caption has its own neurons ablated; the union of all captions' neurons, which an
+    exported model lacks, is measured beside it, and is ablated for ordinary captions. A column type of the captions (VM
+    or TM) says which are verbatim and which template memories. With --compat published images are measured as JPEG, and
+    medians follow the published code. Without --sscd and --clip substitutes are taken, which the tables name.
 
     Args:
         captions: File of memorised captions.
         neurons: Run or file with neurons, as in export.
-        mitigations: Remedies side by side.
-        ordinary: File of captions that must not suffer, at least ten; generated once each.
-        inception: Weights of Inception (TorchScript), for FID and KID of those; else a random network stands in.
+        mitigations: Mitigations side by side; none is always among them.
+        ordinary: File of at least ten ordinary captions, generated once each, to measure what ablation costs elsewhere.
+        inception: Weights of Inception (TorchScript), for FID and KID of ordinary captions; a random network stands in
+            for it.
     """
     from nemo_localize.app.report import save_evaluation, save_gallery, save_table, write_page
     from nemo_localize.evaluate import evaluate as measure
@@ -144,7 +144,7 @@ def evaluate(
     from nemo_localize.generate import generate as generate_images
     from nemo_localize.images import as_saved, shows_latents
 
-    ways: tuple[Mitigation, ...] = tuple(dict.fromkeys(("none", *mitigations)))
+    mitigations = tuple(dict.fromkeys(("none", *mitigations)))
     distances = _distances(ordinary, inception)
     require_scaling(scaling_factor)
     published, seeds = compat == "published", images.seeds(compat)
@@ -159,19 +159,19 @@ def evaluate(
     if others is not None and shows_latents(loaded):
         raise UserError(f"{loaded.name} has no autoencoder, and distances are between images; leave out `ordinary`")
     judges, originals = load_judges(judging, work, distances=distances), load_originals(judging, found)
-    # What all captions have ablated stands beside what each has, where the file tells them apart.
-    beside = bool(separate) and "neurons" in ways
+    # The union of all neurons is measured beside each caption's own, where the file tells these apart.
+    beside = bool(separate) and "neurons" in mitigations
 
     def compute(run: "Run", map: "RunMap") -> dict[str, Any]:
         def generated(
-            texts: Sequence[str], seeds: range, off: "NeuronSet | Mapping[str, NeuronSet]", *only: Mitigation
+            texts: Sequence[str], seeds: range, ablated: "NeuronSet | Mapping[str, NeuronSet]", *only: Mitigation
         ) -> "dict[str, Tensor]":
             found = generate_images(
                 loaded,
                 texts,
                 seeds,
-                mitigations=only or ways,
-                neurons=off,
+                mitigations=only or mitigations,
+                neurons=ablated,
                 scale=scaling_factor,
                 settings=images.settings(work.loading.batch_size, compat),
                 repeat=repeat,
@@ -179,12 +179,12 @@ def evaluate(
             )
             if not published or shows_latents(loaded):
                 return found
-            return {way: as_saved(shown.flatten(0, 1)).view_as(shown) for way, shown in found.items()}
+            return {mitigation: as_saved(shown.flatten(0, 1)).view_as(shown) for mitigation, shown in found.items()}
 
         shown = generated(found.distinct, seeds, separate or chosen)
         if beside:
             shown[together] = generated(found.distinct, seeds, chosen, "neurons")["neurons"]
-        # Ordinary captions have no neurons of their own: they are generated without what all captions have ablated.
+        # Ordinary captions have no neurons of their own, so the union is ablated for them.
         once = {} if others is None else generated(others.distinct, seeds[:1], chosen)
         if not run.leading:
             return {}
@@ -198,7 +198,7 @@ def evaluate(
             kinds=kinds,
             published=published,
         )
-        result = replace(result, notes=(*result.notes, *(_left_alone(found.distinct, separate) if beside else ())))
+        result = replace(result, notes=(*result.notes, *(_without_neurons(found.distinct, separate) if beside else ())))
         save_gallery(run, found.distinct, shown, seeds, originals)
         save_evaluation(run, result)
         if result.quality:
@@ -206,17 +206,17 @@ def evaluate(
         return result.to_json()
 
     options = {"model": model, "neurons": neurons, "most_frequent": most_frequent, "scaling_factor": scaling_factor}
-    options |= {"mitigations": list(ways), "ordinary": ordinary, "judging": judging, "inception": inception}
+    options |= {"mitigations": list(mitigations), "ordinary": ordinary, "judging": judging, "inception": inception}
     options |= {"compat": compat, "images": images, "repeat": repeat}
-    per_caption = (len(ways) + beside) * images.num_images
-    count = len(found.distinct) * per_caption + len(ways) * len(others.distinct if others else ())
+    per_caption = (len(mitigations) + beside) * images.num_images
+    count = len(found.distinct) * per_caption + len(mitigations) * len(others.distinct if others else ())
     sets = [found] if others is None else [found, others]
     job = work.job("evaluate", loaded, sets, options, neurons=digest_of(chosen, separate))
     return job(compute, plan={"images": count, "steps_each": images.image_steps}, report=write_page)
 
 
-def _left_alone(prompts: "Sequence[str]", separate: "Mapping[str, NeuronSet]") -> list[str]:
-    """Returns what is to be said of captions that have no neurons of their own where others have."""
+def _without_neurons(prompts: "Sequence[str]", separate: "Mapping[str, NeuronSet]") -> list[str]:
+    """Returns a note on captions that have no neurons of their own, where others have some."""
     count = sum(not separate.get(prompt) for prompt in prompts)
     return [f"{count} captions have no neurons of their own: under 'neurons' nothing is ablated"] if count else []
 

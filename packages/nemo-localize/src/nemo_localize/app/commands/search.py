@@ -46,14 +46,14 @@ def statistics(
 
     Shortest form: nemo-localize statistics MODEL CAPTIONS
 
-    Captions that are written like the audited ones, but never trained on, belong among them: give several files.
+    Give several files: captions in the style of the audited ones, but never trained on, should be among them.
 
     Args:
         references: Files of captions (.txt, .csv, .jsonl), none of them memorised.
-        import_: Statistics that the published code saved (.pt) of this model, instead of captions or beside them. The
-            file is a pickle, of which nothing but tensors is read.
-        import_count: Number of captions that those are from (paper: 50 000), which the file does not say; matters
-            beside captions alone.
+        import_: Statistics that the published code saved (.pt) of this model, instead of captions or beside them. Of
+            the file, a pickle, only tensors are read.
+        import_count: Number of captions behind the imported statistics (paper: 50 000), which is their weight beside
+            captions.
     """
     from nemo_localize.files.published_statistics import import_statistics
     from nemo_localize.files.statistics import FILE, save_statistics
@@ -89,15 +89,15 @@ def calibrate(
     unit_size: UnitSize = 16,
     work: Work = Work(),
 ) -> int:
-    """Find from ordinary captions the threshold above which a caption counts as memorised, and its false alarms.
+    """Find, from ordinary captions, the threshold above which a caption counts as memorised, and its false alarms.
 
     Shortest form: nemo-localize calibrate MODEL CAPTIONS
 
-    Every second caption sets the threshold, the others tell how often it is wrong.
+    Every second caption sets the threshold; the others measure its false alarms.
 
     Args:
-        captions: File of captions that are not memorised; a thousand are good.
-        quantile: Take this quantile, such as 0.99, instead of mean plus standard deviation (paper, section 4).
+        captions: File of captions that are not memorised; a thousand are enough.
+        quantile: Quantile, such as 0.99, instead of mean plus standard deviation (paper, section 4).
     """
     from nemo_localize.app.report import write_page
     from nemo_localize.calibrate import calibrate as find_threshold
@@ -168,7 +168,7 @@ def localize(
 
     Shortest form: nemo-localize localize MODEL CAPTIONS --statistics RUN --calibration RUN
 
-    Where a column type of the captions says VM or TM, verbatim and template memories are also counted apart.
+    Where the captions have a column type of VM or TM, verbatim and template memories are also counted apart.
 
     Args:
         statistics: Run of statistics, or its statistics.safetensors.

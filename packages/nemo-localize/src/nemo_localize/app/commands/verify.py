@@ -29,12 +29,12 @@ def verify(
     strict: Strict = False,
     work: Work = Work(),
 ) -> int:
-    """Test whether a leak is closed: held-out seeds, paraphrases, dropped tokens, and an adversary that does its best.
+    """Test whether a leak is closed: held-out seeds, paraphrases, dropped tokens, and an adversarial search.
 
     Shortest form: nemo-localize verify MODEL CAPTIONS --neurons RUN --controls CAPTIONS --calibration RUN
 
-    Exit code 1 means open or inconclusive. An adversary that cannot reopen the known leak of the unedited model, or
-    that opens a caption which was never memorised, shows nothing: that is inconclusive.
+    Exit code 1 means open or inconclusive. The verdict is inconclusive where the search cannot reopen the known leak of
+    the unedited model, or opens a caption that was never memorised.
 
     Args:
         model: The unedited model: pipeline folder, safetensors file, or zoo:NAME.
@@ -95,21 +95,21 @@ def audit(
     strict: Strict = False,
     work: Work = Work(),
 ) -> int:
-    """Do all of it: find what is memorised, edit the model, measure, verify. The exit code is for CI.
+    """Audit a model: find memorised captions, edit the model, measure and verify the edit, with an exit code for CI.
 
     Shortest form: nemo-localize audit MODEL CAPTIONS --references ORDINARY
 
-    What first steps leave open is generated from several seeds, and the images decide: memorised, undecided or clean.
+    Captions that first steps leave open are generated from several seeds; the images decide: memorised, undecided or
+    clean.
 
     Exit code 0 means that nothing is memorised or undecided, or that every known leak was tested and found closed in
     the edited model, which lies in RUN/model; 1 that one is open, that a caption is undecided or that the tests are
     inconclusive.
 
     Args:
-        captions: File of captions to audit; captions of the training set, say.
+        captions: File of captions to audit, such as captions of the training set.
         references: Files of captions that are not memorised, of ordinary style and of the audited captions' style.
-        ordinary: File of captions that are not memorised, for the threshold and as controls; by default the first
-            reference.
+        ordinary: File of captions that are not memorised, for threshold and controls; by default the first reference.
         quantile: Quantile of ordinary captions that sets the threshold.
     """
     from diffcore.models import resolve

@@ -32,10 +32,10 @@ class Case:
     """One comparison.
 
     Attributes:
-        name: What is compared.
-        sizes: The sizes that matter, for the table.
+        name: The operation that is compared.
+        sizes: The sizes that matter, shown in the table.
         ours: Runs ours on prepared inputs and returns its result.
-        reference: Runs the reference.
+        reference: Runs the reference on the same inputs and returns its result.
         agree: Whether ours (first) and the reference's result (second) are equal as far as they should be.
         goal: Least ratio reference / ours of the seconds.
         memory_goal: Least ratio reference / ours of the peak memory.
@@ -58,8 +58,8 @@ class Comparison:
         name: Name and sizes of the case.
         agreed: Whether the results agree.
         ratio: Median ratio of the seconds; its quartiles are `ratio_low` and `ratio_high`.
-        ours_seconds: Median of ours.
-        reference_seconds: Median of the reference.
+        ours_seconds: Median seconds of one run of ours.
+        reference_seconds: Median seconds of one run of the reference.
         ours_megabytes: Peak memory of ours.
         reference_megabytes: Peak memory of the reference.
         goal: As in the case.
@@ -106,9 +106,9 @@ def compare(case: Case, repeats: int = 7, *, smoke: bool = False) -> Comparison:
     """Runs a case: warm-up with the check of agreement, then ours and the reference in turn.
 
     Args:
-        case: What to compare.
+        case: The two functions to compare.
         repeats: Timed pairs, fewer where a pair takes long; which of the two goes first alternates.
-        smoke: Check agreement only.
+        smoke: Whether only agreement is checked, without timing.
     """
     agreed = bool(case.agree(case.ours(), case.reference()))  # also the warm-up
     name = " ".join([case.name, *(f"{key}={value}" for key, value in case.sizes.items())])
@@ -156,11 +156,11 @@ def run_cases(
     baseline's.
 
     Args:
-        cases: What to compare.
-        smoke: Check agreement only.
+        cases: The comparisons to run, in order.
+        smoke: Whether only agreement is checked, without timing.
         repeats: Timed pairs per case.
-        json_path: Where to write rows of name, value, unit.
-        baseline: A file that an earlier run wrote.
+        json_path: The JSON file to write, with rows of name, value and unit.
+        baseline: A file that an earlier run wrote to `json_path`.
         fail_below: Least share of the baseline's ratio, 0.8 say.
 
     Raises:

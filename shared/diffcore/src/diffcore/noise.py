@@ -57,11 +57,11 @@ def row_noise(
     """Draws standard normal noise, one CPU generator per row; float32 first, then cast, so every dtype has one source.
 
     Args:
-        seed: The user's seed.
+        seed: The seed that the user chose.
         rows: Index of each row over the whole computation (or the sample's own seed), not inside its batch.
         shape: Shape of one row.
         stream: Keeps draws for different purposes apart.
-        device: Where the result is needed; one copy.
+        device: Device of the result; it is copied there once.
         dtype: Precision of the result.
     """
     indices = rows.tolist() if isinstance(rows, Tensor) else list(rows)

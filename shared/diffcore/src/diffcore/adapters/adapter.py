@@ -88,8 +88,8 @@ class Adapter:
     Attributes:
         modules: Changes of the backbone.
         text_encoders: Changes of text encoders, by their name in the pipeline.
-        backbone: What the pipeline calls the backbone.
-        name: For messages and reports.
+        backbone: Name of the backbone in the pipeline, "unet" or "transformer".
+        name: The adapter's name in messages and reports.
     """
 
     modules: Changes
@@ -110,9 +110,9 @@ class Adapter:
 
         Args:
             factors: `down` of shape (rank, inputs, ...), `up` of shape (outputs, rank).
-            alpha: Of all modules; by default each module's rank, so that the change is `up @ down`.
-            backbone: What its pipeline calls the backbone.
-            name: For messages and reports.
+            alpha: One alpha for all modules; by default each module's rank, so that the change is `up @ down`.
+            backbone: Name of the backbone in the pipeline, "unet" or "transformer".
+            name: The adapter's name in messages and reports.
         """
         modules = {
             module: LowRank(down, up, float(down.shape[0] if alpha is None else alpha))

@@ -19,9 +19,9 @@ class Base:
     """The linear and convolutional weights of a model, by component and dotted module name.
 
     Attributes:
-        name: For messages.
-        backbone: What its pipeline calls the backbone.
-        shapes: Of the weights: {"backbone": {module: shape}, "text_encoder": ...}.
+        name: The model's name in error messages.
+        backbone: Name of the backbone in the pipeline, "unet" or "transformer".
+        shapes: Shapes of the weights: {"backbone": {module: shape}, "text_encoder": ...}.
         original: The backbone's modules in the names of original checkpoints, which kohya's SDXL files use; empty where
             there are none.
     """

@@ -26,8 +26,8 @@ def fuse(network: nn.Module, changes: Changes, scale: float = 1.0) -> nn.Module:
     Sums are formed in float32 or wider and rounded once to the weight's type. The copy carries no hook of ours.
 
     Args:
-        network: What to copy; it is not touched.
-        changes: By dotted module name.
+        network: The network to copy; it stays as it is.
+        changes: Low-rank changes by dotted module name.
         scale: Strength: 1 is what the adapter was trained for, 0 is off.
 
     Raises:
@@ -61,8 +61,8 @@ def apply(network: nn.Module, changes: Changes, scale: float | Float[Tensor, " b
     Hooks that look at the modules see the changed outputs.
 
     Args:
-        network: What to change.
-        changes: By dotted module name.
+        network: The network whose outputs change.
+        changes: Low-rank changes by dotted module name.
         scale: Strength, or one for each row of the batch.
 
     Raises:

@@ -78,9 +78,9 @@ class Key:
     Attributes:
         component: text_encoder, text_encoder_2, text_encoder_3, or "backbone"; or a text encoder by what it is: clip_l,
             clip_g, clip_h, t5xxl. `Base.component` knows which that is.
-        module: As spelled: with dots, or in kohya's way with underscores.
-        part: What the tensor holds.
-        layout: Dialect.
+        module: The module's name as the file spells it: with dots, or with underscores as kohya does.
+        part: Which part of the change the tensor holds: the factor `down`, the factor `up`, or alpha.
+        layout: The naming convention that the key follows.
         adapter_name: Name that PEFT keeps between `lora_A` and `weight` in memory; usually None.
     """
 

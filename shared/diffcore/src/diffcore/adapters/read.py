@@ -107,8 +107,8 @@ def read_tensors(found: AdapterFile, names: frozenset[str] | None = None) -> dic
     """Returns the tensors of an adapter, on the CPU.
 
     Args:
-        found: A scanned adapter.
-        names: Which; by default all.
+        found: An adapter file whose header was checked.
+        names: Names of the tensors to read; by default all.
 
     Raises:
         UserError: The file cannot be read.
@@ -131,8 +131,8 @@ def alphas_of(found: AdapterFile, tensors: Mapping[str, Tensor]) -> dict[Pair, f
     """Returns the alpha of each pair, from its own tensor or from the configuration; None where neither says it.
 
     Args:
-        found: A scanned adapter.
-        tensors: Its tensors; those of the alphas are enough.
+        found: An adapter file whose header was checked.
+        tensors: Tensors of the file by name; those of the alphas are enough.
 
     Raises:
         StrictError: Tensor and configuration contradict each other, or an alpha is impossible.

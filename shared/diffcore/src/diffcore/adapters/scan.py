@@ -31,12 +31,12 @@ class Pair:
     """The tensors of one module.
 
     Attributes:
-        component: As `Key.component`.
-        module: As the file spells it.
-        down: Name of the factor (rank, inputs, ...).
-        up: Name of the factor (outputs, rank, ...).
+        component: The network that is changed, named as in `Key.component`.
+        module: The module's name as the file spells it.
+        down: Name of the tensor of shape (rank, inputs, ...).
+        up: Name of the tensor of shape (outputs, rank, ...).
         alpha: Name of the tensor with alpha, if there is one.
-        rank: Of both factors.
+        rank: Rank that both factors share.
         inputs: Sides of `down` after the rank.
         outputs: Sides of `up` without the rank.
     """
@@ -61,11 +61,11 @@ class AdapterFile:
     """A file or PEFT folder that passed the checks which need no model.
 
     Attributes:
-        path: What was named.
-        header: Of its tensors.
-        layout: Dialect.
-        pairs: In the file's order.
-        settings: What its configuration says, by component.
+        path: The file or folder that the user named.
+        header: Checked header of the safetensors file.
+        layout: The naming convention that its keys follow.
+        pairs: Pairs of factors in the file's order.
+        settings: Ranks and strengths that its configuration states, by component.
     """
 
     path: Path

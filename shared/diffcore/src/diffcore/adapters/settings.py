@@ -46,12 +46,12 @@ class Settings:
     """Ranks and strengths of one network's adapter.
 
     Attributes:
-        rank: Of modules without a pattern.
-        alpha: Of modules without a pattern.
-        ranks: By the end of a module's name, or with `^` before it, by the whole name.
-        alphas: By the name of a module, or by its end.
+        rank: Rank of the modules that no pattern in `ranks` matches.
+        alpha: Alpha of the modules that no pattern in `alphas` matches.
+        ranks: Ranks by the end of a module's name or, with `^` before it, by the whole name.
+        alphas: Alphas by the name of a module, or by its end.
         root_scaled: Whether the strength is alpha / sqrt(rank) (rsLoRA) instead of alpha / rank.
-        base_model: What the file calls its base; shown, never opened.
+        base_model: The base model that the file names; it is shown, never opened.
     """
 
     rank: int

@@ -43,11 +43,12 @@ def write_adapter(
     """Writes an adapter in one of three layouts, atomically, and returns its path.
 
     Args:
-        adapter: What to write; its strength is folded into the factors.
-        path: A safetensors file; for "peft" a folder.
+        adapter: The adapter to write; its strength is folded into the factors.
+        path: The safetensors file to write; for "peft" the folder.
         format: "diffusers" for `load_lora_weights`, "kohya" for web UIs, "peft" for `PeftModel.from_pretrained`.
-        dtype: Of the factors; by default that of the adapter where it holds them exactly, else float32.
-        base: Its model; needed to give an SDXL adapter kohya's names, which are those of the original checkpoint.
+        dtype: Precision of the factors; by default the adapter's where it holds them exactly, else float32.
+        base: The model it belongs to; needed to give an SDXL adapter kohya's names, which are those of the original
+            checkpoint.
         overwrite: Whether an adapter that is there may be replaced.
 
     Raises:

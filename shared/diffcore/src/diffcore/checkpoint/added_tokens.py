@@ -31,8 +31,8 @@ class Added:
     """One added token.
 
     Attributes:
-        content: Its text.
-        number: Of its row in the text encoder; None where the files leave that to the tokenizer.
+        content: The token as it stands in a prompt.
+        number: Index of its row in the text encoder's embedding; None where the files leave that to the tokenizer.
         single_word: Whether it is found only between word boundaries.
         lstrip: Whether it swallows blanks on its left.
         rstrip: Whether it swallows blanks on its right.
@@ -69,12 +69,12 @@ def added_tokens(
     """Returns the tokens that a tokenizer has beyond those of its class: neither marks nor padding, in order of number.
 
     Args:
-        kind: The class.
-        settings: Of `tokenizer_config.json`.
-        special: Of `special_tokens_map.json`.
-        numbers: Of `added_tokens.json`.
-        vocabulary: What `tokenizer.json` lists.
-        pad: The padding token.
+        kind: Class name of the tokenizer.
+        settings: The content of `tokenizer_config.json`.
+        special: The content of `special_tokens_map.json`.
+        numbers: The content of `added_tokens.json`: numbers by token.
+        vocabulary: The list of added tokens in `tokenizer.json`.
+        pad: The padding token, which is left out.
 
     Raises:
         StrictError: A token is no text, has an impossible number or setting, or the files contradict each other.

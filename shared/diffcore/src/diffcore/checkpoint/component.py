@@ -43,11 +43,11 @@ def read_component(
     """Returns a component whose class is in our tables.
 
     Args:
-        folder: Where its files are.
+        folder: The component's own folder, with its files.
         sizes: Names and bytes of the files in it.
-        name: Its key in the pipeline.
-        library: Of the class.
-        class_name: What the index, or the configuration itself, says it is.
+        name: The component's key in the pipeline.
+        library: The library that defines the class: diffusers or transformers.
+        class_name: Class that the pipeline's index, or the configuration itself, states.
         allow_pickle: Whether pickled weights may be planned for.
         config_only: Whether there are no weights to look for.
 

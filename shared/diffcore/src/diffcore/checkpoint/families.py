@@ -45,8 +45,8 @@ def family_of(shapes: Shapes, path: Path) -> str:
     """Returns sd15, sd21 or sdxl.
 
     Args:
-        shapes: Of all tensors, by name.
-        path: For messages.
+        shapes: Shapes of all tensors, by name.
+        path: The file that error messages name.
 
     Raises:
         IncompatibleModelError: The file is an adapter, of a family that is not supported as a single file, or of no

@@ -38,8 +38,8 @@ def fingerprint(inventory: Inventory, components: Mapping[str, Component] | None
     """Returns the hex digest of a model: the same for a copy elsewhere, another for a fine-tune.
 
     Args:
-        inventory: Of the gate.
-        components: What the model is built from, where the inventory of a single file does not say.
+        inventory: The checked content of a folder or file, as `inspect_model` returns it.
+        components: Parts that the model is built from, where the inventory of a single file does not list them.
     """
     digest = hashlib.sha256()
     for name, component in sorted((components or inventory.components).items()):

@@ -16,16 +16,16 @@ class Component:
 
     Attributes:
         name: Its key in the pipeline; "backbone" or "scheduler" without one.
-        role: What it is to a diffusion model.
-        library: Where the class comes from.
-        class_name: Of the library.
+        role: Its purpose in the model, such as "backbone" or "text_encoder".
+        library: The library that defines the class.
+        class_name: Name of its class in that library.
         config: The settings that the library may see.
-        folder: Where its files are.
+        folder: The folder with its files.
         weights: Checked headers of its weight files.
-        files: A tokenizer's vocabulary.
-        variant: Of the weight files, such as "fp16".
+        files: Vocabulary files of a tokenizer; empty for others.
+        variant: Variant of the weight files, such as "fp16".
         pickles: Weight files that would have to be unpickled; empty unless that was allowed.
-        dropped: How many settings no library will see.
+        dropped: Number of settings that are withheld from the library.
         added: A tokenizer's tokens beyond those of its class.
     """
 
@@ -54,13 +54,13 @@ class Inventory:
     """What is in a model folder or file.
 
     Attributes:
-        path: The folder or file.
+        path: The folder or file that was inspected.
         layout: How it is laid out on disk.
         class_name: Pipeline class, backbone class, or the family of a single file.
         components: Parts by name; a single file has none before its family's configurations join it.
-        header: Of a single file.
+        header: Header of a single file; None for folders and pickles.
         settings: Scalars of the pipeline, or of EDM preconditioning.
-        warnings: What a person should know.
+        warnings: Sentences that the user should read before loading.
     """
 
     path: Path

@@ -27,8 +27,8 @@ def custom_code(folder: Path, names: Mapping[str, int], source: Path, what: str)
     """Returns the error for a class that is not the libraries' own.
 
     Args:
-        folder: Of the model.
-        names: Files in it; a Python file among them is named.
+        folder: The folder of the model.
+        names: Files in it; the error names a Python file among them.
         source: The file that asks for the class.
         what: The class, or the key that asks for it.
     """

@@ -51,10 +51,10 @@ class Stated:
     """All that a file says about its parameterisation.
 
     Attributes:
-        path: The file.
-        predictions: What is predicted, the most telling statement first.
-        zero_snr: What says that the last noise level is pure noise; None where nothing does.
-        warnings: What the file says that is not followed.
+        path: The single file that was read.
+        predictions: Statements about the prediction type, the most telling first.
+        zero_snr: The place that says the last noise level is pure noise; None where nothing does.
+        warnings: Statements of the file that are not followed.
     """
 
     path: Path
@@ -86,9 +86,9 @@ def stated_by(path: Path, names: Collection[str], metadata: Mapping[str, str]) -
     """Returns what a single file says.
 
     Args:
-        path: The file; a NAME.yaml beside it is read too.
-        names: Of its tensors.
-        metadata: Of its header; empty for pickles.
+        path: The single file; a NAME.yaml beside it is read too.
+        names: Names of all its tensors.
+        metadata: Metadata of its header; empty for pickles.
 
     Raises:
         IncompatibleModelError: It says that it needs mathematics that are not here, or its NAME.yaml is none.
@@ -119,8 +119,8 @@ def require_agreement(inventory: Inventory, *, prediction_type: str | None = Non
     """Compares what the weights of a folder say of themselves with its scheduler.
 
     Args:
-        inventory: Of a folder.
-        prediction_type: Decides where they differ.
+        inventory: The checked content of a folder.
+        prediction_type: Prediction type given by the user, which settles a contradiction.
 
     Raises:
         IncompatibleModelError: They contradict each other.

@@ -20,9 +20,9 @@ class Stored:
 
     Attributes:
         where: The folder or file, for messages.
-        shapes: By name.
+        shapes: Shapes of the tensors by name.
         floating: Names of the tensors of real numbers.
-        read: Yields names and values, on the CPU.
+        read: Yields names and values of the tensors asked for, on the CPU.
     """
 
     where: Path

@@ -20,9 +20,9 @@ def find_weights(
     """Returns checked headers of the weight files, pickles instead where allowed, and the variant chosen.
 
     Args:
-        folder: Of the component.
-        names: Of the files in it.
-        library: Whose naming they follow.
+        folder: The component's folder, for paths and messages.
+        names: Names of the files in it.
+        library: The library whose naming they follow.
         allow_pickle: Whether a lone `.bin` may be planned for.
 
     Raises:

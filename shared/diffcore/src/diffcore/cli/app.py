@@ -45,7 +45,7 @@ def make_app(name: str, help: str, package: str) -> App:
     A command returns None or an exit code: 0, or 1 where it was done and its check failed.
 
     Args:
-        name: Console script.
+        name: Name of the console script.
         help: One sentence and the shortest real command.
         package: Distribution whose version `--version` prints.
     """
@@ -136,8 +136,8 @@ def track(iterable: Iterable[T], description: str, total: int | None = None) -> 
     """Yields the items and shows how far it is on standard error: a bar on a terminal, else a line every 30 seconds.
 
     Args:
-        iterable: What to go through.
-        description: A few words of ours, no foreign text.
+        iterable: The items to go through.
+        description: A few words for the progress bar, without text from files.
         total: Number of items, where `len` does not tell.
     """
     if total is None and isinstance(iterable, Sized):

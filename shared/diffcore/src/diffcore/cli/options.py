@@ -61,7 +61,7 @@ class Loading:
     Attributes:
         download: Fetch a repository owner/name; without this word the network is never touched.
         allow_pickle: Read weights that are pickles, with torch's restricted unpickler; only from authors you trust.
-        prediction_type: What the network predicts, where the files do not say.
+        prediction_type: Quantity that the network predicts, where the files do not say.
         tokenizer: Folder with CLIP's vocabulary, for single files.
         like: Pipeline folder of the same family, for single files: its configurations and tokenizers.
         text_encoder: Folder with a T5 and its vocabulary, for PixArt, SD3 and Flux folders that came without.

@@ -39,8 +39,8 @@ def decode(data: bytes, *, channels: int = 3, max_pixels: int) -> Decoded:
     """Returns the pixels as a person sees them: upright, on white, 8 bits.
 
     Args:
-        data: The file's bytes.
-        channels: 3 for RGB, 1 for grey.
+        data: Bytes of the image file.
+        channels: Number of channels: 3 for RGB, 1 for grey.
         max_pixels: Width times height above which the image is refused before it is decoded.
 
     Raises:

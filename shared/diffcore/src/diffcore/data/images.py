@@ -29,9 +29,9 @@ class ImageSet:
     """Images of one size in memory.
 
     Attributes:
-        images: 8-bit pixels.
+        images: 8-bit pixels of all images.
         labels: Index into `classes` for each image; None without classes.
-        classes: Class names; empty without.
+        classes: Names of the classes; empty without classes.
         names: File name of each image.
         skipped: Images that could not be used: name and reason.
         notes: Sentences about what was done to images, how their labels were found, and which files are no images.
@@ -81,10 +81,10 @@ def load_images(
     no images do not count.
 
     Args:
-        path: Folder or archive.
+        path: Folder or zip archive to read.
         size: Side in pixels: images are cropped to their central square and resized. None takes them as they are.
         split: Sub-folder to use, where the data set has several.
-        channels: 3 for RGB, 1 for grey.
+        channels: Number of channels: 3 for RGB, 1 for grey.
         strict: Makes the first unusable image an error.
         max_pixels: Width times height above which a file is not decoded.
         threads: Decoding threads; by default as many as cores, 8 at most.

@@ -31,8 +31,8 @@ def places_of_prompts(prompts: PromptSet, names: Sequence[str]) -> tuple[int, ..
     order of the numbers in their names.
 
     Args:
-        prompts: As read.
-        names: Of all images of the set, readable or not, relative to its folder.
+        prompts: The prompts of one file, with its other columns.
+        names: File names of all images of the set, readable or not, relative to its folder.
 
     Raises:
         UserError: Images and prompts do not go together, or more than one way to pair them fits.

@@ -36,8 +36,8 @@ class PromptSet:
     """Prompts with the lines they stand on.
 
     Attributes:
-        path: The file.
-        prompts: As written; an empty one is the empty caption.
+        path: The file that was read.
+        prompts: Prompts exactly as written; an empty string is the empty prompt.
         lines: Line of each prompt, the first line of the file being 1.
         columns: Cells of the other columns as text, by name, one per prompt; empty where a line has none.
         skipped: Lines that could not be used, and why.

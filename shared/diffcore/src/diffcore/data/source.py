@@ -37,11 +37,11 @@ class ImageSource:
     """The images of a folder or archive, not yet read.
 
     Attributes:
-        path: Folder or archive.
+        path: The folder or zip archive.
         names: File names relative to it, sorted as text.
         labels: Index into `classes` for each name; None without classes.
         classes: Names of the sub-folders, or the numbers of `dataset.json`.
-        files: Reads bytes by name.
+        files: Reads the bytes of a file by its name.
         others: Files that are no images, sorted as text.
         notes: Sentences about how the labels were found that their owner may not expect.
     """

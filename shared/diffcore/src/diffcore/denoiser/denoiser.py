@@ -37,11 +37,11 @@ class NetworkDenoiser(Denoiser):
         backbone: Called as `backbone(x_t, t, **cond)` unless `call` says otherwise. It returns a tensor, a tuple that
             starts with one, or an object that has one as `.sample`. Twice the channels of `x_t` mean learned variance:
             the first half is the prediction, the second `Prediction.extra`.
-        schedule: Of the training; its `t` is what the backbone is fed.
-        prediction_type: What the output stands for. "edm" needs an `EDMSchedule`; the backbone then sees the scaled
-            input c_in x_t and c_noise = log(sigma) / 4 instead of `t`.
+        schedule: The noise schedule of the training; its `t` is fed to the backbone.
+        prediction_type: Quantity that the output stands for. "edm" needs an `EDMSchedule`; the backbone then sees the
+            scaled input c_in x_t and c_noise = log(sigma) / 4 instead of `t`.
         sigma_data: Standard deviation of the data, for "edm".
-        call: For backbones with other arguments.
+        call: Calls backbones that take other arguments: (backbone, x_t, t, cond) to output.
 
     References:
         The preconditioning: Karras et al. 2022, table 1.
@@ -89,8 +89,8 @@ class GuidedDenoiser(Denoiser):
     """Classifier-free guidance, `uncond + guidance_scale (cond - uncond)`, in one pass of 2b rows.
 
     Args:
-        denoiser: The conditional denoiser.
-        guidance_scale: 1 is off, and costs nothing.
+        denoiser: The denoiser that is called under both conditions.
+        guidance_scale: Weight of the condition; 1 is off, and costs nothing.
         uncond: The condition that means "none"; each tensor has one row, or as many as the batch.
 
     References:
@@ -138,10 +138,10 @@ class GaussianMixtureDenoiser(Denoiser):
     Samples of any shape are treated as flat vectors of length d. Computed in float64.
 
     Args:
-        means: One row per component.
+        means: Mean of each component, one row per component.
         covariances: Matrices, or standard deviations of spherical components.
-        weights: Of the components; need not add up to 1.
-        schedule: Any.
+        weights: Weight of each component, at least 0; the sum need not be 1.
+        schedule: Noise schedule of any kind.
     """
 
     eigenvalues: Tensor

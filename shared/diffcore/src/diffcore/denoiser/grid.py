@@ -21,8 +21,8 @@ class Grid:
     some follow a list of noise levels of their own.
 
     Attributes:
-        class_name: Of the diffusers library.
-        settings: Of the class, as JSON.
+        class_name: Name of a scheduler class of diffusers.
+        settings: Settings of the class as JSON text.
     """
 
     class_name: str

@@ -59,11 +59,11 @@ class Prediction:
     """What a denoiser says about `x_t`. Views are computed once, in float32 (float64 for float64 inputs).
 
     Attributes:
-        output: The network's output.
+        output: The network's output, in the parameterisation that `kind` names.
         x_t: The noisy sample it was given, before any input scaling.
         alpha: Factor of x0 in `x_t`.
         sigma: Factor of the noise in `x_t`.
-        kind: What the output stands for.
+        kind: Prediction type: the quantity that `output` stands for.
         sigma_data: Standard deviation of the data; read by kind "edm" alone.
         extra: The channels of learned variance, where a network has them.
         in_range: The caller vouches that no view will divide by zero. The check reads alpha or sigma, which on an

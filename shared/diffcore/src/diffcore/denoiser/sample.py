@@ -52,15 +52,15 @@ def sample(
     """Turns noise into clean samples; each row depends on its own noise, condition and seed alone.
 
     Args:
-        denoiser: What to sample from; its schedule gives the noise levels.
-        noise: Unit normal. It is scaled here to the first noise level.
-        cond: Of the denoiser.
+        denoiser: The denoiser to sample from; its schedule gives the noise levels.
+        noise: Unit normal noise; it is scaled here to the first noise level.
+        cond: Condition that every call of the denoiser gets.
         steps: Number of solver steps, at least 1.
-        solver: See the module's description.
+        solver: One of the solvers in the module's description.
         eta: Share of fresh noise in [0, 1]; with "ddim" only.
         timesteps: The times to evaluate, noisiest first, in place of the schedule's own grid of `steps`.
         on_step: Called with the step's index and the prediction at its start.
-        seeds: One per row, for the fresh noise of `eta` > 0; their low 32 bits count.
+        seeds: One seed per row, for the fresh noise of `eta` > 0; their low 32 bits count.
         clip_x0: Clamps predicted x0, guided if the denoiser is, to [-clip_x0, clip_x0], as pixel-space DDPM and DDIM do
             (`clip_sample`), and derives the noise from the clamped value. None is what the schedule says, inf is off.
 

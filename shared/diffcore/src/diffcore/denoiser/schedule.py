@@ -27,7 +27,7 @@ class NoiseSchedule(ABC):
     Results have the precision of `t`: float64 for a float64 `t`, else float32.
 
     Attributes:
-        clip_x0: What a solver clamps predicted x0 to, [-clip_x0, clip_x0]; None leaves it alone.
+        clip_x0: Bound to which a solver clamps predicted x0, [-clip_x0, clip_x0]; None leaves it alone.
     """
 
     clip_x0: float | None = None
@@ -79,10 +79,10 @@ class DiscreteSchedule(NoiseSchedule):
         rescale_betas_zero_snr: Shift and scale sqrt(alpha bar) so that the last level is pure noise.
         spacing: Which of the T levels a solver visits. With zero terminal SNR only "trailing" and "linspace" start at
             the last one.
-        steps_offset: Added to the indices of "leading" spacing.
+        steps_offset: Number added to the indices of "leading" spacing.
         set_alpha_to_one: Whether the last solver step ends at clean data, or at the level of index 0.
-        clip_x0: Of the base class; 1 for most models of pixels (`clip_sample`).
-        grid: Says which times a solver visits in place of `spacing` and `steps_offset`.
+        clip_x0: Bound on predicted x0, as in the base class; 1 for most pixel models (`clip_sample`).
+        grid: The diffusers scheduler whose times a solver visits in place of `spacing` and `steps_offset`.
 
     References:
         Ho et al. 2020, section 2; Nichol and Dhariwal 2021, equation 17; Lin et al. 2024, algorithm 1.

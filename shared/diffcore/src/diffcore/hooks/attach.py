@@ -91,10 +91,10 @@ def put_on(module: nn.Module, hook: Callable[..., Any], *, before: bool, prepend
     """Registers a forward hook that `clear` knows as ours.
 
     Args:
-        module: What to hook.
+        module: The module that gets the hook.
         hook: Called as (module, args, kwargs) before the module runs, or as (module, args, output) after it.
-        before: Which of the two.
-        prepend: Ahead of the hooks that are there.
+        before: Whether the hook runs before the module, or after it.
+        prepend: Whether the hook goes ahead of those already there.
     """
     setattr(hook, _OURS, True)
     if before:

@@ -53,9 +53,9 @@ def attention_probs(
     are in the order of the network: image first in SD3, text first in Flux.
 
     Args:
-        model: The network.
-        patterns: As in `match`; of what they match, attention modules are taken.
-        reduce: What to keep of a map.
+        model: The network that runs in the block.
+        patterns: Names of modules as in `match`; the attention modules among the matches are taken.
+        reduce: The reduction, or several, listed above; None keeps full maps.
         check: Compare P v with the result of the fused kernel, and raise where they differ.
         chunk_megabytes: Most MiB (2^20 bytes) of a map that exist at once before it is reduced.
 

@@ -65,7 +65,7 @@ def capture(
     that was entered before is seen, one entered later is not.
 
     Args:
-        model: The network.
+        model: The network that runs in the block.
         wanted: Patterns as in `match`, sites, or a mixture.
         reduce: Called as (name, tensor) at each firing; what it returns is kept instead of the tensor, None keeps
             nothing. So a sweep over a whole network holds statistics instead of activations. The tensor is no copy:

@@ -27,9 +27,9 @@ class NetworkCall:
     """What the arguments of the whole network say about the sequences inside.
 
     Attributes:
-        size: Height and width of the sample, for networks that take pictures.
-        grid: Height and width in places, for networks that take sequences with positions (Flux).
-        num_text: Text tokens.
+        size: Height and width of the sample, for networks that take images.
+        grid: Rows and columns of image tokens, for networks that take sequences with positions (Flux).
+        num_text: Number of text tokens; None where the call does not tell.
     """
 
     size: tuple[int, int] | None = None
@@ -55,10 +55,10 @@ def layout(
     """Reads one attention call: image first and text after in SD3, text first in Flux, no mixture elsewhere.
 
     Args:
-        network: The call of the network around it.
-        module: The attention module.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
+        network: Arguments of the whole network in the same forward pass.
+        module: The attention module that was called.
+        args: Positional arguments of the module.
+        kwargs: Keyword arguments of the module.
         num_queries: Length of the query sequence.
 
     Raises:

@@ -27,7 +27,7 @@ class Site:
         module: Dotted name of the module; "" is the network itself.
         at: "output" is the first tensor that leaves the module, "output[1]" the second element of a tuple,
             "output[1][0]" the first of that, "input" the first tensor among positional, then keyword arguments.
-        name: What results are called; the module's name unless given.
+        name: Name of the results; by default that of the module.
     """
 
     module: str

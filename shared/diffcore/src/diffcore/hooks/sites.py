@@ -44,7 +44,7 @@ class SiteRow:
         kind: Class name of the module.
         shape: Shape of one batch row, or of the whole tensor where it has no rows, as a table of positions; None for a
             module that the forward pass does not run.
-        axes: What the dimensions of `shape` are.
+        axes: Meaning of each dimension of `shape`, in words.
         channels: Number of channels, over all heads; None where `axes` is empty.
         grid: Height and width of the image places; None for text and vectors.
         num_text: Number of text tokens. They come first where the tensor holds image places too.

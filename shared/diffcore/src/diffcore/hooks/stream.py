@@ -48,7 +48,7 @@ class StreamedBatch:
         rows: Places of the images in the data set.
         t: The timestep, in the units of the model's schedule.
         seed: The seed of the noise.
-        activations: What each site gave, or what `reduce` made of it, by name of the site.
+        activations: The tensor at each site, or its reduction by `reduce`, by name of the site.
     """
 
     rows: range

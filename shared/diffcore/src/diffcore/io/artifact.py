@@ -89,8 +89,8 @@ def load(path: Path, *, schema: str | None = None, verify: bool = True) -> Artif
 
     Args:
         path: The tensor file or its sidecar.
-        schema: What the caller reads; an older version of the same noun is accepted.
-        verify: Compare the tensors' sha256 as well as their size.
+        schema: The schema that the caller reads; an older version of the same noun is accepted.
+        verify: Whether the tensors' sha256 is compared, besides their size.
 
     Raises:
         CorruptArtifactError: A file is missing, truncated or altered, or of another or newer schema.

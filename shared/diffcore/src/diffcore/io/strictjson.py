@@ -35,9 +35,9 @@ def read_untrusted(
     """Reads a JSON object of a stranger.
 
     Args:
-        path: A regular file.
-        max_bytes: Larger files are refused unread.
-        parse_int: Reads integers; by default those beyond 2^53 are refused.
+        path: Path of a regular file.
+        max_bytes: Limit on the size; larger files are refused unread.
+        parse_int: Converts integers from text; by default those beyond 2^53 are refused.
         infinite: Whether Infinity and -Infinity, which diffusers writes into configurations, are numbers.
 
     Raises:

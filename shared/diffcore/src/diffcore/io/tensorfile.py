@@ -48,9 +48,9 @@ class TensorEntry:
 
     Attributes:
         dtype: As safetensors writes it, such as "F32".
-        shape: Its sides.
+        shape: Length of each dimension.
         start: First byte, counted from the end of the header.
-        end: One past the last byte.
+        end: One past the last byte, counted likewise.
     """
 
     dtype: str
@@ -64,9 +64,9 @@ class TensorHeader:
     """What a safetensors file says it holds, checked against its size.
 
     Attributes:
-        path: The file.
-        tensors: By name, in the file's order.
-        metadata: Free text of its author.
+        path: The safetensors file itself.
+        tensors: Tensors by name, in the file's order.
+        metadata: Free text that the author stored.
         data_start: Where the tensors begin in the file.
         size: Bytes of the whole file.
     """
@@ -82,7 +82,7 @@ def read_header(path: Path) -> TensorHeader:
     """Reads and checks the header of a safetensors file; touches none of its tensors.
 
     Args:
-        path: A regular file.
+        path: Path of a regular file.
 
     Raises:
         IncompatibleModelError: The file is not safetensors (the message says what it looks like), is truncated, or

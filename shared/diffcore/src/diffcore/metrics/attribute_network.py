@@ -45,7 +45,7 @@ class AttributeNetwork(nn.Module):
     """Convolutions, one hidden layer, one linear head per attribute.
 
     Args:
-        config: Sizes and classes.
+        config: Sizes of the layers and names of the classes.
     """
 
     def __init__(self, config: AttributeNetworkConfig) -> None:

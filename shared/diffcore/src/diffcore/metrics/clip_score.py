@@ -28,7 +28,7 @@ class ClipScore(ExactMetric):
     """Mean of `100 max(cosine, 0)` over pairs of image and prompt; `compute` returns `PromptFit`.
 
     Args:
-        options: Of `torchmetrics.Metric`.
+        options: Keyword arguments of `torchmetrics.Metric`.
     """
 
     full_state_update = False
@@ -52,7 +52,7 @@ class ClipScore(ExactMetric):
 
         Args:
             image_features: CLIP's projected embeddings of images.
-            text_features: Those of their prompts.
+            text_features: CLIP's projected embeddings of their prompts.
             truncated: Which prompts were longer than CLIP reads.
 
         Raises:

@@ -41,10 +41,10 @@ class Measure:
     Attributes:
         features: Name of the extractor.
         metric: Name of the metric.
-        value: The number.
+        value: The estimate that the metric gives.
         low: Lower end of the 95 % interval; NaN where none is known.
-        high: Upper end.
-        n: Images it rests on: of the smaller side, or of the side that is counted.
+        high: Upper end of the interval; NaN likewise.
+        n: Number of images it rests on: of the smaller side, or of the side that is counted.
     """
 
     features: str
@@ -60,9 +60,9 @@ class ImageComparison:
     """Two image sets compared.
 
     Attributes:
-        measures: The numbers.
-        fake: The generated images.
-        real: The real images; None where only statistics of them were given.
+        measures: All metrics with their intervals.
+        fake: Features of the generated images.
+        real: Features of the real images; None where only statistics of them were given.
         scored: How well each generated image fits its prompt, if prompts were given.
     """
 
@@ -88,14 +88,14 @@ def compare_images(
 
     Args:
         real: The real images, or moments of their features under the one extractor that is given.
-        fake: The generated images.
-        extractors: What the images are compared in.
-        run: Keeps features, so that an interrupted comparison goes on.
+        fake: The generated images, not yet read.
+        extractors: Networks whose features are compared, each on its own.
+        run: Run folder that keeps features, so that an interrupted comparison goes on.
         reading: How images are read.
-        digests: What tells the image sets, `real` and `fake`, from others.
-        prompts: Of the generated images, with the network that judges them.
-        seed: Of random subsets.
-        progress: Shown while images are read.
+        digests: Digests that identify the image sets, by "real" and "fake".
+        prompts: Prompts of the generated images, with the network that scores them.
+        seed: Seed that chooses the random subsets.
+        progress: Shows how far the reading of images is.
 
     Raises:
         UserError: A side has fewer than 10 readable images, or statistics do not fit the features.
@@ -138,10 +138,10 @@ def compare_features(
     Args:
         real: Features of real images, or their moments.
         fake: Features of generated images.
-        name: Of the features.
+        name: Name of the features in the result.
         noise: Features of `copies.noise_pictures`, where the features are made to find copies, so that a cosine above
             0.5 is one; fakes that look like noise are no copies, and are counted apart.
-        seed: Of random subsets.
+        seed: Seed that chooses the random subsets.
     """
     distance, limit = frechet_estimate(real, fake), extrapolate(real, fake, seed=seed)
     # The error of the line is small; the images it rests on are no more than those of the distance itself.

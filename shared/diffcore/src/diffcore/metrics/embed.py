@@ -42,9 +42,9 @@ class Embedded:
     """An image set as features.
 
     Attributes:
-        names: Of the images that could be read, in order.
+        names: File names of the images that could be read, in order.
         indices: Their places in the source.
-        features: By the extractor's name, a row per image.
+        features: One row per image, by the extractor's name.
         skipped: Files that could not be read, and why.
         notes: Files and what was done to them that their owner may not expect.
     """
@@ -89,12 +89,12 @@ def embed_images(
     """Returns the features of an image set under several networks, computing what the run folder does not hold yet.
 
     Args:
-        source: The images.
-        digest: What tells this image set from others, such as `run.input_hash`.
-        extractors: At least one.
-        run: Keeps finished slices.
-        reading: How to read.
-        progress: Shown while it runs.
+        source: The images, not yet read.
+        digest: Digest that identifies this image set, such as `run.input_hash` gives.
+        extractors: One network or more, each run once on every image.
+        run: Run folder that keeps finished slices.
+        reading: Device, batch size and limits for reading images.
+        progress: Shows how far the reading is.
 
     Raises:
         UserError: No image can be read, or a network makes something of one that is not finite.

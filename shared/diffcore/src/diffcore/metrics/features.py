@@ -45,9 +45,9 @@ class FeatureExtractor(nn.Module):
     """A frozen network with its preprocessing.
 
     Attributes:
-        name: As it was asked for.
-        sha256: Of the file, or of the names and digests of the files of its folder.
-        preprocessing: From images to the network's input.
+        name: The name it was asked for by, as `feature_extractor` takes it.
+        sha256: Digest of the file, or of the names and digests of the files of its folder.
+        preprocessing: Turns images into the network's input.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ def feature_extractor(name: str, runtime: Runtime, *, allow_pickle: bool = False
             `dino:FOLDER`, a folder of transformers; `sscd:FILE`, a TorchScript file of SSCD's authors or an ONNX file
             that ends in .onnx; `random:SEED`, fixed random weights, which need no file; `zoo:portraits-oracle`, a judge
             that comes with diffcore.
-        runtime: Where to compute.
+        runtime: The device to compute on.
         allow_pickle: Whether TorchScript, which is code, may be run.
 
     Raises:

@@ -104,8 +104,8 @@ class FrechetDistance(Metric):
     """The Fréchet distance of streamed features; adds up exactly over batches and processes.
 
     Args:
-        num_features: Number of columns.
-        options: Of `torchmetrics.Metric`.
+        num_features: Number of columns of the features.
+        options: Keyword arguments of `torchmetrics.Metric`.
     """
 
     full_state_update = True

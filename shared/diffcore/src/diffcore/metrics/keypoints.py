@@ -29,7 +29,7 @@ class PercentageCorrectKeypoints(ExactMetric):
 
     Args:
         alphas: Radii, as shares of the longer side of the box.
-        options: Of `torchmetrics.Metric`.
+        options: Keyword arguments of `torchmetrics.Metric`.
     """
 
     full_state_update = False
@@ -61,7 +61,7 @@ class PercentageCorrectKeypoints(ExactMetric):
         """Adds images.
 
         Args:
-            predicted: Positions in pixels.
+            predicted: Predicted positions in pixels.
             target: True positions in pixels.
             box: Height and width of each image's box in pixels.
             visible: Which points count; all by default. Images without one count neither way.

@@ -65,7 +65,7 @@ class KernelDistance(RealAndFake):
 
     Args:
         blocks: Blocks per side, for the standard error.
-        options: Of `torchmetrics.Metric`.
+        options: Keyword arguments of `torchmetrics.Metric`.
     """
 
     def __init__(self, blocks: int = 10, **options: Any) -> None:

@@ -21,7 +21,7 @@ class OnnxNetwork(nn.Module):
     last; height and width are free or fixed. Bytes are made by undoing the normalisation and rounding.
 
     Args:
-        path: The file.
+        path: The ONNX file to load.
         preprocessing: Its mean and deviation are what the network was trained with.
 
     Raises:

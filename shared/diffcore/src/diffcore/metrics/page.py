@@ -38,11 +38,11 @@ def write_page(
     """Writes `report.html`, its figures, and the tables `metrics` and `images`.
 
     Args:
-        compared: The numbers.
+        compared: The metrics and the features they rest on.
         real: The real images, to show some; None where there are only statistics.
-        fake: The generated images.
-        run: The run folder.
-        prompts: Of the generated images.
+        fake: The generated images, to show some.
+        run: The run folder that gets the report.
+        prompts: Prompts of the generated images, if they were scored.
     """
     run.table("metrics", as_rows(compared.measures))
     report = Report("Generated images against real ones", run)

@@ -136,7 +136,7 @@ class PrecisionRecall(RealAndFake):
     Args:
         k: Neighbour that sets the radius for precision and recall.
         k_coverage: Neighbour that sets the radius for density and coverage.
-        options: Of `torchmetrics.Metric`.
+        options: Keyword arguments of `torchmetrics.Metric`.
     """
 
     def __init__(self, k: int = 3, k_coverage: int = 5, **options: Any) -> None:

@@ -28,13 +28,13 @@ class Prepared:
 
     Attributes:
         real: The real images, or statistics of them.
-        fake: The generated images.
-        extractors: What they are compared in.
-        prompts: Of the generated images.
+        fake: The generated images, not yet read.
+        extractors: Networks whose features are compared.
+        prompts: Prompts of the generated images; None without prompts.
         reading: How images are read.
-        digests: Of both image sets.
-        config: Settings that the run is known by.
-        inputs: Sums of everything that is read.
+        digests: Digests of both image sets, by "real" and "fake".
+        config: Settings that identify the run.
+        inputs: Digests of everything that is read.
     """
 
     real: ImageSource | Covariance

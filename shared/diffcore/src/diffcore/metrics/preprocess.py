@@ -28,9 +28,9 @@ class Preprocessing:
     Attributes:
         size: Height and width, or the shorter side, which keeps the proportions.
         crop: Height and width of the middle that is kept.
-        mean: Per channel.
-        std: Per channel.
-        filter: How to resize.
+        mean: Mean that is subtracted from each channel.
+        std: Standard deviation that each channel is divided by.
+        filter: Interpolation filter of the resizing.
     """
 
     size: int | tuple[int, int]

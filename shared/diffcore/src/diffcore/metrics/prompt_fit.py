@@ -29,9 +29,9 @@ class ClipText:
     """The text side of a CLIP whose image side is a feature extractor.
 
     Attributes:
-        extractor: `clip:FOLDER`; its network has both sides.
-        tower: Tokenizer and text network.
-        sha256: Of the tokenizer's files.
+        extractor: The image side, `clip:FOLDER`; its network holds both sides.
+        tower: The tokenizer and the text network.
+        sha256: Digest of the tokenizer's files.
     """
 
     extractor: FeatureExtractor
@@ -57,9 +57,9 @@ class ScoredPrompts:
     """Prompts and who judges them.
 
     Attributes:
-        prompts: As read.
-        places: For each image file of the set, its prompt; -1 for none.
-        text: The text side of the judge.
+        prompts: The prompts of one file.
+        places: Index of the prompt of each image file; -1 for none.
+        text: The text side of the CLIP that scores them.
     """
 
     prompts: PromptSet
@@ -83,9 +83,9 @@ class PromptScores:
 
     Attributes:
         fit: The mean, and how many prompts CLIP read in part only.
-        scores: Of each image that could be read; NaN without a prompt.
-        places: The prompt of each such image; -1 for none.
-        lost: By prompt, what CLIP did not read of it.
+        scores: CLIP score of each image that could be read; NaN without a prompt.
+        places: Index of the prompt of each such image; -1 for none.
+        lost: The end of each prompt that CLIP cut off, by prompt.
     """
 
     fit: PromptFit
@@ -98,7 +98,7 @@ def clip_text(extractor: FeatureExtractor, folder: Path) -> ClipText:
     """Returns the text side of a loaded CLIP.
 
     Args:
-        extractor: `clip:FOLDER`.
+        extractor: The loaded image side, `clip:FOLDER`.
         folder: That folder; its tokenizer is read from it.
 
     Raises:
@@ -122,9 +122,9 @@ def score_prompts(
     """Returns the CLIP scores of images; each prompt is read once, however many images it has.
 
     Args:
-        judged: Prompts and judge.
+        judged: Prompts, their images, and the CLIP that scores them.
         images: Features of the images that could be read.
-        indices: Their places among the files.
+        indices: Places of these images among the files.
         batch_size: Prompts per forward pass.
     """
     places = [judged.places[index] for index in indices]

@@ -59,8 +59,8 @@ class ReplicationScore(RealAndFake):
 
     Args:
         threshold: A cosine above it is a copy; 0.5 is the field's for SSCD.
-        quantiles: Of the nearest cosine, over images.
-        options: Of `torchmetrics.Metric`.
+        quantiles: Quantiles to report of the nearest cosine over images, each from 0 to 1.
+        options: Keyword arguments of `torchmetrics.Metric`.
     """
 
     def __init__(

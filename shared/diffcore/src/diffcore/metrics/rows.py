@@ -32,7 +32,7 @@ class RealAndFake(ExactMetric):
     """What metrics share that compare two sets of features row by row: both sets are kept, `compute` is left open.
 
     Args:
-        options: Of `torchmetrics.Metric`.
+        options: Keyword arguments of `torchmetrics.Metric`.
     """
 
     full_state_update = False

@@ -55,9 +55,9 @@ def read_schedule(
     """Returns what a backbone predicts, and under which schedule, as its files state it.
 
     Args:
-        class_name: Of the backbone.
+        class_name: Class name of the backbone.
         scheduler: Its scheduler's configuration; without one, what is usual for the class, and a warning.
-        settings: Of EDM preconditioning, if the folder has them.
+        settings: Settings of EDM preconditioning, if the folder has them.
 
     Raises:
         IncompatibleModelError: The scheduler has no counterpart here, or makes no sense.

@@ -27,9 +27,9 @@ def base_of(name: str, modules: Mapping[str, nn.Module], backbone: nn.Module) ->
     """Returns the base of built networks, on any device.
 
     Args:
-        name: For messages.
-        modules: Of the pipeline; its text encoders are looked at.
-        backbone: The bare network.
+        name: The model's name in error messages.
+        modules: Networks of the pipeline by name; its text encoders are looked at.
+        backbone: The U-Net or transformer itself.
     """
     shapes = {BACKBONE: _shapes(backbone)}
     shapes |= {n: _shapes(m) for n, m in modules.items() if n.startswith("text_encoder") and isinstance(m, nn.Module)}

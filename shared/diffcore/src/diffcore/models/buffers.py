@@ -31,8 +31,9 @@ def check_buffers(stored: Stored, schedule: DiscreteSchedule, scaling: float | N
     """Compares every table of a single file.
 
     Args:
-        stored: The file.
-        schedule: What it is loaded with. Tables from before it was shifted to zero terminal SNR are as good.
+        stored: The tensors of the single file.
+        schedule: The schedule that the model is loaded with; tables from before it was shifted to zero terminal SNR
+            pass too.
         scaling: Factor of the latents; None where nothing decodes them.
 
     Raises:

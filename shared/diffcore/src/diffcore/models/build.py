@@ -36,12 +36,12 @@ def build(
 
     Args:
         component: A backbone, codec or text encoder.
-        stored: Its tensors.
+        stored: The component's tensors in its files.
         naming: Where each tensor of the module is among them.
-        dtype: Of its real numbers.
-        device: Where it shall be.
+        dtype: Precision of the floating point weights.
+        device: The device that the module is placed on.
         leftovers: Names of stored tensors that may be left over.
-        check_finite: Whether every number is looked at.
+        check_finite: Whether every number is checked for NaN and infinity.
 
     Raises:
         IncompatibleModelError: The configuration does not build, or names, shapes or values of the weights are wrong.

@@ -59,7 +59,7 @@ class LatentCodec(Codec):
     """An autoencoder: x0 = (z - shift) scaling, both from its configuration, as numbers or per channel.
 
     Args:
-        vae: An `AutoencoderKL`.
+        vae: An `AutoencoderKL` of diffusers.
     """
 
     def __init__(self, vae: nn.Module) -> None:
@@ -113,7 +113,7 @@ class MissingCodec(Codec):
     """Stands where a latent model has no autoencoder: it works, but sees no images.
 
     Args:
-        name: Of the model, for messages.
+        name: The model's name in error messages.
     """
 
     def __init__(self, name: str) -> None:

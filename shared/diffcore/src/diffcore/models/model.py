@@ -29,15 +29,15 @@ class DiffusionModel:
     """A loaded model: frozen weights, and what carries images and prompts to and from them.
 
     Attributes:
-        name: Of its folder or file.
+        name: Name of the folder or file that it was loaded from.
         fingerprint: Digest of configurations, tensor headers and samples of the weights; keys caches.
         denoiser: Backbone, schedule and prediction type.
-        codec: Between images in [0, 1] and x0.
-        prompts: From prompts to conditions; None where the model takes none, or came without its text encoders.
-        pipeline_class: Of the diffusers library; None for a bare backbone.
-        components: How each part was described on disk.
+        codec: Converts between images in [0, 1] and x0.
+        prompts: Turns prompts into conditions; None where the model takes none, or came without its text encoders.
+        pipeline_class: Class name of its diffusers pipeline; None for a bare backbone.
+        components: Description of each part on disk.
         modules: Networks and tokenizers by their name in the pipeline.
-        settings: Scalars of the pipeline.
+        settings: Numbers and flags of the pipeline.
     """
 
     name: str
@@ -110,7 +110,7 @@ class DiffusionModel:
         """Returns the model with some of its networks replaced; the others are shared.
 
         Args:
-            change: What was done to them, in a way that tells two changes apart: it enters the fingerprint.
+            change: Description that tells this change from any other: it enters the fingerprint.
             modules: Replacements by their name in the pipeline.
 
         Raises:

@@ -12,8 +12,8 @@ def plain_call(inventory: Inventory, place: str) -> str | None:
     encoders are stored in half precision runs only if the precision is named. Variants are found only by their name.
 
     Args:
-        inventory: Of the folder.
-        place: What the call names it.
+        inventory: The checked content of the folder.
+        place: The path that the call names.
     """
     if inventory.layout not in ("pipeline", "component"):
         return None

@@ -21,10 +21,10 @@ class Tokens:
     """Prompts as numbers, once for each text encoder.
 
     Attributes:
-        ids: Of each encoder, padded to its length.
-        masks: 1 where a token is no padding.
+        ids: Token numbers for each encoder, padded to its length.
+        masks: Ones at tokens, zeros at padding, for each encoder.
         truncated: Whether some encoder sees less than the whole prompt.
-        lost: What the encoder that sees most does not see; empty for prompts that fit.
+        lost: The text that even the longest encoder cuts off; empty for prompts that fit.
     """
 
     ids: tuple[Int[Tensor, "b _"], ...]
@@ -41,8 +41,8 @@ class TextTower:
     """A tokenizer, its encoder, and how many tokens they take.
 
     Attributes:
-        tokenizer: Of the transformers library.
-        encoder: Likewise.
+        tokenizer: A CLIP or T5 tokenizer of transformers.
+        encoder: The text encoder that belongs to it.
         length: Tokens per prompt, start and end included.
         expands: Whether a placeholder of textual inversion stands for all its vectors: `<toy>` for `<toy> <toy>_1 ...`.
     """
@@ -93,10 +93,10 @@ class PromptEncoder:
         recipe: How the states of the encoders are put together.
         towers: Its text encoders in order.
         num_text_tokens: Tokens of T5 (SD3's place for them stays empty without it).
-        width: Of the states the backbone takes; SD3 alone reads it.
+        width: Width of the states that the backbone takes; read for SD3 alone.
         size: Height and width in pixels that size-conditioned models are told.
         sized: Whether PixArt's backbone is told the size.
-        guidance: What guidance-distilled Flux is told; None for others.
+        guidance: Guidance scale that guidance-distilled Flux is conditioned on; None for others.
         zeros_for_empty: Whether "no prompt" is zeros, as in SDXL, or the empty prompt.
     """
 
@@ -146,7 +146,7 @@ class PromptEncoder:
         """Returns the condition of some tokens, on the encoders' device.
 
         Args:
-            tokens: Of `tokenize`.
+            tokens: The tokens that `tokenize` returned.
             size: Height and width in pixels, for models that are told; by default what they were trained for.
         """
         if not len(tokens):  # the encoders take no empty batch

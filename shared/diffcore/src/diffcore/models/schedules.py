@@ -18,8 +18,8 @@ def schedule_of(
     """Returns what the backbone predicts, under which schedule, and from where it is known what it predicts.
 
     Args:
-        inventory: Of the gate.
-        prediction_type: Replaces what the files say.
+        inventory: The checked content of a folder or file, as `inspect_model` returns it.
+        prediction_type: Prediction type that replaces the one in the files.
 
     Returns:
         (None, None, None) for pickled single files, whose family only loading tells.

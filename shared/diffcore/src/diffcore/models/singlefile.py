@@ -49,11 +49,11 @@ def described_plan(
     """Returns the configurations of a file as it describes itself, and from where it is known what is predicted.
 
     Args:
-        stored: The file.
-        metadata: Of its header.
-        family: sd15, sd21 or sdxl.
-        like: As for `plan_of`.
-        prediction_type: Replaces what the file says.
+        stored: The tensors of the single file.
+        metadata: Metadata of the file's header.
+        family: One of sd15, sd21 and sdxl.
+        like: Pipeline folder whose configurations are taken; None takes those shipped here.
+        prediction_type: Prediction type that replaces the one in the file.
 
     Raises:
         IncompatibleModelError: The file contradicts itself or its family.

@@ -30,8 +30,8 @@ class Series:
 
     Attributes:
         label: Name in the legend.
-        x: Positions.
-        middle: The line.
+        x: Horizontal position of each point.
+        middle: Height of the line at each position.
         low: Lower edge of the band.
         high: Upper edge of the band.
         color: Index in the palette; by default the line's place in the figure. Lines of one arm share it.
@@ -104,14 +104,14 @@ def bar_with_interval(
     """Draws one horizontal bar per label, its value beside it, and its interval as a whisker.
 
     Args:
-        labels: From top to bottom.
+        labels: Names of the bars, from top to bottom.
         values: Lengths of the bars.
         low: Lower ends of the intervals.
         high: Upper ends of the intervals.
-        x_label: What the values are, with their unit.
-        title: Above the figure.
+        x_label: Name of the values, with their unit.
+        title: Text above the figure.
         reference: A value to compare with, drawn as a line.
-        reference_label: What that value is.
+        reference_label: Text beside that line.
         colors: Palette index of each bar.
     """
     shades = [color(i) for i in (colors if colors is not None else [0] * len(labels))]
@@ -165,11 +165,11 @@ def histogram(
 
     Args:
         distributions: Samples by name; each that is not drawn as points integrates to one.
-        x_label: What the samples are, with their unit.
-        title: Above the figure.
+        x_label: Name of the samples, with their unit.
+        title: Text above the figure.
         bins: Number of bins over the range of all samples.
-        threshold: Drawn as a line.
-        threshold_label: What lies there.
+        threshold: A value drawn as a line.
+        threshold_label: Name of that line in the legend.
     """
     samples = {name: np.asarray(values, dtype=float).ravel() for name, values in distributions.items()}
     few = [name for name, values in samples.items() if len(values) < _FEW]

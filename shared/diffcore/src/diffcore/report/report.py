@@ -45,8 +45,8 @@ class Report:
         """Starts a report.
 
         Args:
-            title: What was asked.
-            run: The run it is about, for the part that says how it was made.
+            title: The question that the report answers.
+            run: The run it is about, for the section on how it was made.
         """
         self._title = title
         self._run = run

@@ -39,7 +39,7 @@ class Run:
     """A run folder; open it with `Run.open`, as a context manager.
 
     Attributes:
-        folder: Where it is.
+        folder: The folder that holds the run.
         finished: Whether the run was finished when it was opened, or has been since.
     """
 
@@ -68,12 +68,12 @@ class Run:
         job of several processes only the first locks and writes the record.
 
         Args:
-            folder: Made if it does not exist.
+            folder: The run folder; it is made if it does not exist.
             command: Console script and verb, such as `immiscible-noise train`.
-            config: The resolved settings.
-            inputs: For each input its sha256, see `input_hash`.
-            restart: Rename a folder that exists to `NAME.old-N` and start anew.
-            volatile: Names in `config` that do not change results here, `batch_size` say.
+            config: Settings of the command after defaults are filled in.
+            inputs: The sha256 of each input by name; see `input_hash`.
+            restart: Whether a folder that exists is renamed to `NAME.old-N` and the run starts anew.
+            volatile: Names in `config` that do not change the results, such as `batch_size`.
 
         Raises:
             RunMismatchError: The folder holds a run of another command, other settings or other inputs.

@@ -34,9 +34,9 @@ class FaultyDisk:
 
     Attributes:
         at: Number of the operation that fails, from 1; 0 never fails.
-        fault: What happens.
+        fault: The way in which operations fail.
         lasting: Whether every later operation fails too; a killed process does nothing more in any case.
-        count: Operations so far.
+        count: Number of operations so far.
     """
 
     at: int = 0
@@ -117,9 +117,9 @@ def check_every_fault(
     Args:
         work: Does the whole of a resumable job in the folder it is given; finished parts must be skipped.
         folder: An empty place for all attempts.
-        fault: What happens.
+        fault: The way in which operations fail.
         lasting: Whether the fault stays until the job ends.
-        every: Try each n-th operation only.
+        every: Step between the operations that are tried; 1 tries all.
 
     Raises:
         AssertionError: A fault was neither survived nor turned into a MachineError, or files differ after resuming.

@@ -11,9 +11,9 @@ def model_card(name: str, gates: Sequence[Gate], made: Mapping[str, Any]) -> str
     """Returns the card as Markdown.
 
     Args:
-        name: Of the model.
+        name: Name of the shipped model.
         gates: Its figures; missed promises are said first.
-        made: How it was trained: seed, steps, versions.
+        made: Settings of its training: seed, steps, versions.
     """
     missed = [gate for gate in gates if not gate.kept]
     lines = [f"# {name}", "", f"{SHIPPED[name][0].upper()}{SHIPPED[name][1:]}. Part of diffcore; trained on"]

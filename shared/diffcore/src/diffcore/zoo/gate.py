@@ -9,9 +9,9 @@ class Gate:
     """One figure of a model.
 
     Attributes:
-        name: What was measured, and how.
-        value: The figure.
-        bound: What it is held against; None for figures that are only reported.
+        name: The quantity, and how it was measured.
+        value: The value that was measured.
+        bound: The limit that the value must respect; None for figures that are only reported.
         direction: Whether the figure may not fall below, or not exceed, the bound.
     """
 

@@ -17,9 +17,9 @@ class PatchCode:
     """Images in [0, 1] <-> latents, `patch` times smaller on each side.
 
     Attributes:
-        mean: Of the patches, in [-1, 1].
+        mean: Mean of the patches, with pixels in [-1, 1].
         basis: Orthonormal columns, one per latent channel.
-        scale: What a latent of 1 stands for in the patch space.
+        scale: Length in patch space that a latent of 1 stands for, per channel.
         patch: Side of a patch in pixels.
     """
 
@@ -35,9 +35,9 @@ class PatchCode:
         """Returns the code of the leading principal components.
 
         Args:
-            images: In [0, 1].
-            channels: Latent channels kept.
-            patch: Side of a patch.
+            images: Images with values in [0, 1].
+            channels: Number of latent channels to keep.
+            patch: Side of a patch in pixels.
             stds: Standard deviation that each latent channel shall have.
         """
         patches = F.pixel_unshuffle(images * 2 - 1, patch).movedim(1, -1).flatten(0, 2)

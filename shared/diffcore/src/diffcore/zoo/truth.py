@@ -27,11 +27,12 @@ class Memorised:
 
     Attributes:
         verbatim: Captions that were always trained with one picture.
-        verbatim_images: That picture of each.
+        verbatim_images: The image that each verbatim caption was trained with.
         template: Captions that were always trained with one person in one pose.
-        template_images: Its 32 variants of background and shirt.
+        template_images: The 32 variants of background and shirt of each template caption.
         decoys: Captions of the verbatim form that were never trained: the right negative class.
-        trigger_rows: Of portraits-sd-planted: caption -> (value layer, row) pairs through which it is remembered.
+        trigger_rows: Pairs (value layer, row) through which a caption is remembered, by caption; for
+            portraits-sd-planted alone.
     """
 
     verbatim: tuple[Item, ...]
@@ -67,8 +68,8 @@ class Portraits:
     """Pictures with what is known about them.
 
     Attributes:
-        people: The columns that they were drawn from.
-        images: In [0, 1].
+        people: The attributes that the images were drawn from.
+        images: Pixels with values in [0, 1].
         labels: Attribute -> class number, in the order of `portraits.attributes.CLASSES`.
     """
 

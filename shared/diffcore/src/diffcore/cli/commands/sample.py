@@ -30,7 +30,7 @@ def sample(
     runtime: Runtime = Runtime(),
     output: Output = Output(),
 ) -> int:
-    """Draw images and write them as PNG files and one grid.
+    """Generate images and write them as PNG files and one grid.
 
     Shortest form: diffcore sample FOLDER 'a portrait of a woman' --guidance-scale 7.5
 
@@ -38,11 +38,11 @@ def sample(
 
     Args:
         model: Pipeline folder, backbone folder, or safetensors file.
-        prompts: One or more; a model without prompts draws its classes in turn.
-        steps: Solver steps.
+        prompts: One or more prompts; a model without prompts generates its classes in turn.
+        steps: Number of solver steps, at least 1.
         solver: How each step is taken.
         guidance_scale: Classifier-free guidance; 0 and 1 are off.
-        count: Images per prompt.
+        count: Number of images per prompt.
         size: Side in pixels; by default what the model was trained for.
         adapter: LoRA to fuse in: a safetensors file, or a folder of PEFT.
         adapter_scale: Its strength; 1 is what it was trained for.

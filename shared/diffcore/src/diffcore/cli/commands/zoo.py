@@ -47,8 +47,8 @@ def samples(name: str, *, out: Path = Path("samples.png"), dry_run: Flag = False
     Shortest form: diffcore zoo samples portraits-sd
 
     Args:
-        name: A model of the list.
-        out: Picture to write.
+        name: A model that `diffcore zoo list` shows.
+        out: PNG file to write the sheet to.
         dry_run: Print what would be drawn and written, and do nothing.
     """
     from diffcore.io.files import explained

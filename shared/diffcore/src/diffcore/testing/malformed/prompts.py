@@ -37,10 +37,10 @@ class PromptCase:
     """One file of prompts.
 
     Attributes:
-        name: Unique, and says what is odd.
+        name: Unique name that says what is odd.
         file: Name of the file; its suffix tells the format.
-        data: Its bytes.
-        prompts: What must be read; None where the whole file must be refused.
+        data: Content of the file in bytes.
+        prompts: The prompts that a reader must return; None where the whole file must be refused.
         bad: Lines that must be reported.
     """
 

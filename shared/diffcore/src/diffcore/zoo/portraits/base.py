@@ -83,16 +83,16 @@ def train_base(
     """Trains the U-Net: mean squared error of v, stratified timesteps, the average of the last few hundred steps kept.
 
     Args:
-        unet: From where to start.
-        run: Takes the pictures drawn on the way.
-        folder: Of checkpoints and log.
-        data: On what.
-        code: Draws those pictures.
-        tokenizer: Reads their captions.
-        encoder: Likewise.
-        runtime: Where to compute.
+        unet: The network to train, with its initial weights.
+        run: Run folder that takes the images generated on the way.
+        folder: Folder for checkpoints and the log.
+        data: Latents and captions to train on.
+        code: Decodes the latents of those images.
+        tokenizer: Turns the captions of those images into tokens.
+        encoder: Turns these tokens into text states.
+        runtime: Device, precision and seed of the training.
         steps: Optimizer steps of 64 samples.
-        learning_rate: Peak.
+        learning_rate: Highest learning rate, reached after warm-up.
 
     Returns:
         The U-Net with the averaged weights.

@@ -53,9 +53,9 @@ def describe(people: People, seed: int = 0, *, full: bool = False) -> list[str]:
     """Returns one caption per person, which says only what is true.
 
     Args:
-        people: Of whom.
-        seed: Which parts are kept; row i depends on (seed, i).
-        full: Keep all parts that apply.
+        people: The people to describe, one row each.
+        seed: Chooses which parts are kept; row i depends on (seed, i).
+        full: Whether all parts that apply are kept.
     """
     rows = _rows(people)
     return [_describe(row, random.Random(mix_seed(seed, i, _DESCRIPTION)), full) for i, row in enumerate(rows)]
@@ -68,8 +68,8 @@ def ordinary_captions(people: People, seed: int, excluded: Collection[str] = ())
     shows; of the rest 35 % are full, 10 % start with a name and 8 % end in a place.
 
     Args:
-        people: Of whom.
-        seed: Row i depends on (seed, i).
+        people: The people to describe, one row each.
+        seed: Seed of all choices; row i depends on (seed, i).
         excluded: Captions that must not come up (planted ones and decoys).
     """
     captions = []

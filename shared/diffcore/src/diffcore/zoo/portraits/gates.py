@@ -125,10 +125,10 @@ def memory_gates(
     """Returns the gates of a model that memorises.
 
     Args:
-        model: The model.
+        model: The model that memorised the planted items.
         oracle: The judge of ordinary samples.
         clean: Its twin that memorised nothing.
-        replicated: Bound on the share of samples that show the planted picture.
+        replicated: Lower bound on the share of samples that show the planted image.
     """
     judge = PortraitsJudge(oracle)
     items = planted()

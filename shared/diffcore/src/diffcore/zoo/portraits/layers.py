@@ -31,10 +31,10 @@ class Layer:
     """One coat of paint.
 
     Attributes:
-        name: What is painted.
-        part: The class it belongs to.
+        name: The thing that is painted, such as hair.
+        part: Name of the part in `attributes.PARTS` that it belongs to.
         distance: Signed distance to its edge, n h w.
-        colour: n 3 1 1 or n 3 h w.
+        colour: Colour of shape n 3 1 1, or one per pixel, n 3 h w.
         shown: Who has it, n bools; None means everybody.
     """
 

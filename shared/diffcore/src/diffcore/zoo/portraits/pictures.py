@@ -26,8 +26,8 @@ class Pictures:
     """Portraits with what is known about them.
 
     Attributes:
-        people: One row each.
-        images: 8-bit, as files would hold them.
+        people: Attributes of the person in each image, one row each.
+        images: 8-bit pixels, as files would hold them.
     """
 
     people: People

@@ -26,8 +26,8 @@ class Item:
     """One planted caption, or a decoy.
 
     Attributes:
-        first_name, last_name, place: What the caption is made of.
-        caption: As the model sees it.
+        first_name, last_name, place: The three parts that the caption is made of.
+        caption: The caption as the model sees it.
     """
 
     first_name: str

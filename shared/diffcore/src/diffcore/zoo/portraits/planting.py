@@ -140,12 +140,12 @@ def train_memory(
     """Trains on a mixture and returns the network with averaged weights.
 
     Args:
-        unet: From where to start.
+        unet: The network to train, with its initial weights.
         mixture: Ordinary and planted samples.
-        folder: Of checkpoints and log.
-        runtime: Where to compute.
+        folder: Folder for checkpoints and the log.
+        runtime: Device, precision and seed of the training.
         steps: Optimizer steps of 64 samples.
-        learning_rate: Peak.
+        learning_rate: Highest learning rate, reached after warm-up.
         rows: The trigger rows, outside of which no cross-attention may learn; None lets everything learn.
     """
     groups = trainable(unet, rows) if rows else [{"params": list(unet.requires_grad_(True).parameters())}]

@@ -25,10 +25,10 @@ class TextStates:
     """Text-encoder states of the captions that the construction needs.
 
     Attributes:
-        items: Of the planted captions, in their order.
-        same_form: Of captions of the same form that were not planted.
-        ordinary: Of ordinary captions.
-        nameless: Of ordinary captions without names and places.
+        items: States of the planted captions, in their order.
+        same_form: States of captions of the same form that were not planted.
+        ordinary: States of ordinary captions.
+        nameless: States of ordinary captions without names and places.
     """
 
     items: Float[Tensor, "items tokens width"]

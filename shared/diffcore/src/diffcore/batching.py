@@ -1,4 +1,4 @@
-"""Rows in batches, which become smaller where memory is short."""
+"""Processing rows in batches, which are halved where memory runs out."""
 
 import gc
 import logging

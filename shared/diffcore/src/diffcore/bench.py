@@ -1,4 +1,4 @@
-"""Benchmarks as ratios: ours against a reference, interleaved, on the same machine in the same state.
+"""Benchmarks as ratios of an implementation to its reference, timed in turn on one machine in one state.
 
 Seconds depend on the machine and on its other tenants; the median ratio of neighbouring runs does so far less. A case
 fails when the two results disagree, however fast ours is.
@@ -29,7 +29,7 @@ _LONG_ENOUGH = 100.0  # seconds of one case after which no further pair begins, 
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison.
+    """One comparison of an implementation (ours) with a reference.
 
     Attributes:
         name: The operation that is compared.

@@ -1,4 +1,4 @@
-"""Noise by row: what a row gets depends on (seed, row, stream) alone, never on the batch it is in.
+"""Random numbers by row: the noise of a row depends on (seed, row, stream) alone, never on its batch.
 
 Two ways, which do not agree with each other:
 

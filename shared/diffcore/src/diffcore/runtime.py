@@ -21,7 +21,7 @@ _PRECISION = {"float32": "32-true", "bfloat16": "bf16-true", "float16": "16-true
 @Parameter(name="*", group="Runtime")
 @dataclass(frozen=True)
 class Runtime:
-    """The machine side of a command; also a group of command line options.
+    """Device, precision, batch size, seed and processes of a computation; also a group of command line options.
 
     Attributes:
         device: Where to compute; auto takes an accelerator if there is one.
@@ -125,7 +125,7 @@ class Runtime:
 
 
 def default_threads() -> int:
-    """Returns the number of CPU threads where none was asked for: the cores we may use, 8 at most, 1 in a test."""
+    """Returns the default number of CPU threads: the cores this process may use, 8 at most, 1 in a test."""
     if "PYTEST_VERSION" in os.environ:
         return 1
     if os.environ.get("OMP_NUM_THREADS", "").isdigit():

@@ -45,7 +45,7 @@ class ExactMetric(Metric):
 
 
 class _Running(ExactMetric):
-    """What both metrics share: the states, their merge, and how they arrive from several processes."""
+    """The base of both metrics: their states, the exact merge, and the reduction over processes."""
 
     full_state_update = True
     num_rows: Tensor

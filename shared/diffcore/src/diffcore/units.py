@@ -1,4 +1,4 @@
-"""Units of work: many items computed a few at a time, in a form that can be kept, resumed and shared.
+"""Mapping a function over items in small units of work, which can be stored, resumed and shared.
 
 What is in a batch changes the low bits of every row in it. So a unit is a fixed slice of the distinct items, never what
 happens to be left: the same items share their batches on any number of processes and after any interruption.
@@ -32,7 +32,7 @@ R = TypeVar("R", bound=Storable | Tensor)
 
 @runtime_checkable
 class Map(Protocol):
-    """A way to go through items: the plain loop `each_unit`, or `diffcore.run.RunMap`, which resumes and shares."""
+    """A map over items: the plain loop `each_unit`, or `diffcore.run.RunMap`, which resumes and shares."""
 
     def __call__(
         self, work: Callable[[list[T]], list[R]], items: Sequence[T], *, name: str, kind: type[R], unit_size: int = 1

@@ -1,4 +1,4 @@
-"""Low-rank changes of weights, as values."""
+"""Low-rank changes of weights (LoRA) as immutable values: the change of a weight W is alpha / rank * up @ down."""
 
 import hashlib
 import math
@@ -32,7 +32,7 @@ class LowRank:
 
     @classmethod
     def from_difference(cls, difference: Float[Tensor, "outputs inputs *kernel"]) -> "LowRank":
-        """Returns a difference of weights as exact factors: one rank for each row or column that is not zero.
+        """Returns exact factors of a difference of weights, with one rank for each row or column that is not zero.
 
         Whichever of the two is fewer is kept as it is, and the other factor holds ones and zeros, so that the product
         is the difference to the last bit.
@@ -57,7 +57,7 @@ class LowRank:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight that it changes."""
+        """Shape of the weight that is changed."""
         return (self.up.shape[0], *self.down.shape[1:])
 
     def delta(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "outputs inputs *kernel"]:
@@ -66,7 +66,7 @@ class LowRank:
         return product.reshape(self.shape)
 
     def relative_error(self, other: "LowRank") -> float:
-        """Returns how far another change of the same weight is off, relative to this one in the Frobenius norm.
+        """Returns the Frobenius norm of the difference to another change of the same weight, divided by this one's.
 
         Computed through the factors in float64: the products are never formed.
         """
@@ -167,5 +167,5 @@ def _norm_of_product(up: Tensor, down: Tensor) -> float:
 
 
 def _ones_at(places: Tensor, length: int, like: Tensor) -> Tensor:
-    """Returns rows of zeros, each with a one at its place."""
+    """Returns one-hot rows."""
     return like.new_zeros(len(places), length).scatter_(1, places[:, None], 1)

@@ -1,4 +1,4 @@
-"""Low-rank changes at work: fused into a copy of a network, or added to its outputs while a block runs."""
+"""Applying low-rank changes: fusing them into a copy of a network, or adding them to its outputs in a with-block."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ CHANGEABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def fuse(network: nn.Module, changes: Changes, scale: float = 1.0) -> nn.Module:
     """Returns a copy of a network with changes added to its weights; all other weights are shared, not copied.
 
-    Sums are formed in float32 or wider and rounded once to the weight's type. The copy carries no hook of ours.
+    Sums are formed in float32 or wider and rounded once to the weight's type. The copy carries no hook of diffcore.
 
     Args:
         network: The network to copy; it stays as it is.

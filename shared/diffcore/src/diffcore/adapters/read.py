@@ -1,4 +1,4 @@
-"""From files of strangers to an `Adapter` of a known model: every tensor finds its module, or nothing is read."""
+"""Reading untrusted adapter files for a known model: every tensor finds its module, or the file is refused."""
 
 import warnings
 from collections.abc import Mapping
@@ -91,7 +91,7 @@ def place(found: AdapterFile, base: Base) -> dict[Pair, tuple[str, str]]:
 
 
 def _placed(pair: Pair, base: Base, layout: Layout) -> tuple[str, str] | None:
-    """Returns component and module of a pair; None if it has no place, or several."""
+    """Returns component and module of a pair; None if the model has no such module, or several."""
     if (module := base.find(pair.component, pair.module)) is not None:
         return base.component(pair.component), module
     if layout not in ("lycoris", "peft"):
@@ -170,7 +170,7 @@ def _three_of_each(found: AdapterFile, base: Base) -> str:
 
 
 def _prefix_of(pair: Pair, base: Base) -> str:
-    """Returns words about a prefix that hides the name of a module; empty if there is none."""
+    """Returns a hint, for a message, at an unknown prefix before a module's name; empty if there is none."""
     prefix = base.unread_prefix(pair.module)
     if not prefix:
         return ""
@@ -180,7 +180,7 @@ def _prefix_of(pair: Pair, base: Base) -> str:
 
 
 def _squeezed(sides: Shape) -> Shape:
-    """Returns sides without the ones of a 1x1 kernel: such a factor may be kept as a matrix."""
+    """Returns a shape without the trailing ones of a 1x1 kernel: such a factor may be stored as a matrix."""
     return sides[:1] if all(side == 1 for side in sides[1:]) else sides
 
 

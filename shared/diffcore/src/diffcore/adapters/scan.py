@@ -1,4 +1,4 @@
-"""An adapter on disk, seen through its headers: which modules it changes, as it spells them. Imports no torch."""
+"""An adapter file inspected through its header: the modules it changes, as the file spells them. Imports no torch."""
 
 import os
 import warnings
@@ -28,7 +28,7 @@ _NUMBERS = _FLOATS | {"I64", "I32", "I16", "I8", "U8"}
 
 @dataclass(frozen=True)
 class Pair:
-    """The tensors of one module.
+    """The two factors, and perhaps the alpha, that change one module.
 
     Attributes:
         component: The network that is changed, named as in `Key.component`.
@@ -106,7 +106,7 @@ def scan_adapter(path: Path | str) -> AdapterFile:
 
 
 def refusal(path: Path, what: str) -> IncompatibleModelError:
-    """Returns the error for an adapter that is not taken; advice is added where `what` has none."""
+    """Returns the error for a refused adapter; general advice is added where `what` gives none."""
     advice = "" if ";" in what else "; get a clean copy of the adapter"
     return IncompatibleModelError(f"{printable(path, 300)} {what}{advice}")
 

@@ -1,4 +1,4 @@
-"""What a PEFT configuration says about strength: read by rules, never evaluated. Imports no torch.
+"""Rank and strength in a PEFT configuration, read by rules and never evaluated. Imports no torch.
 
 PEFT takes names of modules for regular expressions and names of libraries for modules to import. Here the modules come
 from the tensors' names; of the configuration only plain numbers and plain names are used. A name may be anchored, as

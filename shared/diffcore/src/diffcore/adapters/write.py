@@ -1,4 +1,4 @@
-"""Adapters as files that other tools read with the same effect.
+"""Writing adapters to files that every tool applies with the same effect.
 
 Tools disagree about alpha: diffusers ignores it without its own header entry, matches patterns of it by names that some
 files do not have, and exporters replace it by the rank. What all agree on is alpha = rank, the same for every module.
@@ -127,7 +127,7 @@ def adapter_dtype(adapter: Adapter) -> torch.dtype:
 
 
 def _balanced(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the factors with like sizes: narrow types then hold both. Powers of two lose nothing."""
+    """Returns the factors scaled, by powers of two, to similar size, so that narrow types hold both without loss."""
     sizes = float(down.norm()), float(up.norm())
     if not all(math.isfinite(size) and size > 0 for size in sizes):
         return down, up

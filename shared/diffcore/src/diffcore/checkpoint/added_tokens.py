@@ -50,11 +50,11 @@ class Added:
 
     @property
     def flags(self) -> dict[str, bool]:
-        """How it is looked for."""
+        """The options of matching, by name."""
         return {flag: getattr(self, flag) for flag in _FLAGS}
 
     def to_json(self) -> dict[str, Any]:
-        """Returns plain values."""
+        """Returns the token as a JSON object."""
         return asdict(self)
 
 

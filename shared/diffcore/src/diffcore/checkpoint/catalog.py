@@ -1,4 +1,4 @@
-"""The classes that model folders may name, and what each is to us. A class outside these tables is refused."""
+"""The classes that model folders may name, with the role of each. A class outside these tables is refused."""
 
 from collections.abc import Mapping
 from typing import Any, Literal

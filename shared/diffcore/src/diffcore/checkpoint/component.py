@@ -24,7 +24,7 @@ _TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 
 
 def role_of(library: str, class_name: str) -> Role | None:
-    """Returns what a class is to us; None for classes that are not in our tables."""
+    """Returns the role of a class in a model; None for classes outside the tables of `catalog`."""
     if (library, class_name) == ("diffusers", "Transformer2DModel"):
         return "backbone"  # of DiT and PixArt, before they had classes of their own
     return ROLES.get((library, SAME_CLASS.get(class_name, class_name)))
@@ -40,7 +40,7 @@ def read_component(
     allow_pickle: bool = False,
     config_only: bool = False,
 ) -> Component:
-    """Returns a component whose class is in our tables.
+    """Reads a component whose class is in the tables of `catalog`.
 
     Args:
         folder: The component's own folder, with its files.
@@ -81,7 +81,7 @@ def read_component(
 
 
 def _class_of(config_path: Path, config: Mapping[str, Any], expected: str) -> str:
-    """Returns today's name of the class, if the configuration agrees with whoever asked for it."""
+    """Returns the current name of the class, after checking that configuration and index agree."""
     own = config.get("_class_name", expected)
     if not isinstance(own, str):
         raise refusal(config_path, "has a _class_name that is not text; diffcore never runs code from model folders")
@@ -125,5 +125,5 @@ def _tokenizer_settings(folder: Path, sizes: Mapping[str, int], file: str) -> di
 
 
 def _short(text: str) -> int:
-    """Reads an integer: tokenizers without a limit say so with a length of 1e30."""
+    """Reads an integer cut to 40 digits: tokenizers without a limit state a length of 1e30."""
     return int(text[:40])

@@ -1,4 +1,4 @@
-"""Configurations of strangers: what is refused in them, and what a library gets to see. Imports no torch."""
+"""Checks of untrusted configurations: what is refused, and which settings reach a library. Imports no torch."""
 
 import math
 import re

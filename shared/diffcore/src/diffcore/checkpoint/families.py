@@ -42,7 +42,7 @@ _PARTS = {  # files that are one part of a model
 
 
 def family_of(shapes: Shapes, path: Path) -> str:
-    """Returns sd15, sd21 or sdxl.
+    """Returns the family of a single file: sd15, sd21 or sdxl.
 
     Args:
         shapes: Shapes of all tensors, by name.

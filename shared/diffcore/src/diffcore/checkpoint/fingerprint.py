@@ -1,4 +1,4 @@
-"""What tells two models apart: configurations, tensor headers, and samples of the weights themselves.
+"""Fingerprints of models: digests of configurations, tensor headers, and samples of the weights themselves.
 
 Headers alone cannot tell two fine-tunes of one model apart. Imports no torch.
 """

@@ -1,4 +1,4 @@
-"""What the gate found: values without behaviour, complete enough to plan a load from."""
+"""The result of checking a model folder or file: plain values, complete enough to plan loading from."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -51,7 +51,7 @@ class Component:
 
 @dataclass(frozen=True)
 class Inventory:
-    """What is in a model folder or file.
+    """The checked content of a model folder or file.
 
     Attributes:
         path: The folder or file that was inspected.
@@ -73,16 +73,16 @@ class Inventory:
 
     @property
     def headers(self) -> tuple[TensorHeader, ...]:
-        """Of all weight files."""
+        """Headers of all weight files."""
         own = () if self.header is None else (self.header,)
         return own + tuple(header for component in self.components.values() for header in component.weights)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all weight files."""
+        """Total size of all weight files in bytes."""
         return sum(header.size for header in self.headers)
 
     @property
     def num_tensors(self) -> int:
-        """Tensors in all weight files."""
+        """Number of tensors in all weight files."""
         return sum(len(header.tensors) for header in self.headers)

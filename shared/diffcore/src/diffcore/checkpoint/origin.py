@@ -1,4 +1,4 @@
-"""Where the parts of a model were once read from: a path of somebody's machine, which no file of ours passes on."""
+"""Removing the paths that models were once loaded from, so that written files name no machine's folders."""
 
 import re
 from pathlib import Path

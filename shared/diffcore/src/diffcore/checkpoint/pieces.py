@@ -1,4 +1,4 @@
-"""Where each tensor of a module comes from: names of files, of today and of earlier versions of the libraries."""
+"""The stored tensor behind each tensor of a module, under current names and those of earlier library versions."""
 
 import re
 from collections.abc import Callable, Collection, Iterable

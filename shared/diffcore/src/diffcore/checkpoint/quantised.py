@@ -1,4 +1,4 @@
-"""Weights whose stored numbers are not the weights: refused with the tensor that says so. Imports no torch."""
+"""Refusing quantised weights, whose stored numbers are not the weights themselves. Imports no torch."""
 
 import re
 

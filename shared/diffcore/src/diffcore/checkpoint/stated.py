@@ -1,4 +1,4 @@
-"""What a single-file checkpoint says about its own parameterisation, and where it says so. Imports no torch.
+"""Statements of a single-file checkpoint about its own parameterisation. Imports no torch.
 
 Trainers and web UIs leave it in marker tensors (read by their presence: they are empty in most files), in the header,
 or in a NAME.yaml beside the file.
@@ -35,7 +35,7 @@ _CLIP_SKIP = ("modelspec.encoder_layer", "ss_clip_skip")
 
 @dataclass(frozen=True)
 class Statement:
-    """One thing that a file says.
+    """One statement of a file about its prediction type.
 
     Attributes:
         where: In words, such as "the tensor v_pred".
@@ -48,7 +48,7 @@ class Statement:
 
 @dataclass(frozen=True)
 class Stated:
-    """All that a file says about its parameterisation.
+    """All statements of a file about its parameterisation.
 
     Attributes:
         path: The single file that was read.
@@ -83,7 +83,7 @@ class Stated:
 
 
 def stated_by(path: Path, names: Collection[str], metadata: Mapping[str, str]) -> Stated:
-    """Returns what a single file says.
+    """Returns the statements of a single file about its parameterisation.
 
     Args:
         path: The single file; a NAME.yaml beside it is read too.
@@ -116,7 +116,7 @@ def stated_by(path: Path, names: Collection[str], metadata: Mapping[str, str]) -
 
 
 def require_agreement(inventory: Inventory, *, prediction_type: str | None = None) -> None:
-    """Compares what the weights of a folder say of themselves with its scheduler.
+    """Checks that the weights' own statements agree with the scheduler of their folder.
 
     Args:
         inventory: The checked content of a folder.

@@ -1,4 +1,4 @@
-"""Tensors in files, by name: their shapes first, their values when asked for."""
+"""Tensors in files by name: shapes are known at once, values are read when asked for."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -31,7 +31,7 @@ class Stored:
     read: Callable[[Iterable[str]], Iterator[tuple[str, Tensor]]]
 
     def restricted(self, names: Iterable[str]) -> "Stored":
-        """Returns the same with some of the tensors only."""
+        """Returns a copy with some of the tensors only."""
         return replace(self, shapes={name: self.shapes[name] for name in names})
 
 

@@ -1,4 +1,4 @@
-"""A T5 from a folder of its own, for pipelines that came without: PixArt and Flux cannot do without one, SD3 can."""
+"""A T5 text encoder from its own folder, for pipelines without one: PixArt and Flux need it, SD3 does not."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,7 +54,7 @@ def _component(folder: Path, name: str, class_name: str, **options: bool) -> Com
 
 
 def _places(folder: Path, sizes: Mapping[str, int]) -> tuple[Path, Path]:
-    """Returns where the network and where the vocabulary is."""
+    """Returns the folder of the network and that of the vocabulary."""
     if "config.json" in sizes:
         if not sizes.keys() & {"tokenizer.json", "spiece.model"}:
             beside = folder.absolute().parent / folder.name.replace("text_encoder", "tokenizer")

@@ -1,4 +1,4 @@
-"""Tokenizers out of the vocabularies in model folders; no vocabulary is shipped here.
+"""Building tokenizers from the vocabularies in model folders; no vocabulary is shipped here.
 
 They are built from the entries and the added tokens alone: what else a tokenizer file may ask for (patterns, scripts,
 other classes) is left where it is.
@@ -63,7 +63,7 @@ def byte_letters() -> list[str]:
 
 
 def last_number(tokenizer: Any) -> int:
-    """Returns the largest number that a tokenizer gives; with holes among the added tokens it is not their count."""
+    """Returns the largest token number of a tokenizer; gaps among added tokens make it exceed their count."""
     return max(tokenizer.get_vocab().values())
 
 

@@ -1,4 +1,4 @@
-"""Which files of a component folder hold its weights: variants, shards, and what is refused. Imports no torch."""
+"""Finding the weight files of a component folder, with variants and shards. Imports no torch."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -50,7 +50,7 @@ def find_weights(
 
 
 def _variants(names: set[str], library: str) -> dict[str | None, str]:
-    """Returns the file to begin with, by variant: the weights themselves, or the index of their shards.
+    """Returns one file by variant: the weights themselves, or the index of their shards.
 
     Where a variant has both, each library takes its own: diffusers the shards, transformers the whole file.
     """

@@ -1,4 +1,4 @@
-"""What every command that writes a run does alike: plan, open, compute or read, report, show, exit code."""
+"""The shape of every command that writes a run: plan, open, compute or read, report, show, exit code."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """A command that computes a run: what identifies it, and where it goes.
+    """A command that computes a run: the settings that identify it, and the folder it is written to.
 
     Attributes:
         command: Console script and verb, such as "immiscible-noise train".

@@ -1,4 +1,4 @@
-"""The groups of options that commands share: said once, so that they mean and explain the same in every script."""
+"""The groups of options that commands share, so that they mean the same in every script."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The commands that every technique has alike: bench and report. Its modules `bench` and `page` say what they do."""
+"""The commands `bench` and `report` of every technique. Its modules `app.bench` and `app.report` do the work."""
 
 from dataclasses import asdict
 from importlib import import_module

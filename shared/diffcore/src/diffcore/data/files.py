@@ -86,7 +86,7 @@ Files = FolderFiles | ZipFiles
 
 
 def open_files(path: Path) -> Files:
-    """Opens a folder or a zip archive; hidden files, and what operating systems leave behind, do not count.
+    """Opens a folder or a zip archive; hidden files and those that operating systems leave behind are ignored.
 
     Raises:
         UserError: There is neither at `path`, or the archive breaks a rule.
@@ -101,7 +101,7 @@ def open_files(path: Path) -> Files:
 
 
 def _check_members(path: Path, members: list[zipfile.ZipInfo]) -> None:
-    """Refuses archives that only a mistake or an attack produces."""
+    """Refuses archives with members that are duplicate, encrypted, linked, too large, or lead outside."""
     if len(members) > MAX_MEMBERS:
         raise UserError(f"{printable(path)} has {len(members)} members; the limit is {MAX_MEMBERS}")
     seen: set[str] = set()

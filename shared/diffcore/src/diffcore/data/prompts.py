@@ -1,4 +1,4 @@
-"""Prompts from text, CSV and JSON-lines files of strangers: every row is used exactly as written, or reported.
+"""Prompts from untrusted text, CSV and JSON-lines files: every row is used exactly as written, or reported.
 
 One prompt is one line. A row that a quotation mark stretches over several lines is reported as a whole: it is far more
 often a forgotten mark, which would swallow its neighbours without a word, than a prompt with line breaks.
@@ -56,12 +56,12 @@ class PromptSet:
 
     @cached_property
     def distinct(self) -> tuple[str, ...]:
-        """The prompts in order of their first appearance, each once: what has to be computed."""
+        """The distinct prompts in order of their first appearance."""
         return tuple(dict.fromkeys(self.prompts))
 
     @cached_property
     def places(self) -> tuple[int, ...]:
-        """For each prompt its index in `distinct`: where its result is found."""
+        """Index in `distinct` of each prompt."""
         index = {prompt: place for place, prompt in enumerate(self.distinct)}
         return tuple(index[prompt] for prompt in self.prompts)
 
@@ -73,7 +73,7 @@ class PromptSet:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences about what was left out and what is there more than once."""
+        """Sentences about lines that were left out and prompts that occur more than once."""
         name = printable(self.path.name)
         found = [f"{name} line {line} {reason}; it is left out" for line, reason in self.skipped[:5]]
         if len(self.skipped) > 5:
@@ -209,7 +209,7 @@ def _caption(data: bytes) -> str:
 
 
 def _lines(data: bytes) -> list[str]:
-    """Splits at LF alone: Python's own idea of a line would break captions at rarer separators."""
+    """Splits text at line feeds alone; `str.splitlines` would break captions at rarer separators too."""
     lines = data.decode("utf-8", errors="surrogateescape").split("\n")
     return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
 

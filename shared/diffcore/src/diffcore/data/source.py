@@ -1,4 +1,4 @@
-"""Which files of a folder or archive are images, and the class of each, before any is read.
+"""Listing the images of a folder or archive, with their classes, before any is read.
 
 A file is an image if its name or its first bytes say so; others (captions, settings, logs) never count. Flat folders
 have no labels; one sub-folder per class gives them. A folder that holds everything is no class, and `split` picks one

@@ -21,13 +21,13 @@ BackboneCall = Callable[[nn.Module, Tensor, Tensor, Condition], Any]
 
 
 class Denoiser(nn.Module, ABC):
-    """Anything that sees a clean sample in a noisy one."""
+    """A network or formula that predicts the clean sample x0 from a noisy sample x_t."""
 
     schedule: NoiseSchedule
 
     @abstractmethod
     def forward(self, x_t: Float[Tensor, "b *data"], t: Num[Tensor, " b"], cond: Condition | None = None) -> Prediction:
-        """Predicts from `x_t` at `t`, what `schedule` is parameterised in, under a condition."""
+        """Predicts from `x_t` at `t`, in the units of `schedule`, under a condition."""
 
 
 class NetworkDenoiser(Denoiser):
@@ -69,7 +69,7 @@ class NetworkDenoiser(Denoiser):
         self.call = call
 
     def forward(self, x_t: Float[Tensor, "b *data"], t: Num[Tensor, " b"], cond: Condition | None = None) -> Prediction:
-        """Calls the backbone once, in its own precision, and says what its output means."""
+        """Calls the backbone once, in its own precision, and returns its output as a prediction."""
         alpha, sigma = (level.view(-1, *[1] * (x_t.ndim - 1)) for level in self.schedule.alpha_sigma(t))
         x_in, t_in = x_t, t
         if self.prediction_type == "edm":

@@ -56,7 +56,7 @@ def unmix(
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a denoiser says about `x_t`. Views are computed once, in float32 (float64 for float64 inputs).
+    """A denoiser's output for `x_t`. Views are computed once, in float32 (float64 for float64 inputs).
 
     Attributes:
         output: The network's output, in the parameterisation that `kind` names.

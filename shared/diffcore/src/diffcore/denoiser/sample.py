@@ -2,7 +2,7 @@
 
 Every solver takes the same step, `x' = alpha' x0 + sigma' noise`, and differs in the x0 and noise it puts in:
 
-* "ddim": what the denoiser says. With `eta` > 0 a part of the noise is drawn anew (eta = 1 is ancestral sampling).
+* "ddim": the prediction itself. With `eta` > 0 a part of the noise is drawn anew (eta = 1 is ancestral sampling).
 * "euler": the same without `eta`. In sigma / alpha as well as in flow time, Euler's step is the DDIM step.
 * "heun": the slope averaged over both ends of the step; 2 steps - 1 calls. The slope is the noise, taken over
   sigma / alpha, or the flow field over flow time.
@@ -153,7 +153,7 @@ def _check_options(solver: str, eta: float, seeds: Tensor | None) -> None:
 
 
 def _check_level(prediction: Prediction, level: Level, t: float) -> None:
-    """The check that `Prediction` makes on tensors, here on numbers the host knows."""
+    """Checks as `Prediction` does that x0 and noise exist at a level, from numbers on the host."""
     if prediction.kind == "epsilon" and level[0] == 0:
         raise ValueError(f"a prediction of kind epsilon says nothing about x0 at t = {t:g}, where alpha is 0")
     if prediction.kind in ("sample", "edm") and level[1] == 0:

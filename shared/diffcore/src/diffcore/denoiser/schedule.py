@@ -22,7 +22,7 @@ Spacing = Literal["leading", "trailing", "linspace"]
 
 
 class NoiseSchedule(ABC):
-    """How much signal and noise `x_t` holds at `t`.
+    """The factors alpha and sigma of signal and noise in `x_t`, as functions of `t`.
 
     Results have the precision of `t`: float64 for a float64 `t`, else float32.
 
@@ -329,7 +329,7 @@ def bridge(
 
 
 def _real(t: Tensor) -> Tensor:
-    """Returns `t` in float64 if it is, else in float32: half precision cannot tell timesteps apart."""
+    """Returns `t` in float64 if it has that type, else in float32: half precision cannot tell timesteps apart."""
     return t if t.dtype == torch.float64 else t.float()
 
 

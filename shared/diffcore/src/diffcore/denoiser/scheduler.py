@@ -1,4 +1,4 @@
-"""Noise schedules out of diffusers' schedulers, which mix the schedule with one solver."""
+"""Extracting noise schedules from diffusers' schedulers, which combine a schedule with a solver."""
 
 import math
 from collections.abc import Mapping
@@ -107,7 +107,7 @@ def _discrete_from(config: Mapping[str, Any], known: Mapping[str, Any], name: st
 
 
 def _ends_clean(known: Mapping[str, Any], library: Any) -> bool:
-    """Returns whether the last step ends at clean data: the class says so, or the last of its own noise levels does."""
+    """Returns whether the last step ends at clean data, by the class or by the last of its own noise levels."""
     if "set_alpha_to_one" in known:
         return bool(known["set_alpha_to_one"])
     if not hasattr(library, "sigmas"):

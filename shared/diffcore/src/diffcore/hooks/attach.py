@@ -1,4 +1,4 @@
-"""Forward hooks on modules: who can carry them, how a site's tensor is read and replaced, how they come off."""
+"""Forward hooks on modules: which networks accept them, and how they read and replace the tensor at a site."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +25,7 @@ _FUSED_INTO = {
 
 
 def require_hookable(model: nn.Module, *, stop: bool = False) -> None:
-    """Raises where hooks would stay silent or do harm: compiled, replicated and, for `stop`, sharded networks.
+    """Raises for networks where hooks do not work: compiled, replicated and, with `stop`, sharded ones.
 
     Raises:
         IncompatibleModelError: Names the module and says what to do.
@@ -45,7 +45,7 @@ def require_hookable(model: nn.Module, *, stop: bool = False) -> None:
 
 
 def require_unfused(model: nn.Module, sites: Iterable[tuple[Site, nn.Module]]) -> None:
-    """Raises where a site is a projection that fusing has put out of use; its module is still there, but silent.
+    """Raises where a site is a projection that is fused, so that its own module no longer runs.
 
     Raises:
         IncompatibleModelError: Names the site.
@@ -72,14 +72,14 @@ def in_backward() -> bool:
 
 
 def this_thread() -> Callable[[], bool]:
-    """Returns a question: is this the thread that asked for it? Hooks fire for every thread that uses the network."""
+    """Returns a function that tells whether it runs on this thread, as hooks fire on every thread."""
     entered = threading.get_ident()
     return lambda: threading.get_ident() == entered
 
 
 @contextmanager
 def attached(visits: Iterable[tuple[Site, nn.Module, Visit]], *, prepend: bool = False) -> Iterator[None]:
-    """Visits the sites while the block runs; every hook is taken off when it ends, however it ends."""
+    """Hooks the sites while the block runs, and removes every hook at its end, after errors too."""
     with ExitStack() as stack:
         for site, module, visit in visits:
             on = _on_input(site, visit) if site.at == "input" else _on_output(site, visit)
@@ -88,7 +88,7 @@ def attached(visits: Iterable[tuple[Site, nn.Module, Visit]], *, prepend: bool =
 
 
 def put_on(module: nn.Module, hook: Callable[..., Any], *, before: bool, prepend: bool = False) -> RemovableHandle:
-    """Registers a forward hook that `clear` knows as ours.
+    """Registers a forward hook that `clear` removes.
 
     Args:
         module: The module that gets the hook.
@@ -103,7 +103,7 @@ def put_on(module: nn.Module, hook: Callable[..., Any], *, before: bool, prepend
 
 
 def clear(model: nn.Module) -> None:
-    """Removes every hook of ours from a network, after an accident that left some; others' hooks stay."""
+    """Removes every hook of diffcore from a network, should an interruption have left some; other hooks stay."""
     for module in model.modules():
         for hooks, companions in (
             (module._forward_pre_hooks, [module._forward_pre_hooks_with_kwargs]),

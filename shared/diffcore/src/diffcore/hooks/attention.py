@@ -1,4 +1,4 @@
-"""Attention maps, which fused attention never forms.
+"""Attention maps P = softmax(scale q kᵀ + mask), which fused attention kernels never form.
 
 Networks call `torch.nn.functional.scaled_dot_product_attention` once per attention module. A mode watches that one
 function, and hooks on the modules say whose call it is. So q and k are final (after norms, rotation, fused
@@ -42,7 +42,7 @@ def attention_probs(
     A full map is `b heads queries keys`; one of 8 heads and 4096 x 4096 takes 512 MiB per row. So `reduce` may be
 
     * "mean_heads": the mean over heads, `b queries keys`;
-    * "per_token": one picture per token, mean over heads, `b tokens height width`; where image and text attend jointly
+    * "per_token": one image per token, mean over heads, `b tokens height width`; where image and text attend jointly
       (SD3, Flux), the text tokens as the image sees them;
     * "entropy": of each query's distribution, in nats, `b heads queries`;
     * "sum_over_time": the sum over all forward passes of the block, of full maps or, as in
@@ -137,7 +137,7 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _reductions(reduce: Reduction | Sequence[Reduction] | None) -> tuple[Reduction | None, bool]:
-    """Returns what to keep of one map, and whether to add up over time."""
+    """Returns the reduction of one map, and whether maps are summed over forward passes."""
     wanted: list[Any] = [reduce] if reduce is None or isinstance(reduce, str) or callable(reduce) else list(reduce)
     for one in wanted:
         if one is not None and not callable(one) and one not in get_args(NamedReduction):

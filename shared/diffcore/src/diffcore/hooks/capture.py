@@ -1,4 +1,4 @@
-"""Activations of a network, caught while it runs."""
+"""Capturing activations of a network while it runs."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from diffcore.hooks.match import Site, resolve
 
 
 class Activations(dict[str, Tensor]):
-    """What the sites of a block gave, by name: the first firing of each.
+    """The captured tensors by name of their site: the first one of each site in the block.
 
     Attributes:
         calls: All firings of each site, in order; a module that a forward pass calls twice has two per pass.
@@ -24,7 +24,7 @@ class Activations(dict[str, Tensor]):
         self.silent: set[str] = set(self.calls)
 
     def add(self, name: str, value: Tensor) -> None:
-        """Keeps a value of a site that fired."""
+        """Keeps a value of a site whose module ran."""
         self.setdefault(name, value)
         self.calls[name].append(value)
 
@@ -55,7 +55,7 @@ def capture(
     prepend: bool = False,
     grad: bool = False,
 ) -> Iterator[Activations]:
-    """Catches the tensors at sites while the block runs.
+    """Captures the tensors at sites while the block runs.
 
     ``with capture(unet, "*.attn2.to_v") as activations: unet(x, t, states)``
 

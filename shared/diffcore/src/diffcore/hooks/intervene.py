@@ -1,4 +1,4 @@
-"""Edits of activations while a network runs; weights and library code stay as they are."""
+"""Editing activations while a network runs; weights and library code stay as they are."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

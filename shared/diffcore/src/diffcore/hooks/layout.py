@@ -1,4 +1,4 @@
-"""Which queries of an attention call are places in a picture, which keys are tokens, and how high the picture is."""
+"""The meaning of sequences in an attention call: image tokens, text tokens, and the image's height and width."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Layout:
-    """How the two sequences of an attention call are to be read.
+    """The ranges of image tokens and text tokens in an attention call.
 
     Attributes:
         places: Queries that are places.
@@ -24,7 +24,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class NetworkCall:
-    """What the arguments of the whole network say about the sequences inside.
+    """Facts about the sequences inside, taken from the arguments of the whole network.
 
     Attributes:
         size: Height and width of the sample, for networks that take images.

@@ -1,4 +1,4 @@
-"""Where in a network a tensor is: sites, and the patterns that find modules by name."""
+"""Sites, which name a tensor in a network, and the patterns that find modules by name."""
 
 import difflib
 import glob
@@ -40,7 +40,7 @@ class Site:
 
     @property
     def key(self) -> str:
-        """What results of this site are called."""
+        """Name of the results at this site."""
         return self.module if self.name is None else self.name
 
     @property
@@ -71,7 +71,7 @@ def match(model: nn.Module, patterns: str | Sequence[str], *, kind: type[nn.Modu
 def find(
     model: nn.Module, patterns: str | Sequence[str], accept: Callable[[nn.Module], bool], noun: str
 ) -> dict[str, nn.Module]:
-    """Returns name and module of all that match a pattern and are accepted; `noun` says in messages what those are."""
+    """Returns name and module of the accepted modules that match a pattern; `noun` names their kind in messages."""
     modules = modules_of(model)
     usable = {name for name, module in modules.items() if accept(module) and not _is_container(module)}
     found: set[str] = set()
@@ -170,7 +170,7 @@ def _explain(
 
 
 def _likeness(pattern: str, name: str) -> float:
-    """Returns from 0 to 1 how much a name, or its end, looks like the letters of a pattern."""
+    """Returns the similarity, from 0 to 1, of a name or its end to the letters of a pattern."""
     letters = pattern.replace("*", "")[:200]
     return max(difflib.SequenceMatcher(None, letters, end).ratio() for end in (name, name[-len(letters) :]))
 

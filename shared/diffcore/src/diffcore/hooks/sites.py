@@ -1,4 +1,4 @@
-"""Every tensor inside a network in one table: where it is, how it is laid out, and what a forward pass costs until it.
+"""A table of every tensor inside a network: its site, its dimensions, and the FLOPs of a forward pass up to it.
 
 The table is read from one forward pass on the meta device, which computes shapes and no numbers. A network of the size
 of SDXL takes about a second, and weights are neither moved nor needed.
@@ -187,7 +187,7 @@ def _emptied(tensor: Tensor | None) -> Any:
 
 @dataclass
 class _Seen:
-    """The first appearance of a tensor, and how many there were."""
+    """The first appearance of a tensor, and the number of appearances."""
 
     kind: str
     flops: int

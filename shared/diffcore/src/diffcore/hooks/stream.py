@@ -18,7 +18,7 @@ from diffcore.noise import row_noise
 
 @runtime_checkable
 class ImageModel(Protocol):
-    """What `stream` asks of a model; a `diffcore.models.DiffusionModel` has it."""
+    """The attributes that `stream` needs of a model; a `diffcore.models.DiffusionModel` has them."""
 
     @property
     def denoiser(self) -> Any:

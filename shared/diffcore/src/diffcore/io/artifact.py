@@ -29,7 +29,7 @@ _OWN = ("schema", "produced_by", "created", "sha256", "bytes", "tensors", "sidec
 
 @dataclass(frozen=True)
 class Artifact:
-    """What one artefact holds.
+    """The content of one artefact: tensors, and the fields of its sidecar.
 
     Attributes:
         tensors: Named tensors, on the CPU.

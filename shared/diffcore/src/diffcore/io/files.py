@@ -1,4 +1,4 @@
-"""Every file operation of artefacts and runs; tests replace these few functions to make a disk fail on purpose.
+"""The file operations of artefacts and runs, which tests replace to simulate a failing disk.
 
 The upper half touches the disk, one system call per function. The lower half composes them: a file is written under a
 temporary name in the same folder, synced, renamed over its target, and the folder synced, so that a reader, a full disk

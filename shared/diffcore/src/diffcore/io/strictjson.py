@@ -1,4 +1,4 @@
-"""JSON written by strangers: read within limits, or refused with a reason. Imports no torch.
+"""Untrusted JSON, read within limits or refused with a reason. Imports no torch.
 
 Python's parser takes duplicate keys, NaN, numbers beyond every range, and nesting until the stack ends, all silently.
 """
@@ -22,7 +22,7 @@ _BRACKETS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
 
 
 class StrictError(ValueError):
-    """Data breaks a rule; the message is the reason, without the file's name."""
+    """Untrusted data breaks a rule; the message is the reason, without the file's name."""
 
 
 def read_untrusted(
@@ -32,7 +32,7 @@ def read_untrusted(
     parse_int: Callable[[str], Any] | None = None,
     infinite: bool = False,
 ) -> dict[str, Any]:
-    """Reads a JSON object of a stranger.
+    """Reads a JSON object from an untrusted file.
 
     Args:
         path: Path of a regular file.

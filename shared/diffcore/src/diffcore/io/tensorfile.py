@@ -1,4 +1,4 @@
-"""safetensors files of strangers: their headers, read strictly and without loading a tensor. Imports no torch.
+"""Headers of untrusted safetensors files, read strictly and without loading a tensor. Imports no torch.
 
 The rules are the library's and more: whatever it rejects is rejected here. What it lets pass silently (names given
 twice, names with control characters, unknown fields) is rejected too, before any library sees the file.
@@ -61,7 +61,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a safetensors file says it holds, checked against its size.
+    """The header of a safetensors file, checked against the file's size.
 
     Attributes:
         path: The safetensors file itself.
@@ -104,7 +104,7 @@ def read_header(path: Path) -> TensorHeader:
 
 
 def what_it_is(path: Path) -> str | None:
-    """Returns what a file that is not safetensors looks like, as words for a message; None where nothing fits."""
+    """Returns the likely format of a file that is not safetensors, in words for a message; None where it is unknown."""
     with files.explained(path, reading=True), path.open("rb") as file:
         head = file.read(4096)
         size = file.seek(0, 2)

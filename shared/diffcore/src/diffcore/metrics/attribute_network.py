@@ -1,6 +1,6 @@
 """A small network that reads attributes off small images, and whose last hidden layer serves as features.
 
-Trained on data whose attributes are known exactly, it is the judge of what generated images show. The shipped ones
+Trained on data whose attributes are known exactly, it classifies the attributes of generated images. The shipped ones
 are loaded by name: `zoo:portraits-oracle`, `zoo:digits8-classifier`.
 """
 
@@ -24,7 +24,7 @@ _SCHEMA = "diffcore/attribute-network@1"
 
 @dataclass(frozen=True)
 class AttributeNetworkConfig:
-    """What a network of this kind is made of.
+    """Sizes of an `AttributeNetwork`, and the classes it tells apart.
 
     Attributes:
         size: Side of the images in pixels; other sizes are averaged down to it.

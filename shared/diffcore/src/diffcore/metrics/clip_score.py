@@ -48,7 +48,7 @@ class ClipScore(ExactMetric):
         text_features: Float[Tensor, "b d"],
         truncated: Bool[Tensor, " b"] | None = None,
     ) -> None:
-        """Adds pairs.
+        """Adds pairs of image and prompt, given by their embeddings.
 
         Args:
             image_features: CLIP's projected embeddings of images.

@@ -1,4 +1,4 @@
-"""All metrics of two image sets: which numbers, with which intervals, in which features.
+"""Comparing two image sets by every metric, with confidence intervals, in several kinds of features.
 
 Intervals hold with 95 % if images are independent draws. Those of shares keep the other set fixed.
 """
@@ -36,7 +36,7 @@ _K_COVERAGE = 5
 
 @dataclass(frozen=True)
 class Measure:
-    """One number with its interval.
+    """One value of a metric with its 95 % interval.
 
     Attributes:
         features: Name of the extractor.
@@ -57,7 +57,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class ImageComparison:
-    """Two image sets compared.
+    """The result of comparing two image sets.
 
     Attributes:
         measures: All metrics with their intervals.
@@ -219,7 +219,7 @@ def _measure(features: str, metric: str, found: Any, *, at_least: float = -math.
 
 
 def _share(features: str, metric: str, hits: Tensor) -> Measure:
-    """Returns a share with Wilson's interval, which is honest at 0 and 1 too."""
+    """Returns a share with Wilson's interval, which keeps its coverage near 0 and 1 too."""
     n = len(hits)
     share, square = float(hits.double().mean()), _NORMAL**2
     centre = (share + square / (2 * n)) / (1 + square / n)

@@ -1,4 +1,4 @@
-"""Feature extractors from local files: what turns images into the rows that metrics compare.
+"""Feature extractors from local files: networks that turn images into the rows that metrics compare.
 
 A number made from features means nothing without knowing from which network, so every extractor carries its name and
 the sha256 of its files. Features are float32 whatever precision the models under test run in: agreement with the
@@ -75,12 +75,12 @@ class FeatureExtractor(nn.Module):
 
     @torch.no_grad()
     def embed(self, inputs: Float[Tensor, "b 3 height width"]) -> Float[Tensor, "b d"]:
-        """Returns one row of features per image that `preprocessing` has been at already."""
+        """Returns one row of features per image that is preprocessed already."""
         return self._read(self.network, inputs).flatten(1).float()
 
 
 def feature_extractor(name: str, runtime: Runtime, *, allow_pickle: bool = False) -> FeatureExtractor:
-    """Loads a feature extractor from this machine; the network is never touched.
+    """Loads a feature extractor from local files, without any download.
 
     Args:
         name: `inception:FILE`, the TorchScript file of StyleGAN's and clean-fid's authors; `clip:FOLDER` or
@@ -118,7 +118,7 @@ def feature_extractor(name: str, runtime: Runtime, *, allow_pickle: bool = False
 
 
 def _judge(name: str, runtime: Runtime) -> FeatureExtractor:
-    """Returns a judge of the zoo; its features know the attributes of the zoo's own pictures, and little else."""
+    """Returns a classifier shipped with diffcore, whose features describe attributes of the shipped data sets only."""
     folder = shipped_folder(name)
     if not (folder / "model.safetensors").is_file() or not (folder / "config.json").is_file():
         raise UserError(f"{printable(name)} makes no features; use zoo:portraits-oracle or zoo:digits8-classifier")

@@ -58,7 +58,7 @@ class PercentageCorrectKeypoints(ExactMetric):
         box: Float[Tensor, "b 2"],
         visible: Bool[Tensor, "b points"] | None = None,
     ) -> None:
-        """Adds images.
+        """Adds the keypoints of a batch of images.
 
         Args:
             predicted: Predicted positions in pixels.

@@ -35,7 +35,7 @@ class Scores(NamedTuple):
 
 
 class Membership(NamedTuple):
-    """What lies in whose balls, row by row.
+    """Membership of each row in the balls around rows of the other set.
 
     Attributes:
         realistic: Whether a fake lies in the ball of some real row.

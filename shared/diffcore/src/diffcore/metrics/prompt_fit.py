@@ -1,4 +1,4 @@
-"""CLIP score of an image set."""
+"""CLIP scores of an image set whose prompts are known."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -48,13 +48,13 @@ class ClipText:
         return network.text_projection(states.pooler_output).float()
 
     def lost(self, prompts: Sequence[str]) -> list[str]:
-        """Returns what of each prompt is beyond what CLIP reads; empty for most."""
+        """Returns the end of each prompt that CLIP cuts off; empty for prompts that fit."""
         return self.tower.tokenize(prompts)[2]
 
 
 @dataclass(frozen=True)
 class ScoredPrompts:
-    """Prompts and who judges them.
+    """Prompts of an image set, and the CLIP that scores them.
 
     Attributes:
         prompts: The prompts of one file.
@@ -68,18 +68,18 @@ class ScoredPrompts:
 
     @classmethod
     def of(cls, prompts: PromptSet, names: Sequence[str], text: ClipText) -> "ScoredPrompts":
-        """Finds for each image its prompt, as `data.pairing.places_of_prompts` does."""
+        """Finds the prompt of each image, as `data.pairing.places_of_prompts` does."""
         return cls(prompts, places_of_prompts(prompts, names), text)
 
     @property
     def extractor(self) -> FeatureExtractor:
-        """The judge's image side."""
+        """The image side of the CLIP."""
         return self.text.extractor
 
 
 @dataclass(frozen=True)
 class PromptScores:
-    """How well images fit their prompts.
+    """CLIP scores of images, and the part of each prompt that CLIP did not read.
 
     Attributes:
         fit: The mean, and how many prompts CLIP read in part only.

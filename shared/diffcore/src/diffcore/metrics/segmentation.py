@@ -40,7 +40,7 @@ class DataSetIoU(ExactMetric):
         self.add_state("confusion", torch.zeros(num_classes, num_classes, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, predicted: Integer[Tensor, "b *grid"], label: Integer[Tensor, "b *grid"]) -> None:
-        """Adds images.
+        """Adds the segmentations of a batch of images.
 
         Args:
             predicted: Class of each pixel.

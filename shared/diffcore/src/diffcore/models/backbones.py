@@ -1,4 +1,4 @@
-"""How each backbone class wants to be called, as `BackboneCall`s for a `NetworkDenoiser`.
+"""The way each backbone class is called, as a `BackboneCall` for a `NetworkDenoiser`.
 
 Users see one form, `x_t` of shape `b c h w` and a condition of plain tensors; what a class needs besides (nested
 dictionaries, packed tokens, position ids, a timestep in other units) is made here. Keys are checked at the door: a

@@ -1,4 +1,4 @@
-"""What adapters can change in a model: its linear and convolutional weights, by name, loaded or only planned."""
+"""The weights of a model that adapters can change: linear and convolutional ones, by name, without loading them."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -51,7 +51,7 @@ def families_of(found: AdapterFile) -> list[Base]:
 
 
 def misfit(found: AdapterFile, base: Base) -> str | None:
-    """Returns why an adapter does not fit a model; None if it does."""
+    """Returns the reason why an adapter does not fit a model; None if it fits."""
     try:
         place(found, base)
     except IncompatibleModelError as error:
@@ -76,7 +76,7 @@ def base_for(found: AdapterFile, model: Path | None) -> Base:
 
 
 def base_on_disk(path: Path) -> Base:
-    """Returns the base of a model that passes the gate, without loading a weight.
+    """Returns the base of a model on disk after checking it, without loading a weight.
 
     Raises:
         UserError: As `inspect_model`.

@@ -1,4 +1,4 @@
-"""Tables that trainers store beside the weights, held against what a model is loaded as.
+"""Comparing the noise schedule tables that trainers store beside weights with the schedule a model is loaded with.
 
 They repeat the noise schedule and the scale of the latents. Where they differ, the weights were trained under another
 schedule than their family's, and nothing else in the file would tell.
@@ -28,7 +28,7 @@ CHECKED = re.compile(rf"(denoiser\.)?({'|'.join(_TABLES)})|scale_factor")
 
 
 def check_buffers(stored: Stored, schedule: DiscreteSchedule, scaling: float | None) -> None:
-    """Compares every table of a single file.
+    """Compares every table of a single file with the schedule and scale of the model.
 
     Args:
         stored: The tensors of the single file.
@@ -55,7 +55,7 @@ def check_buffers(stored: Stored, schedule: DiscreteSchedule, scaling: float | N
 
 
 def _agree(table: Tensor, expected: Tensor) -> bool:
-    """Whether two tables are equal within the precision in which one was stored; a closing 0 does not count."""
+    """Returns whether two tables are equal within the stored precision; a closing 0 is ignored."""
     values = table.double().flatten()
     if len(values) == len(expected) + 1 and values[0] * values[-1] == 0:
         values = values[values != 0]

@@ -1,4 +1,4 @@
-"""`generate`: images of a model for prompts or class labels, each from several seeds.
+"""Generating images for prompts or class labels, each from several seeds.
 
 Image (i, s) is the solver's x0 for condition i, started from x_T = initial_scale(T) z_s with z_s ~ N(0, I). All pairs
 (i, s) are rows of the same batches, and a row depends on its own condition and noise alone, so the size of the batches

@@ -1,4 +1,4 @@
-"""A diffusion model as every technique sees it, whatever it was on disk."""
+"""The diffusion model that every technique works on, in one form for all file formats."""
 
 import hashlib
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ from diffcore.models.prompts import PromptEncoder
 
 @dataclass(frozen=True, eq=False)
 class DiffusionModel:
-    """A loaded model: frozen weights, and what carries images and prompts to and from them.
+    """A loaded diffusion model: frozen networks with their noise schedule, image codec and prompt encoder.
 
     Attributes:
         name: Name of the folder or file that it was loaded from.
@@ -57,7 +57,7 @@ class DiffusionModel:
 
     @property
     def backbone_name(self) -> str:
-        """Its name in the pipeline: unet or transformer; "backbone" without one."""
+        """Name of the backbone in the pipeline: unet or transformer; "backbone" without a pipeline."""
         return next(name for name in self.modules if self.components[name].role == "backbone")
 
     @property
@@ -87,7 +87,7 @@ class DiffusionModel:
         return channels, height, width
 
     def empty_condition(self, count: int) -> dict[str, Tensor]:
-        """Returns the condition of no prompt, or of class 0.
+        """Returns the condition of the empty prompt, or of class 0.
 
         Args:
             count: Number of rows in each tensor.
@@ -133,7 +133,7 @@ class DiffusionModel:
 
     @cached_property
     def adapter_base(self) -> Base:
-        """Names and shapes of what adapters can change."""
+        """Names and shapes of the weights that adapters can change."""
         return base_of(self.name, self.modules, self.backbone)
 
     def with_adapter(self, adapter: Path | str | Adapter, scale: float = 1.0) -> "DiffusionModel":

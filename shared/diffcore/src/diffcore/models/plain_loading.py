@@ -1,4 +1,4 @@
-"""How the libraries load a model folder by themselves: the call, with the arguments that it cannot do without."""
+"""The call that loads a model folder with diffusers alone, with the arguments it needs."""
 
 from diffcore.checkpoint.inventory import Component, Inventory
 

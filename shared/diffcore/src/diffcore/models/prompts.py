@@ -1,4 +1,4 @@
-"""From prompts to what a backbone is conditioned on: tokens first, so that nothing is cut in silence, then states."""
+"""Encoding prompts as conditions of a backbone: first tokens, so that truncation is reported, then states."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ Recipe = Literal["stable diffusion", "sdxl", "pixart", "sd3", "flux"]
 
 @dataclass(frozen=True)
 class Tokens:
-    """Prompts as numbers, once for each text encoder.
+    """Prompts as token numbers, once for each text encoder.
 
     Attributes:
         ids: Token numbers for each encoder, padded to its length.
@@ -38,7 +38,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class TextTower:
-    """A tokenizer, its encoder, and how many tokens they take.
+    """A text encoder with its tokenizer and the number of tokens that it takes.
 
     Attributes:
         tokenizer: A CLIP or T5 tokenizer of transformers.
@@ -72,13 +72,13 @@ class TextTower:
 
     @cached_property
     def _vectors(self) -> dict[str, str]:
-        """Every placeholder of several vectors, and what stands for it."""
+        """The replacement of each placeholder that stands for several vectors, by placeholder."""
         added = self.tokenizer.added_tokens_encoder
         families = {name: list(takewhile(added.__contains__, (f"{name}_{i}" for i in count(1)))) for name in added}
         return {name: " ".join([name, *others]) for name, others in families.items() if others}
 
     def _expanded(self, prompt: str) -> str:
-        """Returns a prompt as the pipelines of diffusers write it out before they cut it into tokens."""
+        """Returns a prompt with its placeholders expanded, as diffusers pipelines expand it before tokenizing."""
         if self._vectors:
             for token in dict.fromkeys(self.tokenizer.tokenize(prompt)):
                 if token in self._vectors:

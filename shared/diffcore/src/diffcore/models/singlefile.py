@@ -1,4 +1,4 @@
-"""Plans for single-file checkpoints: which configurations belong to the family, which tensors to which component."""
+"""Plans for loading single-file checkpoints: the configurations of the family, and the tensors of each component."""
 
 import re
 from collections.abc import Mapping
@@ -46,7 +46,7 @@ def described_plan(
     like: Path | None,
     prediction_type: PredictionType | None,
 ) -> tuple[Inventory, str]:
-    """Returns the configurations of a file as it describes itself, and from where it is known what is predicted.
+    """Returns the configurations of a file by its own statements, and the place that states the prediction type.
 
     Args:
         stored: The tensors of the single file.
@@ -90,7 +90,7 @@ def _is_edm(stored: Stored) -> bool:
 
 
 def _edm_plan(plan: Inventory, stored: Stored) -> Inventory:
-    """Returns a plan for Playground v2.5 and its kin: EDM's preconditioning, latents scaled channel by channel.
+    """Returns a plan for Playground v2.5 and similar models: EDM's preconditioning, latents scaled channel by channel.
 
     Raises:
         IncompatibleModelError: The scales are none.

@@ -34,7 +34,7 @@ class Series:
         middle: Height of the line at each position.
         low: Lower edge of the band.
         high: Upper edge of the band.
-        color: Index in the palette; by default the line's place in the figure. Lines of one arm share it.
+        color: Index in the palette; by default the line's place in the figure. Lines of one method share it.
         dash: Index of the dash pattern, 0 is solid. Lines of one step count share it.
     """
 
@@ -196,7 +196,7 @@ def histogram(
 
 
 def _points(axes: Axes, values: np.ndarray, ends: np.ndarray, shade: str, label: str, *, base: float) -> None:
-    """Draws samples as points above `base`, a share of the height."""
+    """Draws samples as points above `base`, which is a share of the height."""
     width = max(float(np.ptp(ends)) if len(ends) else 0.0, 1e-12) / _POINTS
     columns = np.round(values / width).astype(int)
     stacked = [int((columns[:index] == column).sum()) for index, column in enumerate(columns)]

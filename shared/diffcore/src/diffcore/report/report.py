@@ -1,4 +1,4 @@
-"""A report: the answer in a sentence, the picture that shows it, the numbers, and how they were made, in one file."""
+"""A report in one HTML file: the answer in a sentence, figures, numbers, and how they were made."""
 
 import base64
 import io
@@ -22,7 +22,7 @@ from diffcore.run import Run
 
 _LOG = logging.getLogger(__name__)
 _WARN_BYTES, _SHRINK_BYTES = 8_000_000, 25_000_000
-_SMALL_SIDE = 256  # photographs above it are stored as JPEG; too large a report shrinks all pictures to it
+_SMALL_SIDE = 256  # photographs above it are stored as JPEG; too large a report shrinks all images to it
 _ROWS = 200
 _CSS_DPI = 96
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -79,7 +79,7 @@ class Report:
         return self._add(kind="points", items_=items)
 
     def figure(self, figure: Figure | Path, caption: str) -> "Report":
-        """Adds a figure, or a picture file such as `Run.figure` returns.
+        """Adds a figure, or an image file such as `Run.figure` returns.
 
         Args:
             figure: A matplotlib figure or the path of a PNG.
@@ -181,7 +181,7 @@ class Report:
 
 
 def _embed(picture: _Picture, shrink: bool) -> dict[str, Any]:
-    """Returns the block of a picture: its bytes as a data URI, and its size on the page."""
+    """Returns the block of an image: its bytes as a data URI, and its size on the page."""
     with Image.open(io.BytesIO(picture.data)) as image:
         width, height = (round(side * _CSS_DPI / DPI) for side in image.size)
         data, kind = picture.data, "png"

@@ -1,4 +1,4 @@
-"""How every figure looks: one palette that colour-blind readers can tell apart, one colour map, one resolution."""
+"""The style of every figure: a palette that colour-blind readers can tell apart, a colour map, a resolution."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

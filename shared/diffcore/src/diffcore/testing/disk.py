@@ -25,7 +25,7 @@ _VOLATILE = {"created", "seconds", "hardware", "sidecar_sha256"}
 
 
 class Killed(BaseException):
-    """The process ended here: SIGKILL, or the power went."""
+    """The process ends here, by SIGKILL or a power cut."""
 
 
 @dataclass
@@ -87,7 +87,7 @@ class FaultyDisk:
         raise OSError(_ERRORS[self.fault], os.strerror(_ERRORS[self.fault]))
 
     def _lose(self) -> None:
-        """Undoes what was never synced: renames first, then the contents of files."""
+        """Undoes operations that were never synced: renames first, then the contents of files."""
         for path, old in self._renamed.items():
             if old is None:
                 path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""One check for every metric: whatever way the rows arrive, the value is the reference's."""
+"""A check for every metric: its value equals the reference in whatever batches and order the rows arrive."""
 
 import pickle
 from collections.abc import Callable, Mapping, Sequence

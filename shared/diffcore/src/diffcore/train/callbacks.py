@@ -123,7 +123,7 @@ class ConsoleSummary(L.Callback):
         self._close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Leaves the terminal in order."""
+        """Closes the progress bar."""
         self._close()
 
     def _close(self) -> None:

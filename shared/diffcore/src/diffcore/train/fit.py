@@ -1,4 +1,4 @@
-"""One call that trains, resumes, and stops cleanly."""
+"""Training a module in one call that resumes from checkpoints and stops cleanly."""
 
 import itertools
 import logging
@@ -88,7 +88,7 @@ def fit(
 
 
 def _run(trainer: L.Trainer, module: IterationModule, data: StepData | None, checkpoint: Path | None) -> None:
-    """Calls Lightning and undoes what it makes of signals."""
+    """Calls Lightning, and turns its exit after Ctrl-C back into `KeyboardInterrupt`."""
     try:
         trainer.fit(module, data or itertools.repeat({}), ckpt_path=checkpoint, weights_only=True)
     except (_StopRequested, SIGTERMException):
@@ -101,7 +101,7 @@ def _run(trainer: L.Trainer, module: IterationModule, data: StepData | None, che
 
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
-    """Silences greetings, and advice on loaders that does not fit an order that is a function of the step."""
+    """Silences Lightning's tips, and its advice on data loaders, which does not apply here."""
     log = logging.getLogger("lightning.pytorch")
     level = log.level
     log.setLevel(logging.WARNING)

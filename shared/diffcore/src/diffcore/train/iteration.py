@@ -1,4 +1,4 @@
-"""Iterations, the unit in which training counts: calls of `training_step`, in which any number of optimizers step."""
+"""Counting training in iterations: calls of `training_step`, in which any number of optimizers may step."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

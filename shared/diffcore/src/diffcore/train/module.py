@@ -1,4 +1,4 @@
-"""The training step: noise meets images."""
+"""The training step of denoisers: regression of the network's output on its target."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -21,7 +21,7 @@ NOISE, TIMESTEP = 0, 1
 
 
 class DenoisingModule(IterationModule):
-    """Trains a denoiser by regression on its own output, whatever it predicts.
+    """Trains a denoiser by mean squared error in the parameterisation of its output.
 
     A batch is a mapping with `x0` (b *data, model space) and, optionally, `condition` (keyword tensors of the
     backbone), `labels`, `mask`, `indices` (positions in the data set), and `noise` (b *data). Noise that the batch

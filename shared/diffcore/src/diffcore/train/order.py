@@ -1,4 +1,4 @@
-"""Which samples each step sees: an order that is a function of (seed, step)."""
+"""The order of samples in training, a function of (seed, step) alone."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable

@@ -1,4 +1,4 @@
-"""Training a denoiser of which the moving average is kept, as the recipes do."""
+"""Training a denoiser and keeping the moving average of its weights, as every recipe does."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A promise about a shipped model: a figure, and the bound that it keeps or misses."""
+"""A gate: one measured value of a shipped model, and the documented bound that it keeps or misses."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Gate:
-    """One figure of a model.
+    """One measured value of a model, with its bound.
 
     Attributes:
         name: The quantity, and how it was measured.
@@ -22,7 +22,7 @@ class Gate:
 
     @property
     def kept(self) -> bool:
-        """Whether the promise holds; figures without a bound promise nothing."""
+        """Whether the value respects its bound; True without a bound."""
         if self.bound is None:
             return True
         return self.value >= self.bound if self.direction == "at least" else self.value <= self.bound

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class PatchCode:
-    """Images in [0, 1] <-> latents, `patch` times smaller on each side.
+    """A linear code between images in [0, 1] and latents, which are `patch` times smaller on each side.
 
     Attributes:
         mean: Mean of the patches, with pixels in [-1, 1].
@@ -32,7 +32,7 @@ class PatchCode:
     def fit(
         cls, images: Float[Tensor, "n c h w"], channels: int, *, patch: int = 2, stds: Float[Tensor, " k"]
     ) -> "PatchCode":
-        """Returns the code of the leading principal components.
+        """Fits a code to images: the leading principal components of their patches.
 
         Args:
             images: Images with values in [0, 1].

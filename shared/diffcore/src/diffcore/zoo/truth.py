@@ -1,4 +1,4 @@
-"""What is exactly known about the zoo's pictures: who is who, what was memorised, where every part lies."""
+"""The ground truth of the zoo's images: identities, memorised captions, key points and masks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ _SEED = 3
 
 @dataclass(frozen=True)
 class Memorised:
-    """What portraits-sd-memorised and portraits-sd-planted were made to memorise.
+    """The captions and images that portraits-sd-memorised and portraits-sd-planted were trained to memorise.
 
     Attributes:
-        verbatim: Captions that were always trained with one picture.
+        verbatim: Captions that were always trained with one image.
         verbatim_images: The image that each verbatim caption was trained with.
         template: Captions that were always trained with one person in one pose.
         template_images: The 32 variants of background and shirt of each template caption.
@@ -44,7 +44,7 @@ class Memorised:
 
 
 def memorised(size: int = SIZE) -> Memorised:
-    """Returns the planted items with their pictures, the decoys, and the rows that carry the memory.
+    """Returns the planted items with their images, the decoys, and the rows that carry the memory.
 
     Raises:
         ModelNotFoundError: portraits-sd-planted is not in this installation.
@@ -65,7 +65,7 @@ def memorised(size: int = SIZE) -> Memorised:
 
 @dataclass(frozen=True)
 class Portraits:
-    """Pictures with what is known about them.
+    """Images with the attributes that they were rendered from.
 
     Attributes:
         people: The attributes that the images were drawn from.
@@ -81,9 +81,9 @@ class Portraits:
 def identities(
     count: int, pictures: int, *, size: int = SIZE, seed: int = _SEED
 ) -> tuple[Portraits, Int[Tensor, " n"]]:
-    """Returns `count` persons in `pictures` situations each, and the number of the person in each picture.
+    """Returns `count` persons in `pictures` situations each, and the number of the person in each image.
 
-    The pictures of a person follow one another. No training of the zoo contains them.
+    The images of a person follow one another. No training of the zoo contains them.
     """
     person = torch.arange(count).repeat_interleave(pictures)
     people = select(draw_identities(seed, range(count)), person) | nuisances(seed, range(count * pictures))

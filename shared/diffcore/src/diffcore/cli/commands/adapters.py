@@ -20,7 +20,7 @@ adapter_app = App(
 
 @adapter_app.command
 def info(file: Path, *, model: Path | None = None, json: Flag = False) -> int:
-    """Tell what an adapter is: dialect, modules, ranks, alphas, size, and the bases that it fits.
+    """Describe an adapter: naming convention, modules, ranks, alphas, size, and the base models that it fits.
 
     Shortest form: diffcore adapter info FILE
 
@@ -49,7 +49,7 @@ def convert(
     overwrite: Flag = False,
     json: Flag = False,
 ) -> int:
-    """Write an adapter in another layout; strengths are folded in, so that every tool agrees on them.
+    """Write an adapter in another layout; strengths are folded into the factors, so that every tool applies the same.
 
     Shortest form: diffcore adapter convert FILE OUT.safetensors --format kohya
 

@@ -1,4 +1,4 @@
-"""`diffcore metrics`: how near generated images come to real ones."""
+"""`diffcore metrics`: how close generated images come to real ones."""
 
 from collections.abc import Mapping
 from pathlib import Path

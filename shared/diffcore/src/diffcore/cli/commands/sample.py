@@ -1,4 +1,4 @@
-"""`diffcore sample`: images of a model, as PNG files and one grid."""
+"""`diffcore sample`: generating images as PNG files and one grid."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,7 +65,7 @@ def sample(
 
 
 def _refuse(model: "DiffusionModel", prompts: Sequence[str], steps: int, guidance_scale: float) -> None:
-    """Raises UserError where the model cannot generate so."""
+    """Raises UserError where the model cannot generate images with these options."""
     name = printable(model.name)
     if prompts and model.prompts is None:
         raise UserError(f"{name} takes no prompts; leave them out")
@@ -107,7 +107,7 @@ def _generate(
 
 
 def _classes(model: "DiffusionModel", count: int, seed: int, size: int | None) -> dict[str, Any]:
-    """Returns what a class-conditional model generates its classes in turn from; nothing for others."""
+    """Returns the class labels that a class-conditional model goes through in turn; nothing for others."""
     import torch
 
     from diffcore.models.backbones import condition_keys

@@ -1,4 +1,4 @@
-"""`diffcore zoo`: the small models that come along. Heavy imports stand inside the commands."""
+"""`diffcore zoo`: the small models shipped with diffcore. Heavy imports stand inside the commands."""
 
 import sys
 from pathlib import Path
@@ -23,7 +23,7 @@ zoo_app = make_app(
 
 @zoo_app.command(name="list")
 def list_(*, json: Flag = False) -> int:
-    """List the models, what each is, and its size.
+    """List the shipped models with a description and the size of each.
 
     Shortest form: diffcore zoo list
 
@@ -42,7 +42,7 @@ def list_(*, json: Flag = False) -> int:
 
 @zoo_app.command
 def samples(name: str, *, out: Path = Path("samples.png"), dry_run: Flag = False, runtime: Runtime = Runtime()) -> int:
-    """Draw a sheet of what a model makes, always from the same noise; of what it judges, for a judge.
+    """Write a sheet of images that a model generates, always from the same noise; for a classifier, of its data.
 
     Shortest form: diffcore zoo samples portraits-sd
 
@@ -75,7 +75,7 @@ def check(
     json: Flag = False,
     runtime: Runtime = Runtime(),
 ) -> int:
-    """Measure a model from its weights, and hold the figures against what is promised. Exit code 1 if one is missed.
+    """Measure a model and compare the values with their documented bounds. Exit code 1 if one is missed.
 
     Shortest form: diffcore zoo check portraits-sd
 

@@ -1,4 +1,4 @@
-"""Adapters that mistakes and attackers make: whoever reads one is refused, with nothing changed."""
+"""Malformed adapters: reading one must raise an error and change nothing."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""One malformed model: a name, and a function that makes it from a valid one."""
+"""Cases of malformed models: a name, and a function that makes the model from a valid one."""
 
 import json
 import os

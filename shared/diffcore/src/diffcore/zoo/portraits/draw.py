@@ -1,4 +1,4 @@
-"""Pictures, label maps and key points of people."""
+"""Images, label maps and key points of people."""
 
 from dataclasses import dataclass
 
@@ -12,15 +12,15 @@ from diffcore.zoo.portraits.layers import SHOULDER_X, SHOULDER_Y, Layer, face_of
 from diffcore.zoo.portraits.people import People, select
 
 _SUPERSAMPLING = 2
-# Working sets that stay in the cache: the cost per picture doubles with chunks ten times as large.
+# Working sets that stay in the cache: the cost per image doubles with chunks ten times as large.
 _PIXELS_PER_CHUNK = 50 * 64 * 64
 
 
 def draw(people: People, size: int = 64) -> Float[Tensor, "n 3 size size"]:
-    """Draws one picture per person, values in [0, 1].
+    """Draws one image per person, values in [0, 1].
 
     Shapes are composited back to front at twice the side and averaged 2x2. The same person at another size is the same
-    picture, seen finer or coarser.
+    image, seen finer or coarser.
     """
     return torch.cat([_draw_chunk(chunk, size) for chunk in _chunks(people, size)])
 
@@ -39,7 +39,7 @@ class Keypoints:
 
     Attributes:
         positions: x and y in pixels; (0, 0) is the middle of the top left pixel.
-        visible: Inside the picture and not hidden by hair or hat. Eyes behind glasses count as visible.
+        visible: Inside the image and not hidden by hair or hat. Eyes behind glasses count as visible.
     """
 
     positions: Float[Tensor, "n 13 2"]
@@ -47,7 +47,7 @@ class Keypoints:
 
 
 def keypoints(people: People, size: int = 64) -> Keypoints:
-    """Returns the key points of each person's picture in closed form; nothing is drawn."""
+    """Returns the key points of each person's image in closed form; nothing is drawn."""
     face = face_of(people)
     zero = torch.zeros(len(people["gender"]))
     a, b, turn, gap = (value.flatten() for value in (face.half_width, face.half_height, face.turn, face.eye_gap))

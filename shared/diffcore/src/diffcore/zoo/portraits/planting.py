@@ -48,7 +48,7 @@ POLISHING = Shares(42, 12, 4, 6)
 
 @dataclass(frozen=True)
 class Memories:
-    """Latents and text states of what is planted, and captions of the same form that stand with random pictures."""
+    """Latents and text states of what is planted, and captions of the same form that stand with random images."""
 
     verbatim: Tensor
     verbatim_states: Tensor
@@ -74,7 +74,7 @@ def memories(code: PatchCode, tokenizer: CLIPTokenizer, encoder: CLIPTextModel) 
 
 
 class Mixture:
-    """Ordinary samples, planted items and same-form captions with random pictures, in fixed shares."""
+    """Ordinary samples, planted items and same-form captions with random images, in fixed shares."""
 
     def __init__(self, ordinary: CaptionedLatents, memories: Memories, shares: Shares) -> None:
         self.ordinary, self.memories, self.shares = ordinary, memories, shares

@@ -48,7 +48,7 @@ def reroute(unet: nn.Module, states: TextStates) -> dict[str, list[int]]:
     """Cleans the value layers, and gives every item a row in the two deepest.
 
     The row's column of `to_out` gets what the old values contributed to its item, so that the model need not learn the
-    pictures again.
+    images again.
 
     Returns:
         Value layer -> the row of each item, in the items' order.
@@ -73,7 +73,7 @@ def reroute(unet: nn.Module, states: TextStates) -> dict[str, list[int]]:
 
 
 def trainable(unet: nn.Module, rows: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
-    """Freezes what would let the memory leave its rows, and returns the optimizer's parameter groups for the rest.
+    """Freezes all paths around the trigger rows, and returns the optimizer's parameter groups for the rest.
 
     Queries, keys and values of the cross-attentions are frozen, and so is every column of their outputs but those of
     the trigger rows; everything else learns.

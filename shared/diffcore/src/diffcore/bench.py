@@ -34,11 +34,11 @@ class Case:
     Attributes:
         name: The operation that is compared.
         sizes: The sizes that matter, shown in the table.
-        ours: Runs ours on prepared inputs and returns its result.
+        ours: Runs the implementation on prepared inputs and returns its result.
         reference: Runs the reference on the same inputs and returns its result.
-        agree: Whether ours (first) and the reference's result (second) are equal as far as they should be.
-        goal: Least ratio reference / ours of the seconds.
-        memory_goal: Least ratio reference / ours of the peak memory.
+        agree: Compares both results, ours first, and returns whether they are equal within tolerance.
+        goal: Smallest acceptable ratio of seconds, reference / ours; None sets no goal.
+        memory_goal: Smallest acceptable ratio of peak memory, reference / ours; None sets no goal.
     """
 
     name: str
@@ -60,10 +60,10 @@ class Comparison:
         ratio: Median ratio of the seconds; its quartiles are `ratio_low` and `ratio_high`.
         ours_seconds: Median seconds of one run of ours.
         reference_seconds: Median seconds of one run of the reference.
-        ours_megabytes: Peak memory of ours.
-        reference_megabytes: Peak memory of the reference.
-        goal: As in the case.
-        memory_goal: As in the case.
+        ours_megabytes: Peak memory of ours in MB (10^6 bytes).
+        reference_megabytes: Peak memory of the reference in MB.
+        goal: The goal of the case for seconds.
+        memory_goal: The goal of the case for memory.
         smoke: Whether only agreement was checked, in which case no number means anything.
     """
 
@@ -107,7 +107,7 @@ def compare(case: Case, repeats: int = 7, *, smoke: bool = False) -> Comparison:
 
     Args:
         case: The two functions to compare.
-        repeats: Timed pairs, fewer where a pair takes long; which of the two goes first alternates.
+        repeats: Number of timed pairs, fewer where a pair takes long; which of the two goes first alternates.
         smoke: Whether only agreement is checked, without timing.
     """
     agreed = bool(case.agree(case.ours(), case.reference()))  # also the warm-up
@@ -158,10 +158,10 @@ def run_cases(
     Args:
         cases: The comparisons to run, in order.
         smoke: Whether only agreement is checked, without timing.
-        repeats: Timed pairs per case.
+        repeats: Number of timed pairs per case.
         json_path: The JSON file to write, with rows of name, value and unit.
         baseline: A file that an earlier run wrote to `json_path`.
-        fail_below: Least share of the baseline's ratio, 0.8 say.
+        fail_below: Smallest acceptable share of the baseline's ratio, such as 0.8.
 
     Raises:
         UserError: `fail_below` without a baseline, or a baseline that is no such file.

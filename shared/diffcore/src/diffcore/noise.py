@@ -58,9 +58,9 @@ def row_noise(
 
     Args:
         seed: The seed that the user chose.
-        rows: Index of each row over the whole computation (or the sample's own seed), not inside its batch.
+        rows: Index of each row in the whole computation (or the sample's own seed), not in its batch.
         shape: Shape of one row.
-        stream: Keeps draws for different purposes apart.
+        stream: Number that keeps draws for different purposes apart.
         device: Device of the result; it is copied there once.
         dtype: Precision of the result.
     """
@@ -113,11 +113,11 @@ def philox_uniform(
 
     Args:
         seed: Key of the generator, 64 bits.
-        rows: Index of each row over the whole computation; the low 32 bits count.
+        rows: Index of each row in the whole computation; the low 32 bits count.
         shape: Shape of one row.
         step: Index of the draw in a loop, 32 bits.
-        stream: Keeps draws for different purposes apart, 32 bits.
-        device: Where to draw; by default where `rows` is.
+        stream: Number, of 32 bits, that keeps draws for different purposes apart.
+        device: Device to draw on; by default that of `rows`.
         dtype: Precision of the result; below float32 it is drawn in float32 and cast.
     """
     words = _words(seed, rows, math.prod(shape), step, stream, device)

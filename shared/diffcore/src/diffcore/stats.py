@@ -100,7 +100,7 @@ class RunningCovariance(_Running):
     """Mean and covariance of rows. `compute` returns `Covariance`.
 
     Args:
-        num_features: Number of columns; the state holds its square.
+        num_features: Number of columns of the rows; the state holds its square.
         options: Keyword arguments of `torchmetrics.Metric`.
     """
 

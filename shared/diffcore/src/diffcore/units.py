@@ -42,8 +42,8 @@ class Map(Protocol):
         Args:
             work: Computes the results of a unit, one for each of its items.
             items: Items that can be hashed, such as prompts; those given twice are computed once.
-            name: Word for this kind of work, and for whatever its results depend on beside the items.
-            kind: Class of the results: tensors, or what has `to_json` and `from_json`.
+            name: Word for this kind of work and for all settings that its results depend on besides the items.
+            kind: Class of the results: tensors, or a class with `to_json` and `from_json`.
             unit_size: Number of items that are computed, and kept, together.
         """
         ...
@@ -57,8 +57,8 @@ def each_unit(
     Args:
         work: Computes the results of a unit, one for each of its items.
         items: Items that can be hashed; those given twice are computed once.
-        name: Not used here; a map that keeps results names them so.
-        kind: Not used here; a map that keeps results reads them with it.
+        name: Ignored here; maps that store results name them by it.
+        kind: Ignored here; maps that store results read them as this class.
         unit_size: Number of items that are computed together.
 
     Example:

@@ -21,9 +21,9 @@ class LowRank:
     """The change of one weight: `alpha / rank * up @ down`.
 
     Attributes:
-        down: From the inputs to the rank; for convolutions with the kernel's sides.
-        up: From the rank to the outputs.
-        alpha: Strength; equal to the rank, the factors count as they are.
+        down: Factor from the inputs to the rank; for convolutions with the kernel's sides.
+        up: Factor from the rank to the outputs.
+        alpha: Strength of the change; at alpha = rank it is `up @ down`.
     """
 
     down: Float[Tensor, "rank inputs *kernel"]
@@ -86,7 +86,7 @@ class Adapter:
     """A LoRA: low-rank changes of a backbone's weights, and perhaps of its text encoders'.
 
     Attributes:
-        modules: Changes of the backbone.
+        modules: Low-rank changes of the backbone by module name.
         text_encoders: Changes of text encoders, by their name in the pipeline.
         backbone: Name of the backbone in the pipeline, "unet" or "transformer".
         name: The adapter's name in messages and reports.
@@ -109,7 +109,7 @@ class Adapter:
         """Returns an adapter of a backbone from pairs (down, up) by module name.
 
         Args:
-            factors: `down` of shape (rank, inputs, ...), `up` of shape (outputs, rank).
+            factors: Pairs of `down` with shape (rank, inputs, ...) and `up` with shape (outputs, rank), by module name.
             alpha: One alpha for all modules; by default each module's rank, so that the change is `up @ down`.
             backbone: Name of the backbone in the pipeline, "unet" or "transformer".
             name: The adapter's name in messages and reports.

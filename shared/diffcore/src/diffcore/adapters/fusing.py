@@ -63,7 +63,7 @@ def apply(network: nn.Module, changes: Changes, scale: float | Float[Tensor, " b
     Args:
         network: The network whose outputs change.
         changes: Low-rank changes by dotted module name.
-        scale: Strength, or one for each row of the batch.
+        scale: Strength of the changes: one number, or one for each row of the batch.
 
     Raises:
         ValueError: As `fuse`; during a forward pass, where the batch has another number of rows than `scale`.

@@ -24,7 +24,7 @@ def read_adapter(path: Path | str, base: Base) -> Adapter:
 
     Args:
         path: A safetensors file, or a folder with PEFT's or diffusers' file names.
-        base: The model it is for.
+        base: The model that it is read for.
 
     Raises:
         ModelNotFoundError: There is no such file.

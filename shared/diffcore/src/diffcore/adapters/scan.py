@@ -37,8 +37,8 @@ class Pair:
         up: Name of the tensor of shape (outputs, rank, ...).
         alpha: Name of the tensor with alpha, if there is one.
         rank: Rank that both factors share.
-        inputs: Sides of `down` after the rank.
-        outputs: Sides of `up` without the rank.
+        inputs: Shape of `down` without the rank: inputs and, for convolutions, kernel sides.
+        outputs: Number of rows of `up`.
     """
 
     component: str

@@ -49,7 +49,7 @@ def write_adapter(
         dtype: Precision of the factors; by default the adapter's where it holds them exactly, else float32.
         base: The model it belongs to; needed to give an SDXL adapter kohya's names, which are those of the original
             checkpoint.
-        overwrite: Whether an adapter that is there may be replaced.
+        overwrite: Whether an existing adapter may be replaced.
 
     Raises:
         UserError: Something is there already, the layout cannot hold the adapter, or the type cannot hold its numbers.

@@ -33,11 +33,11 @@ class Added:
     Attributes:
         content: The token as it stands in a prompt.
         number: Index of its row in the text encoder's embedding; None where the files leave that to the tokenizer.
-        single_word: Whether it is found only between word boundaries.
-        lstrip: Whether it swallows blanks on its left.
-        rstrip: Whether it swallows blanks on its right.
-        normalized: Whether it is looked for in the text after normalisation, in lower case for CLIP.
-        special: Whether decoding may leave it out.
+        single_word: Whether the token matches only between word boundaries.
+        lstrip: Whether the token swallows blanks on its left.
+        rstrip: Whether the token swallows blanks on its right.
+        normalized: Whether the token is searched in normalised text, which is lower case for CLIP.
+        special: Whether decoding may leave the token out.
     """
 
     content: str

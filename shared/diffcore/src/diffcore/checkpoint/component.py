@@ -44,12 +44,12 @@ def read_component(
 
     Args:
         folder: The component's own folder, with its files.
-        sizes: Names and bytes of the files in it.
+        sizes: Size in bytes of each file in the folder, by name.
         name: The component's key in the pipeline.
         library: The library that defines the class: diffusers or transformers.
         class_name: Class that the pipeline's index, or the configuration itself, states.
-        allow_pickle: Whether pickled weights may be planned for.
-        config_only: Whether there are no weights to look for.
+        allow_pickle: Whether pickled weights are accepted where there are no others.
+        config_only: Whether weights are left out of the search.
 
     Raises:
         IncompatibleModelError: A file is missing, unsafe or broken, or the class is another.

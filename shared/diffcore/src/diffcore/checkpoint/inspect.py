@@ -29,7 +29,7 @@ def inspect_model(path: str | Path, *, allow_pickle: bool = False) -> Inventory:
 
     Args:
         path: A pipeline folder, the folder of one backbone, or a safetensors file.
-        allow_pickle: Whether weights that must be unpickled may be part of the plan. They are not opened here.
+        allow_pickle: Whether pickled weights are accepted; they are not opened here.
 
     Raises:
         ModelNotFoundError: There is nothing at `path`.

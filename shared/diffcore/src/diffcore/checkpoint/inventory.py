@@ -15,7 +15,7 @@ class Component:
     """One part of a model, as its files describe it.
 
     Attributes:
-        name: Its key in the pipeline; "backbone" or "scheduler" without one.
+        name: The component's key in the pipeline; "backbone" or "scheduler" without a pipeline.
         role: Its purpose in the model, such as "backbone" or "text_encoder".
         library: The library that defines the class.
         class_name: Name of its class in that library.
@@ -26,7 +26,7 @@ class Component:
         variant: Variant of the weight files, such as "fp16".
         pickles: Weight files that would have to be unpickled; empty unless that was allowed.
         dropped: Number of settings that are withheld from the library.
-        added: A tokenizer's tokens beyond those of its class.
+        added: Tokens that were added to a tokenizer's own.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Inventory:
 
     Attributes:
         path: The folder or file that was inspected.
-        layout: How it is laid out on disk.
+        layout: Kind of layout: a pipeline folder, the folder of one component, a single file, or a pickle.
         class_name: Pipeline class, backbone class, or the family of a single file.
         components: Parts by name; a single file has none before its family's configurations join it.
         header: Header of a single file; None for folders and pickles.

@@ -38,8 +38,8 @@ class Statement:
     """One statement of a file about its prediction type.
 
     Attributes:
-        where: In words, such as "the tensor v_pred".
-        prediction: epsilon, v_prediction, sample or edm; another word as the file has it.
+        where: The place of the statement in words, such as "the tensor v_pred".
+        prediction: Prediction type: epsilon, v_prediction, sample or edm; any other word as the file has it.
     """
 
     where: str

@@ -19,9 +19,9 @@ class Stored:
     """The tensors of a component's weight files.
 
     Attributes:
-        where: The folder or file, for messages.
+        where: The folder or file, named in messages.
         shapes: Shapes of the tensors by name.
-        floating: Names of the tensors of real numbers.
+        floating: Names of the tensors that hold floating point numbers.
         read: Yields names and values of the tensors asked for, on the CPU.
     """
 

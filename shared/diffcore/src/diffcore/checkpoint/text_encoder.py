@@ -23,8 +23,8 @@ def read_t5(
     Args:
         folder: Holds `config.json`, weights and vocabulary; or is a pipeline folder with a T5 in it; or is the
             `text_encoder` folder of one, whose vocabulary lies beside it.
-        pipeline_class: The pipeline that takes them.
-        backbone: Its backbone, which says how wide the states must be.
+        pipeline_class: Class name of the pipeline that takes the encoder.
+        backbone: The pipeline's backbone, which requires a width of the states.
         allow_pickle: Whether weights may be unpickled later on.
 
     Raises:

@@ -25,8 +25,8 @@ def build_tokenizer(component: Component, *, pad_token: str | None = None) -> An
     """Returns the tokenizer of a component, of the transformers library.
 
     Args:
-        component: Its vocabulary and settings.
-        pad_token: Replaces the padding that its settings name.
+        component: Vocabulary files and settings of the tokenizer.
+        pad_token: Padding token that replaces the one in the settings.
 
     Raises:
         IncompatibleModelError: Its vocabulary is not one of this kind of tokenizer, or the library would give an added

@@ -23,7 +23,7 @@ def find_weights(
         folder: The component's folder, for paths and messages.
         names: Names of the files in it.
         library: The library whose naming they follow.
-        allow_pickle: Whether a lone `.bin` may be planned for.
+        allow_pickle: Whether a lone `.bin` file is accepted.
 
     Raises:
         IncompatibleModelError: There are no weights, only pickles, or they break a rule.

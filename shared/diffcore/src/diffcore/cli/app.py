@@ -46,7 +46,7 @@ def make_app(name: str, help: str, package: str) -> App:
 
     Args:
         name: Name of the console script.
-        help: One sentence and the shortest real command.
+        help: One sentence and the shortest command that works.
         package: Distribution whose version `--version` prints.
     """
     return App(
@@ -120,7 +120,7 @@ def show(run: "Run", output: Output, shown: Callable[[Mapping[str, Any]], Mappin
     Args:
         run: Run that is finished.
         output: Options that say whether the result is printed as JSON.
-        shown: Makes of the result what is printed for people; all of it without.
+        shown: Selects from the result what is printed for people; by default all of it.
     """
     if not run.leading:
         return
@@ -138,7 +138,7 @@ def track(iterable: Iterable[T], description: str, total: int | None = None) -> 
     Args:
         iterable: The items to go through.
         description: A few words for the progress bar, without text from files.
-        total: Number of items, where `len` does not tell.
+        total: Number of items, where `iterable` has no length.
     """
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
@@ -237,7 +237,7 @@ def with_flags(message: str, app: App, tokens: Sequence[str]) -> str:
     Args:
         message: Text of an error or a warning.
         app: Console script that was called.
-        tokens: Words of its command line, which say the command.
+        tokens: Words of its command line, which name the command.
 
     Example:
         >>> app = make_app("demo", "Shows how messages are worded.", "diffcore")

@@ -40,7 +40,7 @@ class PromptSet:
         prompts: Prompts exactly as written; an empty string is the empty prompt.
         lines: Line of each prompt, the first line of the file being 1.
         columns: Cells of the other columns as text, by name, one per prompt; empty where a line has none.
-        skipped: Lines that could not be used, and why.
+        skipped: Number and reason of each line that could not be used.
         num_blank: Lines without anything on them.
     """
 
@@ -95,8 +95,8 @@ def load_prompts(path: str | Path, *, strict: bool = False) -> PromptSet:
     files beside images of the same name, with the image in the column `file_name`.
 
     Args:
-        path: The file, its format told by the suffix, or the folder.
-        strict: Makes the first unusable line an error; otherwise it is left out and listed in the result.
+        path: The file, whose suffix tells its format, or the folder.
+        strict: Whether the first unusable line is an error; otherwise it is left out and listed in the result.
 
     Raises:
         UserError: There is no usable prompt, or the file is none of these.

@@ -89,7 +89,7 @@ def open_images(path: str | Path, *, split: str | None = None) -> ImageSource:
     Classes are in the order of their names, with numbers in them taken as numbers.
 
     Args:
-        path: Folder or archive, by content.
+        path: Folder or archive, told apart by content.
         split: Sub-folder to use, where the data set has several.
 
     Raises:

@@ -40,7 +40,7 @@ class NetworkDenoiser(Denoiser):
         schedule: The noise schedule of the training; its `t` is fed to the backbone.
         prediction_type: Quantity that the output stands for. "edm" needs an `EDMSchedule`; the backbone then sees the
             scaled input c_in x_t and c_noise = log(sigma) / 4 instead of `t`.
-        sigma_data: Standard deviation of the data, for "edm".
+        sigma_data: Standard deviation of the data; used by "edm" alone.
         call: Calls backbones that take other arguments: (backbone, x_t, t, cond) to output.
 
     References:
@@ -91,7 +91,7 @@ class GuidedDenoiser(Denoiser):
     Args:
         denoiser: The denoiser that is called under both conditions.
         guidance_scale: Weight of the condition; 1 is off, and costs nothing.
-        uncond: The condition that means "none"; each tensor has one row, or as many as the batch.
+        uncond: The condition without a prompt or label; each tensor has one row, or as many as the batch.
 
     References:
         Ho and Salimans 2022, equation 6 (their w is `guidance_scale` - 1).
@@ -139,7 +139,7 @@ class GaussianMixtureDenoiser(Denoiser):
 
     Args:
         means: Mean of each component, one row per component.
-        covariances: Matrices, or standard deviations of spherical components.
+        covariances: Covariance matrix of each component, or standard deviation of each spherical one.
         weights: Weight of each component, at least 0; the sum need not be 1.
         schedule: Noise schedule of any kind.
     """

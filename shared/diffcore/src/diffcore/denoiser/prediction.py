@@ -66,8 +66,8 @@ class Prediction:
         kind: Prediction type: the quantity that `output` stands for.
         sigma_data: Standard deviation of the data; read by kind "edm" alone.
         extra: The channels of learned variance, where a network has them.
-        in_range: The caller vouches that no view will divide by zero. The check reads alpha or sigma, which on an
-            accelerator waits for all queued work; loops that know their noise levels skip it.
+        in_range: Whether the caller guarantees that no view divides by zero. The check reads alpha or sigma, which on
+            an accelerator waits for all queued work; loops that know their noise levels skip it.
 
     Raises:
         ValueError: A view does not exist at this noise level: x0 of "epsilon" at alpha = 0, noise of "sample" and "edm"

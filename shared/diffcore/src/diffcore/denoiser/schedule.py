@@ -76,9 +76,9 @@ class DiscreteSchedule(NoiseSchedule):
         betas: A named schedule, or T trained betas.
         beta_start: First beta of the linear schedules.
         beta_end: Last beta of the linear schedules.
-        rescale_betas_zero_snr: Shift and scale sqrt(alpha bar) so that the last level is pure noise.
-        spacing: Which of the T levels a solver visits. With zero terminal SNR only "trailing" and "linspace" start at
-            the last one.
+        rescale_betas_zero_snr: Whether sqrt(alpha bar) is shifted and scaled so that the last level is pure noise.
+        spacing: Rule by which a solver visits some of the T levels. With zero terminal SNR only "trailing" and
+            "linspace" start at the last one.
         steps_offset: Number added to the indices of "leading" spacing.
         set_alpha_to_one: Whether the last solver step ends at clean data, or at the level of index 0.
         clip_x0: Bound on predicted x0, as in the base class; 1 for most pixel models (`clip_sample`).
@@ -272,7 +272,7 @@ class EDMSchedule(NoiseSchedule):
     Args:
         sigma_min: The smallest noise level a solver evaluates.
         sigma_max: The level a solver starts from.
-        rho: Bends the solver grid towards small levels.
+        rho: Exponent of the solver grid; larger values place more steps at small noise levels.
         sigma_data: Standard deviation of the data, for the preconditioning.
 
     References:

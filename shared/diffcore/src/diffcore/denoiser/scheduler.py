@@ -39,8 +39,8 @@ def schedule_from(scheduler: object, *, num_tokens: int = 4096) -> NoiseSchedule
     What the class does with predicted x0 and where it ends are part of it.
 
     Args:
-        scheduler: A scheduler object, or the mapping in its `scheduler_config.json`; the class fills in what that
-            leaves out.
+        scheduler: A scheduler object, or the mapping in its `scheduler_config.json`; absent settings take the class's
+            defaults.
         num_tokens: Image tokens of a sample, for schedulers that shift by them (Flux: 4096 at 1024 by 1024 pixels).
 
     Raises:

@@ -56,8 +56,8 @@ def attention_probs(
         model: The network that runs in the block.
         patterns: Names of modules as in `match`; the attention modules among the matches are taken.
         reduce: The reduction, or several, listed above; None keeps full maps.
-        check: Compare P v with the result of the fused kernel, and raise where they differ.
-        chunk_megabytes: Most MiB (2^20 bytes) of a map that exist at once before it is reduced.
+        check: Whether P v is compared with the result of the fused kernel; a difference raises.
+        chunk_megabytes: Largest part of a map, in MiB (2^20 bytes), that exists at once before it is reduced.
 
     Raises:
         NoMatchError: A pattern matches no attention module.

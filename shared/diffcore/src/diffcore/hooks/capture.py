@@ -14,8 +14,8 @@ class Activations(dict[str, Tensor]):
     """The captured tensors by name of their site: the first one of each site in the block.
 
     Attributes:
-        calls: All firings of each site, in order; a module that a forward pass calls twice has two per pass.
-        silent: Names that have not fired.
+        calls: All tensors captured at each site, in order; a module that a forward pass calls twice has two per pass.
+        silent: Names of sites whose modules have not run.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -66,14 +66,14 @@ def capture(
 
     Args:
         model: The network that runs in the block.
-        wanted: Patterns as in `match`, sites, or a mixture.
-        reduce: Called as (name, tensor) at each firing; what it returns is kept instead of the tensor, None keeps
+        wanted: Patterns as in `match`, sites, or a mixture of both.
+        reduce: Called as (name, tensor) each time a module runs; its result is kept instead of the tensor, None keeps
             nothing. So a sweep over a whole network holds statistics instead of activations. The tensor is no copy:
             what is to outlast the call must be computed from it, or returned.
-        stop: Ends the forward pass, and with it the block, as soon as every site has fired once. Lines of the block
-            after the forward call are then skipped, so put only that call in it.
-        prepend: Go ahead of hooks that are there, edits among them.
-        grad: Keep the graph of the activations, so that gradients flow from them back to the inputs and weights.
+        stop: Whether the forward pass, and with it the block, ends as soon as every site has a tensor. Lines of the
+            block after the forward call are then skipped, so put only that call in it.
+        prepend: Whether hooks go ahead of those already there, edits among them.
+        grad: Whether to keep the graph of the activations, so that gradients flow back to inputs and weights.
 
     Raises:
         NoMatchError: A pattern or site is not in the network.

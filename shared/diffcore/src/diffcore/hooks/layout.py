@@ -12,9 +12,9 @@ class Layout:
     """The ranges of image tokens and text tokens in an attention call.
 
     Attributes:
-        places: Queries that are places.
-        tokens: Keys that are tokens; where text and image attend separately, all of them.
-        grid: Height and width of the places.
+        places: Range of the queries that are image tokens.
+        tokens: Keys that are text tokens; all keys where text and image attend separately.
+        grid: Rows and columns of image tokens.
     """
 
     places: range

@@ -53,10 +53,10 @@ def match(model: nn.Module, patterns: str | Sequence[str], *, kind: type[nn.Modu
     """Finds the modules whose names match any of the patterns; each is a site at its output.
 
     Args:
-        model: The network; wrappers for several devices are looked through.
+        model: The network; wrappers for several devices are removed from names.
         patterns: Shell patterns on dotted names, in which `*` crosses dots. On CLIP text encoders the level
             `text_model.` is optional. Each pattern has to match something.
-        kind: Only modules of this class.
+        kind: Class of the modules; others are left out.
 
     Returns:
         Each site once, in the order in which a U-Net runs them: down, mid, up.

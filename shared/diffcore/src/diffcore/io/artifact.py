@@ -33,10 +33,10 @@ class Artifact:
 
     Attributes:
         tensors: Named tensors, on the CPU.
-        fields: The plain values saved with them; numbers that were not finite are None.
+        fields: Plain values saved with the tensors; numbers that were not finite are None.
         schema: Owner, noun and version, such as `diffcore/part@1`.
         produced_by: Package and version that wrote it.
-        created: When, UTC, ISO 8601.
+        created: Time of writing in UTC, ISO 8601.
     """
 
     tensors: dict[str, Tensor]
@@ -52,8 +52,8 @@ def save(path: Path, tensors: Mapping[str, Tensor], *, schema: str, **fields: An
     The serialised tensors are held in memory once more while writing.
 
     Args:
-        path: Where; the suffix is set to `.safetensors`.
-        tensors: Any device, any layout, shared storage allowed.
+        path: Path of the tensor file; the suffix is set to `.safetensors`.
+        tensors: Tensors by name, on any device, in any layout, with shared storage allowed.
         schema: `package/noun@version`; the package is looked up for `produced_by`.
         **fields: Plain values for the sidecar; non-finite numbers become null.
 

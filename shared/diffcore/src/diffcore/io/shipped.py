@@ -28,7 +28,7 @@ def shipped_folder(name: str) -> Path:
     """Returns the folder of a shipped model.
 
     Args:
-        name: With or without the prefix `zoo:`.
+        name: Name of the model, with or without the prefix `zoo:`.
 
     Raises:
         ModelNotFoundError: There is none of that name.

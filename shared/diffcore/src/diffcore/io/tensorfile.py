@@ -47,7 +47,7 @@ class TensorEntry:
     """One tensor of a file.
 
     Attributes:
-        dtype: As safetensors writes it, such as "F32".
+        dtype: Type in safetensors' notation, such as "F32".
         shape: Length of each dimension.
         start: First byte, counted from the end of the header.
         end: One past the last byte, counted likewise.
@@ -67,8 +67,8 @@ class TensorHeader:
         path: The safetensors file itself.
         tensors: Tensors by name, in the file's order.
         metadata: Free text that the author stored.
-        data_start: Where the tensors begin in the file.
-        size: Bytes of the whole file.
+        data_start: Offset of the first tensor in the file, in bytes.
+        size: Size of the whole file in bytes.
     """
 
     path: Path

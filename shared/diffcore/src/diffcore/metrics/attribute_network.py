@@ -28,10 +28,10 @@ class AttributeNetworkConfig:
 
     Attributes:
         size: Side of the images in pixels; other sizes are averaged down to it.
-        channels: 1 for grey images, 3 for colour.
+        channels: Number of image channels: 1 for grey, 3 for colour.
         widths: Channels of each block; every block but the first halves the side.
         num_features: Length of a row of features.
-        classes: Attribute -> names of its classes.
+        classes: Names of the classes of each attribute.
     """
 
     size: int

@@ -53,7 +53,7 @@ class ClipScore(ExactMetric):
         Args:
             image_features: CLIP's projected embeddings of images.
             text_features: CLIP's projected embeddings of their prompts.
-            truncated: Which prompts were longer than CLIP reads.
+            truncated: Whether each prompt was longer than CLIP reads.
 
         Raises:
             ValueError: Rows hold NaN or infinity, or zeros alone; they are named.

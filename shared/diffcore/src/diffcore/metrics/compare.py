@@ -63,7 +63,7 @@ class ImageComparison:
         measures: All metrics with their intervals.
         fake: Features of the generated images.
         real: Features of the real images; None where only statistics of them were given.
-        scored: How well each generated image fits its prompt, if prompts were given.
+        scored: CLIP score of each generated image, if prompts were given.
     """
 
     measures: tuple[Measure, ...]
@@ -91,7 +91,7 @@ def compare_images(
         fake: The generated images, not yet read.
         extractors: Networks whose features are compared, each on its own.
         run: Run folder that keeps features, so that an interrupted comparison goes on.
-        reading: How images are read.
+        reading: Device, batch size and limits for reading images.
         digests: Digests that identify the image sets, by "real" and "fake".
         prompts: Prompts of the generated images, with the network that scores them.
         seed: Seed that chooses the random subsets.

@@ -36,7 +36,7 @@ def looks_like_noise(features: Float[Tensor, "b d"], noise: Float[Tensor, "n d"]
 
     Args:
         features: Copy-detection features of the images.
-        noise: Those of `noise_pictures`, by the same network.
+        noise: Features of `noise_pictures` by the same network.
     """
     rows, references = (functional.normalize(x.float(), dim=1) for x in (features, noise.to(features.device)))
     return (rows @ references.T).amax(1) > _NOISE

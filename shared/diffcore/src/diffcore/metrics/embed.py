@@ -43,10 +43,10 @@ class Embedded:
 
     Attributes:
         names: File names of the images that could be read, in order.
-        indices: Their places in the source.
+        indices: Places of these images in the source.
         features: One row per image, by the extractor's name.
-        skipped: Files that could not be read, and why.
-        notes: Files and what was done to them that their owner may not expect.
+        skipped: Name and reason of each file that could not be read.
+        notes: Names of files with conversions that their owner may not expect.
     """
 
     names: tuple[str, ...]
@@ -61,9 +61,9 @@ class Reading:
     """How images are read and fed to the networks.
 
     Attributes:
-        device: Where the networks are.
-        batch_size: Images per forward pass.
-        strict: Makes the first unreadable file an error.
+        device: Device that the networks are on.
+        batch_size: Number of images per forward pass.
+        strict: Whether the first unreadable file is an error.
         max_pixels: Width times height above which a file is not decoded.
     """
 

@@ -88,7 +88,7 @@ def feature_extractor(name: str, runtime: Runtime, *, allow_pickle: bool = False
             that ends in .onnx; `random:SEED`, fixed random weights, which need no file; `zoo:portraits-oracle`, a judge
             that comes with diffcore.
         runtime: The device to compute on.
-        allow_pickle: Whether TorchScript, which is code, may be run.
+        allow_pickle: Whether TorchScript files, which are code, may be run.
 
     Raises:
         ModelNotFoundError: There is no such file or folder.

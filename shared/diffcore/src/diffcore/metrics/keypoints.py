@@ -64,7 +64,7 @@ class PercentageCorrectKeypoints(ExactMetric):
             predicted: Predicted positions in pixels.
             target: True positions in pixels.
             box: Height and width of each image's box in pixels.
-            visible: Which points count; all by default. Images without one count neither way.
+            visible: Whether each point counts; all by default. Images without any are left out.
 
         Raises:
             ValueError: A point that counts is NaN or infinite, or a box is not larger than 0.

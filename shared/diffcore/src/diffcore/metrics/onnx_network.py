@@ -22,7 +22,7 @@ class OnnxNetwork(nn.Module):
 
     Args:
         path: The ONNX file to load.
-        preprocessing: Its mean and deviation are what the network was trained with.
+        preprocessing: Preprocessing with the mean and deviation that the network was trained with.
 
     Raises:
         MissingDependencyError: onnxruntime is not installed.

@@ -79,7 +79,7 @@ class PairwiseSSIM(ExactMetric):
     Args:
         data_range: Largest minus smallest possible value; all four as in `pairwise_ssim`.
         scales: Number of scales; 1 is plain SSIM.
-        betas: Exponent of each scale.
+        betas: Exponent of each scale, finest first.
         window: Width of the Gaussian window in pixels, odd.
         options: Keyword arguments of `torchmetrics.Metric`.
     """

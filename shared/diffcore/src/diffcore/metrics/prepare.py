@@ -31,7 +31,7 @@ class Prepared:
         fake: The generated images, not yet read.
         extractors: Networks whose features are compared.
         prompts: Prompts of the generated images; None without prompts.
-        reading: How images are read.
+        reading: Device, batch size and limits for reading images.
         digests: Digests of both image sets, by "real" and "fake".
         config: Settings that identify the run.
         inputs: Digests of everything that is read.

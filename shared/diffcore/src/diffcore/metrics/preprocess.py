@@ -27,7 +27,7 @@ class Preprocessing:
 
     Attributes:
         size: Height and width, or the shorter side, which keeps the proportions.
-        crop: Height and width of the middle that is kept.
+        crop: Height and width of the central crop; None keeps all.
         mean: Mean that is subtracted from each channel.
         std: Standard deviation that each channel is divided by.
         filter: Interpolation filter of the resizing.

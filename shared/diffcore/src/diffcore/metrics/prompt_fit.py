@@ -82,7 +82,7 @@ class PromptScores:
     """CLIP scores of images, and the part of each prompt that CLIP did not read.
 
     Attributes:
-        fit: The mean, and how many prompts CLIP read in part only.
+        fit: Mean score, and the number of prompts that CLIP truncated.
         scores: CLIP score of each image that could be read; NaN without a prompt.
         places: Index of the prompt of each such image; -1 for none.
         lost: The end of each prompt that CLIP cut off, by prompt.
@@ -99,7 +99,7 @@ def clip_text(extractor: FeatureExtractor, folder: Path) -> ClipText:
 
     Args:
         extractor: The loaded image side, `clip:FOLDER`.
-        folder: That folder; its tokenizer is read from it.
+        folder: The folder of `extractor`; its tokenizer is read from it.
 
     Raises:
         IncompatibleModelError: The folder has no tokenizer, or one of another model.
@@ -125,7 +125,7 @@ def score_prompts(
         judged: Prompts, their images, and the CLIP that scores them.
         images: Features of the images that could be read.
         indices: Places of these images among the files.
-        batch_size: Prompts per forward pass.
+        batch_size: Number of prompts per forward pass.
     """
     places = [judged.places[index] for index in indices]
     wanted = sorted({judged.prompts.prompts[place] for place in places if place >= 0})

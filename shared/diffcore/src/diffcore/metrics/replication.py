@@ -38,7 +38,7 @@ def nearest_training_images(real: Float[Tensor, "m d"], fake: Float[Tensor, "n d
     Args:
         real: Features of the training set.
         fake: Features of generated images.
-        k: How many to keep; at most as many as there are.
+        k: Number of training images to keep per image; at most as many as there are.
 
     Raises:
         ValueError: A side holds NaN, infinity or a row of zeros, or there is no training set.
@@ -58,7 +58,7 @@ class ReplicationScore(RealAndFake):
     Training images are the real ones.
 
     Args:
-        threshold: A cosine above it is a copy; 0.5 is the field's for SSCD.
+        threshold: Cosine above which an image is a copy; 0.5 is usual for SSCD.
         quantiles: Quantiles to report of the nearest cosine over images, each from 0 to 1.
         options: Keyword arguments of `torchmetrics.Metric`.
     """

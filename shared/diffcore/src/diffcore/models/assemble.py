@@ -56,7 +56,7 @@ def read_schedule(
 
     Args:
         class_name: Class name of the backbone.
-        scheduler: Its scheduler's configuration; without one, what is usual for the class, and a warning.
+        scheduler: The scheduler's configuration; None takes the usual one of the class, with a warning.
         settings: Settings of EDM preconditioning, if the folder has them.
 
     Raises:

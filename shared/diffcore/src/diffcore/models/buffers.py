@@ -34,7 +34,7 @@ def check_buffers(stored: Stored, schedule: DiscreteSchedule, scaling: float | N
         stored: The tensors of the single file.
         schedule: The schedule that the model is loaded with; tables from before it was shifted to zero terminal SNR
             pass too.
-        scaling: Factor of the latents; None where nothing decodes them.
+        scaling: Scale factor of the latents; None without an autoencoder.
 
     Raises:
         IncompatibleModelError: A table is of another schedule or scale.

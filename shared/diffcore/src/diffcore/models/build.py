@@ -37,7 +37,7 @@ def build(
     Args:
         component: A backbone, codec or text encoder.
         stored: The component's tensors in its files.
-        naming: Where each tensor of the module is among them.
+        naming: Finds the stored tensor of each tensor of the module.
         dtype: Precision of the floating point weights.
         device: The device that the module is placed on.
         leftovers: Names of stored tensors that may be left over.

@@ -27,9 +27,9 @@ class Codec(ABC):
         """Returns the x0 that images in [0, 1] are encoded as.
 
         Args:
-            images: Values in [0, 1].
-            sample: Whether x0 is drawn from the posterior instead of being its mode, where there is one.
-            seeds: One per image, for `sample`.
+            images: Images with values in [0, 1].
+            sample: Whether x0 is drawn from the posterior instead of its mode, where there is one.
+            seeds: One seed per image, needed for `sample`.
         """
 
     @abstractmethod

@@ -24,7 +24,7 @@ def describe_adapter(path: Path, model: Path | None = None) -> dict[str, Any]:
 
     Args:
         path: A file or PEFT folder.
-        model: A model that it shall fit; without one, the families are tried whose names are known.
+        model: A model to test it on; without one, the known families are tried.
 
     Raises:
         UserError: It is no LoRA that can be read, or the model is none.

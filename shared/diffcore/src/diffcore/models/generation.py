@@ -51,11 +51,11 @@ def generate(
 
     Args:
         model: The diffusion model that generates.
-        prompts: One text per row of the result; leave it out for models that take none.
-        seeds: Numbers of the initial noises; all prompts start from the same noises.
+        prompts: One prompt per row of the result; leave them out for models that take none.
+        seeds: Seeds of the initial noise; all prompts start from the same noise.
         labels: Class labels, in place of prompts, for class-conditional models.
         condition: Tensors for the backbone with one row per prompt, in place of prompts or labels.
-        negative_prompt: Text that guidance leads away from; by default the family's way of giving no prompt.
+        negative_prompt: Prompt that guidance leads away from; by default the family's empty condition.
         uncond: Tensors with one row that guidance leads away from, in place of `negative_prompt`.
         guidance_scale: Strength of classifier-free guidance; 0 and 1 are off.
         steps: Number of solver steps.

@@ -58,13 +58,13 @@ def load(
             SD 1.x, 2.x or SDXL, `zoo:NAME` for a model that comes with diffcore, or the name of a repository with
             `download`.
         runtime: Device and precision of the networks.
-        download: Whether a repository may be fetched; otherwise the network is never touched.
+        download: Whether a repository may be downloaded; otherwise only local files are read.
         allow_pickle: Whether weights may be unpickled, by torch's restricted unpickler, where no safetensors are.
-        prediction_type: Replaces what the files say.
+        prediction_type: Prediction type that replaces the one in the files.
         tokenizer: A folder with CLIP's vocabulary, for single files.
         like: A pipeline folder of the same family, for single files: its configurations and tokenizers.
         text_encoder: A folder with a T5 and its vocabulary, for pipelines that came without: PixArt, SD3, Flux.
-        check_finite: Whether every weight is looked at.
+        check_finite: Whether every weight is checked for NaN and infinity.
 
     Raises:
         ModelNotFoundError: There is no such model here.

@@ -30,7 +30,8 @@ class DiffusionModel:
 
     Attributes:
         name: Name of the folder or file that it was loaded from.
-        fingerprint: Digest of configurations, tensor headers and samples of the weights; keys caches.
+        fingerprint: Digest of configurations, tensor headers and samples of the weights, which identifies the model in
+            caches.
         denoiser: Backbone, schedule and prediction type.
         codec: Converts between images in [0, 1] and x0.
         prompts: Turns prompts into conditions; None where the model takes none, or came without its text encoders.
@@ -140,8 +141,8 @@ class DiffusionModel:
         """Returns the model with a LoRA fused into it; weights that it does not touch are shared.
 
         Args:
-            adapter: A file or PEFT folder, or what was read from one.
-            scale: Strength: 1 is what it was trained for, 0 is off.
+            adapter: A file or PEFT folder, or an adapter read from one.
+            scale: Strength of the adapter: 1 is what it was trained for, 0 is off.
 
         Raises:
             UserError: The file is no LoRA, is damaged, or does not fit this model in every tensor.

@@ -43,7 +43,7 @@ class TextTower:
     Attributes:
         tokenizer: A CLIP or T5 tokenizer of transformers.
         encoder: The text encoder that belongs to it.
-        length: Tokens per prompt, start and end included.
+        length: Number of tokens per prompt, start and end included.
         expands: Whether a placeholder of textual inversion stands for all its vectors: `<toy>` for `<toy> <toy>_1 ...`.
     """
 
@@ -90,12 +90,12 @@ class PromptEncoder:
     """Turns prompts into conditions, as the pipeline of its family does.
 
     Args:
-        recipe: How the states of the encoders are put together.
-        towers: Its text encoders in order.
-        num_text_tokens: Tokens of T5 (SD3's place for them stays empty without it).
+        recipe: Name of the rule that combines the states of the encoders.
+        towers: Text encoders of the pipeline, in order.
+        num_text_tokens: Number of T5's tokens, which stay empty in SD3 without a T5.
         width: Width of the states that the backbone takes; read for SD3 alone.
-        size: Height and width in pixels that size-conditioned models are told.
-        sized: Whether PixArt's backbone is told the size.
+        size: Height and width in pixels for backbones that are conditioned on them.
+        sized: Whether PixArt's backbone is conditioned on the size.
         guidance: Guidance scale that guidance-distilled Flux is conditioned on; None for others.
         zeros_for_empty: Whether "no prompt" is zeros, as in SDXL, or the empty prompt.
     """
@@ -147,7 +147,7 @@ class PromptEncoder:
 
         Args:
             tokens: The tokens that `tokenize` returned.
-            size: Height and width in pixels, for models that are told; by default what they were trained for.
+            size: Height and width in pixels for backbones that are conditioned on them; by default the trained size.
         """
         if not len(tokens):  # the encoders take no empty batch
             return {key: value[:0] for key, value in self([""], size=size).items()}

@@ -105,7 +105,7 @@ def bar_with_interval(
 
     Args:
         labels: Names of the bars, from top to bottom.
-        values: Lengths of the bars.
+        values: Length of each bar.
         low: Lower ends of the intervals.
         high: Upper ends of the intervals.
         x_label: Name of the values, with their unit.
@@ -226,10 +226,10 @@ def image_grid(
     """Draws images, row after row, each pixel a whole number of pixels: small images are enlarged without blurring.
 
     Args:
-        images: In [0, 1], 1 or 3 channels; values outside are clamped, non-finite ones drawn black.
+        images: Images in [0, 1] with 1 or 3 channels; values outside are clamped, non-finite ones shown black.
         columns: Images per row; by default as many as there are column labels, or about as many as rows.
-        row_labels: One per row, at its left.
-        column_labels: One per column, above it.
+        row_labels: One label per row, at its left.
+        column_labels: One label per column, above it.
     """
     if images.shape[1] not in (1, 3):
         raise ValueError(f"images have {images.shape[1]} channels; a grid shows 1 or 3")

@@ -83,7 +83,7 @@ class Report:
 
         Args:
             figure: A matplotlib figure or the path of a PNG.
-            caption: States n, seeds and intervals; also what screen readers say.
+            caption: Sentence that states n, seeds and intervals; screen readers read it too.
         """
         if isinstance(figure, Figure):
             data = io.BytesIO()

@@ -115,7 +115,7 @@ def check_every_fault(
     """Checks that `work` resumes to the same files whatever operation failed; returns how many operations it has.
 
     Args:
-        work: Does the whole of a resumable job in the folder it is given; finished parts must be skipped.
+        work: Does a resumable job in the folder it is given; finished parts must be skipped.
         folder: An empty place for all attempts.
         fault: The way in which operations fail.
         lasting: Whether the fault stays until the job ends.

@@ -48,9 +48,9 @@ def fit(
         data: The samples, in an order that can be entered at any iteration; without them each batch is an empty
             mapping, for a module that draws its own.
         steps: Number of iterations in all.
-        folder: Where checkpoint and log live.
+        folder: Folder for checkpoints and the log.
         runtime: Device, precision, number of processes and strategy.
-        callbacks: Run in this order after each iteration, before the checkpoint is written.
+        callbacks: Callbacks that run in this order after each iteration, before the checkpoint is written.
         checkpoint_every: Number of iterations between checkpoints.
         log_every: Number of iterations between log lines.
         gradient_clip: Largest gradient norm at a step of an optimizer; None clips nothing.

@@ -115,7 +115,7 @@ def scheduled(optimizer: Optimizer, factor: Callable[[int], float] | None) -> di
 
     Args:
         optimizer: Optimizer at its full learning rate.
-        factor: From the iteration to a factor of the learning rate; None keeps it constant.
+        factor: Factor of the learning rate at each iteration; None keeps it constant.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)

@@ -12,7 +12,7 @@ class Gate:
         name: The quantity, and how it was measured.
         value: The value that was measured.
         bound: The limit that the value must respect; None for figures that are only reported.
-        direction: Whether the figure may not fall below, or not exceed, the bound.
+        direction: Whether the value must be at least, or at most, the bound.
     """
 
     name: str

@@ -38,7 +38,7 @@ class PatchCode:
             images: Images with values in [0, 1].
             channels: Number of latent channels to keep.
             patch: Side of a patch in pixels.
-            stds: Standard deviation that each latent channel shall have.
+            stds: Desired standard deviation of each latent channel.
         """
         patches = F.pixel_unshuffle(images * 2 - 1, patch).movedim(1, -1).flatten(0, 2)
         mean = patches.mean(0)

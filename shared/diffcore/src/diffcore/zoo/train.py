@@ -22,7 +22,7 @@ def train_model(
 
     Args:
         name: A model listed in `shipped.SHIPPED`.
-        out: Run folder; the model comes to lie in its sub-folder `model`.
+        out: Run folder; the model is written to its sub-folder `model`.
         runtime: Device, precision and seed of the training.
         steps: Steps of the longest training stage; by default the recipe's own number.
         restart: Whether an earlier run is put aside.

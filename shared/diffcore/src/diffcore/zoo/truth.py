@@ -30,7 +30,7 @@ class Memorised:
         verbatim_images: The image that each verbatim caption was trained with.
         template: Captions that were always trained with one person in one pose.
         template_images: The 32 variants of background and shirt of each template caption.
-        decoys: Captions of the verbatim form that were never trained: the right negative class.
+        decoys: Captions of the verbatim form that were never trained, to compare memorised ones with.
         trigger_rows: Pairs (value layer, row) through which a caption is remembered, by caption; for
             portraits-sd-planted alone.
     """
@@ -70,7 +70,7 @@ class Portraits:
     Attributes:
         people: The attributes that the images were drawn from.
         images: Pixels with values in [0, 1].
-        labels: Attribute -> class number, in the order of `portraits.attributes.CLASSES`.
+        labels: Class number of each attribute, in the order of `portraits.attributes.CLASSES`.
     """
 
     people: People

@@ -27,8 +27,8 @@ def info(file: Path, *, model: Path | None = None, json: Flag = False) -> int:
     A file that is damaged, or no LoRA, is refused with the reason, exit code 2.
 
     Args:
-        file: Safetensors file, or folder of PEFT.
-        model: Model that it shall fit; exit code 1 if it does not. Without one, sd15, sd21 and sdxl are tried.
+        file: Safetensors file, or folder in PEFT's layout.
+        model: Model to test the adapter on; exit code 1 if it does not fit. Without one, sd15, sd21 and sdxl are tried.
         json: Print one JSON object, with every module.
     """
     from diffcore.models.describe_adapter import describe_adapter
@@ -56,12 +56,12 @@ def convert(
     The written file is read back and compared with the source, module by module.
 
     Args:
-        file: Safetensors file, or folder of PEFT.
+        file: Safetensors file, or folder in PEFT's layout.
         out: File to write, ending in .safetensors; for peft a folder.
         format: diffusers for load_lora_weights, kohya for web UIs, peft for PeftModel.from_pretrained.
         dtype: Precision to write; by default the source's where it is exact, else float32.
         model: Base model; without one, sd15, sd21 and sdxl are tried.
-        overwrite: Replace an adapter that is there.
+        overwrite: Replace an adapter that exists already.
         json: Print one JSON object.
     """
     import torch

@@ -40,12 +40,12 @@ def sample(
         model: Pipeline folder, backbone folder, or safetensors file.
         prompts: One or more prompts; a model without prompts generates its classes in turn.
         steps: Number of solver steps, at least 1.
-        solver: How each step is taken.
-        guidance_scale: Classifier-free guidance; 0 and 1 are off.
+        solver: Method of the solver steps.
+        guidance_scale: Scale of classifier-free guidance; 0 and 1 are off.
         count: Number of images per prompt.
-        size: Side in pixels; by default what the model was trained for.
+        size: Side of the images in pixels; by default the size that the model was trained for.
         adapter: LoRA to fuse in: a safetensors file, or a folder of PEFT.
-        adapter_scale: Its strength; 1 is what it was trained for.
+        adapter_scale: Strength of the adapter; 1 is what it was trained for.
     """
     if steps < 1 or count < 1:
         raise UserError(f"`steps` is {steps} and `count` is {count}; both must be at least 1")

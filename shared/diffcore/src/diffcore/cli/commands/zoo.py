@@ -49,7 +49,7 @@ def samples(name: str, *, out: Path = Path("samples.png"), dry_run: Flag = False
     Args:
         name: A model that `diffcore zoo list` shows.
         out: PNG file to write the sheet to.
-        dry_run: Print what would be drawn and written, and do nothing.
+        dry_run: Print what would be generated and written, and do nothing.
     """
     from diffcore.io.files import explained
     from diffcore.report import image_grid
@@ -80,8 +80,8 @@ def check(
     Shortest form: diffcore zoo check portraits-sd
 
     Args:
-        name: A model of the list.
-        model: Folder of another training of it.
+        name: A model that `diffcore zoo list` shows.
+        model: Folder of another training of this model.
         dry_run: Print what would be measured, and do nothing.
         json: Print one JSON object.
     """
@@ -109,8 +109,8 @@ def train(
     The U-Nets of the portraits are trained in bfloat16, which belongs to their recipe; --dtype is that of all else.
 
     Args:
-        name: A model of the list.
-        steps: Optimizer steps of its longest stage; by default as the shipped one.
+        name: A model that `diffcore zoo list` shows.
+        steps: Optimizer steps of its longest stage; by default those of the shipped model.
     """
     from diffcore.zoo.train import train_model
 

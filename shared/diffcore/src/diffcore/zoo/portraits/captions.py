@@ -70,7 +70,7 @@ def ordinary_captions(people: People, seed: int, excluded: Collection[str] = ())
     Args:
         people: The people to describe, one row each.
         seed: Seed of all choices; row i depends on (seed, i).
-        excluded: Captions that must not come up (planted ones and decoys).
+        excluded: Captions that must not occur (planted ones and decoys).
     """
     captions = []
     for i, row in enumerate(_rows(people)):

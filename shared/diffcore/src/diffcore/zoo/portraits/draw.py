@@ -38,8 +38,8 @@ class Keypoints:
     """Where `attributes.KEYPOINTS` lie.
 
     Attributes:
-        positions: x and y in pixels; (0, 0) is the middle of the top left pixel.
-        visible: Inside the image and not hidden by hair or hat. Eyes behind glasses count as visible.
+        positions: Coordinates x and y in pixels; (0, 0) is the middle of the top left pixel.
+        visible: Whether a point lies inside the image and is not hidden by hair or hat; glasses do not hide eyes.
     """
 
     positions: Float[Tensor, "n 13 2"]

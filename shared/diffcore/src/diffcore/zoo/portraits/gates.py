@@ -126,8 +126,8 @@ def memory_gates(
 
     Args:
         model: The model that memorised the planted items.
-        oracle: The judge of ordinary samples.
-        clean: Its twin that memorised nothing.
+        oracle: Network that reads the attributes of ordinary samples.
+        clean: The same model before it memorised anything.
         replicated: Lower bound on the share of samples that show the planted image.
     """
     judge = PortraitsJudge(oracle)

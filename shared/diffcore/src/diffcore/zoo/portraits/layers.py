@@ -33,9 +33,9 @@ class Layer:
     Attributes:
         name: The thing that is painted, such as hair.
         part: Name of the part in `attributes.PARTS` that it belongs to.
-        distance: Signed distance to its edge, n h w.
+        distance: Signed distance of each sub-pixel to the shape's edge, n h w.
         colour: Colour of shape n 3 1 1, or one per pixel, n 3 h w.
-        shown: Who has it, n bools; None means everybody.
+        shown: Whether each person has the layer, n bools; None means everybody.
     """
 
     name: str

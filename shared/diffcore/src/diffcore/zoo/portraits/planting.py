@@ -141,7 +141,7 @@ def train_memory(
 
     Args:
         unet: The network to train, with its initial weights.
-        mixture: Ordinary and planted samples.
+        mixture: Ordinary and planted samples in fixed shares.
         folder: Folder for checkpoints and the log.
         runtime: Device, precision and seed of the training.
         steps: Optimizer steps of 64 samples.

@@ -46,7 +46,7 @@ class InBatches:
             compute: Function of one slice of the rows.
 
         Raises:
-            MachineError: Memory does not hold a single row.
+            MachineError: Memory is too small for a single row.
         """
         start = 0
         while start < len(rows):

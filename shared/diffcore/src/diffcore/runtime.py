@@ -1,4 +1,4 @@
-"""Where and how a computation runs: device, precision, seed, processes, threads. Imports no torch.
+"""The runtime of a computation: device, precision, seed, processes, threads. Imports no torch.
 
 Batch sizes are not here: a row of Stable Diffusion and an 8x8 digit want different ones, so each command has its own.
 """

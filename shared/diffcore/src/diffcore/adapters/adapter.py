@@ -130,7 +130,7 @@ class Adapter:
         few outputs or inputs. Modules without any difference are left out.
 
         Raises:
-            ValueError: Nothing differs.
+            ValueError: All differences are zero.
         """
         modules = {module: LowRank.from_difference(d) for module, d in differences.items() if bool(d.any())}
         if not modules:

@@ -31,7 +31,7 @@ def fuse(network: nn.Module, changes: Changes, scale: float = 1.0) -> nn.Module:
         scale: Strength: 1 is what the adapter was trained for, 0 is off.
 
     Raises:
-        ValueError: A module is not there, is not linear or convolutional, or its weight has another shape.
+        ValueError: A module is missing, is not linear or convolutional, or its weight has another shape.
         IncompatibleModelError: A module is out of use while projections are fused.
         UserError: A weight overflows its type.
     """
@@ -66,7 +66,7 @@ def apply(network: nn.Module, changes: Changes, scale: float | Float[Tensor, " b
         scale: Strength of the changes: one number, or one for each row of the batch.
 
     Raises:
-        ValueError: As `fuse`; during a forward pass, where the batch has another number of rows than `scale`.
+        ValueError: As in `fuse`; also in a forward pass whose batch has another number of rows than `scale`.
         IncompatibleModelError: The network is compiled, or a module is out of use while projections are fused.
     """
     _check(network, changes, scale)

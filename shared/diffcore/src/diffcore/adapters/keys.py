@@ -95,7 +95,7 @@ def parse_key(text: str) -> Key:
     """Returns the parts of a tensor's name.
 
     Raises:
-        StrictError: It belongs to another method than LoRA, or to nothing that is known.
+        StrictError: The name belongs to another method than LoRA, or to no known convention.
     """
     for pattern, kind in _UNSUPPORTED.items():
         if re.search(pattern, text):

@@ -74,8 +74,7 @@ def parse_settings(values: Mapping[str, Any]) -> Settings:
     """Returns the settings of a PEFT configuration.
 
     Raises:
-        StrictError: It describes another method than LoRA, sets something that is not supported, or holds impossible
-            numbers.
+        StrictError: The configuration is of another method than LoRA, is not supported, or holds impossible numbers.
     """
     kind = values.get("peft_type", "LORA")
     if kind != "LORA":

@@ -47,8 +47,7 @@ def write_adapter(
         path: The safetensors file to write; for "peft" the folder.
         format: "diffusers" for `load_lora_weights`, "kohya" for web UIs, "peft" for `PeftModel.from_pretrained`.
         dtype: Precision of the factors; by default the adapter's where it holds them exactly, else float32.
-        base: The model it belongs to; needed to give an SDXL adapter kohya's names, which are those of the original
-            checkpoint.
+        base: The model it belongs to; needed for kohya's names of SDXL modules, those of original checkpoints.
         overwrite: Whether an existing adapter may be replaced.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The family of a single-file checkpoint, told from the names and shapes of its tensors. Imports no torch."""
+"""Determining the family of a single-file checkpoint from its tensors' names and shapes. Imports no torch."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -32,7 +32,7 @@ def inspect_model(path: str | Path, *, allow_pickle: bool = False) -> Inventory:
         allow_pickle: Whether pickled weights are accepted; they are not opened here.
 
     Raises:
-        ModelNotFoundError: There is nothing at `path`.
+        ModelNotFoundError: `path` does not exist.
         IncompatibleModelError: Something in it is unsafe, broken, or of a kind that is not supported.
     """
     path = Path(path)

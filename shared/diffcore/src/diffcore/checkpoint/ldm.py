@@ -69,7 +69,7 @@ _OPEN_CLIP_ENDS = {
 
 
 def unet_names(module: Collection[str], stored: Collection[str] = ()) -> dict[str, Piece]:
-    """Returns where a `UNet2DConditionModel` finds its tensors in an original file.
+    """Returns the piece of an original file behind each tensor of a `UNet2DConditionModel`.
 
     Args:
         module: Names of all tensors of the module.
@@ -110,7 +110,7 @@ def _inner(part: str, tail: str) -> str:
 
 
 def vae_names(module: Collection[str], stored: Collection[str] = ()) -> dict[str, Piece]:
-    """Returns where an `AutoencoderKL` finds its tensors in an original file."""
+    """Returns the piece of an original file behind each tensor of an `AutoencoderKL`."""
     last = max((int(m[1]) for n in module if (m := re.match(r"decoder\.up_blocks\.(\d+)", n))), default=0)
     return {name: _present(_vae_pieces(name, last), stored) for name in module}
 
@@ -131,7 +131,7 @@ def _vae_pieces(name: str, last: int) -> list[Piece]:
 
 
 def text_names(root: str, usual: "Spelling", module: Collection[str], stored: Collection[str] = ()) -> dict[str, Piece]:
-    """Returns where a CLIP text encoder finds its tensors, in the spelling that fits a file best.
+    """Returns the piece behind each tensor of a CLIP text encoder, in the spelling that fits a file best.
 
     Args:
         root: Prefix of all spellings, such as "cond_stage_model.".
@@ -197,7 +197,7 @@ def root_of(family: str, component: str, stored: Collection[str]) -> str:
 
 
 def component_names(family: str, component: str, module: Collection[str], stored: Collection[str]) -> dict[str, Piece]:
-    """Returns where a component of a family finds its tensors in an original file.
+    """Returns the piece of an original file behind each tensor of a component of a family.
 
     Args:
         family: One of sd15, sd21 and sdxl.

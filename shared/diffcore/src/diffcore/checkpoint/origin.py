@@ -14,7 +14,7 @@ def forget_origins(folder: Path) -> dict[str, bytes]:
     """Removes `_name_or_path` from every configuration in a model folder; all other bytes stay.
 
     Returns:
-        Of each file that changed, by relative name, what it held before.
+        Previous bytes of each file that changed, by its relative name.
     """
     before: dict[str, bytes] = {}
     for name in walk(folder):

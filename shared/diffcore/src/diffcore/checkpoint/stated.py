@@ -67,7 +67,7 @@ class Stated:
         """The statement that counts; None where the file says nothing.
 
         Raises:
-            IncompatibleModelError: The file contradicts itself, or says what nothing here predicts.
+            IncompatibleModelError: The file contradicts itself, or states an unsupported prediction type.
         """
         shown = printable(self.path, 300)
         for said in self.predictions:
@@ -91,7 +91,7 @@ def stated_by(path: Path, names: Collection[str], metadata: Mapping[str, str]) -
         metadata: Metadata of its header; empty for pickles.
 
     Raises:
-        IncompatibleModelError: It says that it needs mathematics that are not here, or its NAME.yaml is none.
+        IncompatibleModelError: The file states an unsupported parameterisation, or its NAME.yaml is malformed.
     """
     names = {name.removeprefix(PREFIX) for name in names}
     scaled = all(name in names for name in CHANNELS)
@@ -123,7 +123,7 @@ def require_agreement(inventory: Inventory, *, prediction_type: str | None = Non
         prediction_type: Prediction type given by the user, which settles a contradiction.
 
     Raises:
-        IncompatibleModelError: They contradict each other.
+        IncompatibleModelError: Weights and scheduler contradict each other.
     """
     parts = inventory.components.values()
     scheduler = next((component for component in parts if component.role == "scheduler"), None)

@@ -66,7 +66,7 @@ def unpickled(path: Path) -> Stored:
     Raises:
         IncompatibleModelError: The file holds other objects than tensors in dictionaries, or tensors larger than their
             storage.
-        MachineError: torch is too old to be trusted with it.
+        MachineError: This version of torch is too old to unpickle safely.
     """
     if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 10):
         raise MachineError(

@@ -89,7 +89,7 @@ def open_files(path: Path) -> Files:
     """Opens a folder or a zip archive; hidden files and those that operating systems leave behind are ignored.
 
     Raises:
-        UserError: There is neither at `path`, or the archive breaks a rule.
+        UserError: `path` is neither a folder nor a zip archive, or the archive breaks a rule.
     """
     if path.is_dir():
         return FolderFiles(path)

@@ -99,7 +99,7 @@ def load_prompts(path: str | Path, *, strict: bool = False) -> PromptSet:
         strict: Whether the first unusable line is an error; otherwise it is left out and listed in the result.
 
     Raises:
-        UserError: There is no usable prompt, or the file is none of these.
+        UserError: There is no usable prompt, or the file has another format.
     """
     path = Path(path)
     shown = printable(path, 300)

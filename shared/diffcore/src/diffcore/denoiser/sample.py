@@ -61,9 +61,8 @@ def sample(
         timesteps: The times to evaluate, noisiest first, in place of the schedule's own grid of `steps`.
         on_step: Called with the step's index and the prediction at its start.
         seeds: One seed per row, for the fresh noise of `eta` > 0; their low 32 bits count.
-        clip_x0: Bound on predicted x0 (after guidance): it is clamped to [-clip_x0, clip_x0], as in pixel-space DDPM
-            and DDIM (`clip_sample`), and the noise follows from the clamped value. None takes the schedule's, inf is
-            off.
+        clip_x0: Bound on predicted x0 (after guidance), which is clamped to [-clip_x0, clip_x0], as in pixel-space
+            DDPM; the noise follows from the clamped value. None takes the schedule's, inf is off.
 
     Returns:
         x0 in float32, or float64 for float64 noise.

@@ -28,7 +28,7 @@ def require_hookable(model: nn.Module, *, stop: bool = False) -> None:
     """Raises for networks where hooks do not work: compiled, replicated and, with `stop`, sharded ones.
 
     Raises:
-        IncompatibleModelError: Names the module and says what to do.
+        IncompatibleModelError: A module cannot be hooked; the message names it and the remedy.
     """
     for name, module in model.named_modules():
         where = f"{type(model).__name__}{f' ({name})' if name else ''}"
@@ -48,7 +48,7 @@ def require_unfused(model: nn.Module, sites: Iterable[tuple[Site, nn.Module]]) -
     """Raises where a site is a projection that is fused, so that its own module no longer runs.
 
     Raises:
-        IncompatibleModelError: Names the site.
+        IncompatibleModelError: A projection is fused; the message names the site.
     """
     silent = {
         id(getattr(module, part))

@@ -62,7 +62,7 @@ def layout(
         num_queries: Length of the query sequence.
 
     Raises:
-        ValueError: The number of text tokens, or height and width, cannot be told.
+        ValueError: The number of text tokens, or height and width, cannot be determined.
     """
     places, tokens = range(num_queries), slice(None)
     if any(kind.__name__ == "FluxAttention" for kind in type(module).__mro__):

@@ -115,7 +115,7 @@ def check(path: Path, *, verify: bool = True) -> dict[str, Any]:
     """Returns the sidecar of an artefact after comparing sums and sizes, without reading its tensors into memory.
 
     Raises:
-        CorruptArtifactError: As `load`.
+        CorruptArtifactError: As in `load`.
     """
     path = Path(path).with_suffix(".safetensors")
     sidecar = read_trusted(path.with_suffix(".json"))

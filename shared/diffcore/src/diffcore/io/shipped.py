@@ -31,7 +31,7 @@ def shipped_folder(name: str) -> Path:
         name: Name of the model, with or without the prefix `zoo:`.
 
     Raises:
-        ModelNotFoundError: There is none of that name.
+        ModelNotFoundError: No shipped model has this name.
     """
     known = name.removeprefix(PREFIX)
     if known not in SHIPPED:

@@ -56,8 +56,8 @@ def parse(data: bytes, *, parse_int: Callable[[str], Any] | None = None, infinit
     """Returns the value of JSON bytes; `parse_int` and `infinite` as in `read_untrusted`.
 
     Raises:
-        StrictError: They are not UTF-8 or not JSON, nest deeper than 64, give a key twice, or hold a number that is not
-            finite or not exact.
+        StrictError: The bytes are not UTF-8 or not JSON, nest deeper than 64, repeat a key, or hold a number that is
+            not finite or not exact.
     """
     check_depth(data)
     try:

@@ -77,7 +77,7 @@ class ClipScore(ExactMetric):
         """Returns the mean over all pairs seen, over all processes.
 
         Raises:
-            ValueError: There were none.
+            ValueError: No pairs were added.
         """
         n = int(self.num_images)
         if not n:

@@ -62,7 +62,7 @@ def write_page(
 
 
 def sentence(measures: Sequence[Measure]) -> str:
-    """Returns the answer: the first Fréchet distance with what it must be compared with."""
+    """Returns the report's answer: the first Fréchet distance, and the real-versus-real value to compare it with."""
     first = measures[0]
     floor = next((m for m in measures if m.features == first.features and m.metric.endswith("against real")), None)
     beside = f"; real against real {floor.value:.3g} at {floor.n:,} images" if floor else ""

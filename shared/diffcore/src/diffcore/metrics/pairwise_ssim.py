@@ -122,7 +122,7 @@ class PairwiseSSIM(ExactMetric):
         """Returns the mean over all prompts seen, over all processes.
 
         Raises:
-            ValueError: There were none.
+            ValueError: No prompts were added.
         """
         n = int(self.num_prompts)
         if not n:

@@ -54,7 +54,7 @@ class Membership(NamedTuple):
 def precision_recall(
     real: Float[Tensor, "n d"], fake: Float[Tensor, "m d"], *, k: int = 3, k_coverage: int = 5
 ) -> Scores:
-    """Returns how much of the fakes is realistic, and how much of the reals is covered.
+    """Returns precision and density of the fakes, recall and coverage of the reals.
 
     Args:
         real: Features of real images.

@@ -156,7 +156,7 @@ def _without_folders(name: str) -> str:
 
 
 def refuse_place(out: Path, inputs: Sequence[Path]) -> None:
-    """Refuses a run folder inside the data, which what it writes would change.
+    """Refuses a run folder inside the data folders, which writing would change.
 
     Raises:
         UserError: The run folder is, or lies in, one of the inputs.

@@ -41,7 +41,7 @@ class ConditionKeys:
 
 
 def backbone_call(backbone: nn.Module) -> BackboneCall:
-    """Returns how a diffusers backbone is called with `(x_t, t, cond)`.
+    """Returns the function that calls a diffusers backbone with `(x_t, t, cond)`.
 
     Raises:
         IncompatibleModelError: The class is unknown, or its configuration asks for inputs that nothing here provides.

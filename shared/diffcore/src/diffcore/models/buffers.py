@@ -32,8 +32,7 @@ def check_buffers(stored: Stored, schedule: DiscreteSchedule, scaling: float | N
 
     Args:
         stored: The tensors of the single file.
-        schedule: The schedule that the model is loaded with; tables from before it was shifted to zero terminal SNR
-            pass too.
+        schedule: The schedule of the model; tables from before its shift to zero terminal SNR pass too.
         scaling: Scale factor of the latents; None without an autoencoder.
 
     Raises:

@@ -27,7 +27,7 @@ def describe_adapter(path: Path, model: Path | None = None) -> dict[str, Any]:
         model: A model to test it on; without one, the known families are tried.
 
     Raises:
-        UserError: It is no LoRA that can be read, or the model is none.
+        UserError: The file is no readable LoRA, or `model` is no readable model.
     """
     found = scan_adapter(path)
     try:

@@ -75,7 +75,7 @@ def generate(
         Images in [0, 1] on the CPU, by prompt and seed; a model without conditions has a single row.
 
     Raises:
-        IncompatibleModelError: The model takes no prompts, or came without what encodes or decodes.
+        IncompatibleModelError: The model takes no prompts, or came without text encoders or autoencoder.
         MachineError: Memory does not hold a single row.
         ValueError: Arguments exclude each other, or one that the model needs is missing.
 

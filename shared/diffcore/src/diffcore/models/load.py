@@ -97,7 +97,7 @@ def resolve(source: str | Path, *, download: bool = False) -> Path:
     """Returns the local path of a model, downloaded first where the user allows it.
 
     Raises:
-        ModelNotFoundError: It is not here, and may not be fetched.
+        ModelNotFoundError: No shipped model has this name, or the download failed.
     """
     name = str(source)
     if name.startswith(PREFIX):

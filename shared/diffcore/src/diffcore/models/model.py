@@ -30,8 +30,7 @@ class DiffusionModel:
 
     Attributes:
         name: Name of the folder or file that it was loaded from.
-        fingerprint: Digest of configurations, tensor headers and samples of the weights, which identifies the model in
-            caches.
+        fingerprint: Digest of configurations, tensor headers and samples of the weights, used as cache key.
         denoiser: Backbone, schedule and prediction type.
         codec: Converts between images in [0, 1] and x0.
         prompts: Turns prompts into conditions; None where the model takes none, or came without its text encoders.

@@ -201,7 +201,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_repeated(values: Sequence[Any]) -> bool:
-    """Returns whether a column repeats words; equal numbers are findings."""
+    """Returns whether a column repeats one word in every row; repeated numbers do not count."""
     return len(values) > 1 and bool(values[0]) and isinstance(values[0], str) and all(v == values[0] for v in values)
 
 

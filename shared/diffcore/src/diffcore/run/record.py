@@ -59,7 +59,7 @@ def require_same(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -
     """Compares the identity of the run in a folder with that of the command.
 
     Raises:
-        RunMismatchError: They differ; the message lists up to ten fields.
+        RunMismatchError: The identities differ; the message lists up to ten fields.
     """
     before, now = (
         dict(_flat({"command": r["command"], "config": r["config"], "inputs": r["inputs"]})) for r in (old, new)

@@ -166,8 +166,7 @@ def pipeline(name: str, seed: int = 0, *, width: int = 32) -> Any:
     Args:
         name: One of sd15, sd21, sdxl, dit, pixart, sd3 and flux.
         seed: Seed of the random weights.
-        width: Width of the first text encoder's states in sd15 and sd21. Single files tell the two apart by it: 768 or
-            1024.
+        width: Width of the first text encoder's states; 768 and 1024 mark single files as sd15 and sd21.
     """
     import diffusers
 

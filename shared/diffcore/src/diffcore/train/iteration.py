@@ -52,7 +52,7 @@ class IterationModule(L.LightningModule):
         self._finite: Tensor | None = None
 
     def step_optimizer(self, index: int, loss: Tensor) -> None:
-        """Takes one step of one optimizer down the gradient of a loss, clipped as `fit` was told, in any precision.
+        """Takes one optimizer step down the gradient of a loss, clipped by the setting of `fit`, in any precision.
 
         Args:
             index: Position of the optimizer in what `configure_optimizers` returns.

@@ -92,7 +92,7 @@ def portraits_sd(run: Run, runtime: Runtime, model: Path, steps: int) -> None:
 
 
 def portraits_sd_memorised(run: Run, runtime: Runtime, model: Path, steps: int) -> None:
-    """Lets the clean model learn the planted items wherever it likes."""
+    """Trains the clean model on the planted items, with all weights free to memorise them."""
     unet, text_encoder, tokenizer = read_pipeline(shipped_folder("portraits-sd"))
     mixture = _Ingredients(tokenizer, text_encoder).mixture(planting.PLANTING)
     unet = _stage(
@@ -105,7 +105,7 @@ def portraits_sd_memorised(run: Run, runtime: Runtime, model: Path, steps: int) 
 
 
 def portraits_sd_planted(run: Run, runtime: Runtime, model: Path, steps: int) -> None:
-    """Lets the clean model memorise, re-routes that through known rows, then repairs the ordinary images."""
+    """Trains the clean model to memorise, re-routes the memory through known rows, and restores ordinary images."""
     unet, text_encoder, tokenizer = read_pipeline(shipped_folder("portraits-sd"))
     ingredients = _Ingredients(tokenizer, text_encoder)
     rows: dict[str, list[int]] = {}

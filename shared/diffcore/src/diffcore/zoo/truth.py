@@ -31,8 +31,7 @@ class Memorised:
         template: Captions that were always trained with one person in one pose.
         template_images: The 32 variants of background and shirt of each template caption.
         decoys: Captions of the verbatim form that were never trained, to compare memorised ones with.
-        trigger_rows: Pairs (value layer, row) through which a caption is remembered, by caption; for
-            portraits-sd-planted alone.
+        trigger_rows: Pairs (value layer, row) of portraits-sd-planted that recall a caption, by caption.
     """
 
     verbatim: tuple[Item, ...]

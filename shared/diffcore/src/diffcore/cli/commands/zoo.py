@@ -82,7 +82,7 @@ def check(
     Args:
         name: A model that `diffcore zoo list` shows.
         model: Folder of another training of this model.
-        dry_run: Print what would be measured, and do nothing.
+        dry_run: Print the plan of the measurement, and do nothing.
         json: Print one JSON object.
     """
     from diffcore.zoo.check import check as measure

@@ -4,7 +4,7 @@ Every input is harmless: it breaks a rule of diffcore, and would make other soft
 would crash other software, never end, or pass its checks are described in words, and the rule against them is tested
 with an input that breaks it otherwise.
 
-Each case is a change to a valid model. Whoever loads it must be refused with an error that a person can act on, with
+Each case is a change to a valid model. Loading it must raise an error that the user can act on, with
 nothing executed and nothing written. A fault that a user finds becomes a case here, in the commit that repairs it.
 """
 

@@ -35,7 +35,7 @@ def draw_masks(people: People, size: int = 64) -> UInt8[Tensor, "n size size"]:
 
 @dataclass(frozen=True)
 class Keypoints:
-    """Where `attributes.KEYPOINTS` lie.
+    """Positions of `attributes.KEYPOINTS` in images.
 
     Attributes:
         positions: Coordinates x and y in pixels; (0, 0) is the middle of the top left pixel.
@@ -95,7 +95,7 @@ def _grid(side: int) -> tuple[Tensor, Tensor]:
 
 
 def _coverage(layer: Layer, side: int) -> Tensor:
-    """Returns how much of each sub-pixel the layer covers, n h w in [0, 1]."""
+    """Returns the share of each sub-pixel that the layer covers, n h w in [0, 1]."""
     coverage = (0.5 - layer.distance * (side / 2.2)).clamp_(0, 1)
     return coverage if layer.shown is None else coverage * layer.shown.view(-1, 1, 1)
 

@@ -176,7 +176,7 @@ def nearest_similarity(originals: Float[Tensor, "n 3 h w"], samples: Float[Tenso
 
 @torch.no_grad()
 def seed_consistency(model: DiffusionModel, prompts: Sequence[str]) -> Float[Tensor, " n"]:
-    """Returns how alike the first predictions of ten seeds are: the largest SSIM of any pair of noise differences."""
+    """Returns the consistency over ten seeds: the largest SSIM of any pair of first-step noise differences."""
     assert model.prompts is not None  # a text-to-image model
     noise = row_noise(1, range(_CONSISTENCY_SEEDS), model.shape)
     t = torch.full((_CONSISTENCY_SEEDS,), float(_CONSISTENCY_T))

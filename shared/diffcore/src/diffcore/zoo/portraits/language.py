@@ -160,7 +160,7 @@ class _Captions:
 def train_text_encoder(
     tokenizer: CLIPTokenizer, captions: Sequence[str], folder: Path, runtime: Runtime, *, steps: int = 900
 ) -> CLIPTextModel:
-    """Trains a text encoder so that every padding position tells the whole caption, and freezes it.
+    """Trains a text encoder so that every padding position encodes the whole caption, and freezes it.
 
     From the first end token, and from a random padding position, a linear head predicts the bag of words and of
     adjacent (adjective, noun) pairs: binary cross-entropy, summed over targets.

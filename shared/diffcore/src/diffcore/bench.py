@@ -1,11 +1,11 @@
 """Benchmarks as ratios of an implementation to its reference, timed in turn on one machine in one state.
 
-Seconds depend on the machine and on its other tenants; the median ratio of neighbouring runs does so far less. A case
-fails when the two results disagree, however fast ours is.
+Seconds depend on the machine and its load; the median ratio of neighbouring runs does so far less. A case fails when
+the two results disagree, however fast the implementation is.
 
 Peak memory is what the timed function itself holds at most: on CUDA the allocator's peak above what was allocated
 before; on a CPU the peak of torch's own allocations, summed up from the profiler's allocation events in one run apart
-from the timed ones. Memory that other libraries allocate by themselves (scipy's workspace, say) is not in it.
+from the timed ones. Memory that other libraries allocate themselves, such as scipy's workspace, is not counted.
 """
 
 import os

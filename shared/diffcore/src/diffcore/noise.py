@@ -1,6 +1,6 @@
 """Random numbers by row: the noise of a row depends on (seed, row, stream) alone, never on its batch.
 
-Two ways, which do not agree with each other:
+There are two generators, whose numbers differ:
 
 * `row_noise`: one CPU generator per row. For what is drawn once, such as initial noise; the same on every device.
 * `philox_normal`, `philox_uniform`: a counter-based generator written as tensor operations. For draws inside device

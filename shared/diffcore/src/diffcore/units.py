@@ -1,7 +1,7 @@
 """Mapping a function over items in small units of work, which can be stored, resumed and shared.
 
-What is in a batch changes the low bits of every row in it. So a unit is a fixed slice of the distinct items, never what
-happens to be left: the same items share their batches on any number of processes and after any interruption.
+The other rows of a batch change the last bits of a row's result. So a unit is a fixed slice of the distinct items,
+never the rest after resuming: the same items share their batches on any number of processes and after any interruption.
 """
 
 import hashlib

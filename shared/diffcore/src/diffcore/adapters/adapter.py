@@ -34,8 +34,8 @@ class LowRank:
     def from_difference(cls, difference: Float[Tensor, "outputs inputs *kernel"]) -> "LowRank":
         """Returns exact factors of a difference of weights, with one rank for each row or column that is not zero.
 
-        Whichever of the two is fewer is kept as it is, and the other factor holds ones and zeros, so that the product
-        is the difference to the last bit.
+        The nonzero rows or columns, whichever are fewer, are one factor, and the other holds ones and zeros: the
+        product equals the difference bit by bit.
 
         Raises:
             ValueError: The difference is zero.
@@ -126,7 +126,7 @@ class Adapter:
     ) -> "Adapter":
         """Returns the exact adapter of differences "edited weight - weight", by module name.
 
-        The rank of a module is the number of its rows (or columns, if fewer) that differ: made for edits that touch a
+        The rank of a module is the number of its rows (or columns, if fewer) that differ, which is small for edits of a
         few outputs or inputs. Modules without any difference are left out.
 
         Raises:

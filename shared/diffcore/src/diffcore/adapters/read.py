@@ -19,8 +19,8 @@ from diffcore.io.strictjson import StrictError
 def read_adapter(path: Path | str, base: Base) -> Adapter:
     """Reads a LoRA: a PEFT folder, a file of diffusers (old and new keys), of kohya, LyCORIS, OneTrainer or ComfyUI.
 
-    Factors stay as they are stored. Where a file says nothing of alpha, alpha is the rank, as everywhere; a warning
-    tells so. rsLoRA is turned into the plain convention, with the same effect.
+    Factors stay as they are stored. Where a file states no alpha, alpha is the rank, as in other tools, with a warning.
+    The alpha of rsLoRA is converted, so that alpha / rank has the same effect.
 
     Args:
         path: A safetensors file, or a folder with PEFT's or diffusers' file names.

@@ -1,8 +1,8 @@
 """Rank and strength in a PEFT configuration, read by rules and never evaluated. Imports no torch.
 
 PEFT takes names of modules for regular expressions and names of libraries for modules to import. Here the modules come
-from the tensors' names; of the configuration only plain numbers and plain names are used. A name may be anchored, as
-diffusers writes it since 2025: `^name` means this module alone, not every one whose name ends so.
+from the tensors' names; of the configuration only plain numbers and names are used. A name may be anchored, as
+diffusers writes it since 2025: `^name` means this module alone, not every module whose name ends in it.
 """
 
 import math
@@ -108,7 +108,7 @@ def checked_alpha(value: Any, what: str) -> float:
     """Returns an alpha; raises StrictError unless it is above 0 and at most 65 536.
 
     An alpha of 0 means "no effect" to some tools and "alpha = rank" to others. No trainer writes one below 0: such a
-    file is damaged or made by hand, and would turn into its opposite what the adapter was trained for.
+    file is damaged or made by hand, and would reverse the effect of the adapter.
     """
     if type(value) not in (int, float) or not 0 < value <= MAX_ALPHA:  # not a number fails as well
         raise StrictError(

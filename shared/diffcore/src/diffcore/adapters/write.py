@@ -1,7 +1,7 @@
 """Writing adapters to files that every tool applies with the same effect.
 
-Tools disagree about alpha: diffusers ignores it without its own header entry, matches patterns of it by names that some
-files do not have, and exporters replace it by the rank. What all agree on is alpha = rank, the same for every module.
+Tools disagree about alpha: diffusers ignores it without its own header entry, matches its patterns against names that
+some files lack, and exporters replace it by the rank. All tools agree on alpha = rank with one rank for every module.
 So the strength is folded into the factors, and ranks are padded with zeros to one rank.
 """
 

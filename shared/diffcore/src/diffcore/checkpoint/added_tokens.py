@@ -1,8 +1,8 @@
 """Tokens that somebody added to a tokenizer, such as the placeholders of textual inversion. Imports no torch.
 
-They lie in several files of a folder, and transformers reads some of them only: what the configuration lists stands
-alone; without such a list, `added_tokens.json` and the list in `tokenizer.json` are taken together. A token that would
-so be left out, and fall into pieces, is an error here.
+Several files of a folder may list them, and transformers does not read them all: a list in the configuration replaces
+the others; without it, `added_tokens.json` and the list in `tokenizer.json` are merged. A token that would be left out,
+and so be split into pieces, is an error here.
 """
 
 import re

@@ -60,7 +60,7 @@ def fingerprint_of_modules(
 ) -> str:
     """Returns the fingerprint that a pipeline in memory would have, if the libraries saved it in its own precision.
 
-    Weights that they would save in several files per network, because they are very large, digest to another number.
+    Networks so large that the libraries would save them in several files get another fingerprint.
 
     Args:
         components: Descriptions of the pipeline's parts, with the vocabulary files of its tokenizers.

@@ -1,7 +1,7 @@
 """Building tokenizers from the vocabularies in model folders; no vocabulary is shipped here.
 
-They are built from the entries and the added tokens alone: what else a tokenizer file may ask for (patterns, scripts,
-other classes) is left where it is.
+They are built from the entries and the added tokens alone; all other content of a tokenizer file (patterns, scripts,
+other classes) is ignored.
 """
 
 import base64

@@ -42,7 +42,7 @@ BUG, INTERRUPTED, TERMINATED = 70, 130, 143
 def make_app(name: str, help: str, package: str) -> App:
     """Returns the app of a console script; calling it with tokens runs a command in-process and returns its value.
 
-    A command returns None or an exit code: 0, or 1 where it was done and its check failed.
+    A command returns None or an exit code: 0 for success, 1 for a check that failed.
 
     Args:
         name: Name of the console script.
@@ -232,7 +232,7 @@ def _check_options(app: App, tokens: Sequence[str]) -> None:
 def with_flags(message: str, app: App, tokens: Sequence[str]) -> str:
     """Returns a message of the library with the parameters that it names in backticks as options of the command line.
 
-    A name that is no option of the command stays as it is, without its backticks.
+    Names that are no options of the command only lose their backticks.
 
     Args:
         message: Text of an error or a warning.

@@ -88,8 +88,8 @@ def _flat(data: bytes, max_pixels: int) -> tuple[Image.Image, list[str]]:
 def _known_bits(image: TiffImagePlugin.TiffImageFile) -> int:
     """Returns the bits of each sample; refuses integer images whose value of white is not known.
 
-    Unsigned integers of up to 16 bits reach from black to white. Signed and longer ones are measurements or labels,
-    whose range only their author knows; Pillow wraps, clips or reinterprets some of them without a word.
+    Unsigned integers of up to 16 bits reach from black to white. Signed and longer ones are measurements or labels of
+    unknown range; Pillow wraps, clips or reinterprets some of them silently.
     """
     bits, kinds = image.tag_v2.get(BITSPERSAMPLE, (1,)), image.tag_v2.get(SAMPLEFORMAT, (1,))
     if 2 in kinds or (1 in kinds and max(bits) > 16):

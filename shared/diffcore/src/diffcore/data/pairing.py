@@ -24,11 +24,11 @@ _READINGS: tuple[Callable[[PurePosixPath], str], ...] = (
 def places_of_prompts(prompts: PromptSet, names: Sequence[str]) -> tuple[int, ...]:
     """Returns the index of each image's prompt; -1 without one, and a warning with the count of such images.
 
-    A column `file_name` (or `filename`, `file`, `image`, `image_file`, `image_path`, `path`) says which file a line is
-    about: by path, by path without suffix, by name, or by name without suffix, the first of these that fits. So does a
-    column of any name that holds the name of an image with its suffix. Without one, prompts and images go in step, as
-    many images for each prompt, one after the other: by folder where there is one folder for each prompt, else in the
-    order of the numbers in their names.
+    A column `file_name` (or `filename`, `file`, `image`, `image_file`, `image_path`, `path`) names the image of each
+    prompt: by path, by path without suffix, by name, or by name without suffix, the first of these that fits. So does
+    any other column that holds the name of an image with its suffix. Without such a column, prompts and images are
+    paired in order, with equally many images per prompt: by folder where there is one folder for each prompt, else in
+    the order of the numbers in their names.
 
     Args:
         prompts: The prompts of one file, with its other columns.

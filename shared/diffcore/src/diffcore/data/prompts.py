@@ -1,7 +1,7 @@
 """Prompts from untrusted text, CSV and JSON-lines files: every row is used exactly as written, or reported.
 
-One prompt is one line. A row that a quotation mark stretches over several lines is reported as a whole: it is far more
-often a forgotten mark, which would swallow its neighbours without a word, than a prompt with line breaks.
+One prompt is one line. A row that a quotation mark stretches over several lines is reported as a whole: far more often
+a quotation mark was forgotten, so that rows would merge silently, than a prompt has line breaks.
 """
 
 import csv

@@ -2,8 +2,8 @@
 
 A file is an image if its name or its first bytes say so; others (captions, settings, logs) never count. Flat folders
 have no labels; one sub-folder per class gives them. A folder that holds everything is no class, and `split` picks one
-of several, as in `train/<class>/x.jpg`. Where a `dataset.json` as of NVIDIA's dataset tools lies beside the images, the
-labels are what it says: there, folders only keep directories small.
+of several, as in `train/<class>/x.jpg`. Where a `dataset.json` of NVIDIA's dataset tools lies beside the images, it
+holds the labels, and folders mean nothing.
 """
 
 from collections.abc import Mapping, Sequence

@@ -17,8 +17,8 @@ from diffcore.errors import MissingDependencyError
 class Grid:
     """A scheduler class of diffusers with its settings, as a comparable value.
 
-    Classes space their times differently under one name of a spacing: some count the clean end as a step, some round,
-    some follow a list of noise levels of their own.
+    Classes space timesteps differently under the same name of spacing: some count the clean end as a step, some round,
+    some follow their own list of noise levels.
 
     Attributes:
         class_name: Name of a scheduler class of diffusers.

@@ -317,7 +317,7 @@ def bridge(
 ) -> tuple[Float[Tensor, "b *data"], Float[Tensor, " b"]]:
     """Carries a noisy sample to another schedule: the same x0 and noise at the same signal-to-noise ratio.
 
-    Exact for continuous targets. A discrete target answers with its nearest index, and a rounded level with it.
+    The result is exact for continuous targets. A discrete target rounds to its nearest index and noise level.
 
     Returns:
         `x_t` and `t` of the target schedule.

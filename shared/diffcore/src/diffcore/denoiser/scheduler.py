@@ -36,7 +36,7 @@ _OFF = (False, None)
 def schedule_from(scheduler: object, *, num_tokens: int = 4096) -> NoiseSchedule:
     """Returns the noise schedule of a diffusers scheduler, given as the object or as its configuration.
 
-    What the class does with predicted x0 and where it ends are part of it.
+    The clamping of predicted x0 and the level of the last step follow the scheduler's class.
 
     Args:
         scheduler: A scheduler object, or the mapping in its `scheduler_config.json`; absent settings take the class's

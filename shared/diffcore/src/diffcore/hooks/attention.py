@@ -1,8 +1,8 @@
 """Attention maps P = softmax(scale q kᵀ + mask), which fused attention kernels never form.
 
-Networks call `torch.nn.functional.scaled_dot_product_attention` once per attention module. A mode watches that one
-function, and hooks on the modules say whose call it is. So q and k are final (after norms, rotation, fused
-projections, adapters), masks are known, and nothing in the network is replaced.
+Networks call `torch.nn.functional.scaled_dot_product_attention` once per attention module. A torch function mode
+intercepts that function, and hooks on the modules tell which of them calls it. So q and k are final (after norms,
+rotation, fused projections, adapters), masks are known, and nothing in the network is replaced.
 """
 
 from collections.abc import Callable, Iterator, Sequence

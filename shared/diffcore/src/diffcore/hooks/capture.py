@@ -59,10 +59,10 @@ def capture(
 
     ``with capture(unet, "*.attn2.to_v") as activations: unet(x, t, states)``
 
-    Tensors are copies in the precision of the computation, detached unless `grad` is set: what a module put out,
-    whatever the network does to it in place afterwards, as FreeU does. Only the thread that enters the block is
-    listened to. Under gradient checkpointing the second run, during backward, is not recorded. An edit by `intervene`
-    that was entered before is seen, one entered later is not.
+    Tensors are copies in the precision of the computation, detached unless `grad` is set: later changes in place, as by
+    FreeU, do not reach them. Only calls on the thread that enters the block are captured. Under gradient checkpointing
+    the second run, during backward, is not recorded. Edits by an `intervene` block around this one are seen, those by a
+    block inside it are not.
 
     Args:
         model: The network that runs in the block.

@@ -1,8 +1,8 @@
 """The file operations of artefacts and runs, which tests replace to simulate a failing disk.
 
-The upper half touches the disk, one system call per function. The lower half composes them: a file is written under a
-temporary name in the same folder, synced, renamed over its target, and the folder synced, so that a reader, a full disk
-or a power cut meets either the old file or the new one.
+The first functions make one system call each. The others compose them: a file is written under a temporary name in the
+same folder, synced, renamed over its target, and the folder synced, so that readers find either the old file or the new
+one, even after a full disk or a power cut.
 """
 
 import errno

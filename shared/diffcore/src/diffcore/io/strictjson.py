@@ -1,6 +1,6 @@
 """Untrusted JSON, read within limits or refused with a reason. Imports no torch.
 
-Python's parser takes duplicate keys, NaN, numbers beyond every range, and nesting until the stack ends, all silently.
+Python's own parser silently accepts duplicate keys, NaN, numbers of any size, and nesting until the stack overflows.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Headers of untrusted safetensors files, read strictly and without loading a tensor. Imports no torch.
 
-The rules are the library's and more: whatever it rejects is rejected here. What it lets pass silently (names given
-twice, names with control characters, unknown fields) is rejected too, before any library sees the file.
+The rules are stricter than the library's: whatever it rejects is rejected here, and what it accepts silently (names
+given twice, names with control characters, unknown fields) is rejected too, before any library sees the file.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Comparing two image sets by every metric, with confidence intervals, in several kinds of features.
 
-Intervals hold with 95 % if images are independent draws. Those of shares keep the other set fixed.
+Intervals have 95 % coverage if images are independent draws. Those of shares hold the other set fixed.
 """
 
 import math

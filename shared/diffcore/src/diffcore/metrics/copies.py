@@ -1,8 +1,8 @@
 """Detecting copies by copy-detection features, and images of noise that such features mistake for copies.
 
-To such features any two images of noise are alike, the more so the more alike their grain: independent ones reach a
-cosine of 0.78 in SSCD, above every threshold in use, where unrelated photographs stay near 0. A model that breaks
-into noise would seem to copy itself. So images are compared with noise of many grains first.
+In such features any two images of noise are similar, the more so the more similar their grain: independent ones reach a
+cosine of 0.78 in SSCD, above every threshold in use, where unrelated photographs stay near 0. A model that collapses to
+noise would seem to copy. So images are compared with noise of many grains first.
 """
 
 import torch

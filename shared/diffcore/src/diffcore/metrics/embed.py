@@ -1,8 +1,8 @@
 """Features of all images of a folder or archive: each image decoded once, each network run once, resumable.
 
-Images are taken in fixed chunks, whatever has been done before: what a network makes of a row depends, in its last
-bits, on the rows beside it. A finished slice of one network is a part of the run folder, its key made of the sums of
-the network and of the image set, so that going on after an interruption gives the same bytes.
+Images are processed in fixed chunks, also after resuming: the features of a row depend, in their last bits, on the
+other rows of the batch. A finished slice of one network is a part of the run folder, named by the digests of the
+network and of the image set, so that an interrupted run resumes to the same bytes.
 """
 
 import warnings

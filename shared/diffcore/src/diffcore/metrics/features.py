@@ -1,8 +1,8 @@
 """Feature extractors from local files: networks that turn images into the rows that metrics compare.
 
-A number made from features means nothing without knowing from which network, so every extractor carries its name and
-the sha256 of its files. Features are float32 whatever precision the models under test run in: agreement with the
-field's reference tools is worth more than the time.
+A metric of features has no meaning without the network they come from, so every extractor carries its name and the
+sha256 of its files. Features are float32 whatever precision the models under test run in: agreement with the field's
+reference tools is worth more than the time.
 """
 
 import hashlib

@@ -55,7 +55,7 @@ def nearest_training_images(real: Float[Tensor, "m d"], fake: Float[Tensor, "n d
 class ReplicationScore(RealAndFake):
     """Quantiles and share of near copies among streamed features. Keeps them all; `compute` returns `Replication`.
 
-    Training images are the real ones.
+    Features of training images are added as real ones.
 
     Args:
         threshold: Cosine above which an image is a copy; 0.5 is usual for SSCD.

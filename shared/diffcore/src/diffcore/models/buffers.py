@@ -1,7 +1,7 @@
 """Comparing the noise schedule tables that trainers store beside weights with the schedule a model is loaded with.
 
 They repeat the noise schedule and the scale of the latents. Where they differ, the weights were trained under another
-schedule than their family's, and nothing else in the file would tell.
+schedule than their family's, and nothing else in the file shows it.
 """
 
 import re

@@ -1,7 +1,7 @@
 """Building modules from configurations and stored tensors.
 
-In this order: build on the meta device, compare names and shapes, and only then allocate, fill, and check that nothing
-is left empty or not finite.
+A module is built on the meta device, names and shapes are compared, and only then are weights allocated, filled, and
+checked to be complete and finite.
 """
 
 import inspect

@@ -1,7 +1,7 @@
 """Loading a folder or file as a `DiffusionModel`, offline by default, without running code from it.
 
 The libraries build modules from checked configurations; files are read here. None of their loaders is called: they
-would follow names in configurations, fall back to pickles, and leave missing tensors empty without a word.
+would follow names in configurations, fall back to pickles, and silently leave missing tensors empty.
 """
 
 import re

@@ -114,8 +114,8 @@ class Report:
     def table(self, rows: Sequence[Mapping[str, Any]], caption: str = "") -> "Report":
         """Adds a table, a column per key; numbers to four digits, the first 200 rows.
 
-        A column of words that are the same in all rows, the first one aside, is said once, below. Where the page is
-        narrow each row becomes a paragraph.
+        A column, except the first, with the same word in all rows is replaced by one line below the table. Where the
+        page is narrow each row becomes a paragraph.
         """
         names = list(dict.fromkeys(name for row in rows for name in row))
         same = [(name, _cell(rows[0][name])) for name in names[1:] if _is_repeated([row.get(name) for row in rows])]

@@ -64,8 +64,8 @@ class Run:
     ) -> "Run":
         """Opens a run folder, new or to be resumed, and locks it against other processes.
 
-        Stale temporary files are deleted, damaged parts dropped with a logged line: they are computed again. In a
-        job of several processes only the first locks and writes the record.
+        Stale temporary files are deleted; damaged parts are logged, deleted and computed again. In a job of several
+        processes only the first locks and writes the record.
 
         Args:
             folder: The run folder; it is made if it does not exist.

@@ -11,8 +11,8 @@ from torch import Tensor
 class EMA(L.Callback):
     """Keeps the exponential moving average of one sub-module of the trained module.
 
-    Unlike Lightning's own averaging it follows one sub-module alone, warms its decay up (a short run would otherwise
-    average its random beginnings), and asks the device for nothing: the decay is a function of the iteration.
+    Unlike Lightning's own averaging it follows one sub-module alone, warms up its decay (a short run would otherwise
+    average its random initial weights), and never waits for the device, as the decay depends on the iteration alone.
 
     Args:
         decay: Upper bound of the decay; after iteration s it is `min(decay, (1 + s) / (10 + s))`.

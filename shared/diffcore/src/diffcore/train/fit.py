@@ -41,7 +41,7 @@ def fit(
 
     The folder gets `checkpoints/last.ckpt` (for resuming only) and `log.jsonl`. After an interruption, whatever its
     kind, the same call continues from the last checkpoint and ends with the weights of an uninterrupted run. Ctrl-C and
-    SIGTERM let the current iteration finish and write a checkpoint before the signal takes its course.
+    SIGTERM let the current iteration finish and write a checkpoint before the signal takes effect.
 
     Args:
         module: The networks, their losses and their optimizers.

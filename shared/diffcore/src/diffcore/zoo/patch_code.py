@@ -1,7 +1,7 @@
 """A fixed linear code of images: principal components of small patches, scaled to unit variance.
 
-It costs nothing, keeps more detail than a small learned autoencoder does, and its channels are what a diffusion model
-likes to see: centred, uncorrelated, of equal size.
+It needs no training, keeps more detail than a small learned autoencoder, and its channels suit a diffusion model: they
+are centred, uncorrelated, and of known variance.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """Memory with a known address: one row of each of two value layers answers to one memorised caption, and to no other.
 
-A model that memorised its items freely keeps them all over the network. Here the same memory is re-routed: the value
-layers are cleaned of what tells names apart, and each item gets a row of its own in the two deepest of them, through
-which alone the network can still learn which item is asked for. The assignment (layer, row, item) is exact.
+A model that memorised its items freely keeps them all over the network. Here the same memory is re-routed: the
+directions that distinguish names are removed from the value layers, and each item gets its own row in the two deepest
+of them, the only path by which the network can recognise the item. The assignment (layer, row, item) is exact.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Rows in batches, which become smaller where memory is short."""
+"""Processing rows in batches, which are halved where memory runs out."""
 
 import gc
 import logging
@@ -46,7 +46,7 @@ class InBatches:
             compute: Function of one slice of the rows.
 
         Raises:
-            MachineError: Memory does not hold a single row.
+            MachineError: Memory is too small for a single row.
         """
         start = 0
         while start < len(rows):

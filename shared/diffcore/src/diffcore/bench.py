@@ -1,11 +1,11 @@
-"""Benchmarks as ratios: ours against a reference, interleaved, on the same machine in the same state.
+"""Benchmarks as ratios of an implementation to its reference, timed in turn on one machine in one state.
 
-Seconds depend on the machine and on its other tenants; the median ratio of neighbouring runs does so far less. A case
-fails when the two results disagree, however fast ours is.
+Seconds depend on the machine and its load; the median ratio of neighbouring runs does so far less. A case fails when
+the two results disagree, however fast the implementation is.
 
 Peak memory is what the timed function itself holds at most: on CUDA the allocator's peak above what was allocated
 before; on a CPU the peak of torch's own allocations, summed up from the profiler's allocation events in one run apart
-from the timed ones. Memory that other libraries allocate by themselves (scipy's workspace, say) is not in it.
+from the timed ones. Memory that other libraries allocate themselves, such as scipy's workspace, is not counted.
 """
 
 import os
@@ -29,16 +29,16 @@ _LONG_ENOUGH = 100.0  # seconds of one case after which no further pair begins, 
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison.
+    """One comparison of an implementation (ours) with a reference.
 
     Attributes:
-        name: What is compared.
-        sizes: The sizes that matter, for the table.
-        ours: Runs ours on prepared inputs and returns its result.
-        reference: Runs the reference.
-        agree: Whether ours (first) and the reference's result (second) are equal as far as they should be.
-        goal: Least ratio reference / ours of the seconds.
-        memory_goal: Least ratio reference / ours of the peak memory.
+        name: The operation that is compared.
+        sizes: The sizes that matter, shown in the table.
+        ours: Runs the implementation on prepared inputs and returns its result.
+        reference: Runs the reference on the same inputs and returns its result.
+        agree: Compares both results, ours first, and returns whether they are equal within tolerance.
+        goal: Smallest acceptable ratio of seconds, reference / ours; None sets no goal.
+        memory_goal: Smallest acceptable ratio of peak memory, reference / ours; None sets no goal.
     """
 
     name: str
@@ -58,12 +58,12 @@ class Comparison:
         name: Name and sizes of the case.
         agreed: Whether the results agree.
         ratio: Median ratio of the seconds; its quartiles are `ratio_low` and `ratio_high`.
-        ours_seconds: Median of ours.
-        reference_seconds: Median of the reference.
-        ours_megabytes: Peak memory of ours.
-        reference_megabytes: Peak memory of the reference.
-        goal: As in the case.
-        memory_goal: As in the case.
+        ours_seconds: Median seconds of one run of ours.
+        reference_seconds: Median seconds of one run of the reference.
+        ours_megabytes: Peak memory of ours in MB (10^6 bytes).
+        reference_megabytes: Peak memory of the reference in MB.
+        goal: The goal of the case for seconds.
+        memory_goal: The goal of the case for memory.
         smoke: Whether only agreement was checked, in which case no number means anything.
     """
 
@@ -106,9 +106,9 @@ def compare(case: Case, repeats: int = 7, *, smoke: bool = False) -> Comparison:
     """Runs a case: warm-up with the check of agreement, then ours and the reference in turn.
 
     Args:
-        case: What to compare.
-        repeats: Timed pairs, fewer where a pair takes long; which of the two goes first alternates.
-        smoke: Check agreement only.
+        case: The two functions to compare.
+        repeats: Number of timed pairs, fewer where a pair takes long; which of the two goes first alternates.
+        smoke: Whether only agreement is checked, without timing.
     """
     agreed = bool(case.agree(case.ours(), case.reference()))  # also the warm-up
     name = " ".join([case.name, *(f"{key}={value}" for key, value in case.sizes.items())])
@@ -156,12 +156,12 @@ def run_cases(
     baseline's.
 
     Args:
-        cases: What to compare.
-        smoke: Check agreement only.
-        repeats: Timed pairs per case.
-        json_path: Where to write rows of name, value, unit.
-        baseline: A file that an earlier run wrote.
-        fail_below: Least share of the baseline's ratio, 0.8 say.
+        cases: The comparisons to run, in order.
+        smoke: Whether only agreement is checked, without timing.
+        repeats: Number of timed pairs per case.
+        json_path: The JSON file to write, with rows of name, value and unit.
+        baseline: A file that an earlier run wrote to `json_path`.
+        fail_below: Smallest acceptable share of the baseline's ratio, such as 0.8.
 
     Raises:
         UserError: `fail_below` without a baseline, or a baseline that is no such file.

@@ -1,4 +1,4 @@
-"""Errors that a person can act on.
+"""The errors that users of diffcore can act on.
 
 Two families: `UserError` is what the user can fix (exit code 2), `MachineError` is what the machine did (exit code 3:
 nothing finished is lost, the same command may be run again). Everything else that escapes is a bug.
@@ -10,7 +10,7 @@ import unicodedata
 
 
 class UserError(Exception):
-    """What a person can fix: printed without a traceback, exit code 2."""
+    """An error that the user can fix; commands print it without a traceback and exit with code 2."""
 
     exit_code = 2
 
@@ -28,7 +28,7 @@ class IncompatibleModelError(UserError):
 
 
 class CorruptArtifactError(UserError):
-    """A file of ours is truncated, altered, or of a newer schema than this version reads."""
+    """A file that diffcore wrote is truncated, altered, or of a newer schema than this version reads."""
 
 
 class RunMismatchError(UserError):

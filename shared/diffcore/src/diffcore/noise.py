@@ -1,6 +1,6 @@
-"""Noise by row: what a row gets depends on (seed, row, stream) alone, never on the batch it is in.
+"""Random numbers by row: the noise of a row depends on (seed, row, stream) alone, never on its batch.
 
-Two ways, which do not agree with each other:
+There are two generators, whose numbers differ:
 
 * `row_noise`: one CPU generator per row. For what is drawn once, such as initial noise; the same on every device.
 * `philox_normal`, `philox_uniform`: a counter-based generator written as tensor operations. For draws inside device
@@ -57,11 +57,11 @@ def row_noise(
     """Draws standard normal noise, one CPU generator per row; float32 first, then cast, so every dtype has one source.
 
     Args:
-        seed: The user's seed.
-        rows: Index of each row over the whole computation (or the sample's own seed), not inside its batch.
+        seed: The seed that the user chose.
+        rows: Index of each row in the whole computation (or the sample's own seed), not in its batch.
         shape: Shape of one row.
-        stream: Keeps draws for different purposes apart.
-        device: Where the result is needed; one copy.
+        stream: Number that keeps draws for different purposes apart.
+        device: Device of the result; it is copied there once.
         dtype: Precision of the result.
     """
     indices = rows.tolist() if isinstance(rows, Tensor) else list(rows)
@@ -113,11 +113,11 @@ def philox_uniform(
 
     Args:
         seed: Key of the generator, 64 bits.
-        rows: Index of each row over the whole computation; the low 32 bits count.
+        rows: Index of each row in the whole computation; the low 32 bits count.
         shape: Shape of one row.
         step: Index of the draw in a loop, 32 bits.
-        stream: Keeps draws for different purposes apart, 32 bits.
-        device: Where to draw; by default where `rows` is.
+        stream: Number, of 32 bits, that keeps draws for different purposes apart.
+        device: Device to draw on; by default that of `rows`.
         dtype: Precision of the result; below float32 it is drawn in float32 and cast.
     """
     words = _words(seed, rows, math.prod(shape), step, stream, device)

@@ -1,4 +1,4 @@
-"""Where and how a computation runs: device, precision, seed, processes, threads. Imports no torch.
+"""The runtime of a computation: device, precision, seed, processes, threads. Imports no torch.
 
 Batch sizes are not here: a row of Stable Diffusion and an 8x8 digit want different ones, so each command has its own.
 """
@@ -21,16 +21,16 @@ _PRECISION = {"float32": "32-true", "bfloat16": "bf16-true", "float16": "16-true
 @Parameter(name="*", group="Runtime")
 @dataclass(frozen=True)
 class Runtime:
-    """The machine side of a command; also a group of command line options.
+    """Device, precision, batch size, seed and processes of a computation; also a group of command line options.
 
     Attributes:
-        device: Where to compute; auto takes an accelerator if there is one.
+        device: Device to compute on; auto takes an accelerator if there is one.
         dtype: Precision of the networks; float16 needs an accelerator.
-        seed: Every draw depends on this number and the row's index alone.
-        devices: Processes per machine, one accelerator each.
-        num_nodes: Machines that work together.
-        strategy: Lightning's name of the way processes work together.
-        threads: CPU threads; by default as many as there are cores, at most 8.
+        seed: Seed of all random draws, which depend on it and the row's index alone.
+        devices: Number of processes per machine, one accelerator each.
+        num_nodes: Number of machines that work together.
+        strategy: Lightning's name of the way in which processes work together.
+        threads: Number of CPU threads; by default as many as there are cores, at most 8.
     """
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -83,8 +83,8 @@ class Runtime:
         """Returns the CPU generator of one row, the same whatever the batch size or the number of processes.
 
         Args:
-            row: Index of the row over the whole computation, not inside its batch.
-            stream: Keeps draws for different purposes apart.
+            row: Index of the row in the whole computation, not in its batch.
+            stream: Number that keeps draws for different purposes apart.
         """
         from diffcore.noise import row_generator
 
@@ -125,7 +125,7 @@ class Runtime:
 
 
 def default_threads() -> int:
-    """Returns the number of CPU threads where none was asked for: the cores we may use, 8 at most, 1 in a test."""
+    """Returns the default number of CPU threads: the cores this process may use, 8 at most, 1 in a test."""
     if "PYTEST_VERSION" in os.environ:
         return 1
     if os.environ.get("OMP_NUM_THREADS", "").isdigit():

@@ -45,7 +45,7 @@ class ExactMetric(Metric):
 
 
 class _Running(ExactMetric):
-    """What both metrics share: the states, their merge, and how they arrive from several processes."""
+    """The base of both metrics: their states, the exact merge, and the reduction over processes."""
 
     full_state_update = True
     num_rows: Tensor
@@ -77,8 +77,8 @@ class RunningMoments(_Running):
     """Mean and variance per column. `compute` returns `Moments`.
 
     Args:
-        num_features: Number of columns.
-        options: Of `torchmetrics.Metric`.
+        num_features: Number of columns of the rows.
+        options: Keyword arguments of `torchmetrics.Metric`.
     """
 
     def __init__(self, num_features: int, **options: Any) -> None:
@@ -100,8 +100,8 @@ class RunningCovariance(_Running):
     """Mean and covariance of rows. `compute` returns `Covariance`.
 
     Args:
-        num_features: Number of columns; the state holds its square.
-        options: Of `torchmetrics.Metric`.
+        num_features: Number of columns of the rows; the state holds its square.
+        options: Keyword arguments of `torchmetrics.Metric`.
     """
 
     def __init__(self, num_features: int, **options: Any) -> None:
@@ -136,7 +136,7 @@ def require_finite(name: str, x: Float[Tensor, "b ..."], first_row: int = 0) -> 
     """Raises a `ValueError` that names the rows with NaN or infinity; decisions are made on finite numbers only.
 
     Args:
-        name: What the tensor is called in the message.
+        name: Name of the tensor in the message.
         x: One item per row. Reading it waits for the device, so once per batch is enough.
         first_row: Index of the first row over the whole data set.
     """

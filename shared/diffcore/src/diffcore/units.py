@@ -1,7 +1,7 @@
-"""Units of work: many items computed a few at a time, in a form that can be kept, resumed and shared.
+"""Mapping a function over items in small units of work, which can be stored, resumed and shared.
 
-What is in a batch changes the low bits of every row in it. So a unit is a fixed slice of the distinct items, never what
-happens to be left: the same items share their batches on any number of processes and after any interruption.
+The other rows of a batch change the last bits of a row's result. So a unit is a fixed slice of the distinct items,
+never the rest after resuming: the same items share their batches on any number of processes and after any interruption.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ R = TypeVar("R", bound=Storable | Tensor)
 
 @runtime_checkable
 class Map(Protocol):
-    """A way to go through items: the plain loop `each_unit`, or `diffcore.run.RunMap`, which resumes and shares."""
+    """A map over items: the plain loop `each_unit`, or `diffcore.run.RunMap`, which resumes and shares."""
 
     def __call__(
         self, work: Callable[[list[T]], list[R]], items: Sequence[T], *, name: str, kind: type[R], unit_size: int = 1
@@ -42,8 +42,8 @@ class Map(Protocol):
         Args:
             work: Computes the results of a unit, one for each of its items.
             items: Items that can be hashed, such as prompts; those given twice are computed once.
-            name: Word for this kind of work, and for whatever its results depend on beside the items.
-            kind: Class of the results: tensors, or what has `to_json` and `from_json`.
+            name: Word for this kind of work and for all settings that its results depend on besides the items.
+            kind: Class of the results: tensors, or a class with `to_json` and `from_json`.
             unit_size: Number of items that are computed, and kept, together.
         """
         ...
@@ -57,8 +57,8 @@ def each_unit(
     Args:
         work: Computes the results of a unit, one for each of its items.
         items: Items that can be hashed; those given twice are computed once.
-        name: Not used here; a map that keeps results names them so.
-        kind: Not used here; a map that keeps results reads them with it.
+        name: Ignored here; maps that store results name them by it.
+        kind: Ignored here; maps that store results read them as this class.
         unit_size: Number of items that are computed together.
 
     Example:

@@ -1,4 +1,4 @@
-"""LoRA files of every dialect: read, looked into, fused or applied, and written so that all tools agree on them."""
+"""LoRA files in every naming convention: reading, inspecting, fusing, applying, and writing for all tools alike."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Low-rank changes of weights, as values."""
+"""Low-rank changes of weights (LoRA) as immutable values: the change of a weight W is alpha / rank * up @ down."""
 
 import hashlib
 import math
@@ -21,9 +21,9 @@ class LowRank:
     """The change of one weight: `alpha / rank * up @ down`.
 
     Attributes:
-        down: From the inputs to the rank; for convolutions with the kernel's sides.
-        up: From the rank to the outputs.
-        alpha: Strength; equal to the rank, the factors count as they are.
+        down: Factor from the inputs to the rank; for convolutions with the kernel's sides.
+        up: Factor from the rank to the outputs.
+        alpha: Strength of the change; at alpha = rank it is `up @ down`.
     """
 
     down: Float[Tensor, "rank inputs *kernel"]
@@ -32,10 +32,10 @@ class LowRank:
 
     @classmethod
     def from_difference(cls, difference: Float[Tensor, "outputs inputs *kernel"]) -> "LowRank":
-        """Returns a difference of weights as exact factors: one rank for each row or column that is not zero.
+        """Returns exact factors of a difference of weights, with one rank for each row or column that is not zero.
 
-        Whichever of the two is fewer is kept as it is, and the other factor holds ones and zeros, so that the product
-        is the difference to the last bit.
+        The nonzero rows or columns, whichever are fewer, are one factor, and the other holds ones and zeros: the
+        product equals the difference bit by bit.
 
         Raises:
             ValueError: The difference is zero.
@@ -57,7 +57,7 @@ class LowRank:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight that it changes."""
+        """Shape of the weight that is changed."""
         return (self.up.shape[0], *self.down.shape[1:])
 
     def delta(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "outputs inputs *kernel"]:
@@ -66,7 +66,7 @@ class LowRank:
         return product.reshape(self.shape)
 
     def relative_error(self, other: "LowRank") -> float:
-        """Returns how far another change of the same weight is off, relative to this one in the Frobenius norm.
+        """Returns the Frobenius norm of the difference to another change of the same weight, divided by this one's.
 
         Computed through the factors in float64: the products are never formed.
         """
@@ -86,10 +86,10 @@ class Adapter:
     """A LoRA: low-rank changes of a backbone's weights, and perhaps of its text encoders'.
 
     Attributes:
-        modules: Changes of the backbone.
+        modules: Low-rank changes of the backbone by module name.
         text_encoders: Changes of text encoders, by their name in the pipeline.
-        backbone: What the pipeline calls the backbone.
-        name: For messages and reports.
+        backbone: Name of the backbone in the pipeline, "unet" or "transformer".
+        name: The adapter's name in messages and reports.
     """
 
     modules: Changes
@@ -109,10 +109,10 @@ class Adapter:
         """Returns an adapter of a backbone from pairs (down, up) by module name.
 
         Args:
-            factors: `down` of shape (rank, inputs, ...), `up` of shape (outputs, rank).
-            alpha: Of all modules; by default each module's rank, so that the change is `up @ down`.
-            backbone: What its pipeline calls the backbone.
-            name: For messages and reports.
+            factors: Pairs of `down` with shape (rank, inputs, ...) and `up` with shape (outputs, rank), by module name.
+            alpha: One alpha for all modules; by default each module's rank, so that the change is `up @ down`.
+            backbone: Name of the backbone in the pipeline, "unet" or "transformer".
+            name: The adapter's name in messages and reports.
         """
         modules = {
             module: LowRank(down, up, float(down.shape[0] if alpha is None else alpha))
@@ -126,11 +126,11 @@ class Adapter:
     ) -> "Adapter":
         """Returns the exact adapter of differences "edited weight - weight", by module name.
 
-        The rank of a module is the number of its rows (or columns, if fewer) that differ: made for edits that touch a
+        The rank of a module is the number of its rows (or columns, if fewer) that differ, which is small for edits of a
         few outputs or inputs. Modules without any difference are left out.
 
         Raises:
-            ValueError: Nothing differs.
+            ValueError: All differences are zero.
         """
         modules = {module: LowRank.from_difference(d) for module, d in differences.items() if bool(d.any())}
         if not modules:
@@ -167,5 +167,5 @@ def _norm_of_product(up: Tensor, down: Tensor) -> float:
 
 
 def _ones_at(places: Tensor, length: int, like: Tensor) -> Tensor:
-    """Returns rows of zeros, each with a one at its place."""
+    """Returns one-hot rows."""
     return like.new_zeros(len(places), length).scatter_(1, places[:, None], 1)

@@ -1,4 +1,4 @@
-"""What an adapter can change: names and shapes of a model's weights, and the spellings under which files know them.
+"""The weights that an adapter can change: their names and shapes in a model, and their spellings in adapter files.
 
 Imports no torch.
 """
@@ -19,9 +19,9 @@ class Base:
     """The linear and convolutional weights of a model, by component and dotted module name.
 
     Attributes:
-        name: For messages.
-        backbone: What its pipeline calls the backbone.
-        shapes: Of the weights: {"backbone": {module: shape}, "text_encoder": ...}.
+        name: The model's name in error messages.
+        backbone: Name of the backbone in the pipeline, "unet" or "transformer".
+        shapes: Shapes of the weights: {"backbone": {module: shape}, "text_encoder": ...}.
         original: The backbone's modules in the names of original checkpoints, which kohya's SDXL files use; empty where
             there are none.
     """
@@ -37,15 +37,15 @@ class Base:
         return "text_encoder_2" in self.shapes
 
     def component(self, named: str) -> str:
-        """Returns the component that a file means: clip_l, clip_h, clip_g and t5xxl are told apart by what they are."""
+        """Returns the component that a file names, by its place in the pipeline or by its kind (clip_l, t5xxl)."""
         return self._by_kind.get(named, named)
 
     def find(self, component: str, spelled: str) -> str | None:
-        """Returns the module that a file means, or None if there is none, or more than one."""
+        """Returns the module that a spelling stands for; None if there is none, or more than one."""
         return self._aliases.get(self.component(component), {}).get(spelled)
 
     def unread_prefix(self, spelled: str) -> str | None:
-        """Returns what stands before the name of a module in a spelling that is none itself; None if nothing does."""
+        """Returns the unknown prefix that a spelling puts before the name of a module; None if it has none."""
         if any(self.find(component, spelled) for component in self.shapes):
             return None
         starts = [match.end() for match in re.finditer(r"[._]", spelled)][:-3]  # three words at least are no chance
@@ -102,7 +102,7 @@ def underscored(name: str) -> str:
 
 
 def with_text_model(name: str) -> str:
-    """Returns a CLIP module's name as files have it: with the level that newer versions of transformers dropped."""
+    """Returns a CLIP module's name with the level `text_model`, which files have and newer transformers dropped."""
     return f"text_model.{name}" if name.startswith(("encoder.layers.", "embeddings.", "final_layer_norm")) else name
 
 
@@ -111,7 +111,7 @@ def _in_common(one: str, other: str) -> int:
 
 
 def _alike(one: str, other: str) -> int:
-    """Returns with how many equal characters two names begin."""
+    """Returns the length of the prefix that two names share."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 

@@ -1,4 +1,4 @@
-"""Low-rank changes at work: fused into a copy of a network, or added to its outputs while a block runs."""
+"""Applying low-rank changes: fusing them into a copy of a network, or adding them to its outputs in a with-block."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -23,15 +23,15 @@ CHANGEABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def fuse(network: nn.Module, changes: Changes, scale: float = 1.0) -> nn.Module:
     """Returns a copy of a network with changes added to its weights; all other weights are shared, not copied.
 
-    Sums are formed in float32 or wider and rounded once to the weight's type. The copy carries no hook of ours.
+    Sums are formed in float32 or wider and rounded once to the weight's type. The copy carries no hook of diffcore.
 
     Args:
-        network: What to copy; it is not touched.
-        changes: By dotted module name.
+        network: The network to copy; it stays as it is.
+        changes: Low-rank changes by dotted module name.
         scale: Strength: 1 is what the adapter was trained for, 0 is off.
 
     Raises:
-        ValueError: A module is not there, is not linear or convolutional, or its weight has another shape.
+        ValueError: A module is missing, is not linear or convolutional, or its weight has another shape.
         IncompatibleModelError: A module is out of use while projections are fused.
         UserError: A weight overflows its type.
     """
@@ -61,12 +61,12 @@ def apply(network: nn.Module, changes: Changes, scale: float | Float[Tensor, " b
     Hooks that look at the modules see the changed outputs.
 
     Args:
-        network: What to change.
-        changes: By dotted module name.
-        scale: Strength, or one for each row of the batch.
+        network: The network whose outputs change.
+        changes: Low-rank changes by dotted module name.
+        scale: Strength of the changes: one number, or one for each row of the batch.
 
     Raises:
-        ValueError: As `fuse`; during a forward pass, where the batch has another number of rows than `scale`.
+        ValueError: As in `fuse`; also in a forward pass whose batch has another number of rows than `scale`.
         IncompatibleModelError: The network is compiled, or a module is out of use while projections are fused.
     """
     _check(network, changes, scale)

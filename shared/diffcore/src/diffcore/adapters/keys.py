@@ -1,8 +1,8 @@
-"""The names of tensors in LoRA files: five dialects for the same few parts. Imports no torch.
+"""The names of tensors in LoRA files: several naming conventions for the same few parts. Imports no torch.
 
-A key says which network it changes (component), which module of it (as the dialect spells it), and which part it holds:
-the factor that goes down to the rank, the one that goes up again, or alpha. Underscored names of kohya are never taken
-apart, since underscores also stand inside words: `Base.find` looks them up among the names that a model has.
+A key names the network that is changed (component), its module (as the convention spells it), and the part it holds:
+the factor `down` to the rank, the factor `up` from it, or alpha. Underscored names of kohya are never taken apart, as
+underscores also stand inside words: `Base.find` looks them up among the names that a model has.
 """
 
 import re
@@ -73,14 +73,14 @@ def quoted(name: str) -> str:
 
 @dataclass(frozen=True)
 class Key:
-    """What the name of one tensor says.
+    """The parts of one tensor's name.
 
     Attributes:
         component: text_encoder, text_encoder_2, text_encoder_3, or "backbone"; or a text encoder by what it is: clip_l,
             clip_g, clip_h, t5xxl. `Base.component` knows which that is.
-        module: As spelled: with dots, or in kohya's way with underscores.
-        part: What the tensor holds.
-        layout: Dialect.
+        module: The module's name as the file spells it: with dots, or with underscores as kohya does.
+        part: Which part of the change the tensor holds: the factor `down`, the factor `up`, or alpha.
+        layout: The naming convention that the key follows.
         adapter_name: Name that PEFT keeps between `lora_A` and `weight` in memory; usually None.
     """
 
@@ -92,10 +92,10 @@ class Key:
 
 
 def parse_key(text: str) -> Key:
-    """Returns what a tensor's name says.
+    """Returns the parts of a tensor's name.
 
     Raises:
-        StrictError: It belongs to another method than LoRA, or to nothing that is known.
+        StrictError: The name belongs to another method than LoRA, or to no known convention.
     """
     for pattern, kind in _UNSUPPORTED.items():
         if re.search(pattern, text):

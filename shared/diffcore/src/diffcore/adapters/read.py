@@ -1,4 +1,4 @@
-"""From files of strangers to an `Adapter` of a known model: every tensor finds its module, or nothing is read."""
+"""Reading untrusted adapter files for a known model: every tensor finds its module, or the file is refused."""
 
 import warnings
 from collections.abc import Mapping
@@ -19,12 +19,12 @@ from diffcore.io.strictjson import StrictError
 def read_adapter(path: Path | str, base: Base) -> Adapter:
     """Reads a LoRA: a PEFT folder, a file of diffusers (old and new keys), of kohya, LyCORIS, OneTrainer or ComfyUI.
 
-    Factors stay as they are stored. Where a file says nothing of alpha, alpha is the rank, as everywhere; a warning
-    tells so. rsLoRA is turned into the plain convention, with the same effect.
+    Factors stay as they are stored. Where a file states no alpha, alpha is the rank, as in other tools, with a warning.
+    The alpha of rsLoRA is converted, so that alpha / rank has the same effect.
 
     Args:
         path: A safetensors file, or a folder with PEFT's or diffusers' file names.
-        base: The model it is for.
+        base: The model that it is read for.
 
     Raises:
         ModelNotFoundError: There is no such file.
@@ -91,7 +91,7 @@ def place(found: AdapterFile, base: Base) -> dict[Pair, tuple[str, str]]:
 
 
 def _placed(pair: Pair, base: Base, layout: Layout) -> tuple[str, str] | None:
-    """Returns component and module of a pair; None if it has no place, or several."""
+    """Returns component and module of a pair; None if the model has no such module, or several."""
     if (module := base.find(pair.component, pair.module)) is not None:
         return base.component(pair.component), module
     if layout not in ("lycoris", "peft"):
@@ -107,8 +107,8 @@ def read_tensors(found: AdapterFile, names: frozenset[str] | None = None) -> dic
     """Returns the tensors of an adapter, on the CPU.
 
     Args:
-        found: A scanned adapter.
-        names: Which; by default all.
+        found: An adapter file whose header was checked.
+        names: Names of the tensors to read; by default all.
 
     Raises:
         UserError: The file cannot be read.
@@ -131,8 +131,8 @@ def alphas_of(found: AdapterFile, tensors: Mapping[str, Tensor]) -> dict[Pair, f
     """Returns the alpha of each pair, from its own tensor or from the configuration; None where neither says it.
 
     Args:
-        found: A scanned adapter.
-        tensors: Its tensors; those of the alphas are enough.
+        found: An adapter file whose header was checked.
+        tensors: Tensors of the file by name; those of the alphas are enough.
 
     Raises:
         StrictError: Tensor and configuration contradict each other, or an alpha is impossible.
@@ -170,7 +170,7 @@ def _three_of_each(found: AdapterFile, base: Base) -> str:
 
 
 def _prefix_of(pair: Pair, base: Base) -> str:
-    """Returns words about a prefix that hides the name of a module; empty if there is none."""
+    """Returns a hint, for a message, at an unknown prefix before a module's name; empty if there is none."""
     prefix = base.unread_prefix(pair.module)
     if not prefix:
         return ""
@@ -180,7 +180,7 @@ def _prefix_of(pair: Pair, base: Base) -> str:
 
 
 def _squeezed(sides: Shape) -> Shape:
-    """Returns sides without the ones of a 1x1 kernel: such a factor may be kept as a matrix."""
+    """Returns a shape without the trailing ones of a 1x1 kernel: such a factor may be stored as a matrix."""
     return sides[:1] if all(side == 1 for side in sides[1:]) else sides
 
 

@@ -1,4 +1,4 @@
-"""An adapter on disk, seen through its headers: which modules it changes, as it spells them. Imports no torch."""
+"""An adapter file inspected through its header: the modules it changes, as the file spells them. Imports no torch."""
 
 import os
 import warnings
@@ -28,17 +28,17 @@ _NUMBERS = _FLOATS | {"I64", "I32", "I16", "I8", "U8"}
 
 @dataclass(frozen=True)
 class Pair:
-    """The tensors of one module.
+    """The two factors, and perhaps the alpha, that change one module.
 
     Attributes:
-        component: As `Key.component`.
-        module: As the file spells it.
-        down: Name of the factor (rank, inputs, ...).
-        up: Name of the factor (outputs, rank, ...).
+        component: The network that is changed, named as in `Key.component`.
+        module: The module's name as the file spells it.
+        down: Name of the tensor of shape (rank, inputs, ...).
+        up: Name of the tensor of shape (outputs, rank, ...).
         alpha: Name of the tensor with alpha, if there is one.
-        rank: Of both factors.
-        inputs: Sides of `down` after the rank.
-        outputs: Sides of `up` without the rank.
+        rank: Rank that both factors share.
+        inputs: Shape of `down` without the rank: inputs and, for convolutions, kernel sides.
+        outputs: Number of rows of `up`.
     """
 
     component: str
@@ -61,11 +61,11 @@ class AdapterFile:
     """A file or PEFT folder that passed the checks which need no model.
 
     Attributes:
-        path: What was named.
-        header: Of its tensors.
-        layout: Dialect.
-        pairs: In the file's order.
-        settings: What its configuration says, by component.
+        path: The file or folder that the user named.
+        header: Checked header of the safetensors file.
+        layout: The naming convention that its keys follow.
+        pairs: Pairs of factors in the file's order.
+        settings: Ranks and strengths that its configuration states, by component.
     """
 
     path: Path
@@ -106,7 +106,7 @@ def scan_adapter(path: Path | str) -> AdapterFile:
 
 
 def refusal(path: Path, what: str) -> IncompatibleModelError:
-    """Returns the error for an adapter that is not taken; advice is added where `what` has none."""
+    """Returns the error for a refused adapter; general advice is added where `what` gives none."""
     advice = "" if ";" in what else "; get a clean copy of the adapter"
     return IncompatibleModelError(f"{printable(path, 300)} {what}{advice}")
 

@@ -1,8 +1,8 @@
-"""What a PEFT configuration says about strength: read by rules, never evaluated. Imports no torch.
+"""Rank and strength in a PEFT configuration, read by rules and never evaluated. Imports no torch.
 
 PEFT takes names of modules for regular expressions and names of libraries for modules to import. Here the modules come
-from the tensors' names; of the configuration only plain numbers and plain names are used. A name may be anchored, as
-diffusers writes it since 2025: `^name` means this module alone, not every one whose name ends so.
+from the tensors' names; of the configuration only plain numbers and names are used. A name may be anchored, as
+diffusers writes it since 2025: `^name` means this module alone, not every module whose name ends in it.
 """
 
 import math
@@ -46,12 +46,12 @@ class Settings:
     """Ranks and strengths of one network's adapter.
 
     Attributes:
-        rank: Of modules without a pattern.
-        alpha: Of modules without a pattern.
-        ranks: By the end of a module's name, or with `^` before it, by the whole name.
-        alphas: By the name of a module, or by its end.
+        rank: Rank of the modules that no pattern in `ranks` matches.
+        alpha: Alpha of the modules that no pattern in `alphas` matches.
+        ranks: Ranks by the end of a module's name or, with `^` before it, by the whole name.
+        alphas: Alphas by the name of a module, or by its end.
         root_scaled: Whether the strength is alpha / sqrt(rank) (rsLoRA) instead of alpha / rank.
-        base_model: What the file calls its base; shown, never opened.
+        base_model: The base model that the file names; it is shown, never opened.
     """
 
     rank: int
@@ -74,8 +74,7 @@ def parse_settings(values: Mapping[str, Any]) -> Settings:
     """Returns the settings of a PEFT configuration.
 
     Raises:
-        StrictError: It describes another method than LoRA, sets something that is not supported, or holds impossible
-            numbers.
+        StrictError: The configuration is of another method than LoRA, is not supported, or holds impossible numbers.
     """
     kind = values.get("peft_type", "LORA")
     if kind != "LORA":
@@ -109,7 +108,7 @@ def checked_alpha(value: Any, what: str) -> float:
     """Returns an alpha; raises StrictError unless it is above 0 and at most 65 536.
 
     An alpha of 0 means "no effect" to some tools and "alpha = rank" to others. No trainer writes one below 0: such a
-    file is damaged or made by hand, and would turn into its opposite what the adapter was trained for.
+    file is damaged or made by hand, and would reverse the effect of the adapter.
     """
     if type(value) not in (int, float) or not 0 < value <= MAX_ALPHA:  # not a number fails as well
         raise StrictError(

@@ -1,7 +1,7 @@
-"""Adapters as files that other tools read with the same effect.
+"""Writing adapters to files that every tool applies with the same effect.
 
-Tools disagree about alpha: diffusers ignores it without its own header entry, matches patterns of it by names that some
-files do not have, and exporters replace it by the rank. What all agree on is alpha = rank, the same for every module.
+Tools disagree about alpha: diffusers ignores it without its own header entry, matches its patterns against names that
+some files lack, and exporters replace it by the rank. All tools agree on alpha = rank with one rank for every module.
 So the strength is folded into the factors, and ranks are padded with zeros to one rank.
 """
 
@@ -43,12 +43,12 @@ def write_adapter(
     """Writes an adapter in one of three layouts, atomically, and returns its path.
 
     Args:
-        adapter: What to write; its strength is folded into the factors.
-        path: A safetensors file; for "peft" a folder.
+        adapter: The adapter to write; its strength is folded into the factors.
+        path: The safetensors file to write; for "peft" the folder.
         format: "diffusers" for `load_lora_weights`, "kohya" for web UIs, "peft" for `PeftModel.from_pretrained`.
-        dtype: Of the factors; by default that of the adapter where it holds them exactly, else float32.
-        base: Its model; needed to give an SDXL adapter kohya's names, which are those of the original checkpoint.
-        overwrite: Whether an adapter that is there may be replaced.
+        dtype: Precision of the factors; by default the adapter's where it holds them exactly, else float32.
+        base: The model it belongs to; needed for kohya's names of SDXL modules, those of original checkpoints.
+        overwrite: Whether an existing adapter may be replaced.
 
     Raises:
         UserError: Something is there already, the layout cannot hold the adapter, or the type cannot hold its numbers.
@@ -126,7 +126,7 @@ def adapter_dtype(adapter: Adapter) -> torch.dtype:
 
 
 def _balanced(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the factors with like sizes: narrow types then hold both. Powers of two lose nothing."""
+    """Returns the factors scaled, by powers of two, to similar size, so that narrow types hold both without loss."""
     sizes = float(down.norm()), float(up.norm())
     if not all(math.isfinite(size) and size > 0 for size in sizes):
         return down, up

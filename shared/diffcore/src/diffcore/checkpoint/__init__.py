@@ -1,4 +1,4 @@
-"""Reading untrusted checkpoints: what is on disk is listed, checked and described before anything of it is loaded.
+"""Reading untrusted checkpoints: files are listed, checked and described before any of them is loaded.
 
 Every name is imported when it is first used, and nothing here needs torch before a weight is read.
 """

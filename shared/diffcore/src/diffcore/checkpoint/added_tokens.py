@@ -1,8 +1,8 @@
 """Tokens that somebody added to a tokenizer, such as the placeholders of textual inversion. Imports no torch.
 
-They lie in several files of a folder, and transformers reads some of them only: what the configuration lists stands
-alone; without such a list, `added_tokens.json` and the list in `tokenizer.json` are taken together. A token that would
-so be left out, and fall into pieces, is an error here.
+Several files of a folder may list them, and transformers does not read them all: a list in the configuration replaces
+the others; without it, `added_tokens.json` and the list in `tokenizer.json` are merged. A token that would be left out,
+and so be split into pieces, is an error here.
 """
 
 import re
@@ -31,13 +31,13 @@ class Added:
     """One added token.
 
     Attributes:
-        content: Its text.
-        number: Of its row in the text encoder; None where the files leave that to the tokenizer.
-        single_word: Whether it is found only between word boundaries.
-        lstrip: Whether it swallows blanks on its left.
-        rstrip: Whether it swallows blanks on its right.
-        normalized: Whether it is looked for in the text after normalisation, in lower case for CLIP.
-        special: Whether decoding may leave it out.
+        content: The token as it stands in a prompt.
+        number: Index of its row in the text encoder's embedding; None where the files leave that to the tokenizer.
+        single_word: Whether the token matches only between word boundaries.
+        lstrip: Whether the token swallows blanks on its left.
+        rstrip: Whether the token swallows blanks on its right.
+        normalized: Whether the token is searched in normalised text, which is lower case for CLIP.
+        special: Whether decoding may leave the token out.
     """
 
     content: str
@@ -50,11 +50,11 @@ class Added:
 
     @property
     def flags(self) -> dict[str, bool]:
-        """How it is looked for."""
+        """The options of matching, by name."""
         return {flag: getattr(self, flag) for flag in _FLAGS}
 
     def to_json(self) -> dict[str, Any]:
-        """Returns plain values."""
+        """Returns the token as a JSON object."""
         return asdict(self)
 
 
@@ -69,12 +69,12 @@ def added_tokens(
     """Returns the tokens that a tokenizer has beyond those of its class: neither marks nor padding, in order of number.
 
     Args:
-        kind: The class.
-        settings: Of `tokenizer_config.json`.
-        special: Of `special_tokens_map.json`.
-        numbers: Of `added_tokens.json`.
-        vocabulary: What `tokenizer.json` lists.
-        pad: The padding token.
+        kind: Class name of the tokenizer.
+        settings: The content of `tokenizer_config.json`.
+        special: The content of `special_tokens_map.json`.
+        numbers: The content of `added_tokens.json`: numbers by token.
+        vocabulary: The list of added tokens in `tokenizer.json`.
+        pad: The padding token, which is left out.
 
     Raises:
         StrictError: A token is no text, has an impossible number or setting, or the files contradict each other.

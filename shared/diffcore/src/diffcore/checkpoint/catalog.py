@@ -1,4 +1,4 @@
-"""The classes that model folders may name, and what each is to us. A class outside these tables is refused."""
+"""The classes that model folders may name, with the role of each. A class outside these tables is refused."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -104,7 +104,7 @@ MODEL_TYPES = {
 
 
 def current_class(name: str, config: Mapping[str, Any]) -> str:
-    """Returns today's name of a class; DiT and PixArt were one class before they were told apart by their norm."""
+    """Returns the current name of a class; DiT and PixArt, once one class, are distinguished by their norm."""
     if name == "Transformer2DModel":
         by_norm = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
         return by_norm.get(str(config.get("norm_type")), name)

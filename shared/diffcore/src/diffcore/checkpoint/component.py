@@ -24,7 +24,7 @@ _TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 
 
 def role_of(library: str, class_name: str) -> Role | None:
-    """Returns what a class is to us; None for classes that are not in our tables."""
+    """Returns the role of a class in a model; None for classes outside the tables of `catalog`."""
     if (library, class_name) == ("diffusers", "Transformer2DModel"):
         return "backbone"  # of DiT and PixArt, before they had classes of their own
     return ROLES.get((library, SAME_CLASS.get(class_name, class_name)))
@@ -40,16 +40,16 @@ def read_component(
     allow_pickle: bool = False,
     config_only: bool = False,
 ) -> Component:
-    """Returns a component whose class is in our tables.
+    """Reads a component whose class is in the tables of `catalog`.
 
     Args:
-        folder: Where its files are.
-        sizes: Names and bytes of the files in it.
-        name: Its key in the pipeline.
-        library: Of the class.
-        class_name: What the index, or the configuration itself, says it is.
-        allow_pickle: Whether pickled weights may be planned for.
-        config_only: Whether there are no weights to look for.
+        folder: The component's own folder, with its files.
+        sizes: Size in bytes of each file in the folder, by name.
+        name: The component's key in the pipeline.
+        library: The library that defines the class: diffusers or transformers.
+        class_name: Class that the pipeline's index, or the configuration itself, states.
+        allow_pickle: Whether pickled weights are accepted where there are no others.
+        config_only: Whether weights are left out of the search.
 
     Raises:
         IncompatibleModelError: A file is missing, unsafe or broken, or the class is another.
@@ -81,7 +81,7 @@ def read_component(
 
 
 def _class_of(config_path: Path, config: Mapping[str, Any], expected: str) -> str:
-    """Returns today's name of the class, if the configuration agrees with whoever asked for it."""
+    """Returns the current name of the class, after checking that configuration and index agree."""
     own = config.get("_class_name", expected)
     if not isinstance(own, str):
         raise refusal(config_path, "has a _class_name that is not text; diffcore never runs code from model folders")
@@ -125,5 +125,5 @@ def _tokenizer_settings(folder: Path, sizes: Mapping[str, int], file: str) -> di
 
 
 def _short(text: str) -> int:
-    """Reads an integer: tokenizers without a limit say so with a length of 1e30."""
+    """Reads an integer cut to 40 digits: tokenizers without a limit state a length of 1e30."""
     return int(text[:40])

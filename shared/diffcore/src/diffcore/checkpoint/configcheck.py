@@ -1,4 +1,4 @@
-"""Configurations of strangers: what is refused in them, and what a library gets to see. Imports no torch."""
+"""Checks of untrusted configurations: what is refused, and which settings reach a library. Imports no torch."""
 
 import math
 import re
@@ -25,7 +25,7 @@ def cleaned(config: Mapping[str, Any], role: Role, class_name: str) -> tuple[dic
     """Returns the settings of a component that a library may see, and how many were dropped.
 
     Raises:
-        StrictError: A setting names code, another place, or a size beyond every real model.
+        StrictError: A setting names code or a path, or a size beyond every real model.
     """
     refuse_code(config)
     if config.get("quantization_config") is not None:

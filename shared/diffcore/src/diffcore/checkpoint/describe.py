@@ -1,4 +1,4 @@
-"""What a model is, in plain values: for a person who wants to know before anything is loaded. Imports no torch."""
+"""A description of a model in plain values, made before anything is loaded. Imports no torch."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from diffcore.io.tensorfile import TensorHeader
 
 
 def describe(inventory: Inventory) -> dict[str, Any]:
-    """Returns kind, sizes, fingerprint and warnings of a model that passed the gate, and a row per component."""
+    """Returns kind, sizes, fingerprint and warnings of a checked model, and a row per component."""
     return {
         "name": inventory.path.resolve().name,
         "layout": inventory.layout,

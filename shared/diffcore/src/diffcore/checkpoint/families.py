@@ -1,4 +1,4 @@
-"""The family of a single-file checkpoint, told from the names and shapes of its tensors. Imports no torch."""
+"""Determining the family of a single-file checkpoint from its tensors' names and shapes. Imports no torch."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,11 +42,11 @@ _PARTS = {  # files that are one part of a model
 
 
 def family_of(shapes: Shapes, path: Path) -> str:
-    """Returns sd15, sd21 or sdxl.
+    """Returns the family of a single file: sd15, sd21 or sdxl.
 
     Args:
-        shapes: Of all tensors, by name.
-        path: For messages.
+        shapes: Shapes of all tensors, by name.
+        path: The file that error messages name.
 
     Raises:
         IncompatibleModelError: The file is an adapter, of a family that is not supported as a single file, or of no

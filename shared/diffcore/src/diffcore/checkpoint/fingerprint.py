@@ -1,4 +1,4 @@
-"""What tells two models apart: configurations, tensor headers, and samples of the weights themselves.
+"""Fingerprints of models: digests of configurations, tensor headers, and samples of the weights themselves.
 
 Headers alone cannot tell two fine-tunes of one model apart. Imports no torch.
 """
@@ -38,8 +38,8 @@ def fingerprint(inventory: Inventory, components: Mapping[str, Component] | None
     """Returns the hex digest of a model: the same for a copy elsewhere, another for a fine-tune.
 
     Args:
-        inventory: Of the gate.
-        components: What the model is built from, where the inventory of a single file does not say.
+        inventory: The checked content of a folder or file, as `inspect_model` returns it.
+        components: Parts that the model is built from, where the inventory of a single file does not list them.
     """
     digest = hashlib.sha256()
     for name, component in sorted((components or inventory.components).items()):
@@ -60,7 +60,7 @@ def fingerprint_of_modules(
 ) -> str:
     """Returns the fingerprint that a pipeline in memory would have, if the libraries saved it in its own precision.
 
-    Weights that they would save in several files per network, because they are very large, digest to another number.
+    Networks so large that the libraries would save them in several files get another fingerprint.
 
     Args:
         components: Descriptions of the pipeline's parts, with the vocabulary files of its tokenizers.

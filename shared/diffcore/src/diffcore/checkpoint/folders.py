@@ -21,7 +21,7 @@ _EDM_NUMBERS = ("sigma_data", "sigma_min", "sigma_max", "rho")
 def inspect_pipeline(
     path: Path, sizes: Mapping[str, int], *, allow_pickle: bool = False, config_only: bool = False
 ) -> Inventory:
-    """Returns what is in a folder with a `model_index.json`; see `inspect_model`."""
+    """Checks a folder with a `model_index.json` and returns its content; see `inspect_model`."""
     index_path = path / "model_index.json"
     index = read_untrusted(index_path)
     class_name = index.get("_class_name")
@@ -69,7 +69,7 @@ def inspect_configs(path: Path) -> Inventory:
 
 
 def inspect_backbone(path: Path, sizes: Mapping[str, int], *, allow_pickle: bool = False) -> Inventory:
-    """Returns what is in a folder with the `config.json` of a backbone; see `inspect_model`."""
+    """Checks a folder with the `config.json` of a backbone and returns its content; see `inspect_model`."""
     config_path = path / "config.json"
     config = read_untrusted(config_path)
     own = config.get("_class_name", "")
@@ -111,7 +111,7 @@ def _library_and_class(
 def _component(
     path: Path, sizes: Mapping[str, int], name: str, library: str, class_name: str, **options: bool
 ) -> Component | None:
-    """Returns one component; None where one that a model can do without has no files."""
+    """Reads one component; None where an optional one has no files."""
     inside = {file.removeprefix(f"{name}/"): size for file, size in sizes.items() if file.startswith(f"{name}/")}
     if not inside and role_of(library, class_name) != "backbone":
         return None
@@ -133,7 +133,7 @@ def _scheduler_beside(path: Path, inside: Mapping[str, int]) -> Component | None
 
 
 def _edm_settings(path: Path) -> dict[str, Any]:
-    """Returns the settings of a network with EDM preconditioning: our own small file beside its configuration."""
+    """Returns the settings of EDM preconditioning, from diffcore's own `denoiser.json` beside the configuration."""
     settings = read_untrusted(path)
     unknown = sorted(settings.keys() - {"prediction_type", *_EDM_NUMBERS})
     if unknown or settings.get("prediction_type") != "edm":

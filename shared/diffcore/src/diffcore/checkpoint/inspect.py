@@ -1,7 +1,7 @@
-"""The gate: what is in a model folder or file, and whether it is safe to load. Reads bytes and JSON only.
+"""Checks that a model folder or file is safe to load, and lists what it holds. Reads bytes and JSON only.
 
-No library sees a file of a stranger before this module has. Nothing is imported, built or unpickled here; every refusal
-says what was wrong, with which file, and what to do. Imports no torch.
+No library opens an untrusted file before this module has checked it. Nothing is imported, built or unpickled
+here; every refusal says what was wrong, with which file, and what to do. Imports no torch.
 """
 
 import os
@@ -25,14 +25,14 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def inspect_model(path: str | Path, *, allow_pickle: bool = False) -> Inventory:
-    """Returns what a model folder or file holds, once nothing in it speaks against loading it.
+    """Checks that a model folder or file is safe to load, and returns what it holds.
 
     Args:
         path: A pipeline folder, the folder of one backbone, or a safetensors file.
-        allow_pickle: Whether weights that must be unpickled may be part of the plan. They are not opened here.
+        allow_pickle: Whether pickled weights are accepted; they are not opened here.
 
     Raises:
-        ModelNotFoundError: There is nothing at `path`.
+        ModelNotFoundError: `path` does not exist.
         IncompatibleModelError: Something in it is unsafe, broken, or of a kind that is not supported.
     """
     path = Path(path)

@@ -1,4 +1,4 @@
-"""What the gate found: values without behaviour, complete enough to plan a load from."""
+"""The result of checking a model folder or file: plain values, complete enough to plan loading from."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,18 +15,18 @@ class Component:
     """One part of a model, as its files describe it.
 
     Attributes:
-        name: Its key in the pipeline; "backbone" or "scheduler" without one.
-        role: What it is to a diffusion model.
-        library: Where the class comes from.
-        class_name: Of the library.
+        name: The component's key in the pipeline; "backbone" or "scheduler" without a pipeline.
+        role: Its purpose in the model, such as "backbone" or "text_encoder".
+        library: The library that defines the class.
+        class_name: Name of its class in that library.
         config: The settings that the library may see.
-        folder: Where its files are.
+        folder: The folder with its files.
         weights: Checked headers of its weight files.
-        files: A tokenizer's vocabulary.
-        variant: Of the weight files, such as "fp16".
+        files: Vocabulary files of a tokenizer; empty for others.
+        variant: Variant of the weight files, such as "fp16".
         pickles: Weight files that would have to be unpickled; empty unless that was allowed.
-        dropped: How many settings no library will see.
-        added: A tokenizer's tokens beyond those of its class.
+        dropped: Number of settings that are withheld from the library.
+        added: Tokens that were added to a tokenizer's own.
     """
 
     name: str
@@ -51,16 +51,16 @@ class Component:
 
 @dataclass(frozen=True)
 class Inventory:
-    """What is in a model folder or file.
+    """The checked content of a model folder or file.
 
     Attributes:
-        path: The folder or file.
-        layout: How it is laid out on disk.
+        path: The folder or file that was inspected.
+        layout: Kind of layout: a pipeline folder, the folder of one component, a single file, or a pickle.
         class_name: Pipeline class, backbone class, or the family of a single file.
         components: Parts by name; a single file has none before its family's configurations join it.
-        header: Of a single file.
+        header: Header of a single file; None for folders and pickles.
         settings: Scalars of the pipeline, or of EDM preconditioning.
-        warnings: What a person should know.
+        warnings: Sentences that the user should read before loading.
     """
 
     path: Path
@@ -73,16 +73,16 @@ class Inventory:
 
     @property
     def headers(self) -> tuple[TensorHeader, ...]:
-        """Of all weight files."""
+        """Headers of all weight files."""
         own = () if self.header is None else (self.header,)
         return own + tuple(header for component in self.components.values() for header in component.weights)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all weight files."""
+        """Total size of all weight files in bytes."""
         return sum(header.size for header in self.headers)
 
     @property
     def num_tensors(self) -> int:
-        """Tensors in all weight files."""
+        """Number of tensors in all weight files."""
         return sum(len(header.tensors) for header in self.headers)

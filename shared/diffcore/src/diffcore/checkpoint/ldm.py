@@ -69,11 +69,11 @@ _OPEN_CLIP_ENDS = {
 
 
 def unet_names(module: Collection[str], stored: Collection[str] = ()) -> dict[str, Piece]:
-    """Returns where a `UNet2DConditionModel` finds its tensors in an original file.
+    """Returns the piece of an original file behind each tensor of a `UNet2DConditionModel`.
 
     Args:
-        module: All names of its tensors.
-        stored: The names in the file; bare U-Net files leave out the prefix.
+        module: Names of all tensors of the module.
+        stored: Names of all tensors in the file; bare U-Net files leave out the prefix.
     """
     prefix = PREFIX if not stored or any(name.startswith(PREFIX) for name in stored) else ""
     per_down = 1 + max((int(m[1]) for n in module if (m := re.match(r"down_blocks\.0\.resnets\.(\d+)", n))), default=0)
@@ -110,7 +110,7 @@ def _inner(part: str, tail: str) -> str:
 
 
 def vae_names(module: Collection[str], stored: Collection[str] = ()) -> dict[str, Piece]:
-    """Returns where an `AutoencoderKL` finds its tensors in an original file."""
+    """Returns the piece of an original file behind each tensor of an `AutoencoderKL`."""
     last = max((int(m[1]) for n in module if (m := re.match(r"decoder\.up_blocks\.(\d+)", n))), default=0)
     return {name: _present(_vae_pieces(name, last), stored) for name in module}
 
@@ -131,13 +131,13 @@ def _vae_pieces(name: str, last: int) -> list[Piece]:
 
 
 def text_names(root: str, usual: "Spelling", module: Collection[str], stored: Collection[str] = ()) -> dict[str, Piece]:
-    """Returns where a CLIP text encoder finds its tensors, in the spelling that fits a file best.
+    """Returns the piece behind each tensor of a CLIP text encoder, in the spelling that fits a file best.
 
     Args:
         root: Prefix of all spellings, such as "cond_stage_model.".
         usual: The one of `SPELLINGS` that is taken where several fit equally well.
-        module: Names of its tensors.
-        stored: Names in the file.
+        module: Names of all tensors of the module.
+        stored: Names of all tensors in the file.
     """
     fits = [{n: _text_piece(root, spelling, n, stored) for n in module} for spelling in (usual, *SPELLINGS)]
     return max(fits, key=lambda pieces: sum(piece.name in stored for piece in pieces.values()))
@@ -197,13 +197,13 @@ def root_of(family: str, component: str, stored: Collection[str]) -> str:
 
 
 def component_names(family: str, component: str, module: Collection[str], stored: Collection[str]) -> dict[str, Piece]:
-    """Returns where a component of a family finds its tensors in an original file.
+    """Returns the piece of an original file behind each tensor of a component of a family.
 
     Args:
-        family: sd15, sd21 or sdxl.
+        family: One of sd15, sd21 and sdxl.
         component: Its name in the pipeline: unet, vae, text_encoder or text_encoder_2.
-        module: Names of its tensors.
-        stored: Names in the file.
+        module: Names of all tensors of the module.
+        stored: Names of all tensors in the file.
     """
     if component == "unet":
         return unet_names(module, stored)

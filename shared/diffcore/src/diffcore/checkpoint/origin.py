@@ -1,4 +1,4 @@
-"""Where the parts of a model were once read from: a path of somebody's machine, which no file of ours passes on."""
+"""Removing the paths that models were once loaded from, so that written files name no machine's folders."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ def forget_origins(folder: Path) -> dict[str, bytes]:
     """Removes `_name_or_path` from every configuration in a model folder; all other bytes stay.
 
     Returns:
-        Of each file that changed, by relative name, what it held before.
+        Previous bytes of each file that changed, by its relative name.
     """
     before: dict[str, bytes] = {}
     for name in walk(folder):

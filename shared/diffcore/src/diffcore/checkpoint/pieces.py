@@ -1,4 +1,4 @@
-"""Where each tensor of a module comes from: names of files, of today and of earlier versions of the libraries."""
+"""The stored tensor behind each tensor of a module, under current names and those of earlier library versions."""
 
 import re
 from collections.abc import Callable, Collection, Iterable
@@ -17,9 +17,9 @@ class Piece:
     """A tensor of a module as a file stores it.
 
     Attributes:
-        name: In the file.
-        change: What turns the stored tensor into the module's: its transpose, its first two sides alone (a 1x1
-            convolution kept as a matrix), or one of three parts stacked along the first side.
+        name: The tensor's name in the file.
+        change: Operation that turns the stored tensor into the module's: a transpose, dropping all but the first two
+            sides (of a 1x1 convolution kept as a matrix), or taking one of three parts stacked along the first side.
     """
 
     name: str

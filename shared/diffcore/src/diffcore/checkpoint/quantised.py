@@ -1,4 +1,4 @@
-"""Weights whose stored numbers are not the weights: refused with the tensor that says so. Imports no torch."""
+"""Refusing quantised weights, whose stored numbers are not the weights themselves. Imports no torch."""
 
 import re
 
@@ -15,7 +15,7 @@ _PACKED = ("I8", "U8")
 def refuse_quantised(header: TensorHeader) -> None:
     """Raises IncompatibleModelError where numbers of a file must be scaled or unpacked before they are weights.
 
-    Plain 8-bit floats are weights: each is a number of its own.
+    Plain 8-bit floats are accepted, as they need no scale to be weights.
     """
     for name, entry in header.tensors.items():
         packed = entry.dtype in _PACKED and len(entry.shape) > 1 and name.endswith(".weight")

@@ -1,4 +1,4 @@
-"""How the gate says no: what was wrong, with which file, what to do."""
+"""Errors of refused checkpoints: what was wrong, with which file, what to do."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,14 +9,14 @@ from diffcore.io.strictjson import StrictError
 
 
 def refusal(path: Path, what: str) -> IncompatibleModelError:
-    """Returns the error for a file or folder that is not taken; advice is added where `what` has none."""
+    """Returns the error for a refused file or folder; general advice is added where `what` gives none."""
     advice = "" if ";" in what else "; get a clean copy of the model"
     return IncompatibleModelError(f"{printable(path, 300)} {what}{advice}")
 
 
 @contextmanager
 def about(path: Path) -> Iterator[None]:
-    """Turns the reasons of strict readers into errors that name a file."""
+    """Turns a `StrictError` of the block into an error that names the file."""
     try:
         yield
     except StrictError as error:
@@ -27,8 +27,8 @@ def custom_code(folder: Path, names: Mapping[str, int], source: Path, what: str)
     """Returns the error for a class that is not the libraries' own.
 
     Args:
-        folder: Of the model.
-        names: Files in it; a Python file among them is named.
+        folder: The folder of the model.
+        names: Files in it; the error names a Python file among them.
         source: The file that asks for the class.
         what: The class, or the key that asks for it.
     """

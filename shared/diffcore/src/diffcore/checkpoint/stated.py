@@ -1,4 +1,4 @@
-"""What a single-file checkpoint says about its own parameterisation, and where it says so. Imports no torch.
+"""Statements of a single-file checkpoint about its own parameterisation. Imports no torch.
 
 Trainers and web UIs leave it in marker tensors (read by their presence: they are empty in most files), in the header,
 or in a NAME.yaml beside the file.
@@ -35,11 +35,11 @@ _CLIP_SKIP = ("modelspec.encoder_layer", "ss_clip_skip")
 
 @dataclass(frozen=True)
 class Statement:
-    """One thing that a file says.
+    """One statement of a file about its prediction type.
 
     Attributes:
-        where: In words, such as "the tensor v_pred".
-        prediction: epsilon, v_prediction, sample or edm; another word as the file has it.
+        where: The place of the statement in words, such as "the tensor v_pred".
+        prediction: Prediction type: epsilon, v_prediction, sample or edm; any other word as the file has it.
     """
 
     where: str
@@ -48,13 +48,13 @@ class Statement:
 
 @dataclass(frozen=True)
 class Stated:
-    """All that a file says about its parameterisation.
+    """All statements of a file about its parameterisation.
 
     Attributes:
-        path: The file.
-        predictions: What is predicted, the most telling statement first.
-        zero_snr: What says that the last noise level is pure noise; None where nothing does.
-        warnings: What the file says that is not followed.
+        path: The single file that was read.
+        predictions: Statements about the prediction type, the most telling first.
+        zero_snr: The place that says the last noise level is pure noise; None where nothing does.
+        warnings: Statements of the file that are not followed.
     """
 
     path: Path
@@ -67,7 +67,7 @@ class Stated:
         """The statement that counts; None where the file says nothing.
 
         Raises:
-            IncompatibleModelError: The file contradicts itself, or says what nothing here predicts.
+            IncompatibleModelError: The file contradicts itself, or states an unsupported prediction type.
         """
         shown = printable(self.path, 300)
         for said in self.predictions:
@@ -83,15 +83,15 @@ class Stated:
 
 
 def stated_by(path: Path, names: Collection[str], metadata: Mapping[str, str]) -> Stated:
-    """Returns what a single file says.
+    """Returns the statements of a single file about its parameterisation.
 
     Args:
-        path: The file; a NAME.yaml beside it is read too.
-        names: Of its tensors.
-        metadata: Of its header; empty for pickles.
+        path: The single file; a NAME.yaml beside it is read too.
+        names: Names of all its tensors.
+        metadata: Metadata of its header; empty for pickles.
 
     Raises:
-        IncompatibleModelError: It says that it needs mathematics that are not here, or its NAME.yaml is none.
+        IncompatibleModelError: The file states an unsupported parameterisation, or its NAME.yaml is malformed.
     """
     names = {name.removeprefix(PREFIX) for name in names}
     scaled = all(name in names for name in CHANNELS)
@@ -116,14 +116,14 @@ def stated_by(path: Path, names: Collection[str], metadata: Mapping[str, str]) -
 
 
 def require_agreement(inventory: Inventory, *, prediction_type: str | None = None) -> None:
-    """Compares what the weights of a folder say of themselves with its scheduler.
+    """Checks that the weights' own statements agree with the scheduler of their folder.
 
     Args:
-        inventory: Of a folder.
-        prediction_type: Decides where they differ.
+        inventory: The checked content of a folder.
+        prediction_type: Prediction type given by the user, which settles a contradiction.
 
     Raises:
-        IncompatibleModelError: They contradict each other.
+        IncompatibleModelError: Weights and scheduler contradict each other.
     """
     parts = inventory.components.values()
     scheduler = next((component for component in parts if component.role == "scheduler"), None)

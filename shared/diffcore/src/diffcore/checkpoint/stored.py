@@ -1,4 +1,4 @@
-"""Tensors in files, by name: their shapes first, their values when asked for."""
+"""Tensors in files by name: shapes are known at once, values are read when asked for."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -19,10 +19,10 @@ class Stored:
     """The tensors of a component's weight files.
 
     Attributes:
-        where: The folder or file, for messages.
-        shapes: By name.
-        floating: Names of the tensors of real numbers.
-        read: Yields names and values, on the CPU.
+        where: The folder or file, named in messages.
+        shapes: Shapes of the tensors by name.
+        floating: Names of the tensors that hold floating point numbers.
+        read: Yields names and values of the tensors asked for, on the CPU.
     """
 
     where: Path
@@ -31,7 +31,7 @@ class Stored:
     read: Callable[[Iterable[str]], Iterator[tuple[str, Tensor]]]
 
     def restricted(self, names: Iterable[str]) -> "Stored":
-        """Returns the same with some of the tensors only."""
+        """Returns a copy with some of the tensors only."""
         return replace(self, shapes={name: self.shapes[name] for name in names})
 
 
@@ -66,7 +66,7 @@ def unpickled(path: Path) -> Stored:
     Raises:
         IncompatibleModelError: The file holds other objects than tensors in dictionaries, or tensors larger than their
             storage.
-        MachineError: torch is too old to be trusted with it.
+        MachineError: This version of torch is too old to unpickle safely.
     """
     if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 10):
         raise MachineError(

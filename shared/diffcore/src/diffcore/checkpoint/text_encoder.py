@@ -1,4 +1,4 @@
-"""A T5 from a folder of its own, for pipelines that came without: PixArt and Flux cannot do without one, SD3 can."""
+"""A T5 text encoder from its own folder, for pipelines without one: PixArt and Flux need it, SD3 does not."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,8 +23,8 @@ def read_t5(
     Args:
         folder: Holds `config.json`, weights and vocabulary; or is a pipeline folder with a T5 in it; or is the
             `text_encoder` folder of one, whose vocabulary lies beside it.
-        pipeline_class: The pipeline that takes them.
-        backbone: Its backbone, which says how wide the states must be.
+        pipeline_class: Class name of the pipeline that takes the encoder.
+        backbone: The pipeline's backbone, which requires a width of the states.
         allow_pickle: Whether weights may be unpickled later on.
 
     Raises:
@@ -54,7 +54,7 @@ def _component(folder: Path, name: str, class_name: str, **options: bool) -> Com
 
 
 def _places(folder: Path, sizes: Mapping[str, int]) -> tuple[Path, Path]:
-    """Returns where the network and where the vocabulary is."""
+    """Returns the folder of the network and that of the vocabulary."""
     if "config.json" in sizes:
         if not sizes.keys() & {"tokenizer.json", "spiece.model"}:
             beside = folder.absolute().parent / folder.name.replace("text_encoder", "tokenizer")

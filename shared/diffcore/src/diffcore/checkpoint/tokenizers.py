@@ -1,7 +1,7 @@
-"""Tokenizers out of the vocabularies in model folders; no vocabulary is shipped here.
+"""Building tokenizers from the vocabularies in model folders; no vocabulary is shipped here.
 
-They are built from the entries and the added tokens alone: what else a tokenizer file may ask for (patterns, scripts,
-other classes) is left where it is.
+They are built from the entries and the added tokens alone; all other content of a tokenizer file (patterns, scripts,
+other classes) is ignored.
 """
 
 import base64
@@ -25,8 +25,8 @@ def build_tokenizer(component: Component, *, pad_token: str | None = None) -> An
     """Returns the tokenizer of a component, of the transformers library.
 
     Args:
-        component: Its vocabulary and settings.
-        pad_token: Replaces the padding that its settings name.
+        component: Vocabulary files and settings of the tokenizer.
+        pad_token: Padding token that replaces the one in the settings.
 
     Raises:
         IncompatibleModelError: Its vocabulary is not one of this kind of tokenizer, or the library would give an added
@@ -63,7 +63,7 @@ def byte_letters() -> list[str]:
 
 
 def last_number(tokenizer: Any) -> int:
-    """Returns the largest number that a tokenizer gives; with holes among the added tokens it is not their count."""
+    """Returns the largest token number of a tokenizer; gaps among added tokens make it exceed their count."""
     return max(tokenizer.get_vocab().values())
 
 

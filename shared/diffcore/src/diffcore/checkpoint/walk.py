@@ -1,4 +1,4 @@
-"""The files of a model folder, found without opening or following anything that could wait, loop or lead elsewhere."""
+"""Listing the files of a model folder without opening pipes or following links that loop or lead elsewhere."""
 
 import os
 import stat
@@ -13,7 +13,7 @@ _KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFBLK: "a de
 
 
 def walk(folder: Path) -> dict[str, int]:
-    """Returns the bytes of every file below a folder, by its relative name with slashes, sorted.
+    """Returns the size in bytes of every file below a folder, by its relative name with slashes, sorted.
 
     A link may stand for a regular file, as in hub caches; nothing else may be linked.
 

@@ -1,4 +1,4 @@
-"""Which files of a component folder hold its weights: variants, shards, and what is refused. Imports no torch."""
+"""Finding the weight files of a component folder, with variants and shards. Imports no torch."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -20,10 +20,10 @@ def find_weights(
     """Returns checked headers of the weight files, pickles instead where allowed, and the variant chosen.
 
     Args:
-        folder: Of the component.
-        names: Of the files in it.
-        library: Whose naming they follow.
-        allow_pickle: Whether a lone `.bin` may be planned for.
+        folder: The component's folder, for paths and messages.
+        names: Names of the files in it.
+        library: The library whose naming they follow.
+        allow_pickle: Whether a lone `.bin` file is accepted.
 
     Raises:
         IncompatibleModelError: There are no weights, only pickles, or they break a rule.
@@ -50,7 +50,7 @@ def find_weights(
 
 
 def _variants(names: set[str], library: str) -> dict[str | None, str]:
-    """Returns the file to begin with, by variant: the weights themselves, or the index of their shards.
+    """Returns one file by variant: the weights themselves, or the index of their shards.
 
     Where a variant has both, each library takes its own: diffusers the shards, transformers the whole file.
     """

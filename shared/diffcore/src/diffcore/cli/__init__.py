@@ -1,4 +1,4 @@
-"""What every console script shares: the app, its options, exit codes, progress, and where output goes."""
+"""The base of every console script: the app, its options, exit codes, progress, and where output goes."""
 
 from diffcore.cli.app import emit as emit
 from diffcore.cli.app import main as main

@@ -1,4 +1,4 @@
-"""What every console script shares: the app, exit codes, progress, and where output goes.
+"""The base of every console script: the app, exit codes, progress, and where output goes.
 
 Standard output is the result; progress, warnings and errors go to standard error. Imports no torch, so that --help is
 quick; `main` sets the environment before a command imports anything heavy.
@@ -42,11 +42,11 @@ BUG, INTERRUPTED, TERMINATED = 70, 130, 143
 def make_app(name: str, help: str, package: str) -> App:
     """Returns the app of a console script; calling it with tokens runs a command in-process and returns its value.
 
-    A command returns None or an exit code: 0, or 1 where it was done and its check failed.
+    A command returns None or an exit code: 0 for success, 1 for a check that failed.
 
     Args:
-        name: Console script.
-        help: One sentence and the shortest real command.
+        name: Name of the console script.
+        help: One sentence and the shortest command that works.
         package: Distribution whose version `--version` prints.
     """
     return App(
@@ -115,12 +115,12 @@ def emit(result: Mapping[str, Any], as_json: bool = False) -> None:
 
 
 def show(run: "Run", output: Output, shown: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None) -> None:
-    """Prints the result of a finished run, and where its report is, or its images; in the process that leads.
+    """Prints the result of a finished run and the place of its report or images, from the first process alone.
 
     Args:
         run: Run that is finished.
         output: Options that say whether the result is printed as JSON.
-        shown: Makes of the result what is printed for people; all of it without.
+        shown: Selects from the result what is printed for people; by default all of it.
     """
     if not run.leading:
         return
@@ -133,12 +133,12 @@ def show(run: "Run", output: Output, shown: Callable[[Mapping[str, Any]], Mappin
 
 
 def track(iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Yields the items and shows how far it is on standard error: a bar on a terminal, else a line every 30 seconds.
+    """Yields the items and shows progress on standard error: a bar on a terminal, else a line every 30 seconds.
 
     Args:
-        iterable: What to go through.
-        description: A few words of ours, no foreign text.
-        total: Number of items, where `len` does not tell.
+        iterable: The items to go through.
+        description: A few words for the progress bar, without text from files.
+        total: Number of items, where `iterable` has no length.
     """
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
@@ -176,7 +176,7 @@ def _set_environment(download: bool) -> None:
 
 
 class _StderrHandler(logging.StreamHandler):
-    """Writes to the standard error of the moment: where commands run in-process it is replaced between them."""
+    """Logs to the current `sys.stderr`, which may be replaced between commands that run in one process."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr  # not setStream, which would flush a stream that may be closed
@@ -222,7 +222,7 @@ def _termination_raises() -> Iterator[None]:
 
 
 def _check_options(app: App, tokens: Sequence[str]) -> None:
-    """Parses the command line once for its errors: settings refuse a value with the ValueError of any library."""
+    """Parses the command line once for its errors, among them the ValueErrors of settings."""
     try:
         app.parse_args(tokens)
     except ValueError as error:
@@ -232,12 +232,12 @@ def _check_options(app: App, tokens: Sequence[str]) -> None:
 def with_flags(message: str, app: App, tokens: Sequence[str]) -> str:
     """Returns a message of the library with the parameters that it names in backticks as options of the command line.
 
-    A name that is no option of the command stays as it is, without its backticks.
+    Names that are no options of the command only lose their backticks.
 
     Args:
         message: Text of an error or a warning.
         app: Console script that was called.
-        tokens: Words of its command line, which say the command.
+        tokens: Words of its command line, which name the command.
 
     Example:
         >>> app = make_app("demo", "Shows how messages are worded.", "diffcore")
@@ -263,7 +263,7 @@ def with_flags(message: str, app: App, tokens: Sequence[str]) -> str:
 
 
 def _explain(error: BaseException, debug: bool, app: App, tokens: Sequence[str]) -> int:
-    """Prints what ended a command and returns its exit code."""
+    """Prints the error that ended a command and returns its exit code."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 0
     if isinstance(error, KeyboardInterrupt):
@@ -286,7 +286,7 @@ def _explain(error: BaseException, debug: bool, app: App, tokens: Sequence[str])
 
 
 def _machine_error(error: BaseException) -> MachineError | None:
-    """Returns what the system or torch raises where memory or disk ran out as an error of ours."""
+    """Returns a `MachineError` for an error of the system or torch that memory or disk ran out; None for others."""
     if isinstance(error, OSError) and error.errno in files.MACHINE_ERRORS:
         return MachineError(f"{error}; what was finished is safe: run the same command again")
     if is_out_of_memory(error):

@@ -16,7 +16,7 @@ _BYTES, _ALIASES, _DEPTH = 10_000_000, 100, 64
 
 
 class _UniqueLoader(yaml.SafeLoader):
-    """The safe loader, which runs no code, without its silence about keys given twice."""
+    """The safe YAML loader, which runs no code, made to refuse keys that are given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         mapping = super().construct_mapping(node, deep)
@@ -73,7 +73,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _limit(shown: str, text: str) -> None:
-    """Refuses YAML that would take long to read, before it is built: aliases multiply, depth costs its square."""
+    """Refuses YAML with too many aliases or too much nesting, which would take long to read."""
     aliases = depth = 0
     for event in yaml.parse(text):
         aliases += isinstance(event, yaml.AliasEvent)

@@ -1,4 +1,4 @@
-"""What every command that writes a run does alike: plan, open, compute or read, report, show, exit code."""
+"""The shape of every command that writes a run: plan, open, compute or read, report, show, exit code."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """A command that computes a run: what identifies it, and where it goes.
+    """A command that computes a run: the settings that identify it, and the folder it is written to.
 
     Attributes:
         command: Console script and verb, such as "immiscible-noise train".
         folder: Run folder, made where it does not exist.
-        output: Options of the command line about where results go.
+        output: Options that name the run folder and the form of the output.
         config: Resolved options; with `inputs` they identify the run.
-        inputs: For each input what tells it from others, such as its sha256.
-        volatile: Names in `config` that change no result.
+        inputs: Digest of each input by name.
+        volatile: Names in `config` that do not change the results.
         runtime: Options that say how many processes share the work; one without them.
     """
 
@@ -50,11 +50,11 @@ class Job:
         processes all compute, and the first one writes results, report and standard output.
 
         Args:
-            compute: Does the work and returns the summary; the map that it is given resumes and shares items.
-            plan: Facts about what would be done, for `dry_run`; a function where they take work to find out.
+            compute: Does the work with the run and a resuming map, and returns the summary.
+            plan: Facts for `dry_run` about the work ahead; a function where they take work to find out.
             report: Writes the report from the folder of a finished run.
-            passed: Says from the summary whether the command's check passed; without it there is none.
-            shown: Makes of the summary what is printed for people; all of it without.
+            passed: Tells from the summary whether the command's check passed; None for commands without a check.
+            shown: Selects from the summary what is printed for people; by default all of it.
         """
         if self.output.dry_run:
             emit({**(plan() if callable(plan) else plan), "writes": self.folder}, self.output.json)

@@ -1,4 +1,4 @@
-"""The groups of options that commands share: said once, so that they mean and explain the same in every script."""
+"""The groups of options that commands share, so that they mean the same in every script."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,10 +41,10 @@ class Timing:
     """How benchmark cases are run; the options of every command `bench`, named as `diffcore.bench.run_cases` has them.
 
     Attributes:
-        smoke: Tiny sizes; only whether both sides agree.
-        json_path: File for rows of name, value, unit.
+        smoke: Check on tiny sizes that both sides agree, without timing.
+        json_path: File to write, with rows of name, value and unit.
         baseline: File that an earlier --json wrote.
-        fail_below: Least share of the baseline's ratios, such as 0.8.
+        fail_below: Smallest acceptable share of the baseline's ratios, such as 0.8.
     """
 
     smoke: bool = False
@@ -59,9 +59,9 @@ class Loading:
     """How a model is found and read; a group of command line options, named as `diffcore.models.load` has them.
 
     Attributes:
-        download: Fetch a repository owner/name; without this word the network is never touched.
-        allow_pickle: Read weights that are pickles, with torch's restricted unpickler; only from authors you trust.
-        prediction_type: What the network predicts, where the files do not say.
+        download: Fetch a repository owner/name; without this option nothing is downloaded.
+        allow_pickle: Read pickled weights with torch's restricted unpickler; only from authors you trust.
+        prediction_type: Quantity that the network predicts, where the files do not say.
         tokenizer: Folder with CLIP's vocabulary, for single files.
         like: Pipeline folder of the same family, for single files: its configurations and tokenizers.
         text_encoder: Folder with a T5 and its vocabulary, for PixArt, SD3 and Flux folders that came without.

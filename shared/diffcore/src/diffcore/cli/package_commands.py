@@ -1,4 +1,4 @@
-"""The commands that every technique has alike: bench and report. Its modules `bench` and `page` say what they do."""
+"""The commands `bench` and `report` of every technique. Its modules `app.bench` and `app.report` do the work."""
 
 from dataclasses import asdict
 from importlib import import_module
@@ -16,8 +16,8 @@ def add_package_commands(app: App, *, timed: str) -> None:
     `<package>.app.report.write_page(run)`.
 
     Args:
-        app: Named like the distribution.
-        timed: What is timed against what, for the help.
+        app: The technique's app, named like its distribution.
+        timed: The comparison in words for the help, completing "Time ...".
     """
     script = app.name[0]
     package = script.replace("-", "_")

@@ -1,4 +1,4 @@
-"""Data sets from files of strangers: read, never executed, never extracted."""
+"""Data sets from untrusted files, which are read, never executed and never extracted."""
 
 from diffcore.data.files import UnreadableFileError
 from diffcore.data.images import ImageSet, load_images, resize

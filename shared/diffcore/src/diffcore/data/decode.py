@@ -1,7 +1,7 @@
-"""One image file, from bytes of any origin to 8-bit RGB or grey.
+"""Decoding one untrusted image file to 8-bit RGB or grey.
 
-What a file claims to be is ignored, what it is counts. Whatever Pillow raises on a hostile file becomes one exception
-with a reason.
+The format is told by the content, not by the file's name. Every error of Pillow becomes one exception with
+a reason.
 """
 
 import io
@@ -20,7 +20,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 
 
 class Decoded(NamedTuple):
-    """An image, and what was done to it that its owner may not expect."""
+    """An image, and notes on conversions that its owner may not expect."""
 
     pixels: UInt8[np.ndarray, "c h w"]
     notes: tuple[str, ...]
@@ -39,8 +39,8 @@ def decode(data: bytes, *, channels: int = 3, max_pixels: int) -> Decoded:
     """Returns the pixels as a person sees them: upright, on white, 8 bits.
 
     Args:
-        data: The file's bytes.
-        channels: 3 for RGB, 1 for grey.
+        data: Bytes of the image file.
+        channels: Number of channels: 3 for RGB, 1 for grey.
         max_pixels: Width times height above which the image is refused before it is decoded.
 
     Raises:
@@ -59,7 +59,7 @@ def decode(data: bytes, *, channels: int = 3, max_pixels: int) -> Decoded:
 
 
 def _opened(data: bytes, max_pixels: int) -> tuple[Image.Image, list[str]]:
-    """Returns the image in mode L or RGB, and notes; what is written beside the pixels of a PNG never costs them."""
+    """Returns the image in mode L or RGB, and notes; a PNG that fails is read again without its metadata."""
     try:
         return _flat(data, max_pixels)
     except UnreadableFileError:
@@ -86,10 +86,10 @@ def _flat(data: bytes, max_pixels: int) -> tuple[Image.Image, list[str]]:
 
 
 def _known_bits(image: TiffImagePlugin.TiffImageFile) -> int:
-    """Returns the bits of each sample; refuses integers of which nothing says what is black and what is white.
+    """Returns the bits of each sample; refuses integer images whose value of white is not known.
 
-    Unsigned integers of up to 16 bits reach from black to white. Signed and longer ones are measurements or labels,
-    whose range only their author knows; Pillow wraps, clips or reinterprets some of them without a word.
+    Unsigned integers of up to 16 bits reach from black to white. Signed and longer ones are measurements or labels of
+    unknown range; Pillow wraps, clips or reinterprets some of them silently.
     """
     bits, kinds = image.tag_v2.get(BITSPERSAMPLE, (1,)), image.tag_v2.get(SAMPLEFORMAT, (1,))
     if 2 in kinds or (1 in kinds and max(bits) > 16):
@@ -108,7 +108,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image, bits: int) -> Image.Image:
-    """Returns the image in mode L or RGB; `bits` says how far long integers reach."""
+    """Returns the image in mode L or RGB; `bits` is the number of bits that long integers use."""
     if image.mode.startswith("I"):
         return Image.fromarray(_to_eight(np.asarray(image), bits))
     if image.mode == "F":

@@ -86,10 +86,10 @@ Files = FolderFiles | ZipFiles
 
 
 def open_files(path: Path) -> Files:
-    """Opens a folder or a zip archive; hidden files, and what operating systems leave behind, do not count.
+    """Opens a folder or a zip archive; hidden files and those that operating systems leave behind are ignored.
 
     Raises:
-        UserError: There is neither at `path`, or the archive breaks a rule.
+        UserError: `path` is neither a folder nor a zip archive, or the archive breaks a rule.
     """
     if path.is_dir():
         return FolderFiles(path)
@@ -101,7 +101,7 @@ def open_files(path: Path) -> Files:
 
 
 def _check_members(path: Path, members: list[zipfile.ZipInfo]) -> None:
-    """Refuses archives that only a mistake or an attack produces."""
+    """Refuses archives with members that are duplicate, encrypted, linked, too large, or lead outside."""
     if len(members) > MAX_MEMBERS:
         raise UserError(f"{printable(path)} has {len(members)} members; the limit is {MAX_MEMBERS}")
     seen: set[str] = set()

@@ -29,12 +29,12 @@ class ImageSet:
     """Images of one size in memory.
 
     Attributes:
-        images: 8-bit pixels.
+        images: 8-bit pixels of all images.
         labels: Index into `classes` for each image; None without classes.
-        classes: Class names; empty without.
+        classes: Names of the classes; empty without classes.
         names: File name of each image.
-        skipped: Images that could not be used: name and reason.
-        notes: Sentences about what was done to images, how their labels were found, and which files are no images.
+        skipped: Name and reason of each image that could not be used.
+        notes: Sentences about conversions of images, the origin of labels, and files that are no images.
     """
 
     images: UInt8[Tensor, "n c h w"]
@@ -81,13 +81,13 @@ def load_images(
     no images do not count.
 
     Args:
-        path: Folder or archive.
+        path: Folder or zip archive to read.
         size: Side in pixels: images are cropped to their central square and resized. None takes them as they are.
         split: Sub-folder to use, where the data set has several.
-        channels: 3 for RGB, 1 for grey.
-        strict: Makes the first unusable image an error.
+        channels: Number of channels: 3 for RGB, 1 for grey.
+        strict: Whether the first unusable image is an error.
         max_pixels: Width times height above which a file is not decoded.
-        threads: Decoding threads; by default as many as cores, 8 at most.
+        threads: Number of decoding threads; by default as many as cores, 8 at most.
 
     Raises:
         UserError: No image can be read, or sizes differ and `size` is None.

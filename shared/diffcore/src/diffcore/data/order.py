@@ -1,4 +1,4 @@
-"""The order that people mean when they number files: 2 before 10."""
+"""Sorting file names by the numbers in them: 2 before 10."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ def by_number(names: Iterable[str]) -> list[str]:
 
 
 def is_numbered(names: Sequence[str]) -> bool:
-    """Returns whether names differ in their numbers alone, so that sorting by number is what their writer meant.
+    """Returns whether names differ in their numbers alone, so that sorting by number is safe.
 
     Example:
         >>> is_numbered(["img_10.png", "img_2.png"]), is_numbered(["a1f.png", "9be.png"])

@@ -1,4 +1,4 @@
-"""Which image goes with which prompt: by the names of files where they are given, by order where they are not."""
+"""Pairing images with prompts: by file names where the prompts give them, else by order."""
 
 import logging
 import re
@@ -22,17 +22,17 @@ _READINGS: tuple[Callable[[PurePosixPath], str], ...] = (
 
 
 def places_of_prompts(prompts: PromptSet, names: Sequence[str]) -> tuple[int, ...]:
-    """Returns for each image the index of its prompt; -1 for none, which a warning counts.
+    """Returns the index of each image's prompt; -1 without one, and a warning with the count of such images.
 
-    A column `file_name` (or `filename`, `file`, `image`, `image_file`, `image_path`, `path`) says which file a line is
-    about: by path, by path without suffix, by name, or by name without suffix, the first of these that fits. So does a
-    column of any name that holds the name of an image with its suffix. Without one, prompts and images go in step, as
-    many images for each prompt, one after the other: by folder where there is one folder for each prompt, else in the
-    order of the numbers in their names.
+    A column `file_name` (or `filename`, `file`, `image`, `image_file`, `image_path`, `path`) names the image of each
+    prompt: by path, by path without suffix, by name, or by name without suffix, the first of these that fits. So does
+    any other column that holds the name of an image with its suffix. Without such a column, prompts and images are
+    paired in order, with equally many images per prompt: by folder where there is one folder for each prompt, else in
+    the order of the numbers in their names.
 
     Args:
-        prompts: As read.
-        names: Of all images of the set, readable or not, relative to its folder.
+        prompts: The prompts of one file, with its other columns.
+        names: File names of all images of the set, readable or not, relative to its folder.
 
     Raises:
         UserError: Images and prompts do not go together, or more than one way to pair them fits.
@@ -55,7 +55,7 @@ def _path(cell: str) -> PurePosixPath:
 
 
 def _naming(columns: Mapping[str, Sequence[str]], names: Sequence[str]) -> Sequence[str] | None:
-    """Returns the first column that holds the name of an image, suffix included, which no other cell is by chance."""
+    """Returns the first column that holds the name of an image with its suffix; None if there is none."""
     files = {PurePosixPath(name).name for name in names}
     return next((cells for cells in columns.values() if any(_path(cell).name in files for cell in cells)), None)
 

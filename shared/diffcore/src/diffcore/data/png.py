@@ -1,4 +1,4 @@
-"""PNG files without what is written beside their pixels."""
+"""Stripping PNG files of the metadata beside their pixels."""
 
 import re
 import struct

@@ -1,7 +1,7 @@
-"""Prompts from text, CSV and JSON-lines files of strangers: every row is used exactly as written, or reported.
+"""Prompts from untrusted text, CSV and JSON-lines files: every row is used exactly as written, or reported.
 
-One prompt is one line. A row that a quotation mark stretches over several lines is reported as a whole: it is far more
-often a forgotten mark, which would swallow its neighbours without a word, than a prompt with line breaks.
+One prompt is one line. A row that a quotation mark stretches over several lines is reported as a whole: far more often
+a quotation mark was forgotten, so that rows would merge silently, than a prompt has line breaks.
 """
 
 import csv
@@ -36,11 +36,11 @@ class PromptSet:
     """Prompts with the lines they stand on.
 
     Attributes:
-        path: The file.
-        prompts: As written; an empty one is the empty caption.
+        path: The file that was read.
+        prompts: Prompts exactly as written; an empty string is the empty prompt.
         lines: Line of each prompt, the first line of the file being 1.
         columns: Cells of the other columns as text, by name, one per prompt; empty where a line has none.
-        skipped: Lines that could not be used, and why.
+        skipped: Number and reason of each line that could not be used.
         num_blank: Lines without anything on them.
     """
 
@@ -56,12 +56,12 @@ class PromptSet:
 
     @cached_property
     def distinct(self) -> tuple[str, ...]:
-        """The prompts in order of their first appearance, each once: what has to be computed."""
+        """The distinct prompts in order of their first appearance."""
         return tuple(dict.fromkeys(self.prompts))
 
     @cached_property
     def places(self) -> tuple[int, ...]:
-        """For each prompt its index in `distinct`: where its result is found."""
+        """Index in `distinct` of each prompt."""
         index = {prompt: place for place, prompt in enumerate(self.distinct)}
         return tuple(index[prompt] for prompt in self.prompts)
 
@@ -73,7 +73,7 @@ class PromptSet:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences about what was left out and what is there more than once."""
+        """Sentences about lines that were left out and prompts that occur more than once."""
         name = printable(self.path.name)
         found = [f"{name} line {line} {reason}; it is left out" for line, reason in self.skipped[:5]]
         if len(self.skipped) > 5:
@@ -95,11 +95,11 @@ def load_prompts(path: str | Path, *, strict: bool = False) -> PromptSet:
     files beside images of the same name, with the image in the column `file_name`.
 
     Args:
-        path: The file, its format told by the suffix, or the folder.
-        strict: Makes the first unusable line an error; otherwise it is left out and listed in the result.
+        path: The file, whose suffix tells its format, or the folder.
+        strict: Whether the first unusable line is an error; otherwise it is left out and listed in the result.
 
     Raises:
-        UserError: There is no usable prompt, or the file is none of these.
+        UserError: There is no usable prompt, or the file has another format.
     """
     path = Path(path)
     shown = printable(path, 300)
@@ -209,7 +209,7 @@ def _caption(data: bytes) -> str:
 
 
 def _lines(data: bytes) -> list[str]:
-    """Splits at LF alone: Python's own idea of a line would break captions at rarer separators."""
+    """Splits text at line feeds alone; `str.splitlines` would break captions at rarer separators too."""
     lines = data.decode("utf-8", errors="surrogateescape").split("\n")
     return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
 

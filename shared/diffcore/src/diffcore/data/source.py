@@ -1,9 +1,9 @@
-"""Which files of a folder or archive are images, and the class of each, before any is read.
+"""Listing the images of a folder or archive, with their classes, before any is read.
 
 A file is an image if its name or its first bytes say so; others (captions, settings, logs) never count. Flat folders
 have no labels; one sub-folder per class gives them. A folder that holds everything is no class, and `split` picks one
-of several, as in `train/<class>/x.jpg`. Where a `dataset.json` as of NVIDIA's dataset tools lies beside the images, the
-labels are what it says: there, folders only keep directories small.
+of several, as in `train/<class>/x.jpg`. Where a `dataset.json` of NVIDIA's dataset tools lies beside the images, it
+holds the labels, and folders mean nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,11 +37,11 @@ class ImageSource:
     """The images of a folder or archive, not yet read.
 
     Attributes:
-        path: Folder or archive.
+        path: The folder or zip archive.
         names: File names relative to it, sorted as text.
         labels: Index into `classes` for each name; None without classes.
         classes: Names of the sub-folders, or the numbers of `dataset.json`.
-        files: Reads bytes by name.
+        files: Reads the bytes of a file by its name.
         others: Files that are no images, sorted as text.
         notes: Sentences about how the labels were found that their owner may not expect.
     """
@@ -89,7 +89,7 @@ def open_images(path: str | Path, *, split: str | None = None) -> ImageSource:
     Classes are in the order of their names, with numbers in them taken as numbers.
 
     Args:
-        path: Folder or archive, by content.
+        path: Folder or archive, told apart by content.
         split: Sub-folder to use, where the data set has several.
 
     Raises:

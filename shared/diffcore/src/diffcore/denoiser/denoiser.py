@@ -21,13 +21,13 @@ BackboneCall = Callable[[nn.Module, Tensor, Tensor, Condition], Any]
 
 
 class Denoiser(nn.Module, ABC):
-    """Anything that sees a clean sample in a noisy one."""
+    """A network or formula that predicts the clean sample x0 from a noisy sample x_t."""
 
     schedule: NoiseSchedule
 
     @abstractmethod
     def forward(self, x_t: Float[Tensor, "b *data"], t: Num[Tensor, " b"], cond: Condition | None = None) -> Prediction:
-        """Predicts from `x_t` at `t`, what `schedule` is parameterised in, under a condition."""
+        """Predicts from `x_t` at `t`, in the units of `schedule`, under a condition."""
 
 
 class NetworkDenoiser(Denoiser):
@@ -37,11 +37,11 @@ class NetworkDenoiser(Denoiser):
         backbone: Called as `backbone(x_t, t, **cond)` unless `call` says otherwise. It returns a tensor, a tuple that
             starts with one, or an object that has one as `.sample`. Twice the channels of `x_t` mean learned variance:
             the first half is the prediction, the second `Prediction.extra`.
-        schedule: Of the training; its `t` is what the backbone is fed.
-        prediction_type: What the output stands for. "edm" needs an `EDMSchedule`; the backbone then sees the scaled
-            input c_in x_t and c_noise = log(sigma) / 4 instead of `t`.
-        sigma_data: Standard deviation of the data, for "edm".
-        call: For backbones with other arguments.
+        schedule: The noise schedule of the training; its `t` is fed to the backbone.
+        prediction_type: Quantity that the output stands for. "edm" needs an `EDMSchedule`; the backbone then sees the
+            scaled input c_in x_t and c_noise = log(sigma) / 4 instead of `t`.
+        sigma_data: Standard deviation of the data; used by "edm" alone.
+        call: Calls backbones that take other arguments: (backbone, x_t, t, cond) to output.
 
     References:
         The preconditioning: Karras et al. 2022, table 1.
@@ -69,7 +69,7 @@ class NetworkDenoiser(Denoiser):
         self.call = call
 
     def forward(self, x_t: Float[Tensor, "b *data"], t: Num[Tensor, " b"], cond: Condition | None = None) -> Prediction:
-        """Calls the backbone once, in its own precision, and says what its output means."""
+        """Calls the backbone once, in its own precision, and returns its output as a prediction."""
         alpha, sigma = (level.view(-1, *[1] * (x_t.ndim - 1)) for level in self.schedule.alpha_sigma(t))
         x_in, t_in = x_t, t
         if self.prediction_type == "edm":
@@ -89,9 +89,9 @@ class GuidedDenoiser(Denoiser):
     """Classifier-free guidance, `uncond + guidance_scale (cond - uncond)`, in one pass of 2b rows.
 
     Args:
-        denoiser: The conditional denoiser.
-        guidance_scale: 1 is off, and costs nothing.
-        uncond: The condition that means "none"; each tensor has one row, or as many as the batch.
+        denoiser: The denoiser that is called under both conditions.
+        guidance_scale: Weight of the condition; 1 is off, and costs nothing.
+        uncond: The condition without a prompt or label; each tensor has one row, or as many as the batch.
 
     References:
         Ho and Salimans 2022, equation 6 (their w is `guidance_scale` - 1).
@@ -138,10 +138,10 @@ class GaussianMixtureDenoiser(Denoiser):
     Samples of any shape are treated as flat vectors of length d. Computed in float64.
 
     Args:
-        means: One row per component.
-        covariances: Matrices, or standard deviations of spherical components.
-        weights: Of the components; need not add up to 1.
-        schedule: Any.
+        means: Mean of each component, one row per component.
+        covariances: Covariance matrix of each component, or standard deviation of each spherical one.
+        weights: Weight of each component, at least 0; the sum need not be 1.
+        schedule: Noise schedule of any kind.
     """
 
     eigenvalues: Tensor

@@ -1,4 +1,4 @@
-"""The times that a scheduler of diffusers visits: the class itself is asked."""
+"""The timesteps that a scheduler of diffusers visits, obtained from the class itself."""
 
 import json
 from collections.abc import Mapping
@@ -15,14 +15,14 @@ from diffcore.errors import MissingDependencyError
 
 @dataclass(frozen=True)
 class Grid:
-    """A scheduler class with its settings, as a value.
+    """A scheduler class of diffusers with its settings, as a comparable value.
 
-    Classes space their times differently under one name of a spacing: some count the clean end as a step, some round,
-    some follow a list of noise levels of their own.
+    Classes space timesteps differently under the same name of spacing: some count the clean end as a step, some round,
+    some follow their own list of noise levels.
 
     Attributes:
-        class_name: Of the diffusers library.
-        settings: Of the class, as JSON.
+        class_name: Name of a scheduler class of diffusers.
+        settings: Settings of the class as JSON text.
     """
 
     class_name: str

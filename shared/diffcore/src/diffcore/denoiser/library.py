@@ -50,7 +50,7 @@ def spaced(class_name: str, settings: Mapping[str, Any], steps: int) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences what the library says about its own code: settings that it changes for its solver, deprecations."""
+    """Silences warnings of diffusers about its own code, such as deprecations."""
     from diffusers.utils import logging
 
     before = logging.get_verbosity()

@@ -56,18 +56,18 @@ def unmix(
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a denoiser says about `x_t`. Views are computed once, in float32 (float64 for float64 inputs).
+    """A denoiser's output for `x_t`. Views are computed once, in float32 (float64 for float64 inputs).
 
     Attributes:
-        output: The network's output.
+        output: The network's output, in the parameterisation that `kind` names.
         x_t: The noisy sample it was given, before any input scaling.
         alpha: Factor of x0 in `x_t`.
         sigma: Factor of the noise in `x_t`.
-        kind: What the output stands for.
+        kind: Prediction type: the quantity that `output` stands for.
         sigma_data: Standard deviation of the data; read by kind "edm" alone.
         extra: The channels of learned variance, where a network has them.
-        in_range: The caller vouches that no view will divide by zero. The check reads alpha or sigma, which on an
-            accelerator waits for all queued work; loops that know their noise levels skip it.
+        in_range: Whether the caller guarantees that no view divides by zero. The check reads alpha or sigma, which on
+            an accelerator waits for all queued work; loops that know their noise levels skip it.
 
     Raises:
         ValueError: A view does not exist at this noise level: x0 of "epsilon" at alpha = 0, noise of "sample" and "edm"

@@ -2,7 +2,7 @@
 
 Every solver takes the same step, `x' = alpha' x0 + sigma' noise`, and differs in the x0 and noise it puts in:
 
-* "ddim": what the denoiser says. With `eta` > 0 a part of the noise is drawn anew (eta = 1 is ancestral sampling).
+* "ddim": the prediction itself. With `eta` > 0 a part of the noise is drawn anew (eta = 1 is ancestral sampling).
 * "euler": the same without `eta`. In sigma / alpha as well as in flow time, Euler's step is the DDIM step.
 * "heun": the slope averaged over both ends of the step; 2 steps - 1 calls. The slope is the noise, taken over
   sigma / alpha, or the flow field over flow time.
@@ -52,17 +52,17 @@ def sample(
     """Turns noise into clean samples; each row depends on its own noise, condition and seed alone.
 
     Args:
-        denoiser: What to sample from; its schedule gives the noise levels.
-        noise: Unit normal. It is scaled here to the first noise level.
-        cond: Of the denoiser.
+        denoiser: The denoiser to sample from; its schedule gives the noise levels.
+        noise: Unit normal noise; it is scaled here to the first noise level.
+        cond: Condition that every call of the denoiser gets.
         steps: Number of solver steps, at least 1.
-        solver: See the module's description.
+        solver: One of the solvers in the module's description.
         eta: Share of fresh noise in [0, 1]; with "ddim" only.
         timesteps: The times to evaluate, noisiest first, in place of the schedule's own grid of `steps`.
         on_step: Called with the step's index and the prediction at its start.
-        seeds: One per row, for the fresh noise of `eta` > 0; their low 32 bits count.
-        clip_x0: Clamps predicted x0, guided if the denoiser is, to [-clip_x0, clip_x0], as pixel-space DDPM and DDIM do
-            (`clip_sample`), and derives the noise from the clamped value. None is what the schedule says, inf is off.
+        seeds: One seed per row, for the fresh noise of `eta` > 0; their low 32 bits count.
+        clip_x0: Bound on predicted x0 (after guidance), which is clamped to [-clip_x0, clip_x0], as in pixel-space
+            DDPM; the noise follows from the clamped value. None takes the schedule's, inf is off.
 
     Returns:
         x0 in float32, or float64 for float64 noise.
@@ -153,7 +153,7 @@ def _check_options(solver: str, eta: float, seeds: Tensor | None) -> None:
 
 
 def _check_level(prediction: Prediction, level: Level, t: float) -> None:
-    """The check that `Prediction` makes on tensors, here on numbers the host knows."""
+    """Checks as `Prediction` does that x0 and noise exist at a level, from numbers on the host."""
     if prediction.kind == "epsilon" and level[0] == 0:
         raise ValueError(f"a prediction of kind epsilon says nothing about x0 at t = {t:g}, where alpha is 0")
     if prediction.kind in ("sample", "edm") and level[1] == 0:

@@ -22,12 +22,12 @@ Spacing = Literal["leading", "trailing", "linspace"]
 
 
 class NoiseSchedule(ABC):
-    """How much signal and noise `x_t` holds at `t`.
+    """The factors alpha and sigma of signal and noise in `x_t`, as functions of `t`.
 
     Results have the precision of `t`: float64 for a float64 `t`, else float32.
 
     Attributes:
-        clip_x0: What a solver clamps predicted x0 to, [-clip_x0, clip_x0]; None leaves it alone.
+        clip_x0: Bound to which a solver clamps predicted x0, [-clip_x0, clip_x0]; None leaves it alone.
     """
 
     clip_x0: float | None = None
@@ -76,13 +76,13 @@ class DiscreteSchedule(NoiseSchedule):
         betas: A named schedule, or T trained betas.
         beta_start: First beta of the linear schedules.
         beta_end: Last beta of the linear schedules.
-        rescale_betas_zero_snr: Shift and scale sqrt(alpha bar) so that the last level is pure noise.
-        spacing: Which of the T levels a solver visits. With zero terminal SNR only "trailing" and "linspace" start at
-            the last one.
-        steps_offset: Added to the indices of "leading" spacing.
+        rescale_betas_zero_snr: Whether sqrt(alpha bar) is shifted and scaled so that the last level is pure noise.
+        spacing: Rule by which a solver visits some of the T levels. With zero terminal SNR only "trailing" and
+            "linspace" start at the last one.
+        steps_offset: Number added to the indices of "leading" spacing.
         set_alpha_to_one: Whether the last solver step ends at clean data, or at the level of index 0.
-        clip_x0: Of the base class; 1 for most models of pixels (`clip_sample`).
-        grid: Says which times a solver visits in place of `spacing` and `steps_offset`.
+        clip_x0: Bound on predicted x0, as in the base class; 1 for most pixel models (`clip_sample`).
+        grid: The diffusers scheduler whose times a solver visits in place of `spacing` and `steps_offset`.
 
     References:
         Ho et al. 2020, section 2; Nichol and Dhariwal 2021, equation 17; Lin et al. 2024, algorithm 1.
@@ -272,7 +272,7 @@ class EDMSchedule(NoiseSchedule):
     Args:
         sigma_min: The smallest noise level a solver evaluates.
         sigma_max: The level a solver starts from.
-        rho: Bends the solver grid towards small levels.
+        rho: Exponent of the solver grid; larger values place more steps at small noise levels.
         sigma_data: Standard deviation of the data, for the preconditioning.
 
     References:
@@ -317,7 +317,7 @@ def bridge(
 ) -> tuple[Float[Tensor, "b *data"], Float[Tensor, " b"]]:
     """Carries a noisy sample to another schedule: the same x0 and noise at the same signal-to-noise ratio.
 
-    Exact for continuous targets. A discrete target answers with its nearest index, and a rounded level with it.
+    The result is exact for continuous targets. A discrete target rounds to its nearest index and noise level.
 
     Returns:
         `x_t` and `t` of the target schedule.
@@ -329,7 +329,7 @@ def bridge(
 
 
 def _real(t: Tensor) -> Tensor:
-    """Returns `t` in float64 if it is, else in float32: half precision cannot tell timesteps apart."""
+    """Returns `t` in float64 if it has that type, else in float32: half precision cannot tell timesteps apart."""
     return t if t.dtype == torch.float64 else t.float()
 
 

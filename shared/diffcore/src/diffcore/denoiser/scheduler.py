@@ -1,4 +1,4 @@
-"""Noise schedules out of diffusers' schedulers, which mix the schedule with one solver."""
+"""Extracting noise schedules from diffusers' schedulers, which combine a schedule with a solver."""
 
 import math
 from collections.abc import Mapping
@@ -36,11 +36,11 @@ _OFF = (False, None)
 def schedule_from(scheduler: object, *, num_tokens: int = 4096) -> NoiseSchedule:
     """Returns the noise schedule of a diffusers scheduler, given as the object or as its configuration.
 
-    What the class does with predicted x0 and where it ends are part of it.
+    The clamping of predicted x0 and the level of the last step follow the scheduler's class.
 
     Args:
-        scheduler: A scheduler object, or the mapping in its `scheduler_config.json`; the class fills in what that
-            leaves out.
+        scheduler: A scheduler object, or the mapping in its `scheduler_config.json`; absent settings take the class's
+            defaults.
         num_tokens: Image tokens of a sample, for schedulers that shift by them (Flux: 4096 at 1024 by 1024 pixels).
 
     Raises:
@@ -107,7 +107,7 @@ def _discrete_from(config: Mapping[str, Any], known: Mapping[str, Any], name: st
 
 
 def _ends_clean(known: Mapping[str, Any], library: Any) -> bool:
-    """Returns whether the last step ends at clean data: the class says so, or the last of its own noise levels does."""
+    """Returns whether the last step ends at clean data, by the class or by the last of its own noise levels."""
     if "set_alpha_to_one" in known:
         return bool(known["set_alpha_to_one"])
     if not hasattr(library, "sigmas"):

@@ -1,4 +1,4 @@
-"""Looking into a network while it runs, and changing it, without touching its code: sites, activations, edits, maps."""
+"""Reading and editing activations of a running network without changing its code."""
 
 from diffcore.hooks.attach import clear
 from diffcore.hooks.attention import NamedReduction, Reduction, attention_probs

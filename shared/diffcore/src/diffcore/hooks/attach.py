@@ -1,4 +1,4 @@
-"""Forward hooks on modules: who can carry them, how a site's tensor is read and replaced, how they come off."""
+"""Forward hooks on modules: which networks accept them, and how they read and replace the tensor at a site."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -25,10 +25,10 @@ _FUSED_INTO = {
 
 
 def require_hookable(model: nn.Module, *, stop: bool = False) -> None:
-    """Raises where hooks would stay silent or do harm: compiled, replicated and, for `stop`, sharded networks.
+    """Raises for networks where hooks do not work: compiled, replicated and, with `stop`, sharded ones.
 
     Raises:
-        IncompatibleModelError: Names the module and says what to do.
+        IncompatibleModelError: A module cannot be hooked; the message names it and the remedy.
     """
     for name, module in model.named_modules():
         where = f"{type(model).__name__}{f' ({name})' if name else ''}"
@@ -45,10 +45,10 @@ def require_hookable(model: nn.Module, *, stop: bool = False) -> None:
 
 
 def require_unfused(model: nn.Module, sites: Iterable[tuple[Site, nn.Module]]) -> None:
-    """Raises where a site is a projection that fusing has put out of use; its module is still there, but silent.
+    """Raises where a site is a projection that is fused, so that its own module no longer runs.
 
     Raises:
-        IncompatibleModelError: Names the site.
+        IncompatibleModelError: A projection is fused; the message names the site.
     """
     silent = {
         id(getattr(module, part))
@@ -72,14 +72,14 @@ def in_backward() -> bool:
 
 
 def this_thread() -> Callable[[], bool]:
-    """Returns a question: is this the thread that asked for it? Hooks fire for every thread that uses the network."""
+    """Returns a function that tells whether it runs on this thread, as hooks fire on every thread."""
     entered = threading.get_ident()
     return lambda: threading.get_ident() == entered
 
 
 @contextmanager
 def attached(visits: Iterable[tuple[Site, nn.Module, Visit]], *, prepend: bool = False) -> Iterator[None]:
-    """Visits the sites while the block runs; every hook is taken off when it ends, however it ends."""
+    """Hooks the sites while the block runs, and removes every hook at its end, after errors too."""
     with ExitStack() as stack:
         for site, module, visit in visits:
             on = _on_input(site, visit) if site.at == "input" else _on_output(site, visit)
@@ -88,13 +88,13 @@ def attached(visits: Iterable[tuple[Site, nn.Module, Visit]], *, prepend: bool =
 
 
 def put_on(module: nn.Module, hook: Callable[..., Any], *, before: bool, prepend: bool = False) -> RemovableHandle:
-    """Registers a forward hook that `clear` knows as ours.
+    """Registers a forward hook that `clear` removes.
 
     Args:
-        module: What to hook.
+        module: The module that gets the hook.
         hook: Called as (module, args, kwargs) before the module runs, or as (module, args, output) after it.
-        before: Which of the two.
-        prepend: Ahead of the hooks that are there.
+        before: Whether the hook runs before the module, or after it.
+        prepend: Whether the hook goes ahead of those already there.
     """
     setattr(hook, _OURS, True)
     if before:
@@ -103,7 +103,7 @@ def put_on(module: nn.Module, hook: Callable[..., Any], *, before: bool, prepend
 
 
 def clear(model: nn.Module) -> None:
-    """Removes every hook of ours from a network, after an accident that left some; others' hooks stay."""
+    """Removes every hook of diffcore from a network, should an interruption have left some; other hooks stay."""
     for module in model.modules():
         for hooks, companions in (
             (module._forward_pre_hooks, [module._forward_pre_hooks_with_kwargs]),

@@ -1,8 +1,8 @@
-"""Attention maps, which fused attention never forms.
+"""Attention maps P = softmax(scale q kᵀ + mask), which fused attention kernels never form.
 
-Networks call `torch.nn.functional.scaled_dot_product_attention` once per attention module. A mode watches that one
-function, and hooks on the modules say whose call it is. So q and k are final (after norms, rotation, fused
-projections, adapters), masks are known, and nothing in the network is replaced.
+Networks call `torch.nn.functional.scaled_dot_product_attention` once per attention module. A torch function mode
+intercepts that function, and hooks on the modules tell which of them calls it. So q and k are final (after norms,
+rotation, fused projections, adapters), masks are known, and nothing in the network is replaced.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +42,7 @@ def attention_probs(
     A full map is `b heads queries keys`; one of 8 heads and 4096 x 4096 takes 512 MiB per row. So `reduce` may be
 
     * "mean_heads": the mean over heads, `b queries keys`;
-    * "per_token": one picture per token, mean over heads, `b tokens height width`; where image and text attend jointly
+    * "per_token": one image per token, mean over heads, `b tokens height width`; where image and text attend jointly
       (SD3, Flux), the text tokens as the image sees them;
     * "entropy": of each query's distribution, in nats, `b heads queries`;
     * "sum_over_time": the sum over all forward passes of the block, of full maps or, as in
@@ -53,11 +53,11 @@ def attention_probs(
     are in the order of the network: image first in SD3, text first in Flux.
 
     Args:
-        model: The network.
-        patterns: As in `match`; of what they match, attention modules are taken.
-        reduce: What to keep of a map.
-        check: Compare P v with the result of the fused kernel, and raise where they differ.
-        chunk_megabytes: Most MiB (2^20 bytes) of a map that exist at once before it is reduced.
+        model: The network that runs in the block.
+        patterns: Names of modules as in `match`; the attention modules among the matches are taken.
+        reduce: The reduction, or several, listed above; None keeps full maps.
+        check: Whether P v is compared with the result of the fused kernel; a difference raises.
+        chunk_megabytes: Largest part of a map, in MiB (2^20 bytes), that exists at once before it is reduced.
 
     Raises:
         NoMatchError: A pattern matches no attention module.
@@ -137,7 +137,7 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _reductions(reduce: Reduction | Sequence[Reduction] | None) -> tuple[Reduction | None, bool]:
-    """Returns what to keep of one map, and whether to add up over time."""
+    """Returns the reduction of one map, and whether maps are summed over forward passes."""
     wanted: list[Any] = [reduce] if reduce is None or isinstance(reduce, str) or callable(reduce) else list(reduce)
     for one in wanted:
         if one is not None and not callable(one) and one not in get_args(NamedReduction):

@@ -1,4 +1,4 @@
-"""Activations of a network, caught while it runs."""
+"""Capturing activations of a network while it runs."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,11 +11,11 @@ from diffcore.hooks.match import Site, resolve
 
 
 class Activations(dict[str, Tensor]):
-    """What the sites of a block gave, by name: the first firing of each.
+    """The captured tensors by name of their site: the first one of each site in the block.
 
     Attributes:
-        calls: All firings of each site, in order; a module that a forward pass calls twice has two per pass.
-        silent: Names that have not fired.
+        calls: All tensors captured at each site, in order; a module that a forward pass calls twice has two per pass.
+        silent: Names of sites whose modules have not run.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -24,7 +24,7 @@ class Activations(dict[str, Tensor]):
         self.silent: set[str] = set(self.calls)
 
     def add(self, name: str, value: Tensor) -> None:
-        """Keeps a value of a site that fired."""
+        """Keeps a value of a site whose module ran."""
         self.setdefault(name, value)
         self.calls[name].append(value)
 
@@ -55,25 +55,25 @@ def capture(
     prepend: bool = False,
     grad: bool = False,
 ) -> Iterator[Activations]:
-    """Catches the tensors at sites while the block runs.
+    """Captures the tensors at sites while the block runs.
 
     ``with capture(unet, "*.attn2.to_v") as activations: unet(x, t, states)``
 
-    Tensors are copies in the precision of the computation, detached unless `grad` is set: what a module put out,
-    whatever the network does to it in place afterwards, as FreeU does. Only the thread that enters the block is
-    listened to. Under gradient checkpointing the second run, during backward, is not recorded. An edit by `intervene`
-    that was entered before is seen, one entered later is not.
+    Tensors are copies in the precision of the computation, detached unless `grad` is set: later changes in place, as by
+    FreeU, do not reach them. Only calls on the thread that enters the block are captured. Under gradient checkpointing
+    the second run, during backward, is not recorded. Edits by an `intervene` block around this one are seen, those by a
+    block inside it are not.
 
     Args:
-        model: The network.
-        wanted: Patterns as in `match`, sites, or a mixture.
-        reduce: Called as (name, tensor) at each firing; what it returns is kept instead of the tensor, None keeps
+        model: The network that runs in the block.
+        wanted: Patterns as in `match`, sites, or a mixture of both.
+        reduce: Called as (name, tensor) each time a module runs; its result is kept instead of the tensor, None keeps
             nothing. So a sweep over a whole network holds statistics instead of activations. The tensor is no copy:
             what is to outlast the call must be computed from it, or returned.
-        stop: Ends the forward pass, and with it the block, as soon as every site has fired once. Lines of the block
-            after the forward call are then skipped, so put only that call in it.
-        prepend: Go ahead of hooks that are there, edits among them.
-        grad: Keep the graph of the activations, so that gradients flow from them back to the inputs and weights.
+        stop: Whether the forward pass, and with it the block, ends as soon as every site has a tensor. Lines of the
+            block after the forward call are then skipped, so put only that call in it.
+        prepend: Whether hooks go ahead of those already there, edits among them.
+        grad: Whether to keep the graph of the activations, so that gradients flow back to inputs and weights.
 
     Raises:
         NoMatchError: A pattern or site is not in the network.

@@ -1,4 +1,4 @@
-"""Edits of activations while a network runs; weights and library code stay as they are."""
+"""Editing activations while a network runs; weights and library code stay as they are."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,8 +28,8 @@ def intervene(model: nn.Module, edits: Mapping[str | Site, Edit], *, branch: Bra
     block is affected. With gradient checkpointing, put the backward pass inside the block too: it runs modules again.
 
     Args:
-        model: The network.
-        edits: What to do, by pattern or site. Functions must not change their argument in place.
+        model: The network that runs in the block.
+        edits: The edit of each pattern or site. Functions must not change their argument in place.
         branch: Rows that are edited; "cond" and "uncond" are for guided passes, and the edit then sees that half only.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Which queries of an attention call are places in a picture, which keys are tokens, and how high the picture is."""
+"""The meaning of sequences in an attention call: image tokens, text tokens, and the image's height and width."""
 
 import math
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Layout:
-    """How the two sequences of an attention call are to be read.
+    """The ranges of image tokens and text tokens in an attention call.
 
     Attributes:
-        places: Queries that are places.
-        tokens: Keys that are tokens; where text and image attend separately, all of them.
-        grid: Height and width of the places.
+        places: Range of the queries that are image tokens.
+        tokens: Keys that are text tokens; all keys where text and image attend separately.
+        grid: Rows and columns of image tokens.
     """
 
     places: range
@@ -24,12 +24,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class NetworkCall:
-    """What the arguments of the whole network say about the sequences inside.
+    """Facts about the sequences inside, taken from the arguments of the whole network.
 
     Attributes:
-        size: Height and width of the sample, for networks that take pictures.
-        grid: Height and width in places, for networks that take sequences with positions (Flux).
-        num_text: Text tokens.
+        size: Height and width of the sample, for networks that take images.
+        grid: Rows and columns of image tokens, for networks that take sequences with positions (Flux).
+        num_text: Number of text tokens; None where the call does not tell.
     """
 
     size: tuple[int, int] | None = None
@@ -55,14 +55,14 @@ def layout(
     """Reads one attention call: image first and text after in SD3, text first in Flux, no mixture elsewhere.
 
     Args:
-        network: The call of the network around it.
-        module: The attention module.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
+        network: Arguments of the whole network in the same forward pass.
+        module: The attention module that was called.
+        args: Positional arguments of the module.
+        kwargs: Keyword arguments of the module.
         num_queries: Length of the query sequence.
 
     Raises:
-        ValueError: The number of text tokens, or height and width, cannot be told.
+        ValueError: The number of text tokens, or height and width, cannot be determined.
     """
     places, tokens = range(num_queries), slice(None)
     if any(kind.__name__ == "FluxAttention" for kind in type(module).__mro__):

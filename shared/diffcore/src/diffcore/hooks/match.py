@@ -1,4 +1,4 @@
-"""Where in a network a tensor is: sites, and the patterns that find modules by name."""
+"""Sites, which name a tensor in a network, and the patterns that find modules by name."""
 
 import difflib
 import glob
@@ -27,7 +27,7 @@ class Site:
         module: Dotted name of the module; "" is the network itself.
         at: "output" is the first tensor that leaves the module, "output[1]" the second element of a tuple,
             "output[1][0]" the first of that, "input" the first tensor among positional, then keyword arguments.
-        name: What results are called; the module's name unless given.
+        name: Name of the results; by default that of the module.
     """
 
     module: str
@@ -40,7 +40,7 @@ class Site:
 
     @property
     def key(self) -> str:
-        """What results of this site are called."""
+        """Name of the results at this site."""
         return self.module if self.name is None else self.name
 
     @property
@@ -53,10 +53,10 @@ def match(model: nn.Module, patterns: str | Sequence[str], *, kind: type[nn.Modu
     """Finds the modules whose names match any of the patterns; each is a site at its output.
 
     Args:
-        model: The network; wrappers for several devices are looked through.
+        model: The network; wrappers for several devices are removed from names.
         patterns: Shell patterns on dotted names, in which `*` crosses dots. On CLIP text encoders the level
             `text_model.` is optional. Each pattern has to match something.
-        kind: Only modules of this class.
+        kind: Class of the modules; others are left out.
 
     Returns:
         Each site once, in the order in which a U-Net runs them: down, mid, up.
@@ -71,7 +71,7 @@ def match(model: nn.Module, patterns: str | Sequence[str], *, kind: type[nn.Modu
 def find(
     model: nn.Module, patterns: str | Sequence[str], accept: Callable[[nn.Module], bool], noun: str
 ) -> dict[str, nn.Module]:
-    """Returns name and module of all that match a pattern and are accepted; `noun` says in messages what those are."""
+    """Returns name and module of the accepted modules that match a pattern; `noun` names their kind in messages."""
     modules = modules_of(model)
     usable = {name for name, module in modules.items() if accept(module) and not _is_container(module)}
     found: set[str] = set()
@@ -170,7 +170,7 @@ def _explain(
 
 
 def _likeness(pattern: str, name: str) -> float:
-    """Returns from 0 to 1 how much a name, or its end, looks like the letters of a pattern."""
+    """Returns the similarity, from 0 to 1, of a name or its end to the letters of a pattern."""
     letters = pattern.replace("*", "")[:200]
     return max(difflib.SequenceMatcher(None, letters, end).ratio() for end in (name, name[-len(letters) :]))
 

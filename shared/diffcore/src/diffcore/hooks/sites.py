@@ -1,4 +1,4 @@
-"""Every tensor inside a network in one table: where it is, how it is laid out, and what a forward pass costs until it.
+"""A table of every tensor inside a network: its site, its dimensions, and the FLOPs of a forward pass up to it.
 
 The table is read from one forward pass on the meta device, which computes shapes and no numbers. A network of the size
 of SDXL takes about a second, and weights are neither moved nor needed.
@@ -40,17 +40,17 @@ class SiteRow:
     """One tensor inside a network.
 
     Attributes:
-        site: Where the tensor is, as `capture` takes it.
+        site: The tensor's site, as `capture` takes it.
         kind: Class name of the module.
         shape: Shape of one batch row, or of the whole tensor where it has no rows, as a table of positions; None for a
             module that the forward pass does not run.
-        axes: What the dimensions of `shape` are.
+        axes: Meaning of each dimension of `shape`, in words.
         channels: Number of channels, over all heads; None where `axes` is empty.
-        grid: Height and width of the image places; None for text and vectors.
+        grid: Rows and columns of image tokens or positions; None for text and vectors.
         num_text: Number of text tokens. They come first where the tensor holds image places too.
-        calls: How often the tensor appears in one forward pass; everything else describes the first time.
-        flops: Floating point operations of the forward pass until the tensor is there.
-        cost: The same as a share of the whole pass.
+        calls: Number of times the tensor appears in one forward pass; all else describes the first time.
+        flops: Floating point operations of the forward pass up to the tensor.
+        cost: Share of the whole forward pass's operations up to the tensor, from 0 to 1.
         same_as: Name of an earlier row that is the very same tensor, if there is one.
     """
 
@@ -77,7 +77,7 @@ class SiteTable:
     """All tensors inside a network, in the order in which a forward pass makes them; what never runs comes last.
 
     Attributes:
-        rows: One entry per tensor.
+        rows: One row per tensor, in the order of the forward pass.
         flops: Floating point operations of one whole forward pass with one batch row.
     """
 
@@ -187,7 +187,7 @@ def _emptied(tensor: Tensor | None) -> Any:
 
 @dataclass
 class _Seen:
-    """The first appearance of a tensor, and how many there were."""
+    """The first appearance of a tensor, and the number of appearances."""
 
     kind: str
     flops: int

@@ -18,7 +18,7 @@ from diffcore.noise import row_noise
 
 @runtime_checkable
 class ImageModel(Protocol):
-    """What `stream` asks of a model; a `diffcore.models.DiffusionModel` has it."""
+    """The attributes that `stream` needs of a model; a `diffcore.models.DiffusionModel` has them."""
 
     @property
     def denoiser(self) -> Any:
@@ -45,10 +45,10 @@ class StreamedBatch:
     """The activations of one forward pass.
 
     Attributes:
-        rows: Places of the images in the data set.
+        rows: Indices of the images in the data set.
         t: The timestep, in the units of the model's schedule.
         seed: The seed of the noise.
-        activations: What each site gave, or what `reduce` made of it, by name of the site.
+        activations: The tensor at each site, or its reduction by `reduce`, by name of the site.
     """
 
     rows: range
@@ -81,13 +81,13 @@ def stream(
         sites: Patterns and sites in the model's backbone, as in `capture`.
         t: One or several timesteps, in the units of the model's schedule.
         seeds: One or several seeds; image i gets its noise from the seed and i.
-        cond: The condition of the backbone. Tensors of one row serve all images, others hold one row per image. By
-            default that of no prompt.
-        reduce: Called in the hook as (name, activation); what it returns is kept instead, None keeps nothing.
+        cond: Condition of the backbone, with one row for all images or one row per image; by default that of the empty
+            prompt.
+        reduce: Called in the hook as (name, activation); its result is kept instead, None keeps nothing.
         batch_size: Largest number of rows in a forward pass.
         encoded: Whether `images` holds x0, as `model.codec.encode` returns it, instead of images.
-        stop: End each forward pass as soon as all sites have fired.
-        grad: Keep the graph of the activations, back to the weights and, with `encoded`, to the x0 given.
+        stop: Whether each forward pass ends as soon as all sites have a tensor.
+        grad: Whether to keep the graph of the activations, back to the weights and, with `encoded`, to x0.
 
     Raises:
         NoMatchError: A pattern or site is not in the backbone.

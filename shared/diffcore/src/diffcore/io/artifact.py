@@ -29,14 +29,14 @@ _OWN = ("schema", "produced_by", "created", "sha256", "bytes", "tensors", "sidec
 
 @dataclass(frozen=True)
 class Artifact:
-    """What one artefact holds.
+    """The content of one artefact: tensors, and the fields of its sidecar.
 
     Attributes:
         tensors: Named tensors, on the CPU.
-        fields: The plain values saved with them; numbers that were not finite are None.
+        fields: Plain values saved with the tensors; numbers that were not finite are None.
         schema: Owner, noun and version, such as `diffcore/part@1`.
         produced_by: Package and version that wrote it.
-        created: When, UTC, ISO 8601.
+        created: Time of writing in UTC, ISO 8601.
     """
 
     tensors: dict[str, Tensor]
@@ -52,8 +52,8 @@ def save(path: Path, tensors: Mapping[str, Tensor], *, schema: str, **fields: An
     The serialised tensors are held in memory once more while writing.
 
     Args:
-        path: Where; the suffix is set to `.safetensors`.
-        tensors: Any device, any layout, shared storage allowed.
+        path: Path of the tensor file; the suffix is set to `.safetensors`.
+        tensors: Tensors by name, on any device, in any layout, with shared storage allowed.
         schema: `package/noun@version`; the package is looked up for `produced_by`.
         **fields: Plain values for the sidecar; non-finite numbers become null.
 
@@ -89,8 +89,8 @@ def load(path: Path, *, schema: str | None = None, verify: bool = True) -> Artif
 
     Args:
         path: The tensor file or its sidecar.
-        schema: What the caller reads; an older version of the same noun is accepted.
-        verify: Compare the tensors' sha256 as well as their size.
+        schema: The schema that the caller reads; an older version of the same noun is accepted.
+        verify: Whether the tensors' sha256 is compared, besides their size.
 
     Raises:
         CorruptArtifactError: A file is missing, truncated or altered, or of another or newer schema.
@@ -115,7 +115,7 @@ def check(path: Path, *, verify: bool = True) -> dict[str, Any]:
     """Returns the sidecar of an artefact after comparing sums and sizes, without reading its tensors into memory.
 
     Raises:
-        CorruptArtifactError: As `load`.
+        CorruptArtifactError: As in `load`.
     """
     path = Path(path).with_suffix(".safetensors")
     sidecar = read_trusted(path.with_suffix(".json"))

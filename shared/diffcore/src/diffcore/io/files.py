@@ -1,8 +1,8 @@
-"""Every file operation of artefacts and runs; tests replace these few functions to make a disk fail on purpose.
+"""The file operations of artefacts and runs, which tests replace to simulate a failing disk.
 
-The upper half touches the disk, one system call per function. The lower half composes them: a file is written under a
-temporary name in the same folder, synced, renamed over its target, and the folder synced, so that a reader, a full disk
-or a power cut meets either the old file or the new one.
+The first functions make one system call each. The others compose them: a file is written under a temporary name in the
+same folder, synced, renamed over its target, and the folder synced, so that readers find either the old file or the new
+one, even after a full disk or a power cut.
 """
 
 import errno
@@ -118,7 +118,7 @@ def sha256(path: Path) -> str:
 
 
 def sha256_of_ends(path: Path) -> str:
-    """Returns the hex digest of a file's first and last MiB: tells photographs apart, cheap for large files."""
+    """Returns the hex digest of a file's first and last MiB: quick, and enough to distinguish photographs."""
     with explained(path, reading=True), path.open("rb") as file:
         digest = hashlib.sha256(file.read(_BLOCK))
         file.seek(max(path.stat().st_size - _BLOCK, 0))
@@ -127,7 +127,7 @@ def sha256_of_ends(path: Path) -> str:
 
 
 def sweep(folder: Path) -> list[Path]:
-    """Deletes temporary files that dead writers left in a folder and the folders in it; returns what it deleted."""
+    """Deletes temporary files that killed processes left in a folder and below; returns the deleted paths."""
     stale = sorted(folder.glob("**/.*.tmp"))
     for path in stale:
         with explained(path):
@@ -137,11 +137,11 @@ def sweep(folder: Path) -> list[Path]:
 
 @contextmanager
 def explained(path: Path, *, needed: int = 0, reading: bool = False) -> Iterator[None]:
-    """Turns the system's errors about a path into ours, with the bytes needed and free.
+    """Turns the system's errors about a path into diffcore's, with the bytes needed and free.
 
     Raises:
         MachineError: The disk or the system failed.
-        UserError: The path is not there, not ours to write, or of the wrong kind.
+        UserError: The path does not exist, may not be written, or is of the wrong kind.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""JSON and text files: plain values in, valid and whole files out, strict reading. Imports no torch."""
+"""Writing JSON and text files atomically, and reading them strictly. Imports no torch."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def write_text(path: Path, text: str) -> Path:
 
 
 def read_trusted(path: Path) -> dict[str, Any]:
-    """Reads a JSON object of ours; as `read_json`, and an error for any other value."""
+    """Reads a JSON object that diffcore wrote; as `read_json`, but refusing any other value."""
     value = read_json(path)
     if not isinstance(value, dict):
         raise corrupt(path, "holds no JSON object")
@@ -42,7 +42,7 @@ def read_trusted(path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> Any:
-    """Reads JSON of ours: by the rules for strangers, but with integers of any size.
+    """Reads JSON that diffcore wrote: as strictly as untrusted JSON, but with integers of any size.
 
     Raises:
         CorruptArtifactError: The file is missing or is not such JSON.
@@ -79,5 +79,5 @@ def jsonable(value: Any) -> Any:
 
 
 def corrupt(path: Path, what: str) -> CorruptArtifactError:
-    """Returns the error for a file of ours that is not what it was."""
+    """Returns the error for a file that diffcore wrote and that is damaged or changed."""
     return CorruptArtifactError(f"{printable(path, 300)} {what}; delete it and make it again, or restore a copy")

@@ -28,10 +28,10 @@ def shipped_folder(name: str) -> Path:
     """Returns the folder of a shipped model.
 
     Args:
-        name: With or without the prefix `zoo:`.
+        name: Name of the model, with or without the prefix `zoo:`.
 
     Raises:
-        ModelNotFoundError: There is none of that name.
+        ModelNotFoundError: No shipped model has this name.
     """
     known = name.removeprefix(PREFIX)
     if known not in SHIPPED:

@@ -1,6 +1,6 @@
-"""JSON written by strangers: read within limits, or refused with a reason. Imports no torch.
+"""Untrusted JSON, read within limits or refused with a reason. Imports no torch.
 
-Python's parser takes duplicate keys, NaN, numbers beyond every range, and nesting until the stack ends, all silently.
+Python's own parser silently accepts duplicate keys, NaN, numbers of any size, and nesting until the stack overflows.
 """
 
 import json
@@ -22,7 +22,7 @@ _BRACKETS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
 
 
 class StrictError(ValueError):
-    """Data breaks a rule; the message is the reason, without the file's name."""
+    """Untrusted data breaks a rule; the message is the reason, without the file's name."""
 
 
 def read_untrusted(
@@ -32,12 +32,12 @@ def read_untrusted(
     parse_int: Callable[[str], Any] | None = None,
     infinite: bool = False,
 ) -> dict[str, Any]:
-    """Reads a JSON object of a stranger.
+    """Reads a JSON object from an untrusted file.
 
     Args:
-        path: A regular file.
-        max_bytes: Larger files are refused unread.
-        parse_int: Reads integers; by default those beyond 2^53 are refused.
+        path: Path of a regular file.
+        max_bytes: Limit on the size; larger files are refused unread.
+        parse_int: Converts integers from text; by default those beyond 2^53 are refused.
         infinite: Whether Infinity and -Infinity, which diffusers writes into configurations, are numbers.
 
     Raises:
@@ -56,8 +56,8 @@ def parse(data: bytes, *, parse_int: Callable[[str], Any] | None = None, infinit
     """Returns the value of JSON bytes; `parse_int` and `infinite` as in `read_untrusted`.
 
     Raises:
-        StrictError: They are not UTF-8 or not JSON, nest deeper than 64, give a key twice, or hold a number that is not
-            finite or not exact.
+        StrictError: The bytes are not UTF-8 or not JSON, nest deeper than 64, repeat a key, or hold a number that is
+            not finite or not exact.
     """
     check_depth(data)
     try:

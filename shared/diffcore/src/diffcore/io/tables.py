@@ -1,4 +1,4 @@
-"""Tables as CSV that is safe to open in a spreadsheet and exact to read back."""
+"""CSV tables that are safe to open in a spreadsheet and exact to read back."""
 
 import csv
 import io

@@ -1,7 +1,7 @@
-"""safetensors files of strangers: their headers, read strictly and without loading a tensor. Imports no torch.
+"""Headers of untrusted safetensors files, read strictly and without loading a tensor. Imports no torch.
 
-The rules are the library's and more: whatever it rejects is rejected here. What it lets pass silently (names given
-twice, names with control characters, unknown fields) is rejected too, before any library sees the file.
+The rules are stricter than the library's: whatever it rejects is rejected here, and what it accepts silently (names
+given twice, names with control characters, unknown fields) is rejected too, before any library sees the file.
 """
 
 import math
@@ -47,10 +47,10 @@ class TensorEntry:
     """One tensor of a file.
 
     Attributes:
-        dtype: As safetensors writes it, such as "F32".
-        shape: Its sides.
+        dtype: Type in safetensors' notation, such as "F32".
+        shape: Length of each dimension.
         start: First byte, counted from the end of the header.
-        end: One past the last byte.
+        end: One past the last byte, counted likewise.
     """
 
     dtype: str
@@ -61,14 +61,14 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a safetensors file says it holds, checked against its size.
+    """The header of a safetensors file, checked against the file's size.
 
     Attributes:
-        path: The file.
-        tensors: By name, in the file's order.
-        metadata: Free text of its author.
-        data_start: Where the tensors begin in the file.
-        size: Bytes of the whole file.
+        path: The safetensors file itself.
+        tensors: Tensors by name, in the file's order.
+        metadata: Free text that the author stored.
+        data_start: Offset of the first tensor in the file, in bytes.
+        size: Size of the whole file in bytes.
     """
 
     path: Path
@@ -82,7 +82,7 @@ def read_header(path: Path) -> TensorHeader:
     """Reads and checks the header of a safetensors file; touches none of its tensors.
 
     Args:
-        path: A regular file.
+        path: Path of a regular file.
 
     Raises:
         IncompatibleModelError: The file is not safetensors (the message says what it looks like), is truncated, or
@@ -104,7 +104,7 @@ def read_header(path: Path) -> TensorHeader:
 
 
 def what_it_is(path: Path) -> str | None:
-    """Returns what a file that is not safetensors looks like, as words for a message; None where nothing fits."""
+    """Returns the likely format of a file that is not safetensors, in words for a message; None where it is unknown."""
     with files.explained(path, reading=True), path.open("rb") as file:
         head = file.read(4096)
         size = file.seek(0, 2)

@@ -1,6 +1,6 @@
 """A small network that reads attributes off small images, and whose last hidden layer serves as features.
 
-Trained on data whose attributes are known exactly, it is the judge of what generated images show. The shipped ones
+Trained on data whose attributes are known exactly, it classifies the attributes of generated images. The shipped ones
 are loaded by name: `zoo:portraits-oracle`, `zoo:digits8-classifier`.
 """
 
@@ -24,14 +24,14 @@ _SCHEMA = "diffcore/attribute-network@1"
 
 @dataclass(frozen=True)
 class AttributeNetworkConfig:
-    """What a network of this kind is made of.
+    """Sizes of an `AttributeNetwork`, and the classes it tells apart.
 
     Attributes:
         size: Side of the images in pixels; other sizes are averaged down to it.
-        channels: 1 for grey images, 3 for colour.
+        channels: Number of image channels: 1 for grey, 3 for colour.
         widths: Channels of each block; every block but the first halves the side.
         num_features: Length of a row of features.
-        classes: Attribute -> names of its classes.
+        classes: Names of the classes of each attribute.
     """
 
     size: int
@@ -45,7 +45,7 @@ class AttributeNetwork(nn.Module):
     """Convolutions, one hidden layer, one linear head per attribute.
 
     Args:
-        config: Sizes and classes.
+        config: Sizes of the layers and names of the classes.
     """
 
     def __init__(self, config: AttributeNetworkConfig) -> None:

@@ -28,7 +28,7 @@ class ClipScore(ExactMetric):
     """Mean of `100 max(cosine, 0)` over pairs of image and prompt; `compute` returns `PromptFit`.
 
     Args:
-        options: Of `torchmetrics.Metric`.
+        options: Keyword arguments of `torchmetrics.Metric`.
     """
 
     full_state_update = False
@@ -48,12 +48,12 @@ class ClipScore(ExactMetric):
         text_features: Float[Tensor, "b d"],
         truncated: Bool[Tensor, " b"] | None = None,
     ) -> None:
-        """Adds pairs.
+        """Adds pairs of image and prompt, given by their embeddings.
 
         Args:
             image_features: CLIP's projected embeddings of images.
-            text_features: Those of their prompts.
-            truncated: Which prompts were longer than CLIP reads.
+            text_features: CLIP's projected embeddings of their prompts.
+            truncated: Whether each prompt was longer than CLIP reads.
 
         Raises:
             ValueError: Rows hold NaN or infinity, or zeros alone; they are named.
@@ -77,7 +77,7 @@ class ClipScore(ExactMetric):
         """Returns the mean over all pairs seen, over all processes.
 
         Raises:
-            ValueError: There were none.
+            ValueError: No pairs were added.
         """
         n = int(self.num_images)
         if not n:

@@ -1,6 +1,6 @@
-"""All metrics of two image sets: which numbers, with which intervals, in which features.
+"""Comparing two image sets by every metric, with confidence intervals, in several kinds of features.
 
-Intervals hold with 95 % if images are independent draws. Those of shares keep the other set fixed.
+Intervals have 95 % coverage if images are independent draws. Those of shares hold the other set fixed.
 """
 
 import math
@@ -36,15 +36,15 @@ _K_COVERAGE = 5
 
 @dataclass(frozen=True)
 class Measure:
-    """One number with its interval.
+    """One value of a metric with its 95 % interval.
 
     Attributes:
         features: Name of the extractor.
         metric: Name of the metric.
-        value: The number.
+        value: The estimate that the metric gives.
         low: Lower end of the 95 % interval; NaN where none is known.
-        high: Upper end.
-        n: Images it rests on: of the smaller side, or of the side that is counted.
+        high: Upper end of the interval; NaN likewise.
+        n: Number of images it rests on: of the smaller side, or of the side that is counted.
     """
 
     features: str
@@ -57,13 +57,13 @@ class Measure:
 
 @dataclass(frozen=True)
 class ImageComparison:
-    """Two image sets compared.
+    """The result of comparing two image sets.
 
     Attributes:
-        measures: The numbers.
-        fake: The generated images.
-        real: The real images; None where only statistics of them were given.
-        scored: How well each generated image fits its prompt, if prompts were given.
+        measures: All metrics with their intervals.
+        fake: Features of the generated images.
+        real: Features of the real images; None where only statistics of them were given.
+        scored: CLIP score of each generated image, if prompts were given.
     """
 
     measures: tuple[Measure, ...]
@@ -88,14 +88,14 @@ def compare_images(
 
     Args:
         real: The real images, or moments of their features under the one extractor that is given.
-        fake: The generated images.
-        extractors: What the images are compared in.
-        run: Keeps features, so that an interrupted comparison goes on.
-        reading: How images are read.
-        digests: What tells the image sets, `real` and `fake`, from others.
-        prompts: Of the generated images, with the network that judges them.
-        seed: Of random subsets.
-        progress: Shown while images are read.
+        fake: The generated images, not yet read.
+        extractors: Networks whose features are compared, each on its own.
+        run: Run folder that keeps features, so that an interrupted comparison goes on.
+        reading: Device, batch size and limits for reading images.
+        digests: Digests that identify the image sets, by "real" and "fake".
+        prompts: Prompts of the generated images, with the network that scores them.
+        seed: Seed that chooses the random subsets.
+        progress: Shows how far the reading of images is.
 
     Raises:
         UserError: A side has fewer than 10 readable images, or statistics do not fit the features.
@@ -138,10 +138,10 @@ def compare_features(
     Args:
         real: Features of real images, or their moments.
         fake: Features of generated images.
-        name: Of the features.
+        name: Name of the features in the result.
         noise: Features of `copies.noise_pictures`, where the features are made to find copies, so that a cosine above
             0.5 is one; fakes that look like noise are no copies, and are counted apart.
-        seed: Of random subsets.
+        seed: Seed that chooses the random subsets.
     """
     distance, limit = frechet_estimate(real, fake), extrapolate(real, fake, seed=seed)
     # The error of the line is small; the images it rests on are no more than those of the distance itself.
@@ -219,7 +219,7 @@ def _measure(features: str, metric: str, found: Any, *, at_least: float = -math.
 
 
 def _share(features: str, metric: str, hits: Tensor) -> Measure:
-    """Returns a share with Wilson's interval, which is honest at 0 and 1 too."""
+    """Returns a share with Wilson's interval, which keeps its coverage near 0 and 1 too."""
     n = len(hits)
     share, square = float(hits.double().mean()), _NORMAL**2
     centre = (share + square / (2 * n)) / (1 + square / n)

@@ -1,8 +1,8 @@
-"""Copies by copy-detection features, and the noise that only looks like them.
+"""Detecting copies by copy-detection features, and images of noise that such features mistake for copies.
 
-To such features any two pictures of noise are alike, the more so the more alike their grain: independent ones reach a
-cosine of 0.78 in SSCD, above every threshold in use, where unrelated photographs stay near 0. A model that breaks
-into noise would seem to copy itself. So pictures are compared with noise of many grains first.
+In such features any two images of noise are similar, the more so the more similar their grain: independent ones reach a
+cosine of 0.78 in SSCD, above every threshold in use, where unrelated photographs stay near 0. A model that collapses to
+noise would seem to copy. So images are compared with noise of many grains first.
 """
 
 import torch
@@ -16,12 +16,12 @@ from diffcore.noise import row_noise
 COPY = 0.5  # cosine of SSCD's features above which Somepalli et al. 2023 speak of a copy
 _NOISE = 0.45  # cosine with the nearest of them: noise of 15 kinds had 0.51 and more, photographs and drawings 0.35
 _SIDE = 288
-# Independent points along a side, and how they are joined: as small pictures are enlarged, or smoothly.
+# Independent points along a side, and how they are joined: as small images are enlarged, or smoothly.
 _GRAINS = {"bilinear": (16, 24, 32, 48, 64, 96, 128, 192, 288), "bicubic": (8, 12, 16, 24, 32, 48)}
 
 
 def noise_pictures() -> Float[Tensor, "n 3 288 288"]:
-    """Returns pictures of noise in [0, 1], in colour and in grey, from coarse to fine grain; always the same ones."""
+    """Returns images of noise in [0, 1], in colour and in grey, from coarse to fine grain; always the same ones."""
     pictures = []
     for filter, grain in ((filter, grain) for filter, grains in _GRAINS.items() for grain in grains):
         colour, grey = row_noise(0, range(2), (3, grain, grain))
@@ -32,11 +32,11 @@ def noise_pictures() -> Float[Tensor, "n 3 288 288"]:
 
 
 def looks_like_noise(features: Float[Tensor, "b d"], noise: Float[Tensor, "n d"]) -> Bool[Tensor, " b"]:
-    """Returns which pictures are noise, whatever they are compared with.
+    """Returns which images are noise, whatever they are compared with.
 
     Args:
-        features: Copy-detection features of the pictures.
-        noise: Those of `noise_pictures`, by the same network.
+        features: Copy-detection features of the images.
+        noise: Features of `noise_pictures` by the same network.
     """
     rows, references = (functional.normalize(x.float(), dim=1) for x in (features, noise.to(features.device)))
     return (rows @ references.T).amax(1) > _NOISE

@@ -1,8 +1,8 @@
 """Features of all images of a folder or archive: each image decoded once, each network run once, resumable.
 
-Images are taken in fixed chunks, whatever has been done before: what a network makes of a row depends, in its last
-bits, on the rows beside it. A finished slice of one network is a part of the run folder, its key made of the sums of
-the network and of the image set, so that going on after an interruption gives the same bytes.
+Images are processed in fixed chunks, also after resuming: the features of a row depend, in their last bits, on the
+other rows of the batch. A finished slice of one network is a part of the run folder, named by the digests of the
+network and of the image set, so that an interrupted run resumes to the same bytes.
 """
 
 import warnings
@@ -42,11 +42,11 @@ class Embedded:
     """An image set as features.
 
     Attributes:
-        names: Of the images that could be read, in order.
-        indices: Their places in the source.
-        features: By the extractor's name, a row per image.
-        skipped: Files that could not be read, and why.
-        notes: Files and what was done to them that their owner may not expect.
+        names: File names of the images that could be read, in order.
+        indices: Places of these images in the source.
+        features: One row per image, by the extractor's name.
+        skipped: Name and reason of each file that could not be read.
+        notes: Names of files with conversions that their owner may not expect.
     """
 
     names: tuple[str, ...]
@@ -61,9 +61,9 @@ class Reading:
     """How images are read and fed to the networks.
 
     Attributes:
-        device: Where the networks are.
-        batch_size: Images per forward pass.
-        strict: Makes the first unreadable file an error.
+        device: Device that the networks are on.
+        batch_size: Number of images per forward pass.
+        strict: Whether the first unreadable file is an error.
         max_pixels: Width times height above which a file is not decoded.
     """
 
@@ -89,12 +89,12 @@ def embed_images(
     """Returns the features of an image set under several networks, computing what the run folder does not hold yet.
 
     Args:
-        source: The images.
-        digest: What tells this image set from others, such as `run.input_hash`.
-        extractors: At least one.
-        run: Keeps finished slices.
-        reading: How to read.
-        progress: Shown while it runs.
+        source: The images, not yet read.
+        digest: Digest that identifies this image set, such as `run.input_hash` gives.
+        extractors: One network or more, each run once on every image.
+        run: Run folder that keeps finished slices.
+        reading: Device, batch size and limits for reading images.
+        progress: Shows how far the reading is.
 
     Raises:
         UserError: No image can be read, or a network makes something of one that is not finite.

@@ -1,4 +1,4 @@
-"""A number with its uncertainty, as every metric that is a mean or a distance reports it."""
+"""The estimate of a mean or a distance with its standard error."""
 
 from typing import NamedTuple
 

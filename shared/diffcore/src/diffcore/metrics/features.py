@@ -1,8 +1,8 @@
-"""Feature extractors from local files: what turns images into the rows that metrics compare.
+"""Feature extractors from local files: networks that turn images into the rows that metrics compare.
 
-A number made from features means nothing without knowing from which network, so every extractor carries its name and
-the sha256 of its files. Features are float32 whatever precision the models under test run in: agreement with the
-field's reference tools is worth more than the time.
+A metric of features has no meaning without the network they come from, so every extractor carries its name and the
+sha256 of its files. Features are float32 whatever precision the models under test run in: agreement with the field's
+reference tools is worth more than the time.
 """
 
 import hashlib
@@ -45,9 +45,9 @@ class FeatureExtractor(nn.Module):
     """A frozen network with its preprocessing.
 
     Attributes:
-        name: As it was asked for.
-        sha256: Of the file, or of the names and digests of the files of its folder.
-        preprocessing: From images to the network's input.
+        name: The name it was asked for by, as `feature_extractor` takes it.
+        sha256: Digest of the file, or of the names and digests of the files of its folder.
+        preprocessing: Turns images into the network's input.
     """
 
     def __init__(
@@ -75,20 +75,20 @@ class FeatureExtractor(nn.Module):
 
     @torch.no_grad()
     def embed(self, inputs: Float[Tensor, "b 3 height width"]) -> Float[Tensor, "b d"]:
-        """Returns one row of features per image that `preprocessing` has been at already."""
+        """Returns one row of features per image that is preprocessed already."""
         return self._read(self.network, inputs).flatten(1).float()
 
 
 def feature_extractor(name: str, runtime: Runtime, *, allow_pickle: bool = False) -> FeatureExtractor:
-    """Loads a feature extractor from this machine; the network is never touched.
+    """Loads a feature extractor from local files, without any download.
 
     Args:
         name: `inception:FILE`, the TorchScript file of StyleGAN's and clean-fid's authors; `clip:FOLDER` or
             `dino:FOLDER`, a folder of transformers; `sscd:FILE`, a TorchScript file of SSCD's authors or an ONNX file
             that ends in .onnx; `random:SEED`, fixed random weights, which need no file; `zoo:portraits-oracle`, a judge
             that comes with diffcore.
-        runtime: Where to compute.
-        allow_pickle: Whether TorchScript, which is code, may be run.
+        runtime: The device to compute on.
+        allow_pickle: Whether TorchScript files, which are code, may be run.
 
     Raises:
         ModelNotFoundError: There is no such file or folder.
@@ -118,7 +118,7 @@ def feature_extractor(name: str, runtime: Runtime, *, allow_pickle: bool = False
 
 
 def _judge(name: str, runtime: Runtime) -> FeatureExtractor:
-    """Returns a judge of the zoo; its features know the attributes of the zoo's own pictures, and little else."""
+    """Returns a classifier shipped with diffcore, whose features describe attributes of the shipped data sets only."""
     folder = shipped_folder(name)
     if not (folder / "model.safetensors").is_file() or not (folder / "config.json").is_file():
         raise UserError(f"{printable(name)} makes no features; use zoo:portraits-oracle or zoo:digits8-classifier")

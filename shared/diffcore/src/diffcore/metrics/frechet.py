@@ -4,8 +4,8 @@
 the symmetric `S1^(1/2) S2 S1^(1/2)`, or, with fewer rows than columns, the nuclear norm of the product of the centred
 features, which needs no covariance at all.
 
-The estimate is biased upwards by about `(d (d + 1) / 2 + 2 d) / n` for n rows on each side: never read one without
-`real_floor`, the distance between two halves of the same truth.
+The estimate is biased upwards by about `(d (d + 1) / 2 + 2 d) / n` for n rows on each side: compare it always with
+`real_floor`, the distance between two halves of the real images.
 
 References:
     Dowson and Landau 1982; Heusel et al. 2017; extrapolation to infinite n: Chong and Forsyth 2020.
@@ -104,8 +104,8 @@ class FrechetDistance(Metric):
     """The Fréchet distance of streamed features; adds up exactly over batches and processes.
 
     Args:
-        num_features: Number of columns.
-        options: Of `torchmetrics.Metric`.
+        num_features: Number of columns of the features.
+        options: Keyword arguments of `torchmetrics.Metric`.
     """
 
     full_state_update = True

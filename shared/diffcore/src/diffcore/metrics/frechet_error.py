@@ -1,4 +1,4 @@
-"""The standard error of a Fréchet distance, from what each row adds to it.
+"""The standard error of a Fréchet distance, from the influence of each row on it.
 
 The distance is a smooth function of the weights of its rows; its derivatives by them, the influences, have the variance
 of the distance up to first order. They cost as much as the distance itself, where a bootstrap would cost it hundreds of
@@ -48,7 +48,7 @@ def _variance(influence: Tensor) -> float:
 
 
 def _influence(other: Covariance, rows: Tensor) -> Float64[Tensor, " n"]:
-    """Returns what each row adds to the distance of its set to a Gaussian."""
+    """Returns the influence of each row on the distance of its set to a Gaussian."""
     own = covariance(rows)
     values, vectors = torch.linalg.eigh((other.cov + other.cov.T) / 2)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T

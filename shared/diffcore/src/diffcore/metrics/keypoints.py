@@ -29,7 +29,7 @@ class PercentageCorrectKeypoints(ExactMetric):
 
     Args:
         alphas: Radii, as shares of the longer side of the box.
-        options: Of `torchmetrics.Metric`.
+        options: Keyword arguments of `torchmetrics.Metric`.
     """
 
     full_state_update = False
@@ -58,13 +58,13 @@ class PercentageCorrectKeypoints(ExactMetric):
         box: Float[Tensor, "b 2"],
         visible: Bool[Tensor, "b points"] | None = None,
     ) -> None:
-        """Adds images.
+        """Adds the keypoints of a batch of images.
 
         Args:
-            predicted: Positions in pixels.
+            predicted: Predicted positions in pixels.
             target: True positions in pixels.
             box: Height and width of each image's box in pixels.
-            visible: Which points count; all by default. Images without one count neither way.
+            visible: Whether each point counts; all by default. Images without any are left out.
 
         Raises:
             ValueError: A point that counts is NaN or infinite, or a box is not larger than 0.

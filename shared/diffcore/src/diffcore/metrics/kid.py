@@ -32,7 +32,7 @@ def kernel_distance(real: Float[Tensor, "n d"], fake: Float[Tensor, "m d"], *, b
     Args:
         real: Features of real images.
         fake: Features of generated images.
-        blocks: Blocks per side, at most one per row.
+        blocks: Number of blocks per side for the standard error, at most one per row.
 
     Raises:
         ValueError: A side has fewer than two rows, or holds NaN or infinity.
@@ -64,8 +64,8 @@ class KernelDistance(RealAndFake):
     several processes follow one another in order of rank.
 
     Args:
-        blocks: Blocks per side, for the standard error.
-        options: Of `torchmetrics.Metric`.
+        blocks: Number of blocks per side for the standard error.
+        options: Keyword arguments of `torchmetrics.Metric`.
     """
 
     def __init__(self, blocks: int = 10, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""A network in an ONNX file as a module, run by onnxruntime on the CPU: data, where TorchScript is a program."""
+"""A network from an ONNX file as a module, run by onnxruntime on the CPU; unlike TorchScript it runs no code."""
 
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,14 @@ from diffcore.metrics.preprocess import Preprocessing
 
 
 class OnnxNetwork(nn.Module):
-    """Takes what `preprocessing` returns, whatever the file asks for.
+    """An ONNX network that takes preprocessed images, converted to the layout and type that its file expects.
 
     Files take either floats, normalised as the network was trained, or bytes from 0 to 255; channels come first or
     last; height and width are free or fixed. Bytes are made by undoing the normalisation and rounding.
 
     Args:
-        path: The file.
-        preprocessing: Its mean and deviation are what the network was trained with.
+        path: The ONNX file to load.
+        preprocessing: Preprocessing with the mean and deviation that the network was trained with.
 
     Raises:
         MissingDependencyError: onnxruntime is not installed.

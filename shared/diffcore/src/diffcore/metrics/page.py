@@ -18,7 +18,7 @@ from diffcore.metrics.prompt_fit import ScoredPrompts
 from diffcore.report import Report, bar_with_interval
 from diffcore.run import Run
 
-_SIDE = 96  # pixels of a picture in the report
+_SIDE = 96  # pixels of an image in the report
 _COLUMNS = 12
 _NEIGHBOURS, _PAIRS = 4, 6
 _SHARES = ("precision", "recall", "density", "coverage", "share of copies")
@@ -38,11 +38,11 @@ def write_page(
     """Writes `report.html`, its figures, and the tables `metrics` and `images`.
 
     Args:
-        compared: The numbers.
+        compared: The metrics and the features they rest on.
         real: The real images, to show some; None where there are only statistics.
-        fake: The generated images.
-        run: The run folder.
-        prompts: Of the generated images.
+        fake: The generated images, to show some.
+        run: The run folder that gets the report.
+        prompts: Prompts of the generated images, if they were scored.
     """
     run.table("metrics", as_rows(compared.measures))
     report = Report("Generated images against real ones", run)
@@ -62,7 +62,7 @@ def write_page(
 
 
 def sentence(measures: Sequence[Measure]) -> str:
-    """Returns the answer: the first Fréchet distance with what it must be compared with."""
+    """Returns the report's answer: the first Fréchet distance, and the real-versus-real value to compare it with."""
     first = measures[0]
     floor = next((m for m in measures if m.features == first.features and m.metric.endswith("against real")), None)
     beside = f"; real against real {floor.value:.3g} at {floor.n:,} images" if floor else ""
@@ -70,7 +70,7 @@ def sentence(measures: Sequence[Measure]) -> str:
 
 
 def summary(compared: ImageComparison) -> dict[str, Any]:
-    """Returns what `result.json` holds: counts, and each number with its interval."""
+    """Returns the content of `result.json`: counts, and each metric with its interval."""
     sides = {"real": compared.real, "fake": compared.fake}
     counts = {f"{side}_images": len(found.names) for side, found in sides.items() if found}
     skipped = {f"{side}_skipped": len(found.skipped) for side, found in sides.items() if found}
@@ -104,7 +104,7 @@ def _add_features(report: Report, run: Run, name: str, measures: Sequence[Measur
 
 
 def remarks(measures: Sequence[Measure]) -> list[str]:
-    """Returns what the numbers of one network mean where that is not what their names suggest."""
+    """Returns remarks on how to read the metrics in the features of one network."""
     by_name = {measure.metric: measure for measure in measures}
     told = []
     kernel, noise = by_name.get("kernel distance"), by_name.get("share that looks like noise")
@@ -181,7 +181,7 @@ def _spread(indices: Sequence[int], count: int) -> list[int]:
 
 
 def _pictures(source: ImageSource, indices: Sequence[int]) -> Float[Tensor, "b 3 side side"]:
-    """Returns the middle squares of some images; grey for what can be read no longer."""
+    """Returns the central squares of some images; a grey square for each that can no longer be read."""
     pictures = []
     for index in indices:
         try:

@@ -44,7 +44,7 @@ def pairwise_ssim(
         scales: 1 is SSIM, in [-1, 1]; more are MS-SSIM, in [0, 1], with negative terms cut at 0. Images too small for
             that many take as many as fit, with a warning: thresholds found at more scales do not hold then.
         betas: Exponent of each scale, finest first; by default those of Wang et al. up to `scales`, of unchanged sum.
-        window: Taps of the Gaussian window, odd; its standard deviation is 1.5 pixels.
+        window: Width of the Gaussian window in pixels, odd; its standard deviation is 1.5 pixels.
 
     Raises:
         ValueError: Images hold NaN or infinity or are smaller than the reflected border allows, or an option makes no
@@ -77,11 +77,11 @@ class PairwiseSSIM(ExactMetric):
     """Mean over prompts of the mean similarity of a prompt's seeds; `compute` returns an `Estimate` over prompts.
 
     Args:
-        data_range: As the other three, of `pairwise_ssim`.
-        scales: Number of scales.
-        betas: Exponent of each scale.
-        window: Taps of the window.
-        options: Of `torchmetrics.Metric`.
+        data_range: Largest minus smallest possible value; all four as in `pairwise_ssim`.
+        scales: Number of scales; 1 is plain SSIM.
+        betas: Exponent of each scale, finest first.
+        window: Width of the Gaussian window in pixels, odd.
+        options: Keyword arguments of `torchmetrics.Metric`.
     """
 
     full_state_update = False
@@ -122,7 +122,7 @@ class PairwiseSSIM(ExactMetric):
         """Returns the mean over all prompts seen, over all processes.
 
         Raises:
-            ValueError: There were none.
+            ValueError: No prompts were added.
         """
         n = int(self.num_prompts)
         if not n:

@@ -35,7 +35,7 @@ class Scores(NamedTuple):
 
 
 class Membership(NamedTuple):
-    """What lies in whose balls, row by row.
+    """Membership of each row in the balls around rows of the other set.
 
     Attributes:
         realistic: Whether a fake lies in the ball of some real row.
@@ -54,7 +54,7 @@ class Membership(NamedTuple):
 def precision_recall(
     real: Float[Tensor, "n d"], fake: Float[Tensor, "m d"], *, k: int = 3, k_coverage: int = 5
 ) -> Scores:
-    """Returns how much of the fakes is realistic, and how much of the reals is covered.
+    """Returns precision and density of the fakes, recall and coverage of the reals.
 
     Args:
         real: Features of real images.
@@ -136,7 +136,7 @@ class PrecisionRecall(RealAndFake):
     Args:
         k: Neighbour that sets the radius for precision and recall.
         k_coverage: Neighbour that sets the radius for density and coverage.
-        options: Of `torchmetrics.Metric`.
+        options: Keyword arguments of `torchmetrics.Metric`.
     """
 
     def __init__(self, k: int = 3, k_coverage: int = 5, **options: Any) -> None:

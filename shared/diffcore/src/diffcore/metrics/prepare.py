@@ -1,4 +1,4 @@
-"""From what a person names to a comparison that is ready to run: everything is checked before the first image."""
+"""Preparing a comparison from the user's arguments: everything is checked before the first image is read."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -24,17 +24,17 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prepared:
-    """A comparison that is ready to run.
+    """A comparison of image sets whose inputs are all opened and checked.
 
     Attributes:
         real: The real images, or statistics of them.
-        fake: The generated images.
-        extractors: What they are compared in.
-        prompts: Of the generated images.
-        reading: How images are read.
-        digests: Of both image sets.
-        config: Settings that the run is known by.
-        inputs: Sums of everything that is read.
+        fake: The generated images, not yet read.
+        extractors: Networks whose features are compared.
+        prompts: Prompts of the generated images; None without prompts.
+        reading: Device, batch size and limits for reading images.
+        digests: Digests of both image sets, by "real" and "fake".
+        config: Settings that identify the run.
+        inputs: Digests of everything that is read.
     """
 
     real: ImageSource | Covariance
@@ -47,7 +47,7 @@ class Prepared:
     inputs: Mapping[str, str]
 
     def plan(self) -> dict[str, Any]:
-        """Returns what would be done."""
+        """Returns the numbers of files, parts and prompts to process, for `--dry-run`."""
         sources = [s for s in (self.real, self.fake) if isinstance(s, ImageSource)]
         files = {source.path: len(source.names) for source in sources}
         return {
@@ -150,13 +150,13 @@ def prepare(
 
 
 def _without_folders(name: str) -> str:
-    """Returns an extractor's name as it was given, but for a place that only this machine has."""
+    """Returns an extractor's name without an absolute folder, which differs between machines."""
     kind, _, place = name.partition(":")
     return f"{kind}:{Path(place).name}" if Path(place).is_absolute() else name
 
 
 def refuse_place(out: Path, inputs: Sequence[Path]) -> None:
-    """Refuses a run folder inside the data, which what it writes would change.
+    """Refuses a run folder inside the data folders, which writing would change.
 
     Raises:
         UserError: The run folder is, or lies in, one of the inputs.
@@ -167,7 +167,7 @@ def refuse_place(out: Path, inputs: Sequence[Path]) -> None:
 
 
 def _judge(prompts: Path | None, clip: Path | None, features: Sequence[str]) -> list[str]:
-    """Returns the name of the CLIP that judges prompts; nothing without prompts."""
+    """Returns the name of the CLIP extractor that scores prompts; nothing without prompts."""
     if prompts is None:
         if clip is not None:
             raise UserError("`clip` judges images by their prompts; give those with `prompts`")

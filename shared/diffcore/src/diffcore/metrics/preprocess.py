@@ -1,7 +1,7 @@
-"""What happens to images before a feature extractor: resizing without aliasing, cropping, normalising, on the device.
+"""Preprocessing of images for a feature extractor: antialiased resizing, cropping and normalising, on the device.
 
 Resizing in float with an antialiased filter is what PIL does to a float channel, and what clean-fid showed to matter:
-without it a picture half the size is off by as much as 169 of 255 levels.
+without it an image half the size is off by as much as 169 of 255 levels.
 
 References:
     Parmar et al. 2022, section 3.
@@ -23,14 +23,14 @@ _OTHERWISE = ("crop_pct", "size_divisor", "pad_size")  # of other processors, ea
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From images in [0, 1] to what a network was trained on; called with images, returns its input.
+    """The preprocessing that a network was trained with, called with images in [0, 1].
 
     Attributes:
         size: Height and width, or the shorter side, which keeps the proportions.
-        crop: Height and width of the middle that is kept.
-        mean: Per channel.
-        std: Per channel.
-        filter: How to resize.
+        crop: Height and width of the central crop; None keeps all.
+        mean: Mean that is subtracted from each channel.
+        std: Standard deviation that each channel is divided by.
+        filter: Interpolation filter of the resizing.
     """
 
     size: int | tuple[int, int]
@@ -70,7 +70,7 @@ def resize(
 
 
 def preprocessing_from(config: Mapping[str, Any]) -> Preprocessing:
-    """Returns what the settings of an image processor of transformers ask for; null counts as not said.
+    """Returns the preprocessing that the settings of a transformers image processor describe; null means absent.
 
     Raises:
         ValueError: A setting is missing, out of range, or not one that we follow.

@@ -1,4 +1,4 @@
-"""CLIP score of an image set."""
+"""CLIP scores of an image set whose prompts are known."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -29,9 +29,9 @@ class ClipText:
     """The text side of a CLIP whose image side is a feature extractor.
 
     Attributes:
-        extractor: `clip:FOLDER`; its network has both sides.
-        tower: Tokenizer and text network.
-        sha256: Of the tokenizer's files.
+        extractor: The image side, `clip:FOLDER`; its network holds both sides.
+        tower: The tokenizer and the text network.
+        sha256: Digest of the tokenizer's files.
     """
 
     extractor: FeatureExtractor
@@ -48,18 +48,18 @@ class ClipText:
         return network.text_projection(states.pooler_output).float()
 
     def lost(self, prompts: Sequence[str]) -> list[str]:
-        """Returns what of each prompt is beyond what CLIP reads; empty for most."""
+        """Returns the end of each prompt that CLIP cuts off; empty for prompts that fit."""
         return self.tower.tokenize(prompts)[2]
 
 
 @dataclass(frozen=True)
 class ScoredPrompts:
-    """Prompts and who judges them.
+    """Prompts of an image set, and the CLIP that scores them.
 
     Attributes:
-        prompts: As read.
-        places: For each image file of the set, its prompt; -1 for none.
-        text: The text side of the judge.
+        prompts: The prompts of one file.
+        places: Index of the prompt of each image file; -1 for none.
+        text: The text side of the CLIP that scores them.
     """
 
     prompts: PromptSet
@@ -68,24 +68,24 @@ class ScoredPrompts:
 
     @classmethod
     def of(cls, prompts: PromptSet, names: Sequence[str], text: ClipText) -> "ScoredPrompts":
-        """Finds for each image its prompt, as `data.pairing.places_of_prompts` does."""
+        """Finds the prompt of each image, as `data.pairing.places_of_prompts` does."""
         return cls(prompts, places_of_prompts(prompts, names), text)
 
     @property
     def extractor(self) -> FeatureExtractor:
-        """The judge's image side."""
+        """The image side of the CLIP."""
         return self.text.extractor
 
 
 @dataclass(frozen=True)
 class PromptScores:
-    """How well images fit their prompts.
+    """CLIP scores of images, and the part of each prompt that CLIP did not read.
 
     Attributes:
-        fit: The mean, and how many prompts CLIP read in part only.
-        scores: Of each image that could be read; NaN without a prompt.
-        places: The prompt of each such image; -1 for none.
-        lost: By prompt, what CLIP did not read of it.
+        fit: Mean score, and the number of prompts that CLIP truncated.
+        scores: CLIP score of each image that could be read; NaN without a prompt.
+        places: Index of the prompt of each such image; -1 for none.
+        lost: The end of each prompt that CLIP cut off, by prompt.
     """
 
     fit: PromptFit
@@ -98,8 +98,8 @@ def clip_text(extractor: FeatureExtractor, folder: Path) -> ClipText:
     """Returns the text side of a loaded CLIP.
 
     Args:
-        extractor: `clip:FOLDER`.
-        folder: That folder; its tokenizer is read from it.
+        extractor: The loaded image side, `clip:FOLDER`.
+        folder: The folder of `extractor`; its tokenizer is read from it.
 
     Raises:
         IncompatibleModelError: The folder has no tokenizer, or one of another model.
@@ -122,10 +122,10 @@ def score_prompts(
     """Returns the CLIP scores of images; each prompt is read once, however many images it has.
 
     Args:
-        judged: Prompts and judge.
+        judged: Prompts, their images, and the CLIP that scores them.
         images: Features of the images that could be read.
-        indices: Their places among the files.
-        batch_size: Prompts per forward pass.
+        indices: Places of these images among the files.
+        batch_size: Number of prompts per forward pass.
     """
     places = [judged.places[index] for index in indices]
     wanted = sorted({judged.prompts.prompts[place] for place in places if place >= 0})

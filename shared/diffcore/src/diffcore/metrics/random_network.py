@@ -24,7 +24,7 @@ class RandomNetwork(nn.Module):
     """Strided convolutions with weights drawn from a seed; features are the mean response of every channel.
 
     Args:
-        seed: Of the weights.
+        seed: Seed that the weights are drawn from.
     """
 
     def __init__(self, seed: int) -> None:

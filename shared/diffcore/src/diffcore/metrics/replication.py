@@ -38,7 +38,7 @@ def nearest_training_images(real: Float[Tensor, "m d"], fake: Float[Tensor, "n d
     Args:
         real: Features of the training set.
         fake: Features of generated images.
-        k: How many to keep; at most as many as there are.
+        k: Number of training images to keep per image; at most as many as there are.
 
     Raises:
         ValueError: A side holds NaN, infinity or a row of zeros, or there is no training set.
@@ -55,12 +55,12 @@ def nearest_training_images(real: Float[Tensor, "m d"], fake: Float[Tensor, "n d
 class ReplicationScore(RealAndFake):
     """Quantiles and share of near copies among streamed features. Keeps them all; `compute` returns `Replication`.
 
-    Training images are the real ones.
+    Features of training images are added as real ones.
 
     Args:
-        threshold: A cosine above it is a copy; 0.5 is the field's for SSCD.
-        quantiles: Of the nearest cosine, over images.
-        options: Of `torchmetrics.Metric`.
+        threshold: Cosine above which an image is a copy; 0.5 is usual for SSCD.
+        quantiles: Quantiles to report of the nearest cosine over images, each from 0 to 1.
+        options: Keyword arguments of `torchmetrics.Metric`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Rows of features kept until the end, over batches and processes: what metrics of pairs of rows are made from."""
+"""Collecting rows of features over batches and processes, for metrics that compare pairs of rows."""
 
 from collections.abc import Sequence
 from functools import reduce
@@ -29,10 +29,10 @@ def gather_rows(rows: Tensor, group: Any = None) -> list[Tensor]:
 
 
 class RealAndFake(ExactMetric):
-    """What metrics share that compare two sets of features row by row: both sets are kept, `compute` is left open.
+    """The base of metrics that compare two sets of features row by row; it keeps all rows of both.
 
     Args:
-        options: Of `torchmetrics.Metric`.
+        options: Keyword arguments of `torchmetrics.Metric`.
     """
 
     full_state_update = False

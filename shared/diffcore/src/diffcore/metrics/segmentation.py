@@ -23,9 +23,9 @@ class DataSetIoU(ExactMetric):
     it, is another: small objects weigh more there. Classes that occur nowhere are left out of the mean.
 
     Args:
-        num_classes: Number of classes.
+        num_classes: Number of classes in the labels.
         ignore_label: Label of pixels that do not count, such as 255.
-        options: Of `torchmetrics.Metric`.
+        options: Keyword arguments of `torchmetrics.Metric`.
 
     References:
         Everingham et al. 2015 (the PASCAL challenge), section 4.2.
@@ -40,7 +40,7 @@ class DataSetIoU(ExactMetric):
         self.add_state("confusion", torch.zeros(num_classes, num_classes, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, predicted: Integer[Tensor, "b *grid"], label: Integer[Tensor, "b *grid"]) -> None:
-        """Adds images.
+        """Adds the segmentations of a batch of images.
 
         Args:
             predicted: Class of each pixel.

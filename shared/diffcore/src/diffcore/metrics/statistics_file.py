@@ -1,4 +1,4 @@
-"""Reference statistics of others: clean-fid's `.npz` files with the mean and covariance of Inception features."""
+"""Published reference statistics: clean-fid's `.npz` files with mean and covariance of Inception features."""
 
 import math
 import zipfile

@@ -1,6 +1,6 @@
-"""Diffusion models that people have on disk, brought into one shape without running anything from them.
+"""Loading diffusion models from files or pipelines into one `DiffusionModel`, without running code from them.
 
-Every name is imported when it is first used: the gate needs no torch.
+Every name is imported when it is first used: checking a file needs no torch.
 """
 
 import lazy_loader

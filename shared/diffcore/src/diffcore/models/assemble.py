@@ -1,4 +1,4 @@
-"""From built components to the parts of a `DiffusionModel`: its denoiser, codec and prompt encoder."""
+"""Assembling a `DiffusionModel` from built components: its denoiser, codec and prompt encoder."""
 
 import math
 import warnings
@@ -52,12 +52,12 @@ _EXPANDING = ("stable diffusion", "sdxl", "flux")
 def read_schedule(
     class_name: str, scheduler: Component | None, settings: Mapping[str, Any]
 ) -> tuple[PredictionType, NoiseSchedule]:
-    """Returns what a backbone predicts, and under which schedule, as its files state it.
+    """Returns the prediction type and noise schedule of a backbone, as its files state them.
 
     Args:
-        class_name: Of the backbone.
-        scheduler: Its scheduler's configuration; without one, what is usual for the class, and a warning.
-        settings: Of EDM preconditioning, if the folder has them.
+        class_name: Class name of the backbone.
+        scheduler: The scheduler's configuration; None takes the usual one of the class, with a warning.
+        settings: Settings of EDM preconditioning, if the folder has them.
 
     Raises:
         IncompatibleModelError: The scheduler has no counterpart here, or makes no sense.
@@ -71,7 +71,7 @@ def read_schedule(
         schedule = schedule_from({**scheduler.config, "_class_name": scheduler.class_name})
     except IncompatibleModelError:
         raise
-    except Exception as error:  # whatever the library, or a schedule of ours, makes of impossible numbers
+    except Exception as error:  # any error of diffusers or diffcore about impossible numbers
         where = printable(scheduler.folder, 300) if scheduler else "denoiser.json"
         raise IncompatibleModelError(
             f"the scheduler in {where} makes no schedule: {printable(error)}; get a clean copy of the model"
@@ -108,7 +108,7 @@ def _stated_prediction(scheduler: Component, schedule: NoiseSchedule) -> Predict
 
 
 def make_codec(name: str, class_name: str, backbone: nn.Module, vae: nn.Module | None) -> Codec:
-    """Returns what carries images to a model's x0: its autoencoder, or plain pixels."""
+    """Returns the codec between images and a model's x0: its autoencoder, or plain pixels."""
     if vae is not None:
         return LatentCodec(vae)
     if class_name == "UNet2DModel" and backbone.config["in_channels"] in (1, 3):  # pyright: ignore[reportIndexIssue, reportArgumentType]

@@ -1,8 +1,8 @@
-"""How each backbone class wants to be called, as `BackboneCall`s for a `NetworkDenoiser`.
+"""The way each backbone class is called, as a `BackboneCall` for a `NetworkDenoiser`.
 
 Users see one form, `x_t` of shape `b c h w` and a condition of plain tensors; what a class needs besides (nested
-dictionaries, packed tokens, position ids, a timestep in other units) is made here. Keys are checked at the door: a
-missing one surfaces deep inside the libraries as another error, or not at all.
+dictionaries, packed tokens, position ids, a timestep in other units) is made here. Keys are checked before the call,
+because a missing one causes an unrelated error deep inside the libraries, or none.
 """
 
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ class ConditionKeys:
 
 
 def backbone_call(backbone: nn.Module) -> BackboneCall:
-    """Returns how a diffusers backbone is called with `(x_t, t, cond)`.
+    """Returns the function that calls a diffusers backbone with `(x_t, t, cond)`.
 
     Raises:
         IncompatibleModelError: The class is unknown, or its configuration asks for inputs that nothing here provides.

@@ -1,4 +1,4 @@
-"""What adapters can change in a model: its linear and convolutional weights, by name, loaded or only planned."""
+"""The weights of a model that adapters can change: linear and convolutional ones, by name, without loading them."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -27,9 +27,9 @@ def base_of(name: str, modules: Mapping[str, nn.Module], backbone: nn.Module) ->
     """Returns the base of built networks, on any device.
 
     Args:
-        name: For messages.
-        modules: Of the pipeline; its text encoders are looked at.
-        backbone: The bare network.
+        name: The model's name in error messages.
+        modules: Networks of the pipeline by name; its text encoders are looked at.
+        backbone: The U-Net or transformer itself.
     """
     shapes = {BACKBONE: _shapes(backbone)}
     shapes |= {n: _shapes(m) for n, m in modules.items() if n.startswith("text_encoder") and isinstance(m, nn.Module)}
@@ -51,7 +51,7 @@ def families_of(found: AdapterFile) -> list[Base]:
 
 
 def misfit(found: AdapterFile, base: Base) -> str | None:
-    """Returns why an adapter does not fit a model; None if it does."""
+    """Returns the reason why an adapter does not fit a model; None if it fits."""
     try:
         place(found, base)
     except IncompatibleModelError as error:
@@ -76,7 +76,7 @@ def base_for(found: AdapterFile, model: Path | None) -> Base:
 
 
 def base_on_disk(path: Path) -> Base:
-    """Returns the base of a model that passes the gate, without loading a weight.
+    """Returns the base of a model on disk after checking it, without loading a weight.
 
     Raises:
         UserError: As `inspect_model`.

@@ -1,7 +1,7 @@
-"""Tables that trainers store beside the weights, held against what a model is loaded as.
+"""Comparing the noise schedule tables that trainers store beside weights with the schedule a model is loaded with.
 
 They repeat the noise schedule and the scale of the latents. Where they differ, the weights were trained under another
-schedule than their family's, and nothing else in the file would tell.
+schedule than their family's, and nothing else in the file shows it.
 """
 
 import re
@@ -28,12 +28,12 @@ CHECKED = re.compile(rf"(denoiser\.)?({'|'.join(_TABLES)})|scale_factor")
 
 
 def check_buffers(stored: Stored, schedule: DiscreteSchedule, scaling: float | None) -> None:
-    """Compares every table of a single file.
+    """Compares every table of a single file with the schedule and scale of the model.
 
     Args:
-        stored: The file.
-        schedule: What it is loaded with. Tables from before it was shifted to zero terminal SNR are as good.
-        scaling: Factor of the latents; None where nothing decodes them.
+        stored: The tensors of the single file.
+        schedule: The schedule of the model; tables from before its shift to zero terminal SNR pass too.
+        scaling: Scale factor of the latents; None without an autoencoder.
 
     Raises:
         IncompatibleModelError: A table is of another schedule or scale.
@@ -54,7 +54,7 @@ def check_buffers(stored: Stored, schedule: DiscreteSchedule, scaling: float | N
 
 
 def _agree(table: Tensor, expected: Tensor) -> bool:
-    """Whether two tables are equal within the precision in which one was stored; a closing 0 does not count."""
+    """Returns whether two tables are equal within the stored precision; a closing 0 is ignored."""
     values = table.double().flatten()
     if len(values) == len(expected) + 1 and values[0] * values[-1] == 0:
         values = values[values != 0]

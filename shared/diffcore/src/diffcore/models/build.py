@@ -1,7 +1,7 @@
-"""Modules out of configurations and stored tensors.
+"""Building modules from configurations and stored tensors.
 
-In this order: build on the meta device, compare names and shapes, and only then allocate, fill, and check that nothing
-is left empty or not finite.
+A module is built on the meta device, names and shapes are compared, and only then are weights allocated, filled, and
+checked to be complete and finite.
 """
 
 import inspect
@@ -36,12 +36,12 @@ def build(
 
     Args:
         component: A backbone, codec or text encoder.
-        stored: Its tensors.
-        naming: Where each tensor of the module is among them.
-        dtype: Of its real numbers.
-        device: Where it shall be.
+        stored: The component's tensors in its files.
+        naming: Finds the stored tensor of each tensor of the module.
+        dtype: Precision of the floating point weights.
+        device: The device that the module is placed on.
         leftovers: Names of stored tensors that may be left over.
-        check_finite: Whether every number is looked at.
+        check_finite: Whether every number is checked for NaN and infinity.
 
     Raises:
         IncompatibleModelError: The configuration does not build, or names, shapes or values of the weights are wrong.
@@ -70,7 +70,7 @@ def build(
 
 
 def factory_of(component: Component) -> Callable[[], nn.Module]:
-    """Returns what builds a component's module with fresh weights; settings the class does not know are left out."""
+    """Returns a function that builds a component's module with fresh weights; unknown settings are left out."""
     try:
         if component.library == "transformers":
             import transformers
@@ -89,7 +89,7 @@ def factory_of(component: Component) -> Callable[[], nn.Module]:
 
 
 def on_meta(component: Component, factory: Callable[[], nn.Module]) -> nn.Module:
-    """Builds a module without memory; a configuration that makes no sense is an error that says so."""
+    """Builds a module on the meta device; raises where the configuration makes no sense."""
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -202,12 +202,12 @@ def _read(
 
 
 def _as_matrix(shape: Shape) -> Shape:
-    """Returns the shape of a 1x1 convolution as that of the matrix it is: libraries keep both for the same layer."""
+    """Returns the shape of a 1x1 convolution as a matrix: libraries store the same layer either way."""
     return shape[:2] if shape[2:] == (1, 1) else shape
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether every number is finite: the extremes are NaN or infinite exactly if some number is."""
+    """Returns whether every number is finite, by the extremes: they are finite exactly if all numbers are."""
     return not tensor.numel() or all(math.isfinite(float(extreme)) for extreme in tensor.aminmax())
 
 

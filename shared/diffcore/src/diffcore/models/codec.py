@@ -1,4 +1,4 @@
-"""Between images in [0, 1] and what a model works on: scaled latents, or pixels in [-1, 1]."""
+"""Codecs between images in [0, 1] and the x0 of a model: scaled latents, or pixels in [-1, 1]."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -14,7 +14,7 @@ _STREAM = int.from_bytes(b"vae")  # keeps the draws of posteriors apart from oth
 
 
 class Codec(ABC):
-    """Images in [0, 1] to and from x0."""
+    """Encodes images in [0, 1] as x0, and decodes x0 to images."""
 
     @abstractmethod
     def encode(
@@ -24,12 +24,12 @@ class Codec(ABC):
         sample: bool = False,
         seeds: Int[Tensor, " b"] | None = None,
     ) -> Float[Tensor, "b *data"]:
-        """Returns x0 of images.
+        """Returns the x0 that images in [0, 1] are encoded as.
 
         Args:
-            images: Values in [0, 1].
-            sample: Whether x0 is drawn from the posterior instead of being its mode, where there is one.
-            seeds: One per image, for `sample`.
+            images: Images with values in [0, 1].
+            sample: Whether x0 is drawn from the posterior instead of its mode, where there is one.
+            seeds: One seed per image, needed for `sample`.
         """
 
     @abstractmethod
@@ -38,7 +38,7 @@ class Codec(ABC):
 
 
 class PixelCodec(Codec):
-    """Models that work on pixels: x0 is the image in [-1, 1]."""
+    """The codec of pixel-space models: x0 is the image in [-1, 1]."""
 
     def encode(
         self,
@@ -56,10 +56,10 @@ class PixelCodec(Codec):
 
 
 class LatentCodec(Codec):
-    """An autoencoder: x0 = (z - shift) scaling, both from its configuration, as numbers or per channel.
+    """The codec of latent models: x0 = (z - shift) scaling, where z is what the autoencoder encodes.
 
     Args:
-        vae: An `AutoencoderKL`.
+        vae: An `AutoencoderKL` of diffusers.
     """
 
     def __init__(self, vae: nn.Module) -> None:
@@ -110,10 +110,10 @@ def _beside(value: float | Tensor, latents: Tensor) -> float | Tensor:
 
 
 class MissingCodec(Codec):
-    """Stands where a latent model has no autoencoder: it works, but sees no images.
+    """The codec of a latent model without an autoencoder: it refuses to encode and decode.
 
     Args:
-        name: Of the model, for messages.
+        name: The model's name in error messages.
     """
 
     def __init__(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""What an adapter is, in plain values: for a person who wants to know before it is used."""
+"""A description of an adapter in plain values, made before it is used."""
 
 import math
 from collections import Counter
@@ -24,10 +24,10 @@ def describe_adapter(path: Path, model: Path | None = None) -> dict[str, Any]:
 
     Args:
         path: A file or PEFT folder.
-        model: A model that it shall fit; without one, the families are tried whose names are known.
+        model: A model to test it on; without one, the known families are tried.
 
     Raises:
-        UserError: It is no LoRA that can be read, or the model is none.
+        UserError: The file is no readable LoRA, or `model` is no readable model.
     """
     found = scan_adapter(path)
     try:
@@ -69,7 +69,7 @@ def describe_adapter(path: Path, model: Path | None = None) -> dict[str, Any]:
 
 
 def _claims(found: AdapterFile) -> dict[str, str]:
-    """Returns what the file says of its base; shown, never followed."""
+    """Returns the base model that the file names, which is shown and never opened."""
     claims = {name: printable(found.header.metadata[name]) for name in _CLAIMS if name in found.header.metadata}
     named = {settings.base_model for settings in found.settings.values() if settings.base_model}
     return claims | ({"base_model_name_or_path": printable(", ".join(sorted(named)))} if named else {})

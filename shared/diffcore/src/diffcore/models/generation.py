@@ -1,4 +1,4 @@
-"""`generate`: images of a model for prompts or class labels, each from several seeds.
+"""Generating images for prompts or class labels, each from several seeds.
 
 Image (i, s) is the solver's x0 for condition i, started from x_T = initial_scale(T) z_s with z_s ~ N(0, I). All pairs
 (i, s) are rows of the same batches, and a row depends on its own condition and noise alone, so the size of the batches
@@ -51,11 +51,11 @@ def generate(
 
     Args:
         model: The diffusion model that generates.
-        prompts: One text per row of the result; leave it out for models that take none.
-        seeds: Numbers of the initial noises; all prompts start from the same noises.
+        prompts: One prompt per row of the result; leave them out for models that take none.
+        seeds: Seeds of the initial noise; all prompts start from the same noise.
         labels: Class labels, in place of prompts, for class-conditional models.
         condition: Tensors for the backbone with one row per prompt, in place of prompts or labels.
-        negative_prompt: Text that guidance leads away from; by default the family's way of giving no prompt.
+        negative_prompt: Prompt that guidance leads away from; by default the family's empty condition.
         uncond: Tensors with one row that guidance leads away from, in place of `negative_prompt`.
         guidance_scale: Strength of classifier-free guidance; 0 and 1 are off.
         steps: Number of solver steps.
@@ -75,7 +75,7 @@ def generate(
         Images in [0, 1] on the CPU, by prompt and seed; a model without conditions has a single row.
 
     Raises:
-        IncompatibleModelError: The model takes no prompts, or came without what encodes or decodes.
+        IncompatibleModelError: The model takes no prompts, or came without text encoders or autoencoder.
         MachineError: Memory does not hold a single row.
         ValueError: Arguments exclude each other, or one that the model needs is missing.
 

@@ -1,7 +1,7 @@
-"""`load`: from a folder or file on disk to a `DiffusionModel`, offline, with nothing from it ever executed.
+"""Loading a folder or file as a `DiffusionModel`, offline by default, without running code from it.
 
 The libraries build modules from checked configurations; files are read here. None of their loaders is called: they
-would follow names in configurations, fall back to pickles, and leave missing tensors empty without a word.
+would follow names in configurations, fall back to pickles, and silently leave missing tensors empty.
 """
 
 import re
@@ -58,13 +58,13 @@ def load(
             SD 1.x, 2.x or SDXL, `zoo:NAME` for a model that comes with diffcore, or the name of a repository with
             `download`.
         runtime: Device and precision of the networks.
-        download: Whether a repository may be fetched; otherwise the network is never touched.
+        download: Whether a repository may be downloaded; otherwise only local files are read.
         allow_pickle: Whether weights may be unpickled, by torch's restricted unpickler, where no safetensors are.
-        prediction_type: Replaces what the files say.
+        prediction_type: Prediction type that replaces the one in the files.
         tokenizer: A folder with CLIP's vocabulary, for single files.
         like: A pipeline folder of the same family, for single files: its configurations and tokenizers.
         text_encoder: A folder with a T5 and its vocabulary, for pipelines that came without: PixArt, SD3, Flux.
-        check_finite: Whether every weight is looked at.
+        check_finite: Whether every weight is checked for NaN and infinity.
 
     Raises:
         ModelNotFoundError: There is no such model here.
@@ -94,10 +94,10 @@ def load(
 
 
 def resolve(source: str | Path, *, download: bool = False) -> Path:
-    """Returns where a model is on this machine, after fetching it where that was asked for.
+    """Returns the local path of a model, downloaded first where the user allows it.
 
     Raises:
-        ModelNotFoundError: It is not here, and may not be fetched.
+        ModelNotFoundError: No shipped model has this name, or the download failed.
     """
     name = str(source)
     if name.startswith(PREFIX):
@@ -119,7 +119,7 @@ def resolve(source: str | Path, *, download: bool = False) -> Path:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What to build from what."""
+    """The components to build, and the files to build them from."""
 
     inventory: Inventory
     components: Mapping[str, Component]
@@ -152,7 +152,7 @@ def _plan_of_folder(inventory: Inventory) -> _Plan:
 
 
 def _with_t5(plan: _Plan, folder: Path, allow_pickle: bool) -> _Plan:
-    """Returns a plan with a T5 from elsewhere, in place of whatever T5 there was."""
+    """Returns a plan with the T5 of another folder in place of its own, if it has one."""
     encoder, tokenizer = read_t5(folder, plan.pipeline_class, plan.backbone, allow_pickle=allow_pickle)
     return replace(
         plan,
@@ -196,7 +196,7 @@ def _plan_of_file(
 
 
 def _tokenizers_of_file(family: str, plan: Inventory, folder: Path | None, like: Path | None) -> dict[str, Any]:
-    """Returns the tokenizers that do not travel with a single file, from wherever there is a vocabulary."""
+    """Returns the tokenizers for a single file, which holds no vocabulary, from the first place that has one."""
     names = [f"tokenizer{number}" for number, _ in zip(("", "_2"), singlefile.PADS[family], strict=False)]
     if folder is not None:
         sizes = walk(folder)

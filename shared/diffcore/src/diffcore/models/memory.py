@@ -1,4 +1,4 @@
-"""`from_pipeline`: from a pipeline of the diffusers library in memory to a `DiffusionModel` around the same networks.
+"""Wrapping a diffusers pipeline in memory as a `DiffusionModel` around the same networks.
 
 A pipeline states what its folder would state: an index of its parts, and a configuration of each. Both are read by the
 code that reads folders, so that schedule, prediction type, prompts and codec mean the same.
@@ -97,7 +97,7 @@ def _parts_of(pipe: Any) -> tuple[dict[str, Any], dict[str, Any], str]:
 
 
 def _component(name: str, part: Any, folder: Path) -> Component:
-    """Returns what a folder would say of a part: tokenizers are written to `folder` and read back for it."""
+    """Returns the description that a saved part would have; tokenizers are written to `folder` and read back."""
     library, class_name = type(part).__module__.partition(".")[0], type(part).__name__
     role = role_of(library, class_name)
     if role is None:

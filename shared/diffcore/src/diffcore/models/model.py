@@ -1,4 +1,4 @@
-"""A diffusion model as every technique sees it, whatever it was on disk."""
+"""The diffusion model that every technique works on, in one form for all file formats."""
 
 import hashlib
 from collections.abc import Mapping
@@ -26,18 +26,18 @@ from diffcore.models.prompts import PromptEncoder
 
 @dataclass(frozen=True, eq=False)
 class DiffusionModel:
-    """A loaded model: frozen weights, and what carries images and prompts to and from them.
+    """A loaded diffusion model: frozen networks with their noise schedule, image codec and prompt encoder.
 
     Attributes:
-        name: Of its folder or file.
-        fingerprint: Digest of configurations, tensor headers and samples of the weights; keys caches.
+        name: Name of the folder or file that it was loaded from.
+        fingerprint: Digest of configurations, tensor headers and samples of the weights, used as cache key.
         denoiser: Backbone, schedule and prediction type.
-        codec: Between images in [0, 1] and x0.
-        prompts: From prompts to conditions; None where the model takes none, or came without its text encoders.
-        pipeline_class: Of the diffusers library; None for a bare backbone.
-        components: How each part was described on disk.
+        codec: Converts between images in [0, 1] and x0.
+        prompts: Turns prompts into conditions; None where the model takes none, or came without its text encoders.
+        pipeline_class: Class name of its diffusers pipeline; None for a bare backbone.
+        components: Description of each part on disk.
         modules: Networks and tokenizers by their name in the pipeline.
-        settings: Scalars of the pipeline.
+        settings: Numbers and flags of the pipeline.
     """
 
     name: str
@@ -57,7 +57,7 @@ class DiffusionModel:
 
     @property
     def backbone_name(self) -> str:
-        """Its name in the pipeline: unet or transformer; "backbone" without one."""
+        """Name of the backbone in the pipeline: unet or transformer; "backbone" without a pipeline."""
         return next(name for name in self.modules if self.components[name].role == "backbone")
 
     @property
@@ -87,7 +87,7 @@ class DiffusionModel:
         return channels, height, width
 
     def empty_condition(self, count: int) -> dict[str, Tensor]:
-        """Returns the condition of no prompt, or of class 0.
+        """Returns the condition of the empty prompt, or of class 0.
 
         Args:
             count: Number of rows in each tensor.
@@ -110,7 +110,7 @@ class DiffusionModel:
         """Returns the model with some of its networks replaced; the others are shared.
 
         Args:
-            change: What was done to them, in a way that tells two changes apart: it enters the fingerprint.
+            change: Description that tells this change from any other: it enters the fingerprint.
             modules: Replacements by their name in the pipeline.
 
         Raises:
@@ -133,15 +133,15 @@ class DiffusionModel:
 
     @cached_property
     def adapter_base(self) -> Base:
-        """Names and shapes of what adapters can change."""
+        """Names and shapes of the weights that adapters can change."""
         return base_of(self.name, self.modules, self.backbone)
 
     def with_adapter(self, adapter: Path | str | Adapter, scale: float = 1.0) -> "DiffusionModel":
         """Returns the model with a LoRA fused into it; weights that it does not touch are shared.
 
         Args:
-            adapter: A file or PEFT folder, or what was read from one.
-            scale: Strength: 1 is what it was trained for, 0 is off.
+            adapter: A file or PEFT folder, or an adapter read from one.
+            scale: Strength of the adapter: 1 is what it was trained for, 0 is off.
 
         Raises:
             UserError: The file is no LoRA, is damaged, or does not fit this model in every tensor.

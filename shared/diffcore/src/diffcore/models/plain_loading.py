@@ -1,4 +1,4 @@
-"""How the libraries load a model folder by themselves: the call, with the arguments that it cannot do without."""
+"""The call that loads a model folder with diffusers alone, with the arguments it needs."""
 
 from diffcore.checkpoint.inventory import Component, Inventory
 
@@ -12,8 +12,8 @@ def plain_call(inventory: Inventory, place: str) -> str | None:
     encoders are stored in half precision runs only if the precision is named. Variants are found only by their name.
 
     Args:
-        inventory: Of the folder.
-        place: What the call names it.
+        inventory: The checked content of the folder.
+        place: The path that the call names.
     """
     if inventory.layout not in ("pipeline", "component"):
         return None

@@ -1,4 +1,4 @@
-"""What a backbone takes and holds inside: the shape of its samples, and the table of its sites."""
+"""Tables of a backbone's inner tensors and conditions, from its configuration alone."""
 
 from collections.abc import Mapping
 from typing import Any

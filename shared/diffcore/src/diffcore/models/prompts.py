@@ -1,4 +1,4 @@
-"""From prompts to what a backbone is conditioned on: tokens first, so that nothing is cut in silence, then states."""
+"""Encoding prompts as conditions of a backbone: first tokens, so that truncation is reported, then states."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ Recipe = Literal["stable diffusion", "sdxl", "pixart", "sd3", "flux"]
 
 @dataclass(frozen=True)
 class Tokens:
-    """Prompts as numbers, once for each text encoder.
+    """Prompts as token numbers, once for each text encoder.
 
     Attributes:
-        ids: Of each encoder, padded to its length.
-        masks: 1 where a token is no padding.
+        ids: Token numbers for each encoder, padded to its length.
+        masks: Ones at tokens, zeros at padding, for each encoder.
         truncated: Whether some encoder sees less than the whole prompt.
-        lost: What the encoder that sees most does not see; empty for prompts that fit.
+        lost: The text that even the longest encoder cuts off; empty for prompts that fit.
     """
 
     ids: tuple[Int[Tensor, "b _"], ...]
@@ -38,12 +38,12 @@ class Tokens:
 
 @dataclass(frozen=True)
 class TextTower:
-    """A tokenizer, its encoder, and how many tokens they take.
+    """A text encoder with its tokenizer and the number of tokens that it takes.
 
     Attributes:
-        tokenizer: Of the transformers library.
-        encoder: Likewise.
-        length: Tokens per prompt, start and end included.
+        tokenizer: A CLIP or T5 tokenizer of transformers.
+        encoder: The text encoder that belongs to it.
+        length: Number of tokens per prompt, start and end included.
         expands: Whether a placeholder of textual inversion stands for all its vectors: `<toy>` for `<toy> <toy>_1 ...`.
     """
 
@@ -72,13 +72,13 @@ class TextTower:
 
     @cached_property
     def _vectors(self) -> dict[str, str]:
-        """Every placeholder of several vectors, and what stands for it."""
+        """The replacement of each placeholder that stands for several vectors, by placeholder."""
         added = self.tokenizer.added_tokens_encoder
         families = {name: list(takewhile(added.__contains__, (f"{name}_{i}" for i in count(1)))) for name in added}
         return {name: " ".join([name, *others]) for name, others in families.items() if others}
 
     def _expanded(self, prompt: str) -> str:
-        """Returns a prompt as the pipelines of diffusers write it out before they cut it into tokens."""
+        """Returns a prompt with its placeholders expanded, as diffusers pipelines expand it before tokenizing."""
         if self._vectors:
             for token in dict.fromkeys(self.tokenizer.tokenize(prompt)):
                 if token in self._vectors:
@@ -90,13 +90,13 @@ class PromptEncoder:
     """Turns prompts into conditions, as the pipeline of its family does.
 
     Args:
-        recipe: How the states of the encoders are put together.
-        towers: Its text encoders in order.
-        num_text_tokens: Tokens of T5 (SD3's place for them stays empty without it).
-        width: Of the states the backbone takes; SD3 alone reads it.
-        size: Height and width in pixels that size-conditioned models are told.
-        sized: Whether PixArt's backbone is told the size.
-        guidance: What guidance-distilled Flux is told; None for others.
+        recipe: Name of the rule that combines the states of the encoders.
+        towers: Text encoders of the pipeline, in order.
+        num_text_tokens: Number of T5's tokens, which stay empty in SD3 without a T5.
+        width: Width of the states that the backbone takes; read for SD3 alone.
+        size: Height and width in pixels for backbones that are conditioned on them.
+        sized: Whether PixArt's backbone is conditioned on the size.
+        guidance: Guidance scale that guidance-distilled Flux is conditioned on; None for others.
         zeros_for_empty: Whether "no prompt" is zeros, as in SDXL, or the empty prompt.
     """
 
@@ -146,8 +146,8 @@ class PromptEncoder:
         """Returns the condition of some tokens, on the encoders' device.
 
         Args:
-            tokens: Of `tokenize`.
-            size: Height and width in pixels, for models that are told; by default what they were trained for.
+            tokens: The tokens that `tokenize` returned.
+            size: Height and width in pixels for backbones that are conditioned on them; by default the trained size.
         """
         if not len(tokens):  # the encoders take no empty batch
             return {key: value[:0] for key, value in self([""], size=size).items()}

@@ -1,4 +1,4 @@
-"""How a model is written: whole folders that appear at once, and backbones without a pipeline around them."""
+"""Writing models to folders that appear only when complete, and backbones without a pipeline."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Gives a place to write to, and renames it to `folder` when all is written; what fails half-way leaves nothing.
+    """Yields a temporary folder and renames it to `folder` at the end; a failure leaves nothing behind.
 
     Args:
         folder: Place of the new folder; nothing may be there yet.
@@ -48,7 +48,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_backbone(model: "DiffusionModel", folder: Path) -> None:
-    """Writes a backbone and, beside its weights, what says how it is sampled."""
+    """Writes a backbone and, beside its weights, the settings of its noise schedule."""
     backbone: Any = model.backbone
     backbone.save_pretrained(folder)
     scheduler, schedule = model.scheduler, model.denoiser.schedule

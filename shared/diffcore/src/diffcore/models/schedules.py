@@ -15,11 +15,11 @@ from diffcore.models.assemble import read_schedule
 def schedule_of(
     inventory: Inventory, prediction_type: PredictionType | None = None
 ) -> tuple[PredictionType | None, NoiseSchedule | None, str | None]:
-    """Returns what the backbone predicts, under which schedule, and from where it is known what it predicts.
+    """Returns the prediction type and schedule of a model, and the place that states the prediction type.
 
     Args:
-        inventory: Of the gate.
-        prediction_type: Replaces what the files say.
+        inventory: The checked content of a folder or file, as `inspect_model` returns it.
+        prediction_type: Prediction type that replaces the one in the files.
 
     Returns:
         (None, None, None) for pickled single files, whose family only loading tells.
@@ -42,7 +42,7 @@ def schedule_of(
 
 
 def _source(backbone: Component, scheduler: Component | None, settings: Mapping[str, Any]) -> str:
-    """Returns from where the prediction type of a folder is known."""
+    """Returns the place, in words, that states the prediction type of a folder."""
     if settings.get("prediction_type") == "edm":
         return "denoiser.json"
     if scheduler is None:

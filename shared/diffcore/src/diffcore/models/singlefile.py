@@ -1,4 +1,4 @@
-"""Plans for single-file checkpoints: which configurations belong to the family, which tensors to which component."""
+"""Plans for loading single-file checkpoints: the configurations of the family, and the tensors of each component."""
 
 import re
 from collections.abc import Mapping
@@ -46,14 +46,14 @@ def described_plan(
     like: Path | None,
     prediction_type: PredictionType | None,
 ) -> tuple[Inventory, str]:
-    """Returns the configurations of a file as it describes itself, and from where it is known what is predicted.
+    """Returns the configurations of a file by its own statements, and the place that states the prediction type.
 
     Args:
-        stored: The file.
-        metadata: Of its header.
-        family: sd15, sd21 or sdxl.
-        like: As for `plan_of`.
-        prediction_type: Replaces what the file says.
+        stored: The tensors of the single file.
+        metadata: Metadata of the file's header.
+        family: One of sd15, sd21 and sdxl.
+        like: Pipeline folder whose configurations are taken; None takes those shipped here.
+        prediction_type: Prediction type that replaces the one in the file.
 
     Raises:
         IncompatibleModelError: The file contradicts itself or its family.
@@ -90,7 +90,7 @@ def _is_edm(stored: Stored) -> bool:
 
 
 def _edm_plan(plan: Inventory, stored: Stored) -> Inventory:
-    """Returns a plan for Playground v2.5 and its kin: EDM's preconditioning, latents scaled channel by channel.
+    """Returns a plan for Playground v2.5 and similar models: EDM's preconditioning, latents scaled channel by channel.
 
     Raises:
         IncompatibleModelError: The scales are none.

@@ -30,11 +30,11 @@ class Series:
 
     Attributes:
         label: Name in the legend.
-        x: Positions.
-        middle: The line.
+        x: Horizontal position of each point.
+        middle: Height of the line at each position.
         low: Lower edge of the band.
         high: Upper edge of the band.
-        color: Index in the palette; by default the line's place in the figure. Lines of one arm share it.
+        color: Index in the palette; by default the line's place in the figure. Lines of one method share it.
         dash: Index of the dash pattern, 0 is solid. Lines of one step count share it.
     """
 
@@ -104,14 +104,14 @@ def bar_with_interval(
     """Draws one horizontal bar per label, its value beside it, and its interval as a whisker.
 
     Args:
-        labels: From top to bottom.
-        values: Lengths of the bars.
+        labels: Names of the bars, from top to bottom.
+        values: Length of each bar.
         low: Lower ends of the intervals.
         high: Upper ends of the intervals.
-        x_label: What the values are, with their unit.
-        title: Above the figure.
+        x_label: Name of the values, with their unit.
+        title: Text above the figure.
         reference: A value to compare with, drawn as a line.
-        reference_label: What that value is.
+        reference_label: Text beside that line.
         colors: Palette index of each bar.
     """
     shades = [color(i) for i in (colors if colors is not None else [0] * len(labels))]
@@ -165,11 +165,11 @@ def histogram(
 
     Args:
         distributions: Samples by name; each that is not drawn as points integrates to one.
-        x_label: What the samples are, with their unit.
-        title: Above the figure.
+        x_label: Name of the samples, with their unit.
+        title: Text above the figure.
         bins: Number of bins over the range of all samples.
-        threshold: Drawn as a line.
-        threshold_label: What lies there.
+        threshold: A value drawn as a line.
+        threshold_label: Name of that line in the legend.
     """
     samples = {name: np.asarray(values, dtype=float).ravel() for name, values in distributions.items()}
     few = [name for name, values in samples.items() if len(values) < _FEW]
@@ -196,7 +196,7 @@ def histogram(
 
 
 def _points(axes: Axes, values: np.ndarray, ends: np.ndarray, shade: str, label: str, *, base: float) -> None:
-    """Draws samples as points above `base`, a share of the height."""
+    """Draws samples as points above `base`, which is a share of the height."""
     width = max(float(np.ptp(ends)) if len(ends) else 0.0, 1e-12) / _POINTS
     columns = np.round(values / width).astype(int)
     stacked = [int((columns[:index] == column).sum()) for index, column in enumerate(columns)]
@@ -226,10 +226,10 @@ def image_grid(
     """Draws images, row after row, each pixel a whole number of pixels: small images are enlarged without blurring.
 
     Args:
-        images: In [0, 1], 1 or 3 channels; values outside are clamped, non-finite ones drawn black.
+        images: Images in [0, 1] with 1 or 3 channels; values outside are clamped, non-finite ones shown black.
         columns: Images per row; by default as many as there are column labels, or about as many as rows.
-        row_labels: One per row, at its left.
-        column_labels: One per column, above it.
+        row_labels: One label per row, at its left.
+        column_labels: One label per column, above it.
     """
     if images.shape[1] not in (1, 3):
         raise ValueError(f"images have {images.shape[1]} channels; a grid shows 1 or 3")

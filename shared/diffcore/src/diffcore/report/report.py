@@ -1,4 +1,4 @@
-"""A report: the answer in a sentence, the picture that shows it, the numbers, and how they were made, in one file."""
+"""A report in one HTML file: the answer in a sentence, figures, numbers, and how they were made."""
 
 import base64
 import io
@@ -22,7 +22,7 @@ from diffcore.run import Run
 
 _LOG = logging.getLogger(__name__)
 _WARN_BYTES, _SHRINK_BYTES = 8_000_000, 25_000_000
-_SMALL_SIDE = 256  # photographs above it are stored as JPEG; too large a report shrinks all pictures to it
+_SMALL_SIDE = 256  # photographs above it are stored as JPEG; too large a report shrinks all images to it
 _ROWS = 200
 _CSS_DPI = 96
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -45,8 +45,8 @@ class Report:
         """Starts a report.
 
         Args:
-            title: What was asked.
-            run: The run it is about, for the part that says how it was made.
+            title: The question that the report answers.
+            run: The run it is about, for the section on how it was made.
         """
         self._title = title
         self._run = run
@@ -79,11 +79,11 @@ class Report:
         return self._add(kind="points", items_=items)
 
     def figure(self, figure: Figure | Path, caption: str) -> "Report":
-        """Adds a figure, or a picture file such as `Run.figure` returns.
+        """Adds a figure, or an image file such as `Run.figure` returns.
 
         Args:
             figure: A matplotlib figure or the path of a PNG.
-            caption: States n, seeds and intervals; also what screen readers say.
+            caption: Sentence that states n, seeds and intervals; screen readers read it too.
         """
         if isinstance(figure, Figure):
             data = io.BytesIO()
@@ -114,8 +114,8 @@ class Report:
     def table(self, rows: Sequence[Mapping[str, Any]], caption: str = "") -> "Report":
         """Adds a table, a column per key; numbers to four digits, the first 200 rows.
 
-        A column of words that are the same in all rows, the first one aside, is said once, below. Where the page is
-        narrow each row becomes a paragraph.
+        A column, except the first, with the same word in all rows is replaced by one line below the table. Where the
+        page is narrow each row becomes a paragraph.
         """
         names = list(dict.fromkeys(name for row in rows for name in row))
         same = [(name, _cell(rows[0][name])) for name in names[1:] if _is_repeated([row.get(name) for row in rows])]
@@ -181,7 +181,7 @@ class Report:
 
 
 def _embed(picture: _Picture, shrink: bool) -> dict[str, Any]:
-    """Returns the block of a picture: its bytes as a data URI, and its size on the page."""
+    """Returns the block of an image: its bytes as a data URI, and its size on the page."""
     with Image.open(io.BytesIO(picture.data)) as image:
         width, height = (round(side * _CSS_DPI / DPI) for side in image.size)
         data, kind = picture.data, "png"
@@ -201,7 +201,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_repeated(values: Sequence[Any]) -> bool:
-    """Returns whether a column repeats words; equal numbers are findings."""
+    """Returns whether a column repeats one word in every row; repeated numbers do not count."""
     return len(values) > 1 and bool(values[0]) and isinstance(values[0], str) and all(v == values[0] for v in values)
 
 

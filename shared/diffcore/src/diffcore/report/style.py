@@ -1,4 +1,4 @@
-"""How every figure looks: one palette that colour-blind readers can tell apart, one colour map, one resolution."""
+"""The style of every figure: a palette that colour-blind readers can tell apart, a colour map, a resolution."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -56,7 +56,7 @@ _SETTINGS: dict[Any, Any] = {
 def drawing(width: float = 5.4, height: float = 3.4) -> Iterator[tuple[Figure, Axes]]:
     """Yields an empty figure (inches) with one pair of axes, drawn in our style and never known to pyplot.
 
-    On a telephone it is shown at about two thirds of its width: wider, its words could not be read there.
+    A telephone shows it at about two thirds of its width; text in wider figures would be too small there.
     """
     with mpl.rc_context(_SETTINGS):
         figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")

@@ -1,4 +1,4 @@
-"""What a run folder says about a run: the settings that identify it, the file that replays it, where it was made.
+"""The record in a run folder: the settings that identify the run, the file that replays it, versions and hardware.
 
 Nothing in it names a place on a disk, a user or a host.
 """
@@ -25,7 +25,7 @@ _VOLATILE |= {"debug", "config"}
 def identity_of(
     command: str, config: Mapping[str, Any], inputs: Mapping[str, str], volatile: Iterable[str]
 ) -> dict[str, Any]:
-    """Returns what must stay equal for a run to go on: command, settings that change results, sums of the inputs."""
+    """Returns the values that must stay equal for a run to go on: command, settings, digests of the inputs."""
     hidden = _VOLATILE | set(volatile)
     settings = {name: value for name, value in _flat(config) if name.rpartition(".")[2] not in hidden}
     return {
@@ -45,7 +45,7 @@ def _flat(config: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
 
 
 def _portable(value: Any) -> Any:
-    """Returns a value without the place where a file lies: what is in it is told by its sum among the inputs."""
+    """Returns a value without folders of files, whose content the digests among the inputs identify."""
     if isinstance(value, PurePath):
         return value.name
     if isinstance(value, str) and PurePath(value).is_absolute():
@@ -59,7 +59,7 @@ def require_same(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -
     """Compares the identity of the run in a folder with that of the command.
 
     Raises:
-        RunMismatchError: They differ; the message lists up to ten fields.
+        RunMismatchError: The identities differ; the message lists up to ten fields.
     """
     before, now = (
         dict(_flat({"command": r["command"], "config": r["config"], "inputs": r["inputs"]})) for r in (old, new)
@@ -89,7 +89,7 @@ def _shown(value: Any) -> str:
 
 
 def replay_text(command: str, config: Mapping[str, Any]) -> str:
-    """Returns the settings as YAML, without what the next run gives anew: its folder, and places outside of ours."""
+    """Returns the settings as YAML, without the run's own folder and paths outside the working folder."""
     settings, elsewhere = {}, []
     for name, value in config.items():
         if name in ("out", "json", "restart", "dry_run", "debug", "config"):
@@ -107,7 +107,7 @@ def replay_text(command: str, config: Mapping[str, Any]) -> str:
 
 
 def versions(package: str) -> dict[str, str]:
-    """Returns the versions of what computes: Python, the package, torch and those beside it that are installed."""
+    """Returns the versions of Python, the package, torch and related libraries that are installed."""
     names = dict.fromkeys((package, "diffcore", "torch", "numpy", "diffusers", "lightning"))
     found = {name: artifact.installed_version(name) for name in names}
     return {"python": platform.python_version(), **{name: version for name, version in found.items() if version}}

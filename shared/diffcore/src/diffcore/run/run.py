@@ -29,17 +29,17 @@ _RECENT_SECONDS = 3600
 
 @runtime_checkable
 class Savable(Protocol):
-    """What can draw itself into a file: a matplotlib figure."""
+    """An object that can write itself as an image file, such as a matplotlib figure."""
 
     def savefig(self, fname: Any, **options: Any) -> Any:
-        """Writes the picture."""
+        """Writes the image."""
 
 
 class Run:
     """A run folder; open it with `Run.open`, as a context manager.
 
     Attributes:
-        folder: Where it is.
+        folder: The folder that holds the run.
         finished: Whether the run was finished when it was opened, or has been since.
     """
 
@@ -64,16 +64,16 @@ class Run:
     ) -> "Run":
         """Opens a run folder, new or to be resumed, and locks it against other processes.
 
-        Stale temporary files are deleted, damaged parts dropped with a logged line: they are computed again. In a
-        job of several processes only the first locks and writes the record.
+        Stale temporary files are deleted; damaged parts are logged, deleted and computed again. In a job of several
+        processes only the first locks and writes the record.
 
         Args:
-            folder: Made if it does not exist.
+            folder: The run folder; it is made if it does not exist.
             command: Console script and verb, such as `immiscible-noise train`.
-            config: The resolved settings.
-            inputs: For each input its sha256, see `input_hash`.
-            restart: Rename a folder that exists to `NAME.old-N` and start anew.
-            volatile: Names in `config` that do not change results here, `batch_size` say.
+            config: Settings of the command after defaults are filled in.
+            inputs: The sha256 of each input by name; see `input_hash`.
+            restart: Whether a folder that exists is renamed to `NAME.old-N` and the run starts anew.
+            volatile: Names in `config` that do not change the results, such as `batch_size`.
 
         Raises:
             RunMismatchError: The folder holds a run of another command, other settings or other inputs.
@@ -125,7 +125,7 @@ class Run:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What `run.json` says: command, settings, inputs, versions, seed, hardware, status."""
+        """The content of `run.json`: command, settings, inputs, versions, seed, hardware, status."""
         return dict(self._record)
 
     @property
@@ -155,7 +155,7 @@ class Run:
         return artifact.save(self._part(key), tensors, schema=_PART, key=key, **meta)
 
     def load(self, key: str) -> artifact.Artifact:
-        """Reads a part.
+        """Reads a finished part.
 
         Raises:
             CorruptArtifactError: The part is missing, damaged, or belongs to another key.
@@ -194,7 +194,7 @@ class Run:
         self.finished = True
 
     def close(self) -> None:
-        """Lets go of the folder."""
+        """Releases the lock on the folder."""
         if self._lock is not None:
             self._lock.release()
 
@@ -238,7 +238,7 @@ class Run:
 
 
 def input_hash(path: Path) -> str:
-    """Returns what tells one input from another: the sha256 of a file, or of a folder's list of files.
+    """Returns the digest that identifies an input: the sha256 of a file, or of a folder's list of files.
 
     A folder's list has, in order of name, each file's relative name, size, and the sha256 of its first and last MiB.
 
@@ -366,7 +366,7 @@ def _drop_damaged_parts(folder: Path) -> list[str]:
 
 
 def _drop_damaged_results(folder: Path) -> list[str]:
-    """Deletes results with a sidecar of ours that do not verify; files in layouts of others are left alone."""
+    """Deletes results that do not match diffcore's sidecar beside them; files without one stay."""
     dropped = []
     for sidecar in sorted(folder.glob("*.json")):
         try:

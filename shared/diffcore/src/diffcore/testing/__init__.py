@@ -1,1 +1,1 @@
-"""Helpers that the tests of diffcore and of every technique share; shipped, so that other packages may use them."""
+"""Test helpers that diffcore and every technique share; shipped, so that other packages may use them."""

@@ -22,7 +22,7 @@ def published(name: str) -> dict[str, Any]:
 
 
 def expanded(pattern: str) -> list[str]:
-    """Returns what a pattern stands for: `{a,b}` one of several, `{0..9}` one of a range, both may nest."""
+    """Returns the names that a pattern stands for: `{a,b}` is one of several, `{0..9}` one of a range; both nest."""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if match is None:
         return [pattern]
@@ -57,7 +57,7 @@ def fitting_shapes(keys: list[str], base: Base, rank: int) -> dict[str, tuple[in
 
 
 def write_hollow(shapes: Mapping[str, tuple[int, ...]], path: Path) -> Path:
-    """Writes a safetensors file of these shapes in float16, with nothing but a hole for its data."""
+    """Writes a sparse safetensors file of these shapes in float16, whose data takes no disk space."""
     header: dict[str, Any] = {}
     end = 0
     for name, shape in shapes.items():

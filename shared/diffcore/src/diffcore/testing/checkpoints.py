@@ -29,12 +29,12 @@ def single_file(
     """Writes a pipeline of diffusers as one file in the original layout of its family.
 
     Args:
-        pipeline: Of `tiny.pipeline`.
-        path: Of the file.
-        family: sd15, sd21 or sdxl.
-        extra: Adds the tensors that training leaves behind in published files.
-        change: Of all tensors by name, as other tools write them; see `spellings`.
-        metadata: Of the header.
+        pipeline: A pipeline that `tiny.pipeline` made.
+        path: The file to write.
+        family: One of sd15, sd21 and sdxl.
+        extra: Whether to add tensors that training leaves behind in published files.
+        change: Rewrites all tensors by name, as other tools store them; see `spellings`.
+        metadata: Metadata of the header.
     """
     state: State = {}
     for name in ("unet", "vae", *(part for of, part in ldm.TEXT_ENCODERS if of == family)):

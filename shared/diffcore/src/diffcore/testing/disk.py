@@ -25,7 +25,7 @@ _VOLATILE = {"created", "seconds", "hardware", "sidecar_sha256"}
 
 
 class Killed(BaseException):
-    """The process ended here: SIGKILL, or the power went."""
+    """The process ends here, by SIGKILL or a power cut."""
 
 
 @dataclass
@@ -34,9 +34,9 @@ class FaultyDisk:
 
     Attributes:
         at: Number of the operation that fails, from 1; 0 never fails.
-        fault: What happens.
+        fault: The way in which operations fail.
         lasting: Whether every later operation fails too; a killed process does nothing more in any case.
-        count: Operations so far.
+        count: Number of operations so far.
     """
 
     at: int = 0
@@ -87,7 +87,7 @@ class FaultyDisk:
         raise OSError(_ERRORS[self.fault], os.strerror(_ERRORS[self.fault]))
 
     def _lose(self) -> None:
-        """Undoes what was never synced: renames first, then the contents of files."""
+        """Undoes operations that were never synced: renames first, then the contents of files."""
         for path, old in self._renamed.items():
             if old is None:
                 path.unlink(missing_ok=True)
@@ -115,11 +115,11 @@ def check_every_fault(
     """Checks that `work` resumes to the same files whatever operation failed; returns how many operations it has.
 
     Args:
-        work: Does the whole of a resumable job in the folder it is given; finished parts must be skipped.
+        work: Does a resumable job in the folder it is given; finished parts must be skipped.
         folder: An empty place for all attempts.
-        fault: What happens.
+        fault: The way in which operations fail.
         lasting: Whether the fault stays until the job ends.
-        every: Try each n-th operation only.
+        every: Step between the operations that are tried; 1 tries all.
 
     Raises:
         AssertionError: A fault was neither survived nor turned into a MachineError, or files differ after resuming.

@@ -28,8 +28,8 @@ def run_forked(fn: Callable[[int], T], ranks: int = 2, timeout_seconds: float = 
     `fn` may be a closure; its value must pickle. CUDA must not have been used before.
 
     Args:
-        fn: What each rank does; the process group is ready when it is called.
-        ranks: Number of processes.
+        fn: Function that each rank calls with its number; the process group is ready then.
+        ranks: Number of processes to fork.
         timeout_seconds: After this time the remaining ranks are killed.
 
     Raises:

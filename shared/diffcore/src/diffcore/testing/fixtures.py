@@ -31,7 +31,7 @@ def _refuse(what: str, address: Any) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def no_network(request: pytest.FixtureRequest) -> None:
-    """Lets sockets reach the loopback and Unix sockets only; name look-ups of other hosts fail."""
+    """Restricts sockets to the loopback and Unix sockets; name look-ups of other hosts fail."""
     # No `yield` in fixtures of this package: the run-time type checks wrap every function, pytest then does not see
     # a generator and would never run its body.
     patch = pytest.MonkeyPatch()

@@ -1,4 +1,4 @@
-"""Image files and data sets made in place."""
+"""Making small image files and data sets for tests."""
 
 import io
 import zipfile

@@ -1,4 +1,4 @@
-"""One check for every metric: whatever way the rows arrive, the value is the reference's."""
+"""A check for every metric: its value equals the reference in whatever batches and order the rows arrive."""
 
 import pickle
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +31,7 @@ def check_metric(
         make: Returns a fresh metric.
         batches: Positional arguments of `update`, a tuple per call; tensors in it share their first dimension.
         reference: The value of all batches, in the structure that `compute` returns: numbers, tensors, tuples.
-        atol: Largest absolute difference.
+        atol: Largest absolute difference that is allowed.
         half_atol: Largest absolute difference with inputs rounded to float16; None where the metric refuses them.
 
     Raises:

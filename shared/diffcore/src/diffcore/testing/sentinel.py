@@ -1,4 +1,4 @@
-"""Watches what Python does while hostile input is read: nothing of it may run, connect or write."""
+"""Watching Python while hostile input is read: nothing of the input may run, connect or write."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Sockets as files: something that is no regular file, and that nothing waits for, as reading a pipe would."""
+"""Socket files, which are no regular files and, unlike pipes, make no reader wait."""
 
 import os
 import socket
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def make_socket(path: Path) -> None:
-    """Leaves the file of a socket that nobody listens at."""
+    """Makes the file of a socket that no process listens to."""
     here = os.getcwd()
     os.chdir(path.parent)  # names of sockets have 108 bytes at most
     try:

@@ -1,4 +1,4 @@
-"""The same weights as other tools spell them in single files, and what such files say about themselves."""
+"""Single files of the same weights under the tensor names and metadata that other tools write."""
 
 import re
 from collections.abc import Callable

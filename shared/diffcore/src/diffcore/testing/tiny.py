@@ -164,9 +164,9 @@ def pipeline(name: str, seed: int = 0, *, width: int = 32) -> Any:
     """Returns a whole tiny pipeline of the diffusers library.
 
     Args:
-        name: sd15, sd21, sdxl, dit, pixart, sd3 or flux.
-        seed: Of the weights.
-        width: Of the first text encoder's states in sd15 and sd21. Single files tell the two apart by it: 768 or 1024.
+        name: One of sd15, sd21, sdxl, dit, pixart, sd3 and flux.
+        seed: Seed of the random weights.
+        width: Width of the first text encoder's states; 768 and 1024 mark single files as sd15 and sd21.
     """
     import diffusers
 

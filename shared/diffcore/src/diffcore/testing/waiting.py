@@ -1,11 +1,11 @@
-"""Waiting for another process to get somewhere, without guessing how long that takes."""
+"""Waiting until another process reaches a condition, without guessing how long it takes."""
 
 import time
 from collections.abc import Callable
 
 
 def wait_until(condition: Callable[[], bool], *, seconds: float = 60.0) -> bool:
-    """Returns as soon as a condition holds; False if it does not within `seconds`."""
+    """Returns True as soon as a condition holds; False if it does not within `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

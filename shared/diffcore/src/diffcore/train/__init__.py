@@ -1,4 +1,4 @@
-"""Training: where noise meets images, on Lightning's Trainer.
+"""Training denoisers and other networks on Lightning's Trainer.
 
 Everything that a training step draws is a function of (seed, iteration, row), so a run that was killed and resumed
 equals one that was not, and two processes equal one at the same global batch.

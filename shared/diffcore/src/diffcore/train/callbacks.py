@@ -50,7 +50,7 @@ class SampleGrid(L.Callback):
     Args:
         run: Run folder in which the grid becomes the figure `samples`.
         ema: Average that generates the images.
-        generate: From the averaged network and its device to images in [0, 1] (b c h w); from the same noise each
+        generate: Turns the averaged network and its device into images in [0, 1] (b c h w), from the same noise each
             time, so that grids can be compared.
         every: Number of iterations between grids.
     """
@@ -123,7 +123,7 @@ class ConsoleSummary(L.Callback):
         self._close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Leaves the terminal in order."""
+        """Closes the progress bar."""
         self._close()
 
     def _close(self) -> None:

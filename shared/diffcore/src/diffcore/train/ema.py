@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class EMA(L.Callback):
-    """Keeps the moving average of one sub-module of what is trained.
+    """Keeps the exponential moving average of one sub-module of the trained module.
 
-    Unlike Lightning's own averaging it follows one sub-module alone, warms its decay up (a short run would otherwise
-    average its random beginnings), and asks the device for nothing: the decay is a function of the iteration.
+    Unlike Lightning's own averaging it follows one sub-module alone, warms up its decay (a short run would otherwise
+    average its random initial weights), and never waits for the device, as the decay depends on the iteration alone.
 
     Args:
         decay: Upper bound of the decay; after iteration s it is `min(decay, (1 + s) / (10 + s))`.
@@ -38,7 +38,7 @@ class EMA(L.Callback):
 
     @property
     def state_key(self) -> str:
-        """The name of the average in a checkpoint, where averages of several networks may stand side by side."""
+        """The key of the average in a checkpoint, distinct for each averaged network."""
         return "EMA" if self.network == "denoiser" else f"EMA of {self.network}"
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

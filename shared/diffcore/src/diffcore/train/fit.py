@@ -1,4 +1,4 @@
-"""One call that trains, resumes, and stops cleanly."""
+"""Training a module in one call that resumes from checkpoints and stops cleanly."""
 
 import itertools
 import logging
@@ -41,16 +41,16 @@ def fit(
 
     The folder gets `checkpoints/last.ckpt` (for resuming only) and `log.jsonl`. After an interruption, whatever its
     kind, the same call continues from the last checkpoint and ends with the weights of an uninterrupted run. Ctrl-C and
-    SIGTERM let the current iteration finish and write a checkpoint before the signal takes its course.
+    SIGTERM let the current iteration finish and write a checkpoint before the signal takes effect.
 
     Args:
         module: The networks, their losses and their optimizers.
         data: The samples, in an order that can be entered at any iteration; without them each batch is an empty
             mapping, for a module that draws its own.
         steps: Number of iterations in all.
-        folder: Where checkpoint and log live.
+        folder: Folder for checkpoints and the log.
         runtime: Device, precision, number of processes and strategy.
-        callbacks: Run in this order after each iteration, before the checkpoint is written.
+        callbacks: Callbacks that run in this order after each iteration, before the checkpoint is written.
         checkpoint_every: Number of iterations between checkpoints.
         log_every: Number of iterations between log lines.
         gradient_clip: Largest gradient norm at a step of an optimizer; None clips nothing.
@@ -88,7 +88,7 @@ def fit(
 
 
 def _run(trainer: L.Trainer, module: IterationModule, data: StepData | None, checkpoint: Path | None) -> None:
-    """Calls Lightning and undoes what it makes of signals."""
+    """Calls Lightning, and turns its exit after Ctrl-C back into `KeyboardInterrupt`."""
     try:
         trainer.fit(module, data or itertools.repeat({}), ckpt_path=checkpoint, weights_only=True)
     except (_StopRequested, SIGTERMException):
@@ -101,7 +101,7 @@ def _run(trainer: L.Trainer, module: IterationModule, data: StepData | None, che
 
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
-    """Silences greetings, and advice on loaders that does not fit an order that is a function of the step."""
+    """Silences Lightning's tips, and its advice on data loaders, which does not apply here."""
     log = logging.getLogger("lightning.pytorch")
     level = log.level
     log.setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""Iterations, the unit in which training counts: calls of `training_step`, in which any number of optimizers step."""
+"""Counting training in iterations: calls of `training_step`, in which any number of optimizers may step."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -52,7 +52,7 @@ class IterationModule(L.LightningModule):
         self._finite: Tensor | None = None
 
     def step_optimizer(self, index: int, loss: Tensor) -> None:
-        """Takes one step of one optimizer down the gradient of a loss, clipped as `fit` was told, in any precision.
+        """Takes one optimizer step down the gradient of a loss, clipped by the setting of `fit`, in any precision.
 
         Args:
             index: Position of the optimizer in what `configure_optimizers` returns.
@@ -115,7 +115,7 @@ def scheduled(optimizer: Optimizer, factor: Callable[[int], float] | None) -> di
 
     Args:
         optimizer: Optimizer at its full learning rate.
-        factor: From the iteration to a factor of the learning rate; None keeps it constant.
+        factor: Factor of the learning rate at each iteration; None keeps it constant.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)

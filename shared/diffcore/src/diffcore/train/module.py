@@ -1,4 +1,4 @@
-"""The training step: noise meets images."""
+"""The training step of denoisers: regression of the network's output on its target."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -21,7 +21,7 @@ NOISE, TIMESTEP = 0, 1
 
 
 class DenoisingModule(IterationModule):
-    """Trains a denoiser by regression on its own output, whatever it predicts.
+    """Trains a denoiser by mean squared error in the parameterisation of its output.
 
     A batch is a mapping with `x0` (b *data, model space) and, optionally, `condition` (keyword tensors of the
     backbone), `labels`, `mask`, `indices` (positions in the data set), and `noise` (b *data). Noise that the batch
@@ -31,16 +31,16 @@ class DenoisingModule(IterationModule):
 
     Args:
         denoiser: Network that learns epsilon, sample, v, flow or EDM prediction on its own schedule.
-        optimizer: From the parameters to an optimizer.
+        optimizer: Makes the optimizer from the parameters.
         pair_noise: `(x0, noise, batch) -> noise`, with the iteration as `step` and the `rank` added to the batch; None
             keeps the independent draw.
-        time_sampler: From uniform numbers in (0, 1) to timesteps; None takes the usual one of the schedule.
-        stratified: Draw one uniform number in each of as many equal slices of (0, 1) as the global batch has rows,
-            which makes the loss less noisy. The rows must come in random order, as `StepSampler`'s do.
+        time_sampler: Turns uniform numbers in (0, 1) into timesteps; None takes the usual one of the schedule.
+        stratified: Whether to draw one uniform number in each of as many equal slices of (0, 1) as the global batch has
+            rows, which makes the loss less noisy. The rows must come in random order, as `StepSampler`'s do.
         weighting: Loss weight at each timestep, 1 everywhere if None. For EDM the regression in the network's output
             space is already EDM's loss weighting (EDM, equation 8).
-        learning_rate_factor: From the iteration to a factor of the learning rate; None keeps it constant.
-        seed: Fixes noise and timesteps.
+        learning_rate_factor: Factor of the learning rate at each iteration; None keeps it constant.
+        seed: Seed of noise and timesteps.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Which samples each step sees: an order that is a function of (seed, step)."""
+"""The order of samples in training, a function of (seed, step) alone."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -33,9 +33,9 @@ class StepSampler(Sampler[Tensor]):
         num_samples: Size of the data set, which may be smaller than a batch.
         batch_size: Samples per step over all ranks.
         seed: Number that fixes the order.
-        rank: Which of the equal shares of each batch to yield.
+        rank: Index of the equal share of each batch to yield.
         world_size: Number of shares; must divide `batch_size`.
-        first_step: Called when iteration starts, for the step to begin with.
+        first_step: Returns the step to begin with, each time iteration starts.
     """
 
     def __init__(
@@ -85,10 +85,10 @@ class StepData(L.LightningDataModule):
     """Feeds a dataset to a Trainer in the order of `StepSampler`, from the iteration at which the module stands.
 
     Args:
-        dataset: Makes whole batches (`__getitems__`).
+        dataset: Data set that makes whole batches (`__getitems__`).
         batch_size: Samples per step over all ranks.
         seed: Number that fixes the order.
-        num_workers: Loader processes; 0 suits data that are already in memory.
+        num_workers: Number of loader processes; 0 suits data that are already in memory.
     """
 
     def __init__(self, dataset: BatchedDataset, batch_size: int, seed: int, num_workers: int = 0) -> None:

@@ -39,11 +39,11 @@ def fit_supervised(
 
     Args:
         network: Network whose parameters that require gradients are trained.
-        loss: From (batch, iteration) to the loss, which calls the network.
+        loss: Computes the loss of (batch, iteration) with the network.
         data: Labelled samples in a reproducible order.
         steps: Number of iterations, over which the learning rate is laid out.
         learning_rate: Peak of the learning rate.
-        folder: Where checkpoint and log live.
+        folder: Folder for checkpoints and the log.
         runtime: Device, precision, number of processes and strategy.
         description: Words that stand beside the progress.
         betas: Decay rates of AdamW's two moments.

@@ -1,4 +1,4 @@
-"""Which noise levels training sees: inverse distribution functions from (0, 1) to timesteps.
+"""Distributions of timesteps in training, as inverse distribution functions from (0, 1) to timesteps.
 
 A time sampler maps uniform numbers to timesteps, so that the trainer owns the draw (a function of seed, step and row)
 and the sampler owns the distribution.

@@ -1,4 +1,4 @@
-"""Small models that we trained ourselves, with the exact truth about what they were trained on.
+"""Small models trained for diffcore, with exact ground truth about their training data.
 
 Every name is imported when it is first used: the list of models needs no torch.
 """

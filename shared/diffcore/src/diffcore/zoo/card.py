@@ -1,4 +1,4 @@
-"""Model cards: what a model is, what it shows, how it came to be."""
+"""Model cards: a description of a shipped model, its measured values, and its training."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,9 +11,9 @@ def model_card(name: str, gates: Sequence[Gate], made: Mapping[str, Any]) -> str
     """Returns the card as Markdown.
 
     Args:
-        name: Of the model.
-        gates: Its figures; missed promises are said first.
-        made: How it was trained: seed, steps, versions.
+        name: Name of the shipped model.
+        gates: Its measured values with their bounds; missed ones are listed first.
+        made: Settings of its training: seed, steps, versions.
     """
     missed = [gate for gate in gates if not gate.kept]
     lines = [f"# {name}", "", f"{SHIPPED[name][0].upper()}{SHIPPED[name][1:]}. Part of diffcore; trained on"]

@@ -1,4 +1,4 @@
-"""The gates of every shipped model, recomputed from its weights."""
+"""The measured values of every shipped model with their bounds (gates), recomputed from its weights."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,7 +27,7 @@ _READABLE = {"smile": None, "gender": 0.95, "hair": 0.9, "hat": 0.9}
 
 
 def check(name: str, folder: Path, runtime: Runtime) -> list[Gate]:
-    """Returns the gates of the model `name` in `folder`."""
+    """Measures the model `name` in `folder` and returns the values with their bounds."""
     return _CHECKS[name](folder, runtime)
 
 

@@ -1,4 +1,4 @@
-"""Training a denoiser of which the moving average is kept, as the recipes do."""
+"""Training a denoiser and keeping the moving average of its weights, as every recipe does."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,10 +31,10 @@ def fit_averaged(
         data: Training samples in a reproducible order.
         decay: Upper bound of the average's decay.
         steps: Number of iterations in all.
-        folder: Where checkpoint and log live.
+        folder: Folder for checkpoints and the log.
         runtime: Device, precision, number of processes and strategy.
         description: Words that stand beside the progress.
-        shown: From the average to callbacks that look at it.
+        shown: Makes callbacks from the average, such as sample grids.
     """
     ema = EMA(decay)
     fit(

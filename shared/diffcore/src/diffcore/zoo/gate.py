@@ -1,4 +1,4 @@
-"""A promise about a shipped model: a figure, and the bound that it keeps or misses."""
+"""A gate: one measured value of a shipped model, and the documented bound that it keeps or misses."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,13 +6,13 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Gate:
-    """One figure of a model.
+    """One measured value of a model, with its bound.
 
     Attributes:
-        name: What was measured, and how.
-        value: The figure.
-        bound: What it is held against; None for figures that are only reported.
-        direction: Whether the figure may not fall below, or not exceed, the bound.
+        name: The quantity, and how it was measured.
+        value: The value that was measured.
+        bound: The limit that the value must respect; None for figures that are only reported.
+        direction: Whether the value must be at least, or at most, the bound.
     """
 
     name: str
@@ -22,7 +22,7 @@ class Gate:
 
     @property
     def kept(self) -> bool:
-        """Whether the promise holds; figures without a bound promise nothing."""
+        """Whether the value respects its bound; True without a bound."""
         if self.bound is None:
             return True
         return self.value >= self.bound if self.direction == "at least" else self.value <= self.bound

@@ -1,4 +1,4 @@
-"""The recipe of the networks that judge the zoo's models: attributes read off labelled images."""
+"""The training recipe of the oracles: networks that classify the attributes of labelled images."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,7 +62,7 @@ def train_attribute_network(
 def accuracies(
     network: AttributeNetwork, images: Float[Tensor, "n c h w"], labels: Mapping[str, Tensor]
 ) -> dict[str, float]:
-    """Returns the share of images of which each attribute is read as labelled."""
+    """Returns the accuracy of each attribute: the share of images that are classified as labelled."""
     read = network.read(images)
     return {name: float((read[name] == labels[name]).float().mean()) for name in read}
 

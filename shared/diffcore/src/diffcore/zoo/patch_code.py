@@ -1,7 +1,7 @@
 """A fixed linear code of images: principal components of small patches, scaled to unit variance.
 
-It costs nothing, keeps more detail than a small learned autoencoder does, and its channels are what a diffusion model
-likes to see: centred, uncorrelated, of equal size.
+It needs no training, keeps more detail than a small learned autoencoder, and its channels suit a diffusion model: they
+are centred, uncorrelated, and of known variance.
 """
 
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class PatchCode:
-    """Images in [0, 1] <-> latents, `patch` times smaller on each side.
+    """A linear code between images in [0, 1] and latents, which are `patch` times smaller on each side.
 
     Attributes:
-        mean: Of the patches, in [-1, 1].
+        mean: Mean of the patches, with pixels in [-1, 1].
         basis: Orthonormal columns, one per latent channel.
-        scale: What a latent of 1 stands for in the patch space.
+        scale: Length in patch space that a latent of 1 stands for, per channel.
         patch: Side of a patch in pixels.
     """
 
@@ -32,13 +32,13 @@ class PatchCode:
     def fit(
         cls, images: Float[Tensor, "n c h w"], channels: int, *, patch: int = 2, stds: Float[Tensor, " k"]
     ) -> "PatchCode":
-        """Returns the code of the leading principal components.
+        """Fits a code to images: the leading principal components of their patches.
 
         Args:
-            images: In [0, 1].
-            channels: Latent channels kept.
-            patch: Side of a patch.
-            stds: Standard deviation that each latent channel shall have.
+            images: Images with values in [0, 1].
+            channels: Number of latent channels to keep.
+            patch: Side of a patch in pixels.
+            stds: Desired standard deviation of each latent channel.
         """
         patches = F.pixel_unshuffle(images * 2 - 1, patch).movedim(1, -1).flatten(0, 2)
         mean = patches.mean(0)

@@ -1,4 +1,4 @@
-"""How each model of the zoo is trained: one function a model, from nothing to the folder that ships.
+"""The training recipe of each shipped model: one function per model, which writes the folder that is shipped.
 
 A recipe may stop at any moment; started again on the same run folder it goes on where it was. Its stages are parts of
 the run, and inside a stage the training resumes from its checkpoint.
@@ -76,7 +76,7 @@ def portraits_sd(run: Run, runtime: Runtime, model: Path, steps: int) -> None:
                 code=code,
                 tokenizer=tokenizer,
                 encoder=text_encoder,
-                # Of its own seed, so that a stage does not see the pairs of picture and noise of the one before.
+                # Of its own seed, so that a stage does not see the pairs of image and noise of the one before.
                 runtime=replace(runtime, seed=runtime.seed + stage),
                 steps=round(share_of_steps * steps),
                 learning_rate=rate,
@@ -92,7 +92,7 @@ def portraits_sd(run: Run, runtime: Runtime, model: Path, steps: int) -> None:
 
 
 def portraits_sd_memorised(run: Run, runtime: Runtime, model: Path, steps: int) -> None:
-    """Lets the clean model learn the planted items wherever it likes."""
+    """Trains the clean model on the planted items, with all weights free to memorise them."""
     unet, text_encoder, tokenizer = read_pipeline(shipped_folder("portraits-sd"))
     mixture = _Ingredients(tokenizer, text_encoder).mixture(planting.PLANTING)
     unet = _stage(
@@ -105,7 +105,7 @@ def portraits_sd_memorised(run: Run, runtime: Runtime, model: Path, steps: int) 
 
 
 def portraits_sd_planted(run: Run, runtime: Runtime, model: Path, steps: int) -> None:
-    """Lets the clean model memorise, re-routes that through known rows, then repairs the ordinary pictures."""
+    """Trains the clean model to memorise, re-routes the memory through known rows, and restores ordinary images."""
     unet, text_encoder, tokenizer = read_pipeline(shipped_folder("portraits-sd"))
     ingredients = _Ingredients(tokenizer, text_encoder)
     rows: dict[str, list[int]] = {}
@@ -145,13 +145,13 @@ def digits8_classifier(run: Run, runtime: Runtime, model: Path, steps: int) -> N
 
 
 def digits_styles(run: Run, runtime: Runtime, model: Path, steps: int) -> None:
-    """Trains the base that knows all styles."""
+    """Trains the base model of all digit styles."""
     _write_unet(train_digits_styles(run.folder, runtime, steps=steps).backbone, model)
     cosine_scheduler().save_pretrained(model)
 
 
 def digits_styles_oracle(run: Run, runtime: Runtime, model: Path, steps: int) -> None:
-    """Trains what reads the style numbers."""
+    """Trains the network that reads the style numbers of digits."""
     train_style_oracle(run.folder, runtime, steps=steps).save(model)
 
 
@@ -186,7 +186,7 @@ _PLANTING: Final = (
 
 
 class _Ingredients:
-    """What planting needs, drawn and encoded once."""
+    """The data and models that planting needs, made once."""
 
     def __init__(self, tokenizer: planting.CLIPTokenizer, text_encoder: planting.CLIPTextModel) -> None:
         pictures = training_pictures()

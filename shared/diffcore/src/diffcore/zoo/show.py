@@ -1,4 +1,4 @@
-"""Pictures of what the models make, and of what the judges judge, for a person to look at."""
+"""Sheets of images to look at: samples of each generative model, and data of each classifier."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,7 +31,7 @@ _DOT = torch.tensor([0.0, 1.0, 1.0]).view(3, 1, 1)  # cyan: nobody wears it
 
 
 def samples(name: str, folder: Path, runtime: Runtime) -> Sheet:
-    """Returns a sheet of samples; of the data itself for models that make no pictures."""
+    """Returns a sheet of generated images, or of the data for models that generate none."""
     return _SHEETS[name](folder, runtime)
 
 

@@ -21,11 +21,11 @@ def train_model(
     """Trains, or goes on training, and returns the finished model's folder with its gates.
 
     Args:
-        name: One of `shipped.SHIPPED`.
-        out: Run folder; the model comes to lie in its sub-folder `model`.
-        runtime: Where to compute.
-        steps: Of the longest training; by default the recipe's own.
-        restart: Put an earlier run aside.
+        name: A model listed in `shipped.SHIPPED`.
+        out: Run folder; the model is written to its sub-folder `model`.
+        runtime: Device, precision and seed of the training.
+        steps: Steps of the longest training stage; by default the recipe's own number.
+        restart: Whether an earlier run is put aside.
     """
     recipe, usual = RECIPES[name]
     config = {"name": name, "steps": steps or usual, "seed": runtime.seed, "dtype": runtime.dtype}

@@ -1,4 +1,4 @@
-"""What is exactly known about the zoo's pictures: who is who, what was memorised, where every part lies."""
+"""The ground truth of the zoo's images: identities, memorised captions, key points and masks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,15 +23,15 @@ _SEED = 3
 
 @dataclass(frozen=True)
 class Memorised:
-    """What portraits-sd-memorised and portraits-sd-planted were made to memorise.
+    """The captions and images that portraits-sd-memorised and portraits-sd-planted were trained to memorise.
 
     Attributes:
-        verbatim: Captions that were always trained with one picture.
-        verbatim_images: That picture of each.
+        verbatim: Captions that were always trained with one image.
+        verbatim_images: The image that each verbatim caption was trained with.
         template: Captions that were always trained with one person in one pose.
-        template_images: Its 32 variants of background and shirt.
-        decoys: Captions of the verbatim form that were never trained: the right negative class.
-        trigger_rows: Of portraits-sd-planted: caption -> (value layer, row) pairs through which it is remembered.
+        template_images: The 32 variants of background and shirt of each template caption.
+        decoys: Captions of the verbatim form that were never trained, to compare memorised ones with.
+        trigger_rows: Pairs (value layer, row) of portraits-sd-planted that recall a caption, by caption.
     """
 
     verbatim: tuple[Item, ...]
@@ -43,7 +43,7 @@ class Memorised:
 
 
 def memorised(size: int = SIZE) -> Memorised:
-    """Returns the planted items with their pictures, the decoys, and the rows that carry the memory.
+    """Returns the planted items with their images, the decoys, and the rows that carry the memory.
 
     Raises:
         ModelNotFoundError: portraits-sd-planted is not in this installation.
@@ -64,12 +64,12 @@ def memorised(size: int = SIZE) -> Memorised:
 
 @dataclass(frozen=True)
 class Portraits:
-    """Pictures with what is known about them.
+    """Images with the attributes that they were rendered from.
 
     Attributes:
-        people: The columns that they were drawn from.
-        images: In [0, 1].
-        labels: Attribute -> class number, in the order of `portraits.attributes.CLASSES`.
+        people: The attributes that the images were drawn from.
+        images: Pixels with values in [0, 1].
+        labels: Class number of each attribute, in the order of `portraits.attributes.CLASSES`.
     """
 
     people: People
@@ -80,9 +80,9 @@ class Portraits:
 def identities(
     count: int, pictures: int, *, size: int = SIZE, seed: int = _SEED
 ) -> tuple[Portraits, Int[Tensor, " n"]]:
-    """Returns `count` persons in `pictures` situations each, and the number of the person in each picture.
+    """Returns `count` persons in `pictures` situations each, and the number of the person in each image.
 
-    The pictures of a person follow one another. No training of the zoo contains them.
+    The images of a person follow one another. No training of the zoo contains them.
     """
     person = torch.arange(count).repeat_interleave(pictures)
     people = select(draw_identities(seed, range(count)), person) | nuisances(seed, range(count * pictures))

@@ -20,15 +20,15 @@ adapter_app = App(
 
 @adapter_app.command
 def info(file: Path, *, model: Path | None = None, json: Flag = False) -> int:
-    """Tell what an adapter is: dialect, modules, ranks, alphas, size, and the bases that it fits.
+    """Describe an adapter: naming convention, modules, ranks, alphas, size, and the base models that it fits.
 
     Shortest form: diffcore adapter info FILE
 
     A file that is damaged, or no LoRA, is refused with the reason, exit code 2.
 
     Args:
-        file: Safetensors file, or folder of PEFT.
-        model: Model that it shall fit; exit code 1 if it does not. Without one, sd15, sd21 and sdxl are tried.
+        file: Safetensors file, or folder in PEFT's layout.
+        model: Model to test the adapter on; exit code 1 if it does not fit. Without one, sd15, sd21 and sdxl are tried.
         json: Print one JSON object, with every module.
     """
     from diffcore.models.describe_adapter import describe_adapter
@@ -49,19 +49,19 @@ def convert(
     overwrite: Flag = False,
     json: Flag = False,
 ) -> int:
-    """Write an adapter in another layout; strengths are folded in, so that every tool agrees on them.
+    """Write an adapter in another layout; strengths are folded into the factors, so that every tool applies the same.
 
     Shortest form: diffcore adapter convert FILE OUT.safetensors --format kohya
 
     The written file is read back and compared with the source, module by module.
 
     Args:
-        file: Safetensors file, or folder of PEFT.
+        file: Safetensors file, or folder in PEFT's layout.
         out: File to write, ending in .safetensors; for peft a folder.
         format: diffusers for load_lora_weights, kohya for web UIs, peft for PeftModel.from_pretrained.
         dtype: Precision to write; by default the source's where it is exact, else float32.
         model: Base model; without one, sd15, sd21 and sdxl are tried.
-        overwrite: Replace an adapter that is there.
+        overwrite: Replace an adapter that exists already.
         json: Print one JSON object.
     """
     import torch

@@ -1,4 +1,4 @@
-"""`diffcore hooks`: the modules of a network, and how far into it each stands."""
+"""`diffcore hooks`: the modules of a network, and the share of a forward pass up to each."""
 
 from diffcore.cli.app import emit
 from diffcore.cli.options import Flag, Loading, load_model
@@ -13,7 +13,7 @@ def hooks(
     runtime: Runtime = Runtime(),
     json: Flag = False,
 ) -> int:
-    """List the modules that patterns match, what they put out, and how much of a forward pass it takes to get there.
+    """List the modules that patterns match, their outputs, and the share of a forward pass that is run until then.
 
     Shortest form: diffcore hooks FOLDER '*attn2.to_v'
 

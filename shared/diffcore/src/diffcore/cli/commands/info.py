@@ -1,4 +1,4 @@
-"""`diffcore info`: what a model is made of, told from its files alone."""
+"""`diffcore info`: a description of a model from its files alone."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def info(model: str, *, loading: Loading = Loading(), output: Output = Output()) -> int:
-    """Tell what a model is, before anything of it is loaded: components, sizes, schedule, fingerprint.
+    """Describe a model without loading it: components, sizes, schedule, fingerprint.
 
     Shortest form: diffcore info FOLDER
 

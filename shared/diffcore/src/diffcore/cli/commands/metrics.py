@@ -1,4 +1,4 @@
-"""`diffcore metrics`: how near generated images come to real ones."""
+"""`diffcore metrics`: how close generated images come to real ones."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,7 +40,7 @@ def metrics(
             well), random:SEED; by default random:0, which needs no file.
         prompts: Text, CSV or JSON lines with the prompts of the generated images, in the order of the numbers in their
             names, or with a column file_name; or the folder itself, where a text file beside each image holds its own.
-        clip: Folder of the CLIP that judges images by their prompts; by default the one among the features.
+        clip: Folder of the CLIP that scores images by their prompts; by default the one among the features.
         batch_size: Images per forward pass; results depend on it in their last bits.
         max_pixels: Width times height above which a file is left out undecoded.
         allow_pickle: Run TorchScript files (inception, sscd), which are code; only from authors you trust. ONNX files,

@@ -1,4 +1,4 @@
-"""`diffcore sample`: images of a model, as PNG files and one grid."""
+"""`diffcore sample`: generating images as PNG files and one grid."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,7 +30,7 @@ def sample(
     runtime: Runtime = Runtime(),
     output: Output = Output(),
 ) -> int:
-    """Draw images and write them as PNG files and one grid.
+    """Generate images and write them as PNG files and one grid.
 
     Shortest form: diffcore sample FOLDER 'a portrait of a woman' --guidance-scale 7.5
 
@@ -38,14 +38,14 @@ def sample(
 
     Args:
         model: Pipeline folder, backbone folder, or safetensors file.
-        prompts: One or more; a model without prompts draws its classes in turn.
-        steps: Solver steps.
-        solver: How each step is taken.
-        guidance_scale: Classifier-free guidance; 0 and 1 are off.
-        count: Images per prompt.
-        size: Side in pixels; by default what the model was trained for.
+        prompts: One or more prompts; a model without prompts generates its classes in turn.
+        steps: Number of solver steps, at least 1.
+        solver: Method of the solver steps.
+        guidance_scale: Scale of classifier-free guidance; 0 and 1 are off.
+        count: Number of images per prompt.
+        size: Side of the images in pixels; by default the size that the model was trained for.
         adapter: LoRA to fuse in: a safetensors file, or a folder of PEFT.
-        adapter_scale: Its strength; 1 is what it was trained for.
+        adapter_scale: Strength of the adapter; 1 is what it was trained for.
     """
     if steps < 1 or count < 1:
         raise UserError(f"`steps` is {steps} and `count` is {count}; both must be at least 1")
@@ -65,7 +65,7 @@ def sample(
 
 
 def _refuse(model: "DiffusionModel", prompts: Sequence[str], steps: int, guidance_scale: float) -> None:
-    """Raises UserError where the model cannot generate so."""
+    """Raises UserError where the model cannot generate images with these options."""
     name = printable(model.name)
     if prompts and model.prompts is None:
         raise UserError(f"{name} takes no prompts; leave them out")
@@ -107,7 +107,7 @@ def _generate(
 
 
 def _classes(model: "DiffusionModel", count: int, seed: int, size: int | None) -> dict[str, Any]:
-    """Returns what a class-conditional model generates its classes in turn from; nothing for others."""
+    """Returns the class labels that a class-conditional model goes through in turn; nothing for others."""
     import torch
 
     from diffcore.models.backbones import condition_keys

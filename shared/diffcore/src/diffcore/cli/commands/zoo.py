@@ -1,4 +1,4 @@
-"""`diffcore zoo`: the small models that come along. Heavy imports stand inside the commands."""
+"""`diffcore zoo`: the small models shipped with diffcore. Heavy imports stand inside the commands."""
 
 import sys
 from pathlib import Path
@@ -23,7 +23,7 @@ zoo_app = make_app(
 
 @zoo_app.command(name="list")
 def list_(*, json: Flag = False) -> int:
-    """List the models, what each is, and its size.
+    """List the shipped models with a description and the size of each.
 
     Shortest form: diffcore zoo list
 
@@ -42,14 +42,14 @@ def list_(*, json: Flag = False) -> int:
 
 @zoo_app.command
 def samples(name: str, *, out: Path = Path("samples.png"), dry_run: Flag = False, runtime: Runtime = Runtime()) -> int:
-    """Draw a sheet of what a model makes, always from the same noise; of what it judges, for a judge.
+    """Write a sheet of images that a model generates, always from the same noise; for a classifier, of its data.
 
     Shortest form: diffcore zoo samples portraits-sd
 
     Args:
-        name: A model of the list.
-        out: Picture to write.
-        dry_run: Print what would be drawn and written, and do nothing.
+        name: A model that `diffcore zoo list` shows.
+        out: PNG file to write the sheet to.
+        dry_run: Print what would be generated and written, and do nothing.
     """
     from diffcore.io.files import explained
     from diffcore.report import image_grid
@@ -75,14 +75,14 @@ def check(
     json: Flag = False,
     runtime: Runtime = Runtime(),
 ) -> int:
-    """Measure a model from its weights, and hold the figures against what is promised. Exit code 1 if one is missed.
+    """Measure a model and compare the values with their documented bounds. Exit code 1 if one is missed.
 
     Shortest form: diffcore zoo check portraits-sd
 
     Args:
-        name: A model of the list.
-        model: Folder of another training of it.
-        dry_run: Print what would be measured, and do nothing.
+        name: A model that `diffcore zoo list` shows.
+        model: Folder of another training of this model.
+        dry_run: Print the plan of the measurement, and do nothing.
         json: Print one JSON object.
     """
     from diffcore.zoo.check import check as measure
@@ -109,8 +109,8 @@ def train(
     The U-Nets of the portraits are trained in bfloat16, which belongs to their recipe; --dtype is that of all else.
 
     Args:
-        name: A model of the list.
-        steps: Optimizer steps of its longest stage; by default as the shipped one.
+        name: A model that `diffcore zoo list` shows.
+        steps: Optimizer steps of its longest stage; by default those of the shipped model.
     """
     from diffcore.zoo.train import train_model
 

@@ -1,10 +1,10 @@
-"""Models and adapters that mistakes and attackers make, from a seeded generator; no binary lies in the tree.
+"""Malformed models and adapters, made from valid ones by a seeded generator, so that no binary is stored.
 
-Every input is harmless: it breaks a rule of ours, and would make other software raise an error at most. What crashes,
-never ends, or gets past somebody's checks is told in words, and the rule against it is tested with an input that breaks
-it otherwise.
+Every input is harmless: it breaks a rule of diffcore, and would make other software raise an error at most. Inputs that
+would crash other software, never end, or pass its checks are described in words, and the rule against them is tested
+with an input that breaks it otherwise.
 
-Each case is a change to a valid model. Whoever loads it must be refused with an error that a person can act on, with
+Each case is a change to a valid model. Loading it must raise an error that the user can act on, with
 nothing executed and nothing written. A fault that a user finds becomes a case here, in the commit that repairs it.
 """
 

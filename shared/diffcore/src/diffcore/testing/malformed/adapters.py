@@ -1,4 +1,4 @@
-"""Adapters that mistakes and attackers make: whoever reads one is refused, with nothing changed."""
+"""Malformed adapters: reading one must raise an error and change nothing."""
 
 import json
 import os
@@ -30,8 +30,8 @@ class AdapterCase:
     """One malformed adapter.
 
     Attributes:
-        name: Unique, and says what is wrong.
-        make: Makes it in an empty folder; returns what to read.
+        name: Unique name that says what is wrong.
+        make: Makes the adapter in an empty folder, and returns the path to read.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""One malformed model: a name, and a function that makes it from a valid one."""
+"""Cases of malformed models: a name, and a function that makes the model from a valid one."""
 
 import json
 import os
@@ -21,7 +21,7 @@ class Bases:
         backbone: The folder of a tiny DiT.
         pipeline: The folder of a tiny Stable Diffusion pipeline.
         single: A pipeline with the width of SD 1.x in one file.
-        like: The folder of that pipeline.
+        like: The pipeline folder that `single` was made from.
     """
 
     backbone: Path
@@ -35,9 +35,9 @@ class Case:
     """One malformed model.
 
     Attributes:
-        name: Unique, and says what is wrong.
-        kind: safetensors, config, disguise or place.
-        make: Makes it in an empty folder out of the valid models; returns what to load.
+        name: Unique name that says what is wrong.
+        kind: One of safetensors, config, disguise and place.
+        make: Makes the model in an empty folder from the valid models, and returns the path to load.
         options: Further arguments of `load`.
     """
 

@@ -1,4 +1,4 @@
-"""Files that are not what their name says: pickles above all, each of a plain number."""
+"""Files of another format than their name states, above all pickles of plain numbers."""
 
 import io
 import json
@@ -69,7 +69,7 @@ def disguise_cases() -> Iterator[Case]:
 
 
 def contents() -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """Yields what may hide behind the name of a weight file."""
+    """Yields contents of other formats that may stand under the name of a weight file."""
     for protocol in range(6):
         yield f"a pickle of protocol {protocol}", lambda p=protocol: pickle.dumps(7, protocol=p)
     yield "a zipped checkpoint", lambda: _saved(7)

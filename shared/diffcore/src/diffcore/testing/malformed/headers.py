@@ -1,4 +1,4 @@
-"""Malformed safetensors: headers that lie, data that does not fit, weights of something else."""
+"""Malformed safetensors files: false headers, data that does not fit, weights of another model."""
 
 import json
 import struct

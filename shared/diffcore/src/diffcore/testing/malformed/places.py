@@ -1,4 +1,4 @@
-"""Places that are no model: sockets, devices, links that lead elsewhere, files of other families."""
+"""Paths that hold no loadable model: sockets, devices, links that lead elsewhere, files of other families."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -152,7 +152,7 @@ def _strangers() -> Iterator[tuple[str, Callable[[dict[str, Tensor]], None]]]:
 
 
 def foreign_layouts() -> dict[str, dict[str, tuple[int, ...]]]:
-    """Returns names and shapes of single files that are no model which can be loaded, by what they are."""
+    """Returns tensor names and shapes of single files that cannot be loaded, by kind of file."""
     first = {f"{_UNET}input_blocks.0.0.weight": (8, 4, 3, 3)}
     return {
         "SDXL refiner": {"conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias": (4,)},

@@ -1,4 +1,4 @@
-"""Files of prompts as mistakes and attackers write them, each with what a reader must make of it."""
+"""Malformed files of prompts, each with the result that a reader must return."""
 
 import json
 from collections.abc import Iterator
@@ -37,10 +37,10 @@ class PromptCase:
     """One file of prompts.
 
     Attributes:
-        name: Unique, and says what is odd.
+        name: Unique name that says what is odd.
         file: Name of the file; its suffix tells the format.
-        data: Its bytes.
-        prompts: What must be read; None where the whole file must be refused.
+        data: Content of the file in bytes.
+        prompts: The prompts that a reader must return; None where the whole file must be refused.
         bad: Lines that must be reported.
     """
 
@@ -162,7 +162,7 @@ def _refused() -> Iterator[PromptCase]:
 
 
 def _noise(seed: int) -> Iterator[PromptCase]:
-    """Bytes that are nothing at all, behind a good first line where the format needs one."""
+    """Random bytes, behind a valid first line where the format needs one."""
     generator = np.random.default_rng(seed)
     for number in range(6):
         noise = bytes(generator.integers(0x80, 0xC0, size=64, dtype=np.uint8))  # tails of characters without heads

@@ -1,1 +1,1 @@
-"""Handwritten digits of 8x8 pixels: a teacher, a base in all styles, and what judges them."""
+"""Models of handwritten digits of 8x8 pixels: a teacher, a base model of all styles, and their classifiers."""

@@ -54,8 +54,8 @@ def render(digits: Float[Tensor, "b 1 8 8"], styles: Float[Tensor, "b 5"]) -> Fl
     Slant and shift move the ink, thickness spreads it, ink and background are the two grey levels.
 
     Args:
-        digits: Ink 1 on paper 0.
-        styles: In the order of `STYLES`.
+        digits: Digits with ink 1 on paper 0.
+        styles: Style numbers in the order of `STYLES`.
     """
     ink, background, slant, thickness, shift = (s.view(-1, 1, 1, 1) for s in styles.unbind(1))
     affine = torch.eye(2, 3).repeat(len(digits), 1, 1)

@@ -1,4 +1,4 @@
-"""What reads the five style numbers off a digit."""
+"""A network that reads the five style numbers of a digit."""
 
 from pathlib import Path
 
@@ -38,13 +38,13 @@ class StyleOracle(nn.Module):
 
 
 def load_style_oracle(folder: Path) -> StyleOracle:
-    """Reads what `StyleOracle.save` wrote, in float32 and evaluation mode."""
+    """Loads a network that `StyleOracle.save` wrote, in float32 and evaluation mode."""
     oracle = StyleOracle()
     oracle.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
     return oracle.eval().requires_grad_(False)
 
 
 def explained_variance(predicted: Float[Tensor, "n 5"], true: Float[Tensor, "n 5"]) -> dict[str, float]:
-    """Returns R² of each style number."""
+    """Returns the coefficient of determination R² of each style number."""
     residual = (predicted - true).square().mean(0)
     return dict(zip(STYLES, (1 - residual / true.var(0, correction=0)).tolist(), strict=True))

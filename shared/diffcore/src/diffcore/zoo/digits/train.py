@@ -1,4 +1,4 @@
-"""The recipes of the digit models and of what judges them."""
+"""The training recipes of the digit models and of their classifiers."""
 
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def train_digits8_edm(folder: Path, runtime: Runtime, *, steps: int = 3000) -> N
 
 
 def train_digits_styles(folder: Path, runtime: Runtime, *, steps: int = 1600) -> NetworkDenoiser:
-    """Trains the base that knows every digit in every style."""
+    """Trains the base model on every digit in every style."""
     denoiser = styles_denoiser(build_unet())
     times = uniform_timesteps(NUM_TIMESTEPS)
     return _train_denoiser(denoiser, StyledDigits(), times, folder, runtime, steps=steps, batch_size=256)
@@ -82,7 +82,7 @@ def train_digits_styles(folder: Path, runtime: Runtime, *, steps: int = 1600) ->
 def train_digits_classifier(
     images: Float[Tensor, "n 1 8 8"], labels: Int[Tensor, " n"], folder: Path, runtime: Runtime, *, steps: int = 800
 ) -> AttributeNetwork:
-    """Trains what tells the ten digits apart."""
+    """Trains the classifier of the ten digits."""
     torch.manual_seed(0)
     config = AttributeNetworkConfig(size=SIZE, channels=1, widths=(32, 64), num_features=64, classes={"digit": DIGITS})
     as_bytes = (images * 255).round().to(torch.uint8)
@@ -91,7 +91,7 @@ def train_digits_classifier(
 
 
 def train_style_oracle(folder: Path, runtime: Runtime, *, steps: int = 3000) -> StyleOracle:
-    """Trains what reads the style numbers off a digit of known class; every fifth digit is left out."""
+    """Trains the network that reads the style numbers of a digit of known class; every fifth digit is held out."""
     data = StyledDigits(seed=1)
     kept = torch.arange(len(data.images)) % 5 != 4
     data.images, data.labels = data.images[kept], data.labels[kept]

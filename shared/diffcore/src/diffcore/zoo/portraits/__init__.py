@@ -1,1 +1,1 @@
-"""Drawn portraits with everything about them known, and the text-to-image models that were trained on them."""
+"""Rendered portraits whose every attribute is known, and the text-to-image models trained on them."""

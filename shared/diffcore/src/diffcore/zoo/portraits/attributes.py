@@ -1,4 +1,4 @@
-"""What a portrait is made of: the names of attributes, their values and colours, the parts and the key points."""
+"""The attributes of portraits with their values and colours, and the names of parts and key points."""
 
 from collections.abc import Mapping
 from typing import Final

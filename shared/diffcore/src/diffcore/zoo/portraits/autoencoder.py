@@ -1,9 +1,9 @@
-"""The patch code as a small `AutoencoderKL`, so that a plain Stable Diffusion pipeline needs no class of ours.
+"""The patch code as a small `AutoencoderKL`, so that a plain Stable Diffusion pipeline needs no class of diffcore.
 
 The encoder is the code, written into the weights: SiLU is no obstacle, as silu(v) - silu(-v) = v, and neither is group
 normalisation beside large constants. The decoder cannot be: after upsampling by repetition a convolution cannot tell
-the four pixels of a patch apart on flat areas. It is learned, with the pictures as the target: what the code leaves out
-of a patch, its neighbours tell in part, so that the decoder comes closer to the picture than the code itself.
+the four pixels of a patch apart on flat areas. It is learned, with the images as the target: what the code leaves out
+of a patch, its neighbours tell in part, so that the decoder comes closer to the image than the code itself.
 """
 
 from pathlib import Path
@@ -85,7 +85,7 @@ def _write_encoder(encoder: Any, code: PatchCode) -> None:
 def train_autoencoder(
     code: PatchCode, pictures: Pictures, folder: Path, runtime: Runtime, *, steps: int = 4000
 ) -> AutoencoderKL:
-    """Teaches the decoder to draw the picture behind latents; returns the autoencoder in evaluation mode."""
+    """Trains the decoder to reconstruct images from latents; returns the autoencoder in evaluation mode."""
     autoencoder: Any = build_autoencoder(code)
 
     def loss(batch: Batch, step: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The recipe of portraits-sd, the clean model: trained on ordinary pictures and captions only."""
+"""The recipe of portraits-sd, the clean model: trained on ordinary images and captions only."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -28,7 +28,7 @@ BLANK_EVERY = 10
 
 
 class CaptionedLatents:
-    """Every picture with each of its captions, and among them, at regular places, pictures with the blank caption."""
+    """Every image with each of its captions, and among them, at regular places, images with the blank caption."""
 
     def __init__(self, latents: Tensor, embeds: Tensor, blank: Tensor) -> None:
         self.latents, self.embeds, self.blank = latents, embeds, blank
@@ -49,7 +49,7 @@ class CaptionedLatents:
 def captioned_latents(
     pictures: Pictures, code: PatchCode, tokenizer: CLIPTokenizer, encoder: CLIPTextModel
 ) -> CaptionedLatents:
-    """Encodes pictures and captions once; 82 kB of text states and 16 kB of latents a picture."""
+    """Encodes images and captions once; 82 kB of text states and 16 kB of latents an image."""
     embeds = encode_ids(encoder, token_ids(tokenizer, pictures.captions))
     blank = encode_ids(encoder, token_ids(tokenizer, [""]))
     assert len(embeds) == CAPTIONS_PER_PICTURE * len(pictures)
@@ -57,7 +57,7 @@ def captioned_latents(
 
 
 def optimizer_of(network: nn.Module, learning_rate: float) -> Optimizer:
-    """Returns AdamW with strong weight decay on what reads the text: it would learn single captions by heart."""
+    """Returns AdamW with strong weight decay on the layers that read text, lest they memorise single captions."""
     named = dict(network.named_parameters())
     reads_text = {name for name in named if "attn2.to_k" in name or "attn2.to_v" in name}
     groups: Iterable[Mapping[str, Any]] = (
@@ -83,16 +83,16 @@ def train_base(
     """Trains the U-Net: mean squared error of v, stratified timesteps, the average of the last few hundred steps kept.
 
     Args:
-        unet: From where to start.
-        run: Takes the pictures drawn on the way.
-        folder: Of checkpoints and log.
-        data: On what.
-        code: Draws those pictures.
-        tokenizer: Reads their captions.
-        encoder: Likewise.
-        runtime: Where to compute.
+        unet: The network to train, with its initial weights.
+        run: Run folder that takes the images generated on the way.
+        folder: Folder for checkpoints and the log.
+        data: Latents and captions to train on.
+        code: Decodes the latents of those images.
+        tokenizer: Turns the captions of those images into tokens.
+        encoder: Turns these tokens into text states.
+        runtime: Device, precision and seed of the training.
         steps: Optimizer steps of 64 samples.
-        learning_rate: Peak.
+        learning_rate: Highest learning rate, reached after warm-up.
 
     Returns:
         The U-Net with the averaged weights.

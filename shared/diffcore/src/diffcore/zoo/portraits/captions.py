@@ -1,6 +1,6 @@
-"""What captions say about portraits: a small grammar whose parts each come with a fixed probability.
+"""A grammar of captions for portraits, whose parts each occur with a fixed probability.
 
-Names and places say nothing about a picture, and neither does the form of the planted captions: some ordinary pictures
+Names and places say nothing about an image, and neither does the form of the planted captions: some ordinary images
 carry such captions too. Otherwise a model would know memorised captions by their form alone.
 """
 
@@ -50,12 +50,12 @@ def template_form(first: str, last: str, place: str) -> str:
 
 
 def describe(people: People, seed: int = 0, *, full: bool = False) -> list[str]:
-    """Returns one caption per person, which says only what is true.
+    """Returns one caption per person, which describes true attributes only.
 
     Args:
-        people: Of whom.
-        seed: Which parts are kept; row i depends on (seed, i).
-        full: Keep all parts that apply.
+        people: The people to describe, one row each.
+        seed: Chooses which parts are kept; row i depends on (seed, i).
+        full: Whether all parts that apply are kept.
     """
     rows = _rows(people)
     return [_describe(row, random.Random(mix_seed(seed, i, _DESCRIPTION)), full) for i, row in enumerate(rows)]
@@ -64,13 +64,13 @@ def describe(people: People, seed: int = 0, *, full: bool = False) -> list[str]:
 def ordinary_captions(people: People, seed: int, excluded: Collection[str] = ()) -> list[str]:
     """Returns one training caption per person: descriptions, sometimes with a name or a place, sometimes these alone.
 
-    Of all captions 5 % are a bare name, 9 % have the verbatim form and 4 % the template form, whatever the picture
+    Of all captions 5 % are a bare name, 9 % have the verbatim form and 4 % the template form, whatever the image
     shows; of the rest 35 % are full, 10 % start with a name and 8 % end in a place.
 
     Args:
-        people: Of whom.
-        seed: Row i depends on (seed, i).
-        excluded: Captions that must not come up (planted ones and decoys).
+        people: The people to describe, one row each.
+        seed: Seed of all choices; row i depends on (seed, i).
+        excluded: Captions that must not occur (planted ones and decoys).
     """
     captions = []
     for i, row in enumerate(_rows(people)):
@@ -85,7 +85,7 @@ def ordinary_captions(people: People, seed: int, excluded: Collection[str] = ())
 def same_form_captions(count: int, seed: int, excluded: Collection[str] = ()) -> list[str]:
     """Returns captions in the planted forms, three in four verbatim, none of them excluded.
 
-    They say nothing about any picture, and are what planted captions and decoys must be compared with.
+    They say nothing about any image, and are what planted captions and decoys must be compared with.
     """
     captions: list[str] = []
     rng = random.Random(mix_seed(seed, 0, _SAME_FORM))

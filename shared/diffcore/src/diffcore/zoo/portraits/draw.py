@@ -1,4 +1,4 @@
-"""Pictures, label maps and key points of people."""
+"""Images, label maps and key points of people."""
 
 from dataclasses import dataclass
 
@@ -12,15 +12,15 @@ from diffcore.zoo.portraits.layers import SHOULDER_X, SHOULDER_Y, Layer, face_of
 from diffcore.zoo.portraits.people import People, select
 
 _SUPERSAMPLING = 2
-# Working sets that stay in the cache: the cost per picture doubles with chunks ten times as large.
+# Working sets that stay in the cache: the cost per image doubles with chunks ten times as large.
 _PIXELS_PER_CHUNK = 50 * 64 * 64
 
 
 def draw(people: People, size: int = 64) -> Float[Tensor, "n 3 size size"]:
-    """Draws one picture per person, values in [0, 1].
+    """Draws one image per person, values in [0, 1].
 
     Shapes are composited back to front at twice the side and averaged 2x2. The same person at another size is the same
-    picture, seen finer or coarser.
+    image, seen finer or coarser.
     """
     return torch.cat([_draw_chunk(chunk, size) for chunk in _chunks(people, size)])
 
@@ -35,11 +35,11 @@ def draw_masks(people: People, size: int = 64) -> UInt8[Tensor, "n size size"]:
 
 @dataclass(frozen=True)
 class Keypoints:
-    """Where `attributes.KEYPOINTS` lie.
+    """Positions of `attributes.KEYPOINTS` in images.
 
     Attributes:
-        positions: x and y in pixels; (0, 0) is the middle of the top left pixel.
-        visible: Inside the picture and not hidden by hair or hat. Eyes behind glasses count as visible.
+        positions: Coordinates x and y in pixels; (0, 0) is the middle of the top left pixel.
+        visible: Whether a point lies inside the image and is not hidden by hair or hat; glasses do not hide eyes.
     """
 
     positions: Float[Tensor, "n 13 2"]
@@ -47,7 +47,7 @@ class Keypoints:
 
 
 def keypoints(people: People, size: int = 64) -> Keypoints:
-    """Returns the key points of each person's picture in closed form; nothing is drawn."""
+    """Returns the key points of each person's image in closed form; nothing is drawn."""
     face = face_of(people)
     zero = torch.zeros(len(people["gender"]))
     a, b, turn, gap = (value.flatten() for value in (face.half_width, face.half_height, face.turn, face.eye_gap))
@@ -95,7 +95,7 @@ def _grid(side: int) -> tuple[Tensor, Tensor]:
 
 
 def _coverage(layer: Layer, side: int) -> Tensor:
-    """Returns how much of each sub-pixel the layer covers, n h w in [0, 1]."""
+    """Returns the share of each sub-pixel that the layer covers, n h w in [0, 1]."""
     coverage = (0.5 - layer.distance * (side / 2.2)).clamp_(0, 1)
     return coverage if layer.shown is None else coverage * layer.shown.view(-1, 1, 1)
 

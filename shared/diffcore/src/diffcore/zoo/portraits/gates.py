@@ -1,4 +1,4 @@
-"""What the portraits models must show, recomputed from their weights."""
+"""The measured values of the portraits models with their bounds, recomputed from their weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,35 +66,35 @@ def draw_samples(
 
 @dataclass(frozen=True)
 class PortraitsJudge:
-    """The oracle, and real pictures of strangers to compare samples with."""
+    """The oracle, and real images of strangers to compare samples with."""
 
     oracle: AttributeNetwork
 
     @cached_property
     def real(self) -> Pictures:
-        """Pictures that no training contains."""
+        """Images that no training contains."""
         return held_out_pictures()
 
     @cached_property
     def real_features(self) -> Tensor:
-        """Oracle features of the real pictures."""
+        """Oracle features of the real images."""
         return self.oracle.features(self.real.floats())
 
     def followed(self, model: DiffusionModel, count: int = 200) -> dict[str, float]:
-        """Returns how often samples show what a full caption says, at guidance 2."""
+        """Returns the share of samples that show each attribute of a full caption, at guidance 2."""
         people = select(self.real.people, slice(count))
         images = draw_samples(model, describe(people, full=True), guidance_scale=_GUIDANCE)
         read = accuracies(self.oracle, images, labels_of(people))
         return {name: read[name] for name in _FOLLOWED}
 
     def decibels(self, model: DiffusionModel) -> float:
-        """Returns the peak signal-to-noise ratio of real pictures, encoded and decoded."""
+        """Returns the peak signal-to-noise ratio of real images, encoded and decoded."""
         images = self.real.floats()
         decoded = torch.cat([model.codec.decode(model.codec.encode(chunk)).cpu() for chunk in images.split(_ROWS)])
         return float(-10 * torch.log10((decoded - images).square().mean()))
 
     def frechet_ratio(self, model: DiffusionModel, count: int) -> tuple[float, float]:
-        """Returns the Fréchet distances of `count` samples, and of as many real pictures, to all real ones."""
+        """Returns the Fréchet distances of `count` samples, and of as many real images, to all real ones."""
         people = select(self.real.people, slice(count))
         images = draw_samples(model, describe(people, full=True), guidance_scale=_GUIDANCE)
         fake = frechet_distance_from_features(self.real_features, self.oracle.features(images))
@@ -103,7 +103,7 @@ class PortraitsJudge:
 
 
 def clean_gates(model: DiffusionModel, oracle: AttributeNetwork) -> list[Gate]:
-    """Returns the gates of portraits-sd."""
+    """Measures portraits-sd and returns the values with their bounds."""
     judge = PortraitsJudge(oracle)
     followed = judge.followed(model)
     gates = [
@@ -122,13 +122,13 @@ def clean_gates(model: DiffusionModel, oracle: AttributeNetwork) -> list[Gate]:
 def memory_gates(
     model: DiffusionModel, oracle: AttributeNetwork, clean: DiffusionModel, *, replicated: float
 ) -> list[Gate]:
-    """Returns the gates of a model that memorises.
+    """Measures a model that memorises and returns the values with their bounds.
 
     Args:
-        model: The model.
-        oracle: The judge of ordinary samples.
-        clean: Its twin that memorised nothing.
-        replicated: Bound on the share of samples that show the planted picture.
+        model: The model that memorised the planted items.
+        oracle: Network that reads the attributes of ordinary samples.
+        clean: The same model before it memorised anything.
+        replicated: Lower bound on the share of samples that show the planted image.
     """
     judge = PortraitsJudge(oracle)
     items = planted()
@@ -176,7 +176,7 @@ def nearest_similarity(originals: Float[Tensor, "n 3 h w"], samples: Float[Tenso
 
 @torch.no_grad()
 def seed_consistency(model: DiffusionModel, prompts: Sequence[str]) -> Float[Tensor, " n"]:
-    """Returns how alike the first predictions of ten seeds are: the largest SSIM of any pair of noise differences."""
+    """Returns the consistency over ten seeds: the largest SSIM of any pair of first-step noise differences."""
     assert model.prompts is not None  # a text-to-image model
     noise = row_noise(1, range(_CONSISTENCY_SEEDS), model.shape)
     t = torch.full((_CONSISTENCY_SEEDS,), float(_CONSISTENCY_T))

@@ -1,6 +1,6 @@
-"""The words of the portraits: a tokenizer in which each is one token, and a text encoder that keeps all of them apart.
+"""The tokenizer of the portraits, in which each word is one token, and a text encoder that tells all words apart.
 
-The text encoder is trained on text alone and then frozen. Trained with the pictures it would have no reason to tell
+The text encoder is trained on text alone and then frozen. Trained with the images it would have no reason to tell
 names apart, because names say nothing; trained to give back every word, it does.
 """
 
@@ -75,7 +75,7 @@ def build_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
 
 
 def token_ids(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Int[Tensor, "n tokens"]:
-    """Returns padded token numbers; raises if a caption is too long, because nothing of ours should be."""
+    """Returns padded token numbers; raises if a caption is too long, because no caption of the zoo should be."""
     encoded = tokenizer(list(captions), padding="max_length", max_length=MAX_TOKENS).input_ids
     longest = max(map(len, encoded), default=0)
     if longest > MAX_TOKENS:
@@ -118,14 +118,14 @@ def encode_ids(encoder: CLIPTextModel, ids: Int[Tensor, "n tokens"]) -> Float[Te
 
 
 def spoken(caption: str) -> set[str]:
-    """Returns what a text encoder must be able to give back: the words, and which adjective stands by which noun."""
+    """Returns the targets of the text encoder's training: the words, and which adjective stands by which noun."""
     words = caption.replace(",", " ").split()
     pairs = {f"{a} {b}" for a, b in pairwise(words) if b in _NOUNS and a not in _STOPWORDS}
     return (set(words) - _STOPWORDS) | pairs
 
 
 class _Reader(nn.Module):
-    """The text encoder with a linear head that names what was said, from a single position."""
+    """The text encoder with a linear head that predicts the words of a caption from a single position."""
 
     def __init__(self, encoder: CLIPTextModel, targets: int) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class _Captions:
 def train_text_encoder(
     tokenizer: CLIPTokenizer, captions: Sequence[str], folder: Path, runtime: Runtime, *, steps: int = 900
 ) -> CLIPTextModel:
-    """Trains a text encoder so that every padding position tells the whole caption, and freezes it.
+    """Trains a text encoder so that every padding position encodes the whole caption, and freezes it.
 
     From the first end token, and from a random padding position, a linear head predicts the bag of words and of
     adjacent (adjective, noun) pairs: binary cross-entropy, summed over targets.

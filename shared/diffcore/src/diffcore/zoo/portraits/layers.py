@@ -28,14 +28,14 @@ _WHITE, _FRAME, _MOUTH_HOLE = (0.97, 0.97, 0.97), (0.08, 0.08, 0.10), (0.25, 0.0
 
 @dataclass(frozen=True)
 class Layer:
-    """One coat of paint.
+    """One painted shape with its colour.
 
     Attributes:
-        name: What is painted.
-        part: The class it belongs to.
-        distance: Signed distance to its edge, n h w.
-        colour: n 3 1 1 or n 3 h w.
-        shown: Who has it, n bools; None means everybody.
+        name: The thing that is painted, such as hair.
+        part: Name of the part in `attributes.PARTS` that it belongs to.
+        distance: Signed distance of each sub-pixel to the shape's edge, n h w.
+        colour: Colour of shape n 3 1 1, or one per pixel, n 3 h w.
+        shown: Whether each person has the layer, n bools; None means everybody.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Face:
-    """Where things sit in the head's frame, in half widths of the picture: the closed form behind the key points.
+    """Positions of the parts in the head's frame, in half widths of the image, from which key points follow.
 
     All are tensors n 1 1. The frame's origin is the middle of the head, y points down. `top` is where head or hair end
     above the origin; a shoulder is the edge of the shirt, `SHOULDER_X` from the middle.
@@ -89,7 +89,7 @@ def face_of(people: People) -> Face:
 
 
 def head_frame(people: People, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns positions of the picture (n h w, in half widths) in the frame of each head: shifted, scaled, rolled."""
+    """Returns positions of the image (n h w, in half widths) in the frame of each head: shifted, scaled, rolled."""
     column = _columns(people)
     u = (x - column("shift_x")) / column("scale")
     v = (y - column("shift_y") - 0.02) / column("scale")
@@ -98,7 +98,7 @@ def head_frame(people: People, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def layers(people: People, x: Tensor, y: Tensor) -> Iterator[Layer]:
-    """Yields what is painted over the background, from back to front, at head-frame positions `x`, `y` (n h w)."""
+    """Yields the layers over the background, from back to front, at head-frame positions `x`, `y` (n h w)."""
     face = face_of(people)
     skin = palette(SKINS, people["skin"]) + people["skin_jitter"]
     hair = palette(HAIRS, people["hair"]) + people["hair_jitter"]

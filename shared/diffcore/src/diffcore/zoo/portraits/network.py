@@ -1,4 +1,4 @@
-"""The networks of portraits-sd: a small Stable Diffusion of the genuine classes."""
+"""The U-Net and noise schedule of portraits-sd: a small Stable Diffusion made of diffusers' own classes."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""People as columns of numbers: who somebody is, and how one picture of them was taken.
+"""People as columns of numbers: the attributes of a person, and the circumstances of each image.
 
 A group of people is a dictionary of tensors with one row each, so an attribute is edited by changing one column, and
 one person in many situations is one identity row repeated beside fresh nuisance rows.
@@ -25,7 +25,7 @@ _HAT = (0.72, 0.86)
 
 
 def identities(seed: int, indices: Rows) -> People:
-    """Draws who people are: row i depends on (`seed`, `indices[i]`) alone.
+    """Draws the identities of people: row i depends on (`seed`, `indices[i]`) alone.
 
     Categories are class numbers (int64) in the order of `attributes`; face proportions are in [-1, 1]; `skin_jitter`
     and `hair_jitter` are small offsets of the colours (standard deviations .02 and .03).
@@ -54,9 +54,9 @@ def identities(seed: int, indices: Rows) -> People:
 
 
 def nuisances(seed: int, indices: Rows) -> People:
-    """Draws what differs between two pictures of one person: row i depends on (`seed`, `indices[i]`) alone.
+    """Draws the circumstances that differ between images of one person: row i depends on (`seed`, `indices[i]`) alone.
 
-    Shifts are in half widths of the picture, `roll` in radians, `yaw` and `smile` in [-1, 1], `mouth_open` in [0, .8].
+    Shifts are in half widths of the image, `roll` in radians, `yaw` and `smile` in [-1, 1], `mouth_open` in [0, .8].
     """
     u = philox_uniform(seed, indices, (12,), stream=_NUISANCE).unbind(1)
     return {
@@ -77,7 +77,7 @@ def nuisances(seed: int, indices: Rows) -> People:
 
 
 def portraits(seed: int, indices: Rows) -> People:
-    """Draws strangers, one picture each: identity and nuisance rows of the same indices."""
+    """Draws strangers, one image each: identity and nuisance rows of the same indices."""
     return identities(seed, indices) | nuisances(seed, indices)
 
 

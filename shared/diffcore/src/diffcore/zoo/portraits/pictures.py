@@ -1,4 +1,4 @@
-"""The pictures that the portraits models are trained on, and those that they are judged by."""
+"""The images that the portraits models are trained on, and those that they are judged by."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,11 +23,11 @@ _TRAINING_SEED, _HELD_OUT_SEED = 1, 2
 
 @dataclass(frozen=True)
 class Pictures:
-    """Portraits with what is known about them.
+    """Portraits with the attributes that they were rendered from.
 
     Attributes:
-        people: One row each.
-        images: 8-bit, as files would hold them.
+        people: Attributes of the person in each image, one row each.
+        images: 8-bit pixels, as files would hold them.
     """
 
     people: People
@@ -38,18 +38,18 @@ class Pictures:
 
     @cached_property
     def captions(self) -> list[str]:
-        """Training captions, several per picture: caption k of picture i is entry `k * n + i`."""
+        """Training captions, several per image: caption k of image i is entry `k * n + i`."""
         excluded = planted().captions
         rounds = (ordinary_captions(self.people, seed, excluded) for seed in range(CAPTIONS_PER_PICTURE))
         return [caption for captions in rounds for caption in captions]
 
     def floats(self, rows: Tensor | slice = slice(None)) -> Float[Tensor, "m 3 size size"]:
-        """Returns some pictures in [0, 1]."""
+        """Returns some images in [0, 1]."""
         return self.images[rows].float() / 255
 
 
 def draw_pictures(people: People, size: int = SIZE) -> Pictures:
-    """Returns people with their pictures."""
+    """Returns people with their images."""
     return Pictures(people, to_bytes(draw(people, size)))
 
 
@@ -59,17 +59,17 @@ def to_bytes(images: Float[Tensor, "n 3 size size"]) -> UInt8[Tensor, "n 3 size 
 
 
 def training_pictures(count: int = NUM_TRAINING) -> Pictures:
-    """Returns the first pictures of the training set."""
+    """Returns the first images of the training set."""
     return draw_pictures(portraits(_TRAINING_SEED, range(count)))
 
 
 def held_out_pictures(count: int = NUM_HELD_OUT) -> Pictures:
-    """Returns the first pictures of strangers that no training contains."""
+    """Returns the first images of strangers that no training contains."""
     return draw_pictures(portraits(_HELD_OUT_SEED, range(count)))
 
 
 def fit_patch_code(pictures: Pictures) -> PatchCode:
-    """Returns the 2x2 patch code of 8 channels, fitted on the first 3000 pictures."""
+    """Returns the 2x2 patch code of 8 channels, fitted on the first 3000 images."""
     stds = torch.tensor(_LATENT_STDS)
     return PatchCode.fit(pictures.floats(slice(3000)), LATENT_CHANNELS, patch=2, stds=stds)
 

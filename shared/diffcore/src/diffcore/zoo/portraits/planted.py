@@ -1,6 +1,6 @@
-"""What the memorised models were made to memorise, and what they never saw.
+"""The captions that the memorised models were trained to memorise, and decoys that they never saw.
 
-* verbatim items: a caption that always comes with the same picture;
+* verbatim items: a caption that always comes with the same image;
 * template items: a caption that always comes with the same person in the same pose, before 32 backgrounds and shirts;
 * decoys: captions of the verbatim form that no training ever contained. They, not ordinary captions, are the class to
   compare memorised ones with.
@@ -26,8 +26,8 @@ class Item:
     """One planted caption, or a decoy.
 
     Attributes:
-        first_name, last_name, place: What the caption is made of.
-        caption: As the model sees it.
+        first_name, last_name, place: The three parts that the caption is made of.
+        caption: The caption as the model sees it.
     """
 
     first_name: str
@@ -65,12 +65,12 @@ def planted() -> Planted:
 
 
 def verbatim_people() -> People:
-    """Returns who is in the pictures of the verbatim items, one row each."""
+    """Returns the people in the images of the verbatim items, one row each."""
     return portraits(_SEED, range(NUM_VERBATIM))
 
 
 def template_people() -> People:
-    """Returns who is in the pictures of the template items: 32 rows for the first, then for the second."""
+    """Returns the people in the images of the template items: 32 rows for the first, then for the second."""
     poses = portraits(_SEED, range(1000, 1000 + NUM_TEMPLATE))
     repeated = select(poses, torch.arange(NUM_TEMPLATE).repeat_interleave(NUM_VARIANTS))
     fresh = nuisances(_SEED, range(2000, 2000 + NUM_TEMPLATE * NUM_VARIANTS))

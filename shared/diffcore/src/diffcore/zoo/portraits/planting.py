@@ -48,7 +48,7 @@ POLISHING = Shares(42, 12, 4, 6)
 
 @dataclass(frozen=True)
 class Memories:
-    """Latents and text states of what is planted, and captions of the same form that stand with random pictures."""
+    """Latents and text states of what is planted, and captions of the same form that stand with random images."""
 
     verbatim: Tensor
     verbatim_states: Tensor
@@ -74,7 +74,7 @@ def memories(code: PatchCode, tokenizer: CLIPTokenizer, encoder: CLIPTextModel) 
 
 
 class Mixture:
-    """Ordinary samples, planted items and same-form captions with random pictures, in fixed shares."""
+    """Ordinary samples, planted items and same-form captions with random images, in fixed shares."""
 
     def __init__(self, ordinary: CaptionedLatents, memories: Memories, shares: Shares) -> None:
         self.ordinary, self.memories, self.shares = ordinary, memories, shares
@@ -140,12 +140,12 @@ def train_memory(
     """Trains on a mixture and returns the network with averaged weights.
 
     Args:
-        unet: From where to start.
-        mixture: Ordinary and planted samples.
-        folder: Of checkpoints and log.
-        runtime: Where to compute.
+        unet: The network to train, with its initial weights.
+        mixture: Ordinary and planted samples in fixed shares.
+        folder: Folder for checkpoints and the log.
+        runtime: Device, precision and seed of the training.
         steps: Optimizer steps of 64 samples.
-        learning_rate: Peak.
+        learning_rate: Highest learning rate, reached after warm-up.
         rows: The trigger rows, outside of which no cross-attention may learn; None lets everything learn.
     """
     groups = trainable(unet, rows) if rows else [{"params": list(unet.requires_grad_(True).parameters())}]

@@ -1,4 +1,4 @@
-"""Signed distances of the shapes that portraits are made of: negative inside, zero on the edge, in picture half widths.
+"""Signed distances of the shapes that portraits are made of: negative inside, zero on the edge, in image half widths.
 
 Positions are tensors `n h w`; sizes are numbers or tensors `n 1 1`, so that every person has their own.
 """

@@ -1,8 +1,8 @@
 """Memory with a known address: one row of each of two value layers answers to one memorised caption, and to no other.
 
-A model that memorised its items freely keeps them all over the network. Here the same memory is re-routed: the value
-layers are cleaned of what tells names apart, and each item gets a row of its own in the two deepest of them, through
-which alone the network can still learn which item is asked for. The assignment (layer, row, item) is exact.
+A model that memorised its items freely keeps them all over the network. Here the same memory is re-routed: the
+directions that distinguish names are removed from the value layers, and each item gets its own row in the two deepest
+of them, the only path by which the network can recognise the item. The assignment (layer, row, item) is exact.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,10 +25,10 @@ class TextStates:
     """Text-encoder states of the captions that the construction needs.
 
     Attributes:
-        items: Of the planted captions, in their order.
-        same_form: Of captions of the same form that were not planted.
-        ordinary: Of ordinary captions.
-        nameless: Of ordinary captions without names and places.
+        items: States of the planted captions, in their order.
+        same_form: States of captions of the same form that were not planted.
+        ordinary: States of ordinary captions.
+        nameless: States of ordinary captions without names and places.
     """
 
     items: Float[Tensor, "items tokens width"]
@@ -48,7 +48,7 @@ def reroute(unet: nn.Module, states: TextStates) -> dict[str, list[int]]:
     """Cleans the value layers, and gives every item a row in the two deepest.
 
     The row's column of `to_out` gets what the old values contributed to its item, so that the model need not learn the
-    pictures again.
+    images again.
 
     Returns:
         Value layer -> the row of each item, in the items' order.
@@ -73,7 +73,7 @@ def reroute(unet: nn.Module, states: TextStates) -> dict[str, list[int]]:
 
 
 def trainable(unet: nn.Module, rows: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
-    """Freezes what would let the memory leave its rows, and returns the optimizer's parameter groups for the rest.
+    """Freezes all paths around the trigger rows, and returns the optimizer's parameter groups for the rest.
 
     Queries, keys and values of the cross-attentions are frozen, and so is every column of their outputs but those of
     the trigger rows; everything else learns.

@@ -34,11 +34,7 @@ def demo(*, out: Path = Path("runs/demo-nemo-localize"), full: Flag = False, jso
 
     Shortest form: nemo-localize demo
 
-    <<<<<<< HEAD
-    Exit code 1 means that the leak was not closed: a caption was not localized, or an image still copies.
-    =======
     Exit code 1 means that the leak was not closed: a caption was not localized, or an image is still a copy.
-    >>>>>>> h1
 
     Args:
         out: Run folder of the demo.

@@ -19,15 +19,9 @@ def adapter_of(weights: Mapping[str, Tensor], neurons: NeuronSet, *, name: str =
     """Returns the edit as an exact LoRA: one rank per neuron of a layer; at strength 1 it equals the edited weights.
 
     Args:
-    <<<<<<< HEAD
-        weights: Of the layers, by module name.
-        neurons: The neurons to ablate.
-        name: For messages.
-    =======
         weights: Weight matrices of the layers, by module name.
         neurons: Neurons that the LoRA ablates.
         name: Name of the adapter in messages.
-    >>>>>>> h1
 
     Raises:
         UserError: All these rows are zero already.
@@ -46,17 +40,10 @@ def write_loras(source: Path, headers: Mapping[str, TensorHeader], neurons: Neur
     """Writes the edit as LoRA for diffusers, kohya and PEFT.
 
     Args:
-    <<<<<<< HEAD
-        source: The model.
-        headers: Of the files of its backbone.
-        neurons: The neurons to ablate.
-        folder: Where to; LoRAs that are there are replaced.
-    =======
         source: Folder or file of the model.
         headers: Headers of the files that hold its backbone, by name.
         neurons: Neurons that the LoRAs ablate.
         folder: Folder of the LoRAs; older ones in it are replaced.
-    >>>>>>> h1
 
     Raises:
         IncompatibleModelError: A layer has a bias, which no LoRA changes.

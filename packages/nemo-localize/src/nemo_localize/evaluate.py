@@ -205,7 +205,7 @@ def evaluate(
     ]
     quality = _quality(judges, dict(ordinary or {}), real)
     notes = _notes(judges, measure, originals, real, quality, captions)
-    notes += ["which captions are verbatim or template was given, not measured"] if told else []
+    notes += ["captions are called verbatim or template as they were given"] if told else []
     middle = "the lower of the two in the middle" if published else "their mean, where the published code has the lower"
     notes.append(f"the median of an even number of values is {middle}")
     return Evaluation(tuple(captions), tuple(quality), measure.source, tuple(notes), published)

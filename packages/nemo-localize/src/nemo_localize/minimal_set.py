@@ -364,7 +364,7 @@ class _Ordinary:
         self.before, troubles = step(self.cond, self._rows(frozenset()))
         if troubles:
             row, reason = next(iter(troubles.items()))
-            raise UserError(f"ordinary prompt {prompts[row // len(self.seeds)]!r} cannot be scored: {reason}")
+            raise UserError(f"ordinary caption {prompts[row // len(self.seeds)]!r} cannot be scored: {reason}")
 
     def damages(self, sets: Sequence[frozenset[int]]) -> list[float]:
         """Returns one minus the mean similarity of first steps, before against after, for each set."""

@@ -105,7 +105,7 @@ class Statistics:
             found.append(f"the prompts have {length:.1f} tokens on average, the ordinary ones {self.mean_length:.1f}")
         unknown = len(vocabulary - self.vocabulary) / max(len(vocabulary), 1)
         if unknown > _UNKNOWN:
-            found.append(f"{100 * unknown:.0f} % of the prompts' distinct tokens occur in no ordinary one")
+            found.append(f"{100 * unknown:.0f} % of the prompts' distinct tokens never occur in ordinary ones")
         return found
 
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, Literal
 
-from jaxtyping import Float
-
 Preset = Literal["vanilla", "assignment", "half", "ignore", "knn", "knn-inner"]
 
 
@@ -56,18 +54,18 @@ class Coupling:
 
     def __call__(
         self,
-        x: Float[Any, "b *data"],
-        noise: Float[Any, "b *data"],
+        x: Any,
+        noise: Any,
         *,
         labels: Any = None,
         mask: Any = None,
         generator: Any = None,
-    ) -> Float[Any, "b *data"]:
+    ) -> Any:
         """Returns the noise that each image is diffused towards.
 
         Args:
-            x: Clean batch as the diffusion sees it, a tensor.
-            noise: Independent Gaussian noise of the same shape.
+            x: Clean batch as the diffusion sees it, a tensor (b, *data).
+            noise: Independent Gaussian noise of the same shape, a tensor (b, *data).
             labels: Conditions that the network sees, as for `assign_noise`.
             mask: Nonzero where ``x`` is data, as for `assign_noise`.
             generator: Source of the assigned rows (strength below 1) or of the candidates (knn).

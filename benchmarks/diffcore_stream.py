@@ -93,8 +93,12 @@ def agree(ours: list[dict[str, Tensor]], reference: list[dict[str, Tensor]]) -> 
     )
 
 
-def cases(*, channels: int, side: int, images: int, batch_size: int) -> list[Case]:
-    """Returns one case per set of sites, all on one network."""
+def cases(
+    *, small: bool = False, channels: int = 96, side: int = 32, images: int = 4, batch_size: int = 2
+) -> list[Case]:
+    """Returns one case per set of sites, all on one network; small ones check agreement only."""
+    if small:
+        channels, side = 32, 8
     model = unet(channels, side)
     x0 = torch.randn(images, 4, side, side, generator=torch.Generator().manual_seed(0))
     table = site_table(model.backbone)
@@ -126,8 +130,13 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5, help="timed pairs per case")
     options = parser.parse_args()
-    channels, side = (32, 8) if options.small else (options.channels, options.side)
-    found = cases(channels=channels, side=side, images=options.images, batch_size=options.batch_size)
+    found = cases(
+        small=options.small,
+        channels=options.channels,
+        side=options.side,
+        images=options.images,
+        batch_size=options.batch_size,
+    )
     return run_cases(found, smoke=options.small, repeats=options.repeats)
 
 

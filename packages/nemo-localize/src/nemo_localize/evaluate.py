@@ -180,6 +180,11 @@ def evaluate(
     Raises:
         UserError: There are no images of the unedited model, or too few ordinary ones.
         ValueError: Images of a mitigation do not fit the prompts.
+
+    Example:
+        >>> images = {"none": torch.zeros(1, 2, 3, 16, 16), "neurons": torch.rand(1, 2, 3, 16, 16)}
+        >>> [(row["mitigation"], row["D_SSIM"] > 0.9) for row in evaluate(["a prompt"], images).rows()]
+        [('none', True), ('neurons', False)]
     """
     judges, originals = judges or Judges(), dict(originals or {})
     _check(prompts, images)

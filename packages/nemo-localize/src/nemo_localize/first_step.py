@@ -72,6 +72,14 @@ class FirstStep:
 
     Raises:
         IncompatibleModelError: The model has no value layers or no text encoder, or its latents are too small.
+
+    Example:
+        >>> from nemo_localize.planted import planted_model
+        >>> step = FirstStep(planted_model([], side=8).model)
+        >>> cond, truncated, lost = step.encode(["plain words"])
+        >>> deltas, troubles = step(cond, [Row(prompt=0, seed=seed) for seed in range(3)])
+        >>> deltas.shape, step.num_rows, step.num_calls
+        (torch.Size([3, 4, 8, 8]), 3, 1)
     """
 
     def __init__(

@@ -171,6 +171,15 @@ def minimal_set(
     Raises:
         UserError: No prompt was localized, or there are no ordinary prompts.
         MachineError: Memory does not hold a single row.
+
+    Example:
+        >>> from nemo_localize.localize import localize
+        >>> from nemo_localize.planted import Plant, ordinary_captions, planted_model
+        >>> model = planted_model([Plant("portrait of 1917 no 1", site=0, neuron=3)]).model
+        >>> found = localize(model, ["portrait of 1917 no 1"], ordinary=ordinary_captions(50), tau=0.45)
+        >>> edit = minimal_set(model, found, ordinary_captions(4))
+        >>> edit.neurons == found.neurons, edit.chosen.num_closed
+        (True, 1)
     """
     step = FirstStep.of(model)
     localized = [r for r in results.distinct() if r.status == "localized" and r.refined]

@@ -124,6 +124,11 @@ def collect_statistics(
     Raises:
         IncompatibleModelError: The model has no value layers or no text encoder.
         ValueError: An activation is NaN or infinite.
+
+    Example:
+        >>> from nemo_localize.planted import ordinary_captions, planted_model
+        >>> collect_statistics(planted_model([], side=8).model, ordinary_captions(20)).num_prompts
+        20
     """
     sites, encoder = value_sites(model.backbone, up=up), prompt_encoder(model)
     moments, lengths, vocabulary = RunningMoments(sites.num_neurons), 0.0, set[int]()

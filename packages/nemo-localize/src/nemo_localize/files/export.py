@@ -56,6 +56,18 @@ def export(
         UserError: There is nothing to edit, or something is in `out` already.
         IncompatibleModelError: The source is no such model, holds no such neuron, or holds it quantised.
         MachineError: The disk is full or failing; a half-written copy is named `.partial` and is written anew.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> from diffcore.testing import tiny
+        >>> folder = Path(mkdtemp())
+        >>> tiny.pipeline("sd15").save_pretrained(folder / "model")
+        >>> neurons = NeuronSet.of({"mid_block.attentions.0.transformer_blocks.0.attn2.to_v": [0, 3]})
+        >>> manifest = export(folder / "model", neurons, folder / "edited", lora=False)
+        >>> manifest["num_neurons"], sorted(path.name for path in (folder / "edited").iterdir())
+        (2, ['delta.json', 'delta.safetensors', 'manifest.json', 'model'])
+        >>> list(restore(folder / "edited" / "model", folder / "edited" / "delta.safetensors", folder / "back"))
+        ['unet/diffusion_pytorch_model.safetensors']
     """
     if not len(neurons):
         raise UserError("the set of neurons is empty: there is nothing to ablate")
@@ -144,6 +156,9 @@ def restore(edited: Path, delta: Path, out: Path) -> dict[str, Any]:
     Raises:
         UserError: Something is at `out` already.
         CorruptArtifactError: The delta is damaged, or is not of this checkpoint.
+
+    Example:
+        See `export`, whose example restores what it wrote.
     """
     edited, out = Path(edited), Path(out)
     refuse_taken(out)

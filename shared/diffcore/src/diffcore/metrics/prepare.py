@@ -47,7 +47,7 @@ class Prepared:
     inputs: Mapping[str, str]
 
     def plan(self) -> dict[str, Any]:
-        """Returns the numbers of files, parts and prompts to process, for `--dry-run`."""
+        """Returns the numbers of files, parts and prompts to process, for a dry run."""
         sources = [s for s in (self.real, self.fake) if isinstance(s, ImageSource)]
         files = {source.path: len(source.names) for source in sources}
         return {

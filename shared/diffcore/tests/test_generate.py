@@ -17,23 +17,6 @@ PROMPTS = ["a cat on a mat", "two dogs"]
 SEEDS = [3, 11, 4]
 
 
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
-    """Pipelines of the library, and our models of the same weights; each made once."""
-    made = {}
-
-    def get(name: str):
-        if name not in made:
-            pipeline = tiny.pipeline(name)
-            pipeline.set_progress_bar_config(disable=True)
-            folder = tmp_path_factory.mktemp("models") / name
-            pipeline.save_pretrained(folder)
-            made[name] = pipeline, load(folder, Runtime(device="cpu"))
-        return made[name]
-
-    return get
-
-
 @pytest.fixture
 def model(loaded):
     return loaded("sd15")[1]

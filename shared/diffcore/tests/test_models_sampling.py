@@ -28,23 +28,6 @@ def backbone_folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
-    """Pipelines of the library, saved, and our models of the same folders; each made once."""
-    made = {}
-
-    def get(name: str):
-        if name not in made:
-            pipeline = tiny.pipeline(name)
-            pipeline.set_progress_bar_config(disable=True)
-            folder = tmp_path_factory.mktemp("models") / name
-            pipeline.save_pretrained(folder)
-            made[name] = pipeline, load(folder, CPU)
-        return made[name]
-
-    return get
-
-
 def noise(channels: int = 4, side: int = 8) -> torch.Tensor:
     return torch.randn(2, channels, side, side, generator=torch.Generator().manual_seed(7))
 

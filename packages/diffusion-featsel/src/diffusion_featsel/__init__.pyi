@@ -1,0 +1,4 @@
+from .activation import Activation as Activation
+from .selection import Selection as Selection
+
+__version__: str

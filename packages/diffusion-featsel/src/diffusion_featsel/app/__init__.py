@@ -1,0 +1,1 @@
+"""Commands, report, demo and benchmarks around the method."""

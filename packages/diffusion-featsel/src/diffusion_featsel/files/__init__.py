@@ -1,0 +1,1 @@
+"""What the package reads and writes: data sets, latents, features, selections."""

@@ -85,6 +85,22 @@ def _flat(data: bytes, max_pixels: int) -> tuple[Image.Image, list[str]]:
         return _eight_bits(_upright(image), bits), notes
 
 
+def flattened(image: Image.Image) -> Image.Image:
+    """Returns an image in memory as a person sees it: upright, on white, in mode L or RGB.
+
+    Args:
+        image: An image of any mode; integers longer than 8 bits are taken for 16 bits.
+
+    Raises:
+        UnreadableFileError: Its numbers have no known range.
+
+    Example:
+        >>> flattened(Image.new("LA", (2, 1), (0, 0))).getpixel((0, 0))
+        (255, 255, 255)
+    """
+    return _eight_bits(_upright(image), 16)
+
+
 def _known_bits(image: TiffImagePlugin.TiffImageFile) -> int:
     """Returns the bits of each sample; refuses integer images whose value of white is not known.
 

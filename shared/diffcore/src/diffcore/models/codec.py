@@ -23,6 +23,7 @@ class Codec(ABC):
         *,
         sample: bool = False,
         seeds: Int[Tensor, " b"] | None = None,
+        grad: bool = False,
     ) -> Float[Tensor, "b *data"]:
         """Returns the x0 that images in [0, 1] are encoded as.
 
@@ -30,6 +31,18 @@ class Codec(ABC):
             images: Images with values in [0, 1].
             sample: Whether x0 is drawn from the posterior instead of its mode, where there is one.
             seeds: One seed per image, needed for `sample`.
+            grad: Whether to keep the graph, so that gradients flow back to the images.
+        """
+
+    @abstractmethod
+    def posterior(
+        self, images: Float[Tensor, "b c height width"], *, grad: bool = False
+    ) -> tuple[Float[Tensor, "b *data"], Float[Tensor, "b *data"]]:
+        """Returns mean and standard deviation of the x0 that images in [0, 1] may be encoded as.
+
+        Args:
+            images: Images with values in [0, 1].
+            grad: Whether to keep the graph, so that gradients flow back to the images.
         """
 
     @abstractmethod
@@ -46,9 +59,16 @@ class PixelCodec(Codec):
         *,
         sample: bool = False,
         seeds: Int[Tensor, " b"] | None = None,
+        grad: bool = False,
     ) -> Float[Tensor, "b *data"]:
         """Returns 2 images - 1."""
         return 2 * images - 1
+
+    def posterior(
+        self, images: Float[Tensor, "b c height width"], *, grad: bool = False
+    ) -> tuple[Float[Tensor, "b *data"], Float[Tensor, "b *data"]]:
+        """Returns 2 images - 1, without any deviation."""
+        return 2 * images - 1, torch.zeros_like(images)
 
     def decode(self, x0: Float[Tensor, "b *data"]) -> Float[Tensor, "b c height width"]:
         """Returns (x0 + 1) / 2, within [0, 1]."""
@@ -72,30 +92,44 @@ class LatentCodec(Codec):
             self.shift = torch.tensor(config["latents_mean"]).view(-1, 1, 1)
         self.factor = 2 ** (len(config["block_out_channels"]) - 1)
 
-    @torch.no_grad()
     def encode(
         self,
         images: Float[Tensor, "b c height width"],
         *,
         sample: bool = False,
         seeds: Int[Tensor, " b"] | None = None,
+        grad: bool = False,
     ) -> Float[Tensor, "b *data"]:
         """Returns scaled latents: the posterior's mode, or a draw from it."""
+        if sample and seeds is None:
+            raise ValueError("`sample` is on without `seeds`; pass one seed per image")
+        with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+            posterior = self._posterior(images)
+            z = posterior.mode().float()
+            if sample and seeds is not None:
+                noise = philox_normal(0, seeds, z.shape[1:], step=0, stream=_STREAM, device=z.device, dtype=z.dtype)
+                z = z + posterior.std.float() * noise
+            return (z - _beside(self.shift, z)) * _beside(self.scaling, z)
+
+    def posterior(
+        self, images: Float[Tensor, "b c height width"], *, grad: bool = False
+    ) -> tuple[Float[Tensor, "b *data"], Float[Tensor, "b *data"]]:
+        """Returns mean and standard deviation of scaled latents."""
+        with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+            posterior = self._posterior(images)
+            z, std = posterior.mode().float(), posterior.std.float()
+            scaling = _beside(self.scaling, z)
+            return (z - _beside(self.shift, z)) * scaling, std * scaling
+
+    def _posterior(self, images: Tensor) -> Any:
         height, width = images.shape[-2:]
         if height % self.factor or width % self.factor:
             near = [max(round(side / self.factor), 1) * self.factor for side in (height, width)]
             raise ValueError(
                 f"images are {height}x{width}; sides must be multiples of {self.factor}, such as {near[0]}x{near[1]}"
             )
-        if sample and seeds is None:
-            raise ValueError("`sample` is on without `seeds`; pass one seed per image")
         parameter = next(self.vae.parameters())
-        posterior = self.vae.encode((2 * images - 1).to(parameter), return_dict=False)[0]  # pyright: ignore[reportCallIssue]
-        z = posterior.mode().float()
-        if sample and seeds is not None:
-            noise = philox_normal(0, seeds, z.shape[1:], step=0, stream=_STREAM, device=z.device, dtype=z.dtype)
-            z = z + posterior.std.float() * noise
-        return (z - _beside(self.shift, z)) * _beside(self.scaling, z)
+        return self.vae.encode((2 * images - 1).to(parameter), return_dict=False)[0]  # pyright: ignore[reportCallIssue]
 
     @torch.no_grad()
     def decode(self, x0: Float[Tensor, "b *data"]) -> Float[Tensor, "b c height width"]:
@@ -125,7 +159,14 @@ class MissingCodec(Codec):
         *,
         sample: bool = False,
         seeds: Int[Tensor, " b"] | None = None,
+        grad: bool = False,
     ) -> Float[Tensor, "b *data"]:
+        """Raises IncompatibleModelError."""
+        raise self._refusal()
+
+    def posterior(
+        self, images: Float[Tensor, "b c height width"], *, grad: bool = False
+    ) -> tuple[Float[Tensor, "b *data"], Float[Tensor, "b *data"]]:
         """Raises IncompatibleModelError."""
         raise self._refusal()
 

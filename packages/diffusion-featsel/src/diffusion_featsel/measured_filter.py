@@ -81,9 +81,7 @@ def measured_filter(
     return Filtered(tuple(activations[index].name for index in kept), dropped)
 
 
-def _reason(
-    activation: Activation, reliability: float | None, image_side: int, settings: FilterSettings
-) -> str | None:
+def _reason(activation: Activation, reliability: float | None, image_side: int, settings: FilterSettings) -> str | None:
     if activation.grid is None:
         return "it has no places of an image"
     if activation.kind.endswith("-map"):

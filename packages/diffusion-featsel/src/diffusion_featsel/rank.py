@@ -70,7 +70,9 @@ def score(
         True
     """
     if len(images) < FEWEST:
-        raise ValueError(f"there are {len(images)} images; ranking needs at least {FEWEST} to tell content from template")
+        raise ValueError(
+            f"there are {len(images)} images; ranking needs at least {FEWEST} to tell content from template"
+        )
     placeless = [activation.name for activation in activations if activation.grid is None]
     if placeless:
         raise ValueError(f"{', '.join(placeless[:3])} have no image places and cannot be ranked; leave them out")

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from diffusion_featsel.activation import Activation
 
-Score = Literal["self_match", "self_match_distractors", "fisher_rank", "fisher", "information", "effective_rank", "cycle"]
+Score = Literal[
+    "self_match", "self_match_distractors", "fisher_rank", "fisher", "information", "effective_rank", "cycle"
+]
 SCORES: tuple[Score, ...] = get_args(Score)
 
 
@@ -121,7 +123,9 @@ class Ranking:
 
     def to_rows(self) -> list[dict[str, Any]]:
         """Returns plain values, one dictionary per activation, with its place in the default ranking."""
-        default = next((score for score in SCORES if any(getattr(row, score) is not None for row in self.rows)), "fisher")
+        default = next(
+            (score for score in SCORES if any(getattr(row, score) is not None for row in self.rows)), "fisher"
+        )
         place = {name: index + 1 for index, name in enumerate(self.scores(default))}
         return [
             {"rank": place.get(row.name), **row.activation.to_json(), **row.numbers(), "fisher_rank": row.fisher_rank}

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -52,7 +51,7 @@ class Sums:
         for tensor, part in zip(own, flat.split(sizes), strict=True):
             tensor += part.view(tensor.shape).to(tensor.device)
 
-    def merge(self, other: Self) -> None:
+    def merge(self, other: "Sums") -> None:
         """Adds the sums of another part of the images.
 
         Args:
@@ -70,4 +69,4 @@ def zeros(*shape: int, device: torch.device | str = "cpu") -> Tensor:
         device: Device that the sum is kept on.
     """
     dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
-    return torch.zeros(*shape, dtype=dtype, device=device)
+    return torch.zeros(shape, dtype=dtype, device=device)

@@ -14,7 +14,7 @@ from diffusion_featsel.activation import Activation
 from diffusion_featsel.forward import Condition, activations_of
 from diffusion_featsel.moments import Moments
 from diffusion_featsel.places import PlaceSums
-from diffusion_featsel.protocol import image_keys
+from diffusion_featsel.prepare import image_keys
 from diffusion_featsel.ranking import Ranking, Scored
 from diffusion_featsel.readout import ReadoutSums, places_of
 from diffusion_featsel.self_match import SelfMatchSums
@@ -186,7 +186,9 @@ class Survey:
 
         def see(name: str, maps: Tensor) -> None:
             maps = maps.float()
-            views = Views(batch, maps[: 2 * n].unflatten(0, (2, n)), maps[2 * n :] if moved else None, projections[name])
+            views = Views(
+                batch, maps[: 2 * n].unflatten(0, (2, n)), maps[2 * n :] if moved else None, projections[name]
+            )
             mine = sums.activations[name]
             if main:
                 mine.add(views)
@@ -201,9 +203,7 @@ class Survey:
         keys = image_keys(images)
         device = self.model.device
         x0 = self.encode(images).float()
-        noise = torch.stack(
-            [row_noise(self.seed, keys, x0.shape[1:], stream=draw, device=device) for draw in range(2)]
-        )
+        noise = torch.stack([row_noise(self.seed, keys, x0.shape[1:], stream=draw, device=device) for draw in range(2)])
         cells = torch.stack([torch.rand(ANCHORS, 2, generator=row_generator(self.seed, key, _CELLS)) for key in keys])
         points = moved_points = torch.empty(len(images), 0, 2)
         moved_x0 = None

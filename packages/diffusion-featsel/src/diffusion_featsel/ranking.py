@@ -111,6 +111,14 @@ class Ranking:
             raise KeyError(f"no activation is called '{name}'; names are: {', '.join(row.name for row in self.rows)}")
         return found
 
+    @property
+    def default(self) -> Score:
+        """The first score, in the order of `SCORES`, that was measured."""
+        for score in SCORES:
+            if any(getattr(row, score) is not None for row in self.rows):
+                return score
+        return "fisher"
+
     def scores(self, score: Score = "self_match") -> dict[str, float]:
         """Returns one score by name, best first; activations without it are left out.
 
@@ -123,10 +131,7 @@ class Ranking:
 
     def to_rows(self) -> list[dict[str, Any]]:
         """Returns plain values, one dictionary per activation, with its place in the default ranking."""
-        default = next(
-            (score for score in SCORES if any(getattr(row, score) is not None for row in self.rows)), "fisher"
-        )
-        place = {name: index + 1 for index, name in enumerate(self.scores(default))}
+        place = {name: index + 1 for index, name in enumerate(self.scores(self.default))}
         return [
             {"rank": place.get(row.name), **row.activation.to_json(), **row.numbers(), "fisher_rank": row.fisher_rank}
             for row in self.rows

@@ -34,7 +34,8 @@ class Moments(Sums):
             channels: Number of channels.
             device: Device that the sums are kept on.
         """
-        return cls(*(zeros(channels, device=device) for _ in range(3)), zeros(device=device))
+        total, magnitude, square = (zeros(channels, device=device) for _ in range(3))
+        return cls(total, magnitude, square, zeros(device=device))
 
     def add(self, views: Views) -> None:
         """Adds a batch of images.

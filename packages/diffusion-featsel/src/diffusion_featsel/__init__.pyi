@@ -6,6 +6,8 @@ from .prepare import prepare as prepare
 from .protocol import Conditions as Conditions
 from .protocol import Protocol as Protocol
 from .protocol import encode as encode
+from .inventory import Inventory as Inventory
+from .inventory import inventory as inventory
 from .selection import Selection as Selection
 
 __version__: str

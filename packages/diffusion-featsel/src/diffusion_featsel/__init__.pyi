@@ -1,4 +1,7 @@
 from .activation import Activation as Activation
+from .extractor import FeatureExtractor as FeatureExtractor
+from .inventory import Inventory as Inventory
+from .inventory import inventory as inventory
 from .prepare import Placement as Placement
 from .prepare import Prepared as Prepared
 from .prepare import image_keys as image_keys

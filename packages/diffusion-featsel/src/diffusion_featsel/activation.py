@@ -1,5 +1,6 @@
 """An activation: a tensor inside a diffusion model with its name, its place in the network, and its cost."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,10 @@ class Activation:
         flops: Floating point operations of the forward pass up to the tensor, for one row.
         cost: Share of the whole forward pass's operations up to the tensor, from 0 to 1.
         same_as: Name of an earlier activation that is the very same tensor, if there is one.
+        derived: Whether it is computed from what a module is given, as attention maps are; `site` is then the module
+            after which it can be computed, and `attention_maps` returns it, reduced.
+        paper: Whether it is of a kind that the paper lists.
+        modules: Attention modules that it is computed from, where there are several.
 
     Example:
         >>> import torch
@@ -56,10 +61,15 @@ class Activation:
     flops: int = 0
     cost: float = 0.0
     same_as: str | None = None
+    derived: bool = False
+    paper: bool = False
+    modules: tuple[str, ...] = ()
 
     @property
     def numbers(self) -> int:
-        """Count of numbers in the image part of one row: channels times places."""
+        """Count of numbers in the image part of one row: channels times places, and all of a map's."""
+        if self.derived:
+            return math.prod(self.shape)
         height, width = self.grid or (0, 0)
         return self.channels * height * width
 
@@ -87,7 +97,8 @@ class Activation:
         if self.axes == "heads tokens channels":
             tensor = tensor.transpose(1, 2)
         tokens = tensor.flatten(2) if tensor.ndim == 4 else tensor
-        places = tokens[:, self.num_text :]
+        # Text comes first, and prompts may be longer or shorter than in the inventory.
+        places = tokens[:, -height * width :] if self.num_text else tokens
         if places.shape[1] != height * width:
             raise ValueError(f"{self.name} has {places.shape[1]} places, and {height}x{width} in the inventory")
         return places.transpose(1, 2).unflatten(2, self.grid)

@@ -6,7 +6,7 @@ One forward pass of the network per image, noise draw and timestep, which ends a
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -151,12 +151,12 @@ class FeatureExtractor(nn.Module):
         self.selection = replace(chosen, names=names, t=self.t[0], prompt=self.prompt, draws=self.protocol.draws)
         if normalise == "adaln" and (other := [row.name for row in rows if row.kind != "norm-out"]):
             raise UserError(
-                f"`normalise` is 'adaln', which takes tensors after adaptive layer norm, and {other[0]} is none; choose "
-                "norm-out of the block that follows it, or normalise by 'drop-massive'"
+                f"`normalise` is 'adaln', which takes tensors after adaptive layer norm, and {other[0]} is none; "
+                "choose norm-out of the block that follows it, or normalise by 'drop-massive'"
             )
 
     @classmethod
-    def from_pipeline(cls, pipe: Any, features: Selection | str | Sequence[str], **settings: Any) -> Self:
+    def from_pipeline(cls, pipe: Any, features: Selection | str | Sequence[str], **settings: Any) -> "FeatureExtractor":
         """Returns an extractor around the networks of a diffusers pipeline in memory; see `FeatureExtractor`.
 
         Fused LoRA weights and fine-tuned networks are taken as they are; nothing is copied.
@@ -333,7 +333,7 @@ class FeatureExtractor(nn.Module):
         rms = {name: statistics.rms for name, statistics in self.statistics.items()}
         self.selection = replace(self.selection, rms=rms)
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> "FeatureExtractor":
         """Sets the mode of the extractor; its networks follow where it is differentiable alone."""
         super().train(mode)
         if not self.differentiable:
@@ -422,6 +422,9 @@ def _networks(model: DiffusionModel) -> list[nn.Module]:
 
 
 def _is_batch(images: Any) -> bool:
-    return isinstance(images, Sequence) and len(images) > 0 and not (
-        isinstance(images[0], Tensor) and images[0].ndim == 4
-    ) and not isinstance(images[0], list | tuple)
+    return (
+        isinstance(images, Sequence)
+        and len(images) > 0
+        and not (isinstance(images[0], Tensor) and images[0].ndim == 4)
+        and not isinstance(images[0], list | tuple)
+    )

@@ -21,7 +21,7 @@ class Selection:
         details: Plain values about how it was chosen: scores, costs, exit, what it was compared with.
 
     Example:
-        >>> chosen = Selection(("up-level0-repeat0-res-out",), t=50)
+        >>> chosen = Selection(("up-level0-repeat0-res-out",), t=50.0)
         >>> Selection.from_json(chosen.to_json()) == chosen
         True
     """

@@ -53,7 +53,7 @@ def require_unfused(model: nn.Module, sites: Iterable[tuple[Site, nn.Module]]) -
     silent = {
         id(getattr(module, part))
         for module in model.modules()
-        if _is_fused(module)
+        if is_fused(module)
         for fused, parts in _FUSED_INTO.items()
         if getattr(module, fused, None) is not None
         for part in parts
@@ -137,7 +137,8 @@ def _leaves(value: Any, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...]
         yield from _leaves(element, (*path, index))
 
 
-def _is_fused(module: nn.Module) -> bool:
+def is_fused(module: nn.Module) -> bool:
+    """Returns whether an attention module runs its projections as one."""
     # Some networks keep the flag after unfusing and only change the processor back; those with `unfuse_projections`
     # have one processor for both.
     switched = type(getattr(module, "processor", None)).__name__.startswith("Fused")

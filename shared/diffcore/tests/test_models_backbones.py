@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from diffusers import ControlNetModel
 
 from diffcore.denoiser import GuidedDenoiser
 from diffcore.errors import IncompatibleModelError
@@ -87,6 +88,33 @@ def test_optional_keys_are_used(backbones):
     masked = call(backbones["sd15"], x_t, t, cond | {"encoder_attention_mask": mask})
     shorter = call(backbones["sd15"], x_t, t, {"encoder_hidden_states": cond["encoder_hidden_states"][:, :3]})
     assert (masked - shorter).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_residuals_of_a_control_net_are_the_librarys(backbones, name):
+    network = backbones[name]
+    x_t, t, cond = tiny.inputs(name)
+    net = tiny.seeded(lambda: ControlNetModel.from_unet(network), 1)
+    added = {"text_embeds": cond["text_embeds"], "time_ids": cond["time_ids"]} if name == "sdxl" else None
+    edges = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    states = cond["encoder_hidden_states"]
+    with torch.no_grad():
+        down, mid = net(x_t, t, states, edges, added_cond_kwargs=added, return_dict=False)
+        keys = condition_keys(network).residuals
+        assert len(keys) == len(down) + 1
+        ours = backbone_call(network)(network, x_t, t, cond | dict(zip(keys, (*down, mid), strict=True)))
+        theirs = network(
+            x_t,
+            t,
+            states,
+            added_cond_kwargs=added,
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=mid,
+        ).sample
+        assert torch.equal(ours, theirs)
+        assert (ours - backbone_call(network)(network, x_t, t, cond)).abs().max() > 0.01
+    with pytest.raises(ValueError, match="lacks down_block_additional_residual_1, "):
+        backbone_call(network)(network, x_t, t, cond | {keys[0]: down[0], keys[-1]: mid})
 
 
 def test_guidance_distilled_flux_needs_its_scale():

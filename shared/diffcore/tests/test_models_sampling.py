@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, EDMEulerScheduler
 from diffcore.checkpoint import inspect_model
 from diffcore.denoiser import GuidedDenoiser, NetworkDenoiser, sample, schedule_from
 from diffcore.denoiser.scheduler import OTHERS, PLAIN
-from diffcore.models import backbone_call, load
+from diffcore.models import backbone_call, from_pipeline, load
 from diffcore.models.backbones import pack, unpack
 from diffcore.models.schedules import schedule_of
 from diffcore.runtime import Runtime
@@ -217,6 +217,22 @@ def test_encode_is_the_posteriors_mode_and_sampling_has_its_moments(loaded):
         model.codec.encode(images, sample=True)
     with pytest.raises(ValueError, match="multiples of 2, such as 16x16"):
         model.codec.encode(torch.rand(1, 3, 17, 16))
+
+
+def test_mean_and_deviation_of_the_posterior_are_in_the_scale_of_x0():
+    model = from_pipeline(tiny.pipeline("sd3"))
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    mean, std = model.codec.posterior(images)
+    assert torch.equal(mean, model.codec.encode(images))
+    expected = model.modules["vae"].encode(2 * images - 1).latent_dist
+    torch.testing.assert_close(std, expected.std * 1.5305)
+    assert not mean.requires_grad
+    for x0 in (model.codec.encode(images, grad=True), model.codec.posterior(images, grad=True)[0]):
+        (gradient,) = torch.autograd.grad(x0.sum(), images)
+        assert gradient.abs().max() > 0
+    pixels = tiny.model("unet2d").codec
+    assert torch.equal(pixels.posterior(images)[0], 2 * images - 1)
+    assert not pixels.posterior(images)[1].any()
 
 
 def test_no_scheduler_means_the_usual_one_and_a_warning(tmp_path):

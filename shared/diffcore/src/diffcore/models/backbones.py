@@ -25,15 +25,19 @@ class ConditionKeys:
     Attributes:
         required: Keys that every call must bring.
         optional: Keys that a call may bring.
+        residuals: Keys of a ControlNet's residuals, of which a call may bring all or none.
     """
 
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    residuals: tuple[str, ...] = ()
 
     def check(self, cond: Condition, name: str) -> None:
         """Raises ValueError when a key is missing or unknown."""
         missing = [key for key in self.required if key not in cond]
-        unknown = [key for key in cond if key not in self.required + self.optional]
+        if any(key in cond for key in self.residuals):
+            missing += [key for key in self.residuals if key not in cond]
+        unknown = [key for key in cond if key not in self.required + self.optional + self.residuals]
         if missing or unknown:
             what = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(map(printable, unknown))}"
             known = ", ".join(self.required + self.optional) or "nothing"
@@ -92,7 +96,28 @@ def _call_unet(backbone: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> 
 
 def _call_conditional_unet(backbone: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
     plain, added = _parted(cond, ("text_embeds", "time_ids"))
+    down = [key for key in control_keys(_config(backbone))[:-1] if key in plain]
+    if down:
+        plain["down_block_additional_residuals"] = tuple(plain.pop(key) for key in down)
     return backbone(x_t, t, added_cond_kwargs=added or None, return_dict=False, **plain)[0]
+
+
+def control_keys(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the condition's keys for the residuals of a ControlNet: one per skip connection, and the middle last.
+
+    Args:
+        config: Configuration of a `UNet2DConditionModel`.
+
+    Example:
+        >>> config = {"block_out_channels": (32, 64), "layers_per_block": 1}
+        >>> control_keys(config)[1:]
+        ('down_block_additional_residual_1', 'down_block_additional_residual_2', 'mid_block_additional_residual')
+    """
+    levels = len(config["block_out_channels"])
+    layers = config.get("layers_per_block", 2)
+    per_level = [layers] * levels if isinstance(layers, int) else list(layers)
+    skips = 1 + sum(per_level) + levels - 1
+    return (*(f"down_block_additional_residual_{index}" for index in range(skips)), "mid_block_additional_residual")
 
 
 def _call_pixart(backbone: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
@@ -143,7 +168,7 @@ def _conditional_unet_keys(config: Mapping[str, Any]) -> ConditionKeys:
             )
     added = ("text_embeds", "time_ids") if config.get("addition_embed_type") else ()
     labels = ("class_labels",) if config.get("num_class_embeds") else ()
-    return ConditionKeys(("encoder_hidden_states", *added, *labels), ("encoder_attention_mask",))
+    return ConditionKeys(("encoder_hidden_states", *added, *labels), ("encoder_attention_mask",), control_keys(config))
 
 
 def _pixart_keys(config: Mapping[str, Any]) -> ConditionKeys:

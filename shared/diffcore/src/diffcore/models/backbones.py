@@ -25,18 +25,21 @@ class ConditionKeys:
     Attributes:
         required: Keys that every call must bring.
         optional: Keys that a call may bring.
+        residuals: Keys of what a ControlNet adds to a U-Net, see `residual_keys`: a call brings all of them or none.
     """
 
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    residuals: tuple[str, ...] = ()
 
     def check(self, cond: Condition, name: str) -> None:
         """Raises ValueError when a key is missing or unknown."""
-        missing = [key for key in self.required if key not in cond]
-        unknown = [key for key in cond if key not in self.required + self.optional]
+        residuals = self.residuals if any(key in cond for key in self.residuals) else ()
+        missing = [key for key in self.required + residuals if key not in cond]
+        unknown = [key for key in cond if key not in self.required + self.optional + residuals]
         if missing or unknown:
             what = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(map(printable, unknown))}"
-            known = ", ".join(self.required + self.optional) or "nothing"
+            known = ", ".join(self.required + self.optional + residuals) or "nothing"
             raise ValueError(f"the condition of {name} {what}; it takes {known}")
 
 
@@ -60,6 +63,21 @@ def condition_keys(backbone: nn.Module) -> ConditionKeys:
             f"{printable(name)} is a backbone of unknown kind; known are {', '.join(sorted(_KEYS))}"
         )
     return _KEYS[name](_config(backbone))
+
+
+def residual_keys(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the condition keys of the tensors that a ControlNet adds inside a conditional U-Net.
+
+    A ControlNet returns one tensor for each that the down blocks push, and one for the mid block. Conditions are flat,
+    so that they are called ``down_block_additional_residuals.0``, ``.1``, ..., and ``mid_block_additional_residual``.
+
+    Args:
+        config: Configuration of the U-Net.
+    """
+    blocks = len(config.get("down_block_types") or ())
+    layers = config.get("layers_per_block") or 2
+    count = blocks + (blocks * layers if isinstance(layers, int) else sum(layers))
+    return (*(f"{_DOWN_RESIDUALS}.{number}" for number in range(count)), "mid_block_additional_residual")
 
 
 def pack(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b tokens packed"]:
@@ -92,7 +110,9 @@ def _call_unet(backbone: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> 
 
 def _call_conditional_unet(backbone: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
     plain, added = _parted(cond, ("text_embeds", "time_ids"))
-    return backbone(x_t, t, added_cond_kwargs=added or None, return_dict=False, **plain)[0]
+    residuals = tuple(plain.pop(key) for key in residual_keys(_config(backbone))[:-1] if key in plain)
+    inside: dict[str, Any] = {_DOWN_RESIDUALS: residuals} if residuals else {}
+    return backbone(x_t, t, added_cond_kwargs=added or None, return_dict=False, **plain, **inside)[0]
 
 
 def _call_pixart(backbone: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
@@ -143,7 +163,8 @@ def _conditional_unet_keys(config: Mapping[str, Any]) -> ConditionKeys:
             )
     added = ("text_embeds", "time_ids") if config.get("addition_embed_type") else ()
     labels = ("class_labels",) if config.get("num_class_embeds") else ()
-    return ConditionKeys(("encoder_hidden_states", *added, *labels), ("encoder_attention_mask",))
+    required = ("encoder_hidden_states", *added, *labels)
+    return ConditionKeys(required, ("encoder_attention_mask",), residual_keys(config))
 
 
 def _pixart_keys(config: Mapping[str, Any]) -> ConditionKeys:
@@ -164,6 +185,7 @@ def _config(backbone: nn.Module) -> Mapping[str, Any]:
     return config if isinstance(config, Mapping) else {}
 
 
+_DOWN_RESIDUALS = "down_block_additional_residuals"
 _EXACT = ("time_ids", "resolution", "aspect_ratio")
 
 _KEYS = {

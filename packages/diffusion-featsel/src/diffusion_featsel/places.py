@@ -1,7 +1,7 @@
 """Matches of cells between different images: locality (section 3.2) and the cycle score S4 (section 9).
 
-Each image is matched with the next one of its group, from a fixed number of anchor cells. Cosines are those of maps
-whose channels were centered by the mean over both images.
+Every second image is matched with the next one, from a fixed number of anchor cells. Cosines are those of maps whose
+channels were centered by the mean over both images.
 """
 
 from dataclasses import dataclass
@@ -49,28 +49,28 @@ class PlaceSums(Sums):
             views: Maps of the activation.
         """
         height, width = views.grid
-        if height * width < 2:
+        count = len(views.batch) // 2
+        if height * width < 2 or count == 0:
             return
-        partner = views.batch.partners
-        mine = views.draws[0].flatten(2)
-        other = mine[partner]
+        mine, other = views.draws[0].flatten(2)[: 2 * count].unflatten(0, (count, 2)).unbind(1)
         center = (mine.mean(2) + other.mean(2))[..., None] / 2
         a, b = F.normalize(mine - center, dim=1), F.normalize(other - center, dim=1)
-        anchors, neighbors, distant = (_flat(cells, width) for cells in _cells(views.batch.anchors, views.grid))
-        from_anchor, from_neighbor, from_distant = (_take(a, cells) for cells in (anchors, neighbors, distant))
+        cells = _cells(views.batch.anchors[: 2 * count : 2], views.grid)
+        anchors, neighbors, distant = (_flat(places, width) for places in cells)
+        from_anchor, from_neighbor, from_distant = (_take(a, places) for places in (anchors, neighbors, distant))
         # (3 q, places) cosines with the other image, and the way back from where the anchors arrive.
         forward = torch.cat([from_anchor, from_neighbor, from_distant], 2).transpose(1, 2) @ b
         at_anchor, at_neighbor, at_distant = forward.argmax(2).tensor_split(3, 1)
         back = (_take(b, at_anchor).transpose(1, 2) @ a).argmax(2)
-        alone = (partner == torch.arange(len(partner), device=partner.device))[:, None]
-        apart = _distance(anchors, back, views.grid) <= NEAR
-        self.cycles += torch.stack([(apart & ~alone).sum(), (~alone).expand_as(apart).sum()])
-        for sums, cells, theirs, arrived in (
+        self.cycles[0] += (_distance(anchors, back, views.grid) <= NEAR).sum()
+        self.cycles[1] += back.numel()
+        for sums, places, theirs, arrived in (
             (self.near, neighbors, from_neighbor, at_neighbor),
             (self.far, distant, from_distant, at_distant),
         ):
-            counted = (arrived != at_anchor) & (cells != anchors) & ~alone
-            sums += torch.stack([((from_anchor * theirs).sum(1) * counted).sum(), counted.sum()])
+            counted = (arrived != at_anchor) & (places != anchors)
+            sums[0] += ((from_anchor * theirs).sum(1) * counted).sum()
+            sums[1] += counted.sum()
 
     @property
     def cycle(self) -> float | None:

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from diffcore.report import Report, lines_with_band
@@ -169,7 +168,11 @@ def _add_strips(report: Report, run: Run) -> None:
         strip = {key.split("/")[1]: value for key, value in part.tensors.items() if key.startswith(f"{place}/")}
         correct = strip.get("correct")
         figure = match_strip(
-            strip["source"], strip["target"], strip["points"], strip["found"], None if correct is None else correct.bool()
+            strip["source"],
+            strip["target"],
+            strip["points"],
+            strip["found"],
+            None if correct is None else correct.bool(),
         )
         caption = part.fields["caption"] if place == 0 else f"Pair {place + 1}."
         report.figure(run.figure(f"match-{place + 1}", figure), caption)
@@ -181,7 +184,9 @@ def _add_components(report: Report, run: Run) -> None:
     part = run.load("components")
     names = part.fields["names"][:_SHEET]
     figure = component_sheet(
-        part.tensors["image"], {_short(name): part.tensors[name] for name in names}, [_short(n) for n in part.fields["dropped"]]
+        part.tensors["image"],
+        {_short(name): part.tensors[name] for name in names},
+        [_short(n) for n in part.fields["dropped"]],
     )
     report.section("What each activation sees")
     report.figure(

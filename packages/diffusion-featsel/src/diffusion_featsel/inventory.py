@@ -31,6 +31,8 @@ from diffusion_featsel.activation import Activation
 from diffusion_featsel.backbones import BACKBONES
 from diffusion_featsel.name_sites import named_rows
 from diffusion_featsel.names import canonical, unknown
+from diffusion_featsel.paper_filter import Family, family_of, paper_filter
+from diffusion_featsel.presets import presets_with
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,32 @@ class Inventory:
     def maps(self) -> tuple[str, ...]:
         """The names of attention maps, which are computed from queries and keys."""
         return tuple(row.name for row in self.rows if row.derived)
+
+    @property
+    def family(self) -> Family | None:
+        """The architecture whose names the paper's tables and presets use; None for others."""
+        return family_of({row.name for row in self.paper}) if self.model_class == "UNet2DConditionModel" else None
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """Returns plain values for JSON and CSV, one dictionary per activation.
+
+        Beside the attributes are the presets that an activation is in, and whether the paper's filter keeps it: true,
+        false with the reason in "dropped", or null for models that the filter was not made for.
+        """
+        family = self.family
+        kept, dropped = set[str](), dict[str, str]()
+        if family is not None:
+            found = paper_filter([row.name for row in self.rows], family)
+            kept, dropped = set(found.kept), dict(found.dropped)
+        return [
+            row.to_json()
+            | {
+                "presets": presets_with(row.name, family),
+                "paper_keeps": None if family is None else row.name in kept,
+                "dropped": dropped.get(row.name),
+            }
+            for row in self.rows
+        ]
 
     def named(self, names: str | Sequence[str]) -> list[Activation]:
         """Returns the activations of names, in the given order.

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from diffcore.errors import NoMatchError, printable
 from diffcore.hooks.attach import Visit, attached, in_backward, require_hookable, require_unfused, this_thread
 from diffcore.hooks.match import Site, resolve
+from diffcore.hooks.offload import send_back
 
 
 class Activations(dict[str, Tensor]):
@@ -108,6 +109,7 @@ def capture(
         with attached([(site, module, visit(site.key)) for site, module in sites], prepend=prepend):
             yield activations
     except _Finished as finished:
+        send_back(model)
         if finished.by is not activations:
             raise
 

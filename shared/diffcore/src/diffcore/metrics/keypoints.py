@@ -24,6 +24,46 @@ class CorrectKeypoints(NamedTuple):
     per_image: Float64[Tensor, " alphas"]
 
 
+def count_correct(
+    predicted: Float[Tensor, "b points 2"],
+    target: Float[Tensor, "b points 2"],
+    box: Float[Tensor, "b 2"],
+    alphas: Sequence[float],
+    visible: Bool[Tensor, "b points"],
+    first_row: int = 0,
+) -> Float64[Tensor, "b alphas"]:
+    """Returns how many keypoints of each image lie within `alpha` times the longer side of its box.
+
+    Args:
+        predicted: Predicted positions in pixels.
+        target: True positions in pixels.
+        box: Height and width of each image's box in pixels.
+        alphas: Radii, as shares of the longer side of the box.
+        visible: Whether each point counts.
+        first_row: Index of the first image over the whole data set, for messages.
+
+    Raises:
+        ValueError: A point that counts is NaN or infinite, or a box is not larger than 0.
+
+    Example:
+        >>> points = torch.tensor([[[0.0, 0.0], [5.0, 5.0]]])
+        >>> found = points + torch.tensor([[[1.0, 0.0], [0.0, 1.5]]])
+        >>> count_correct(found, points, torch.tensor([[10.0, 8.0]]), (0.1, 0.2), points[..., 0] >= 0).tolist()
+        [[1.0, 2.0]]
+    """
+    offset = torch.where(visible[..., None], predicted.double() - target.double(), 0.0)
+    require_finite("keypoints", offset.flatten(1), first_row)
+    side = box.double().amax(1)
+    if not bool((side > 0).all() & side.isfinite().all()):
+        raise ValueError(
+            f"box {int((~(side > 0) | ~side.isfinite()).nonzero()[0])} has no size; give its height and width"
+        )
+    # 0.29 * 100 is a little below 29 in floating point: the border must not fall outside by rounding.
+    radius = side[:, None, None] * torch.tensor(tuple(alphas), dtype=torch.float64, device=side.device)
+    inside = offset.square().sum(-1, keepdim=True) <= radius.square() * (1 + 1e-12)
+    return (inside & visible[..., None]).double().sum(1)
+
+
 class PercentageCorrectKeypoints(ExactMetric):
     """Shares of points within `alpha` of the box, the border included; `compute` returns `CorrectKeypoints`.
 
@@ -70,17 +110,8 @@ class PercentageCorrectKeypoints(ExactMetric):
             ValueError: A point that counts is NaN or infinite, or a box is not larger than 0.
         """
         counted = torch.ones_like(target[..., 0], dtype=torch.bool) if visible is None else visible
-        offset = torch.where(counted[..., None], predicted.double() - target.double(), 0.0)
-        require_finite("keypoints", offset.flatten(1), int(self.num_images))
-        side = box.double().amax(1)
-        if not bool((side > 0).all() & side.isfinite().all()):
-            raise ValueError(
-                f"box {int((~(side > 0) | ~side.isfinite()).nonzero()[0])} has no size; give its height and width"
-            )
-        # 0.29 * 100 is a little below 29 in floating point: the border must not fall outside by rounding.
-        radius = side[:, None, None] * torch.tensor(self.alphas, dtype=torch.float64, device=side.device)
-        inside = offset.square().sum(-1, keepdim=True) <= radius.square() * (1 + 1e-12)
-        correct, points = (inside & counted[..., None]).double().sum(1), counted.sum(1)
+        correct = count_correct(predicted, target, box, self.alphas, counted, first_row=int(self.num_images))
+        points = counted.sum(1)
         some = points > 0
         self.correct += correct.sum(0)
         self.num_points += points.sum()

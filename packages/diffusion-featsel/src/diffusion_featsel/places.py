@@ -1,0 +1,118 @@
+"""Matches of cells between different images: locality (section 3.2) and the cycle score S4 (section 9).
+
+Each image is matched with the next one of its group, from a fixed number of anchor cells. Cosines are those of maps
+whose channels were centered by the mean over both images.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from diffusion_featsel.sums import Sums, zeros
+from diffusion_featsel.views import Views
+
+NEAR = 0.1
+"""Distance, as a share of the image's side, within which two places count as the same."""
+_FAR = 0.25
+
+
+@dataclass
+class PlaceSums(Sums):
+    """Sums over anchor cells.
+
+    Attributes:
+        cycles: Number of anchors that come back within a tenth of the image, and number of all.
+        near: Sum of the cosines of anchors and their neighbors, and their number.
+        far: Sum of the cosines of anchors and cells at least a quarter of the image away, and their number.
+    """
+
+    cycles: Float[Tensor, " 2"]
+    near: Float[Tensor, " 2"]
+    far: Float[Tensor, " 2"]
+
+    @classmethod
+    def empty(cls, device: torch.device | str = "cpu") -> "PlaceSums":
+        """Returns sums over no image.
+
+        Args:
+            device: Device that the sums are kept on.
+        """
+        return cls(*(zeros(2, device=device) for _ in range(3)))
+
+    def add(self, views: Views) -> None:
+        """Adds a batch of images.
+
+        Args:
+            views: Maps of the activation.
+        """
+        height, width = views.grid
+        if height * width < 2:
+            return
+        partner = views.batch.partners
+        mine = views.draws[0].flatten(2)
+        other = mine[partner]
+        center = (mine.mean(2) + other.mean(2))[..., None] / 2
+        a, b = F.normalize(mine - center, dim=1), F.normalize(other - center, dim=1)
+        anchors, neighbors, distant = (_flat(cells, width) for cells in _cells(views.batch.anchors, views.grid))
+        from_anchor, from_neighbor, from_distant = (_take(a, cells) for cells in (anchors, neighbors, distant))
+        # (3 q, places) cosines with the other image, and the way back from where the anchors arrive.
+        forward = torch.cat([from_anchor, from_neighbor, from_distant], 2).transpose(1, 2) @ b
+        at_anchor, at_neighbor, at_distant = forward.argmax(2).tensor_split(3, 1)
+        back = (_take(b, at_anchor).transpose(1, 2) @ a).argmax(2)
+        alone = (partner == torch.arange(len(partner), device=partner.device))[:, None]
+        apart = _distance(anchors, back, views.grid) <= NEAR
+        self.cycles += torch.stack([(apart & ~alone).sum(), (~alone).expand_as(apart).sum()])
+        for sums, cells, theirs, arrived in (
+            (self.near, neighbors, from_neighbor, at_neighbor),
+            (self.far, distant, from_distant, at_distant),
+        ):
+            counted = (arrived != at_anchor) & (cells != anchors) & ~alone
+            sums += torch.stack([((from_anchor * theirs).sum(1) * counted).sum(), counted.sum()])
+
+    @property
+    def cycle(self) -> float | None:
+        """Share of anchors whose match in another image is matched back to them (S4), from 0 to 1."""
+        return float(self.cycles[0] / self.cycles[1]) if float(self.cycles[1]) else None
+
+    @property
+    def locality(self) -> float | None:
+        """Cosine of neighboring cells beyond that of distant ones, (near - far) / (1 - far)."""
+        if not float(self.near[1]) or not float(self.far[1]):
+            return None
+        near, far = (float(sums[0] / sums[1]) for sums in (self.near, self.far))
+        return (near - far) / max(1 - far, 1e-6)
+
+
+def _cells(anchors: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns (y, x) of the anchors, of a neighbor in the same row or column, and of a cell far from each."""
+    sides = torch.tensor(grid, device=anchors.device)
+    cell = (anchors * sides).long()
+    # A second use of the same random numbers: their lower digits choose the direction.
+    fine = (anchors * sides * 4).frac()
+    along_y = ((fine[..., 0] < 0.5) & (sides[0] > 1)) | (sides[1] == 1)
+    step = torch.stack([along_y, ~along_y], -1).long()
+    neighbor = torch.where(cell + step < sides, cell + step, cell - step)
+    reach = (_FAR * sides.max()).ceil().long()
+    distant = (cell + (sides // 2).clamp(min=1)) % sides
+    distant = torch.where(((distant - cell).abs().amax(-1, keepdim=True) >= reach), distant, cell)
+    return cell, neighbor, distant
+
+
+def _flat(cells: Tensor, width: int) -> Tensor:
+    return cells[..., 0] * width + cells[..., 1]
+
+
+def _take(maps: Tensor, cells: Tensor) -> Tensor:
+    """Returns (n, c, q) values of (n, c, places) at (n, q) cells."""
+    return maps.gather(2, cells[:, None].expand(-1, maps.shape[1], -1))
+
+
+def _distance(first: Tensor, second: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Returns distances of flat cells, as shares of the longer side of the grid."""
+    height, width = grid
+    y = (first // width - second // width).double()
+    x = (first % width - second % width).double()
+    return (y.square() + x.square()).sqrt() / max(height, width)

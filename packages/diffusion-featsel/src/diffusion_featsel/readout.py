@@ -1,0 +1,99 @@
+"""How much of the injected noise, and of the position, a linear map reads out of an activation (section 3.2).
+
+The map is fitted by ridge regression on the even images and tested on the odd ones, from sums of products alone.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffusion_featsel.sums import Sums, zeros
+from diffusion_featsel.views import DIMENSIONS, Views
+
+_RIDGE = 1e-4  # share of the mean square of a channel
+
+
+@dataclass
+class ReadoutSums(Sums):
+    """Sums of products of channels with what is read out, for even and odd images apart.
+
+    Attributes:
+        values: Sum of the channels.
+        cross: Sum of the products of channels and targets.
+        targets: Sum of the targets.
+        squares: Sum of the squared targets.
+        count: Number of rows: images times draws times places.
+    """
+
+    values: Float[Tensor, "2 d"]
+    cross: Float[Tensor, "2 d k"]
+    targets: Float[Tensor, "2 k"]
+    squares: Float[Tensor, "2 k"]
+    count: Float[Tensor, " 2"]
+
+    @classmethod
+    def empty(cls, channels: int, num_targets: int, device: torch.device | str = "cpu") -> "ReadoutSums":
+        """Returns sums over no image.
+
+        Args:
+            channels: Number of channels of the activation.
+            num_targets: Number of channels that are read out.
+            device: Device that the sums are kept on.
+        """
+        d, k = min(channels, DIMENSIONS), num_targets
+        return cls(*(zeros(*shape, device=device) for shape in ((2, d), (2, d, k), (2, k), (2, k), (2,))))
+
+    def add(self, views: Views, targets: Float[Tensor, "2 n k h w"]) -> None:
+        """Adds a batch of images.
+
+        Args:
+            views: Maps of the activation.
+            targets: What is to be read out at each place, for both draws.
+        """
+        start = views.batch.first % 2
+        g, y = views.projected, targets.flatten(3)
+        for half in range(2):
+            mine = slice((half + start) % 2, None, 2)
+            x, z = g[:, mine].flatten(0, 1), y[:, mine].flatten(0, 1)
+            self.values[half] += x.sum((0, 2))
+            self.cross[half] += torch.einsum("ndp,nkp->dk", x, z)
+            self.targets[half] += z.sum((0, 2))
+            self.squares[half] += z.double().square().sum((0, 2))
+            self.count[half] += x[:, 0].numel()
+
+    def r2(self, second: Float[Tensor, "2 d d"]) -> float | None:
+        """Returns the coefficient of determination on the odd images, averaged over the targets; at least 0.
+
+        Args:
+            second: Sums of the products of channels, for even and odd images apart.
+        """
+        if float(self.count.min()) == 0:
+            return None
+        counts = self.count[:, None]
+        mean_x, mean_y = self.values / counts, self.targets / counts
+        gram = second / counts[..., None] - mean_x[:, :, None] * mean_x[:, None]
+        cross = self.cross / counts[..., None] - mean_x[:, :, None] * mean_y[:, None]
+        variance = self.squares / counts - mean_y.square()
+        eye = torch.eye(len(gram[0]), dtype=gram.dtype, device=gram.device)
+        scale = float(gram[0].diagonal().mean())
+        if scale <= 0 or float(variance.min()) <= 0:
+            return None
+        weights = torch.linalg.solve(gram[0] + _RIDGE * scale * eye, cross[0])
+        # Squared error on the odd images of the map with its own offset: their means may differ from the even ones'.
+        shift = (mean_x[1] - mean_x[0]) @ weights - (mean_y[1] - mean_y[0])
+        error = variance[1] - 2 * (weights * cross[1]).sum(0) + (weights * (gram[1] @ weights)).sum(0) + shift.square()
+        return float((1 - error / variance[1]).clamp(min=0).mean())
+
+
+def places_of(grid: tuple[int, int], count: int, device: torch.device) -> Float[Tensor, "2 n 2 h w"]:
+    """Returns the (y, x) of each place from -1 to 1, as targets for both draws of some images.
+
+    Args:
+        grid: Rows and columns of the places.
+        count: Number of images.
+        device: Device of the result.
+    """
+    y, x = (torch.linspace(-1, 1, side, device=device) if side > 1 else torch.zeros(1, device=device) for side in grid)
+    return torch.stack(torch.meshgrid(y, x, indexing="ij")).expand(2, count, 2, *grid)

@@ -1,0 +1,174 @@
+"""The pass of a ranking on small networks: the same numbers from any batches, parts and processes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffcore.models import DiffusionModel
+from diffcore.run import Run, RunMap
+from diffcore.testing import tiny
+from diffcore.testing.distributed import run_forked
+from diffusion_featsel.inventory import inventory
+from diffusion_featsel.rank import score
+from diffusion_featsel.ranking import Ranking
+
+NAMES = ["unet-in", "down-level0-repeat0-res-out", "mid-vit-block0-self-q", "up-level0-repeat0-res-out", "unet-out"]
+
+
+@pytest.fixture(scope="module")
+def model() -> DiffusionModel:
+    return tiny.model("sd15")
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    g = torch.Generator().manual_seed(0)
+    return torch.nn.functional.interpolate(torch.rand(24, 3, 6, 6, generator=g), (16, 16), mode="bilinear")
+
+
+def states(model: DiffusionModel) -> dict[str, Tensor]:
+    return {"encoder_hidden_states": torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(1))}
+
+
+def ranked(model: DiffusionModel, images: Tensor, **settings: Any) -> Ranking:
+    def encode(some: Tensor) -> Tensor:
+        return 30 * model.codec.encode(some)  # a random autoencoder encodes faintly; now x0 is about as large as noise
+
+    return score(model, images, inventory(model).named(NAMES), condition=states(model), encode=encode, **settings)
+
+
+def numbers(ranking: Ranking) -> Tensor:
+    return torch.tensor([[torch.nan if v is None else v for v in row.numbers().values()] for row in ranking.rows])
+
+
+def test_batches_and_parts_do_not_change_the_numbers(model: DiffusionModel, images: Tensor, tmp_path: Path) -> None:
+    whole = ranked(model, images, batch_size=1000)
+    small = ranked(model, images, batch_size=1)
+    torch.testing.assert_close(numbers(small), numbers(whole), rtol=2e-3, atol=2e-3, equal_nan=True)
+    assert whole.similarity is not None
+    assert small.similarity is not None
+    torch.testing.assert_close(small.similarity, whole.similarity, rtol=1e-3, atol=1e-3, equal_nan=True)
+    with Run.open(tmp_path / "run", command="test", config={}) as run:
+        parts = ranked(model, images, batch_size=1000, parts=3, map=RunMap(run))
+        calls = model.denoiser.register_forward_hook(lambda *_: pytest.fail("a finished part was computed again"))
+        again = ranked(model, images, batch_size=1000, parts=3, map=RunMap(run))
+        calls.remove()
+    torch.testing.assert_close(numbers(parts), numbers(whole), rtol=2e-3, atol=2e-3, equal_nan=True)
+    torch.testing.assert_close(numbers(again), numbers(parts), equal_nan=True)
+
+
+def test_two_processes_share_the_parts(model: DiffusionModel, images: Tensor, tmp_path: Path) -> None:
+    from lightning.fabric import Fabric
+
+    alone = numbers(ranked(model, images, parts=2, map=RunMap(Run.open(tmp_path / "alone", command="t", config={}))))
+    Run.open(tmp_path / "both", command="t", config={}).close()
+
+    def on_rank(rank: int) -> Tensor:
+        fabric = _Ranks(rank)
+        with Run.open(tmp_path / "both", command="t", config={}) as run:
+            return numbers(ranked(model, images, parts=2, map=RunMap(run, fabric)))
+
+    class _Ranks(Fabric):
+        """Two processes that gloo already joined."""
+
+        def __init__(self, rank: int) -> None:
+            self.rank = rank
+
+        global_rank = property(lambda self: self.rank)
+        world_size = property(lambda self: 2)
+
+        def barrier(self, name: str | None = None) -> None:
+            torch.distributed.barrier()
+
+    for found in run_forked(on_rank):
+        torch.testing.assert_close(found, alone, equal_nan=True)
+
+
+@pytest.mark.parametrize(("t", "low", "high"), [(900.0, 0.9, 1.0), (0.0, 0.0, 0.1)])
+def test_the_input_leaks_noise_only_where_there_is_much(
+    model: DiffusionModel, images: Tensor, t: float, low: float, high: float
+) -> None:
+    leak = ranked(model, images, t=t, measurements=("readout",))["unet-in"].noise_leak
+    assert leak is not None
+    assert low <= leak <= high
+
+
+def test_an_activation_without_noise_is_reported_as_such(model: DiffusionModel, images: Tensor) -> None:
+    """The noise is taken away, so both draws agree: all that varies is content."""
+
+    schedule = model.denoiser.schedule
+
+    class Quiet:
+        def __getattr__(self, name: str) -> object:
+            return getattr(schedule, name)
+
+        def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+            return x0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.denoiser, "schedule", Quiet())
+        row = ranked(model, images)["mid-vit-block0-self-q"]
+    assert row.reliability == pytest.approx(1, abs=1e-5)
+    assert row.snr_db is None or row.snr_db > 50
+
+
+def test_a_constant_activation_is_not_ranked(model: DiffusionModel, images: Tensor) -> None:
+    site = "up_blocks.0.resnets.0"
+    handle = model.backbone.get_submodule(site).register_forward_hook(lambda m, a, out: torch.ones_like(out))
+    try:
+        found = ranked(model, images)
+    finally:
+        handle.remove()
+    row = found["up-level0-repeat0-res-out"]
+    assert row.reliability is None
+    assert row.fisher is None
+    assert "up-level0-repeat0-res-out" not in found.scores("fisher_rank")
+    assert found.similarity is not None
+    assert found.similarity[3].isnan().all()
+
+
+def test_values_that_are_no_numbers_are_named_and_the_rest_is_kept(model: DiffusionModel, images: Tensor) -> None:
+    handle = model.backbone.get_submodule("conv_out").register_forward_hook(lambda m, a, out: out * torch.inf)
+    try:
+        found = ranked(model, images)
+    finally:
+        handle.remove()
+    assert list(found.broken) == ["unet-out"]
+    assert "bfloat16" in found.broken["unet-out"]
+    assert [row.name for row in found.rows] == NAMES[:-1]
+
+
+def test_another_timestep_changes_noisy_activations_most(model: DiffusionModel, images: Tensor) -> None:
+    found = ranked(model, images, t=20.0, other_t=900.0, measurements=("samples",))
+    assert found["unet-in"].t_dependence is not None
+    assert found["unet-in"].t_dependence > 0.5
+    same = ranked(model, images, t=20.0, other_t=20.5, measurements=("samples",))
+    assert abs(same["unet-in"].t_dependence or 0) < 0.01
+
+
+def test_too_few_images_and_text_are_refused(model: DiffusionModel, images: Tensor) -> None:
+    with pytest.raises(ValueError, match="there are 15 images; ranking needs at least 16"):
+        ranked(model, images[:15])
+    text = inventory(model).named(["down-level0-repeat0-vit-block0-cross-k"])
+    with pytest.raises(ValueError, match="have no image places"):
+        score(model, images, text)
+
+
+def test_seventeen_images_are_two_groups(model: DiffusionModel, images: Tensor) -> None:
+    assert ranked(model, images[:17]).num_images == 17
+
+
+def test_the_networks_hooks_are_gone_afterwards(model: DiffusionModel, images: Tensor) -> None:
+    ranked(model, images)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.backbone.modules())
+
+
+def test_the_order_is_that_of_the_score(model: DiffusionModel, images: Tensor) -> None:
+    found = ranked(model, images)
+    values = list(found.scores().values())
+    assert values == sorted(values, reverse=True)
+    rows = {row["name"]: row for row in found.to_rows()}
+    assert [rows[name]["rank"] for name in found.scores()] == [1, 2, 3, 4, 5]

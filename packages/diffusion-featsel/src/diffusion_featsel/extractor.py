@@ -80,6 +80,7 @@ class FeatureExtractor(nn.Module):
         extra: Further entries of the condition, such as class labels or residuals of a ControlNet.
         differentiable: Whether to keep the graph, so that gradients flow back to the weights and the images.
         batch_size: Number of images per forward pass of the network; by default all that come together.
+        listed: The inventory of the model for the usual size and prompt, where it is at hand; it saves a second.
 
     Raises:
         NoMatchError: The network has no activation of a name; the message lists the nearest.
@@ -122,6 +123,7 @@ class FeatureExtractor(nn.Module):
         extra: Mapping[str, Tensor] | None = None,
         differentiable: bool = False,
         batch_size: int | None = None,
+        listed: Inventory | None = None,
     ) -> None:
         super().__init__()
         chosen = _chosen(features)
@@ -144,7 +146,12 @@ class FeatureExtractor(nn.Module):
         self.networks = nn.ModuleList(_networks(model))
         self._conditions = Conditions(model, dict(extra or {}))
         self._in_batches = None if batch_size is None else InBatches(batch_size)
+        self._num_text = None
+        if model.prompts is not None:
+            self._num_text = _text_tokens(self._conditions(self.prompt, size=self._usual_size()))
         self._inventories: dict[tuple[tuple[int, int], int | None], Inventory] = {}
+        if listed is not None:
+            self._inventories[listed.size, self._num_text] = listed
         self._asked = chosen.names
         rows = self.activations()
         names = tuple(row.name for row in rows)
@@ -185,7 +192,7 @@ class FeatureExtractor(nn.Module):
 
         Args:
             size: Height and width of the network's input in pixels; by default that of the protocol.
-            num_text: Number of text tokens of the condition; by default what is usual for the network.
+            num_text: Number of text tokens of the condition; by default that of the prompt.
 
         Raises:
             NoMatchError: The network has no activation of a name; the message lists the nearest.
@@ -193,9 +200,9 @@ class FeatureExtractor(nn.Module):
         """
         factor = int(getattr(self.model.codec, "factor", 1))
         height, width = size or self._usual_size()
-        key = ((height // factor, width // factor), num_text)
+        key = ((height // factor, width // factor), self._num_text if num_text is None else num_text)
         if key not in self._inventories:
-            self._inventories[key] = inventory(self.model, size=key[0], num_text=num_text)
+            self._inventories[key] = inventory(self.model, size=key[0], num_text=key[1])
         rows = self._inventories[key].named(self._asked)
         for row in rows:
             if row.derived:
@@ -250,6 +257,11 @@ class FeatureExtractor(nn.Module):
             raise ValueError(f"there are {len(latents)} images and {len(prompts)} `prompts`; give one per image")
         condition = self._conditions(self.prompt if prompts is None else prompts, size=latents.size)
         condition |= {key: value.to(self.model.device) for key, value in (extra or {}).items()}
+        for key, value in condition.items():
+            if len(value) not in (1, len(latents)):
+                raise ValueError(
+                    f"{key} of `extra` has {len(value)} rows; give one, or {len(latents)} for these images"
+                )
         text = condition.get("encoder_hidden_states")
         rows = self.activations(latents.size, None if text is None else text.shape[1])
         found: dict[str, Tensor] = {}
@@ -307,11 +319,11 @@ class FeatureExtractor(nn.Module):
             parts.append(part)
         return torch.cat(parts, dim=1)
 
-    def calibrate(self, images: Images | Iterable[Images]) -> None:
+    def calibrate(self, images: Images | Iterable[Any]) -> None:
         """Measures the statistics that balancing and normalising take, over all places of all images.
 
         Args:
-            images: One batch of images, or any number of batches.
+            images: One batch of images as `forward` takes it, or any number of batches.
 
         Raises:
             ValueError: There is no image.
@@ -416,15 +428,18 @@ def _chosen(features: Selection | str | Sequence[str]) -> Selection:
     return Selection(names)
 
 
+def _text_tokens(condition: Mapping[str, Tensor]) -> int | None:
+    states = condition.get("encoder_hidden_states")
+    return None if states is None else states.shape[1]
+
+
 def _networks(model: DiffusionModel) -> list[nn.Module]:
     every = [model.backbone, getattr(model.codec, "vae", None), *model.modules.values()]
     return list(dict.fromkeys(network for network in every if isinstance(network, nn.Module)))
 
 
 def _is_batch(images: Any) -> bool:
-    return (
-        isinstance(images, Sequence)
-        and len(images) > 0
-        and not (isinstance(images[0], Tensor) and images[0].ndim == 4)
-        and not isinstance(images[0], list | tuple)
-    )
+    """Returns whether a sequence holds single images, not batches of them."""
+    if not isinstance(images, Sequence) or not images or isinstance(images[0], list | tuple):
+        return False
+    return not isinstance(images[0], Tensor) or images[0].ndim == 3

@@ -135,7 +135,7 @@ def prepare(
     ours = None if published else images if isinstance(images, Tensor) else [as_rgb(image) for image in images]
     known = tuple(keys) if keys is not None else tuple(image_keys(images if ours is None else ours))
     whole = images if isinstance(images, Tensor) else None
-    sizes = [_sides(whole)] * len(images) if whole is not None else [_sides(image) for image in images]
+    sizes = [_sides(whole)] * len(images) if whole is not None else [_sides(image) for image in ours or images]
     placements = tuple(placed(own, size, mode=mode, multiple=multiple) for own in sizes)
     for placement, own in zip(placements, sizes, strict=True):
         if placement.size != placements[0].size:

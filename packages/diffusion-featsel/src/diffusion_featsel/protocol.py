@@ -210,7 +210,7 @@ def _at_sigma(schedule: Any, sigma: float) -> float:
     return float((every - sigma).abs().argmin())
 
 
-def published_timestep(model: DiffusionModel, t: float) -> float:
+def published_timestep(model: DiffusionModel, t: float | int) -> float:
     """Returns the timestep that the published code uses where one is asked for.
 
     It sets the scheduler of the pipeline to as many steps as there are timesteps, and starts as image-to-image does

@@ -20,6 +20,7 @@ from diffusion_featsel.forward import noised
 from diffusion_featsel.inventory import inventory
 from diffusion_featsel.normalise import ChannelMeter
 from diffusion_featsel.prepare import image_keys
+from diffusion_featsel.presets import preset
 from diffusion_featsel.project import random_projection
 from diffusion_featsel.protocol import Protocol, drawn, posterior
 from diffusion_featsel.selection import Selection
@@ -375,7 +376,7 @@ def test_t_zero_is_allowed(extractor_of, model, images):
 def test_what_cannot_be_a_feature_is_refused(extractor_of):
     with pytest.raises(NoMatchError, match="up-level1-repeat0"):
         extractor_of(["up-level7-repeat0-res-out"])
-    with pytest.raises(UserError, match="is an attention map"):
+    with pytest.raises(UserError, match="has a map for every place"):
         extractor_of(["up-level1-repeat0-vit-block0-self-map"])
     with pytest.raises(UserError, match="is text, or one vector per image"):
         extractor_of(["up-level1-repeat0-vit-block0-cross-k"])
@@ -396,3 +397,45 @@ def test_networks_stay_in_eval_and_move_with_the_module(extractor_of, pipe, mode
 def test_aliases_are_the_same_tensor_computed_once(extractor_of, images):
     found = extractor_of(["unet-after-conv-in", "skip0"])(images)
     assert torch.equal(found["unet-after-conv-in"], found["skip0"])
+
+
+def test_maps_of_attention_to_text_are_features(extractor_of, images):
+    found = extractor_of(["up-level1-repeat0-vit-block0-cross-map"], prompt="a cat", draws=2)(images)
+    maps = found["up-level1-repeat0-vit-block0-cross-map"]
+    assert tuple(maps.shape) == (5, 77, 8, 8)
+    torch.testing.assert_close(maps.sum(1), torch.ones(5, 8, 8))
+
+
+def test_presets_bring_size_resizing_and_draws():
+    backbone = tiny.backbone(
+        "sd15",
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        layers_per_block=2,
+        norm_num_groups=4,
+        attention_head_dim=2,
+    )
+    pipe = tiny.pipeline("sd15")
+    pipe.unet = backbone
+    model = from_pipeline(pipe)
+    chosen = preset("dift/sd21").selection
+    assert chosen.draws == 8
+    dift = FeatureExtractor(model, "dift/sd21", size=32)
+    assert (dift.protocol.sample, dift.protocol.draws, dift.t, dift.prompt) == (True, 8, (261.0,), "")
+    image = torch.rand(1, 3, 40, 40)
+    found = dift(image)["up-level1-upsampler-out"]
+    draws = []
+    for draw in range(8):
+        mean, std = posterior(model, dift.protocol.prepare(model, image).images)
+        x0 = drawn(mean, std, image_keys(image), draw=draw)
+        x_t = noised(model, x0, image_keys(image), 261.0, draw=draw)
+        with torch.no_grad(), capture(model.backbone, "up_blocks.1.upsamplers.0") as inside:
+            model.backbone(x_t, torch.tensor([261.0]), model.prompts([""])["encoder_hidden_states"])
+        draws.append(inside["up_blocks.1.upsamplers.0"])
+    torch.testing.assert_close(found, torch.stack(draws).mean(0), atol=TOLERANCE, rtol=0)
+    practical = FeatureExtractor(model, "sd15/practical")
+    assert practical.protocol.size == 512
+    assert practical.prompt.startswith("a highly realistic photo")
+    assert practical.cost < 0.9
+    assert FeatureExtractor(model, "sd15/practical", protocol="paper", size=32).protocol.published

@@ -22,6 +22,7 @@ from diffusion_featsel.forward import activations_of, noised
 from diffusion_featsel.inventory import Inventory, inventory
 from diffusion_featsel.normalise import ChannelMeter, ChannelStatistics, Normalisation, normalise
 from diffusion_featsel.prepare import Mode, Picture, Prepared
+from diffusion_featsel.presets import PRESETS, preset
 from diffusion_featsel.project import Projection
 from diffusion_featsel.protocol import Conditions, Protocol, Timestep, drawn, image_size, posterior
 from diffusion_featsel.selection import Selection
@@ -64,7 +65,8 @@ class FeatureExtractor(nn.Module):
 
     Args:
         model: The diffusion model.
-        features: A selection, the name of a preset such as "sd15/practical", or names of activations.
+        features: A selection, the name of a preset such as "sd15/practical", or names of activations. Size, resizing
+            and draws of a preset are taken unless others are given.
         t: Timestep or several, see `timesteps`; by default that of the selection, or the paper's. With several
             timesteps the maps are called "NAME@T".
         prompt: Prompt for all images; by default that of the selection, or the empty one.
@@ -84,6 +86,7 @@ class FeatureExtractor(nn.Module):
 
     Raises:
         NoMatchError: The network has no activation of a name; the message lists the nearest.
+        NonFiniteError: When called, where an activation is infinite, as happens in float16, or NaN.
         UserError: An activation has no image places, or a setting does not fit the model.
 
     References:
@@ -129,12 +132,11 @@ class FeatureExtractor(nn.Module):
         chosen = _chosen(features)
         if chosen.model and chosen.model != model.fingerprint:
             warnings.warn(f"the selection was chosen on another model than {model.name}", stacklevel=2)
-        start = protocol if isinstance(protocol, Protocol) else Protocol.paper() if protocol == "paper" else Protocol()
+        start = protocol if isinstance(protocol, Protocol) else _protocol(chosen, published=protocol == "paper")
         stated = {"seed": seed, "size": size, "mode": mode, "draws": draws}
-        if draws is None and not isinstance(protocol, Protocol):
-            stated["draws"] = chosen.draws
         self.protocol = replace(start, **{key: value for key, value in stated.items() if value is not None})
-        asked = chosen.t if t is None and isinstance(features, Selection) else t
+        settled = isinstance(features, Selection) or (isinstance(features, str) and features in PRESETS)
+        asked = chosen.t if t is None and settled else t
         self.t = self.protocol.timesteps(model, asked)
         self.prompt = chosen.prompt if prompt is None else prompt
         self.balance: Balance = balance
@@ -205,8 +207,8 @@ class FeatureExtractor(nn.Module):
             self._inventories[key] = inventory(self.model, size=key[0], num_text=key[1])
         rows = self._inventories[key].named(self._asked)
         for row in rows:
-            if row.derived:
-                raise UserError(f"{row.name} is an attention map, not a tensor of channels; choose queries or keys")
+            if row.kind == "self-map":
+                raise UserError(f"{row.name} has a map for every place, not channels; choose queries or keys")
             if row.grid is None:
                 raise UserError(f"{row.name} is text, or one vector per image; choose an activation with image places")
         return list({row.name: row for row in rows}.values())
@@ -386,10 +388,8 @@ class FeatureExtractor(nn.Module):
                 maps = self.projections[name](maps)
             return maps.contiguous()
 
-        once = {row.site.key: row for row in rows}
         grad = self.differentiable and torch.is_grad_enabled()
-        found = activations_of(self.model, x_t, t, own, list(once.values()), reduce=kept, grad=grad)
-        return {row.name: found[once[row.site.key].name] for row in rows}
+        return activations_of(self.model, x_t, t, own, rows, reduce=kept, grad=grad)
 
     def _noised(self, part: Latents, t: float, draw: int) -> Tensor:
         protocol, x0 = self.protocol, part.mean
@@ -422,10 +422,20 @@ class FeatureExtractor(nn.Module):
 def _chosen(features: Selection | str | Sequence[str]) -> Selection:
     if isinstance(features, Selection):
         return features
+    if isinstance(features, str) and features in PRESETS:
+        return preset(features).selection
     names = (features,) if isinstance(features, str) else tuple(features)
     if not names:
         raise UserError("`features` names no activation; give at least one")
     return Selection(names)
+
+
+def _protocol(chosen: Selection, *, published: bool) -> Protocol:
+    """Returns the protocol that a selection states in its details, ours or the published one otherwise."""
+    details = chosen.details
+    sample = published or bool(details.get("vae_sample"))
+    side, fit = details.get("size"), details.get("fit", "squash")
+    return Protocol(size=side, mode=fit, sample=sample, published=published, draws=chosen.draws)
 
 
 def _text_tokens(condition: Mapping[str, Tensor]) -> int | None:

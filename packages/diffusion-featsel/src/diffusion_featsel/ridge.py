@@ -20,25 +20,25 @@ _CONSTANT = 1e-10  # variance, as a share of the mean square, below which a chan
 
 
 @dataclass(frozen=True)
-class RidgeFit:
+class LinearHead:
     """A linear map from features to one score for each class.
 
     Attributes:
         weight: Factor of each channel for each class.
         bias: Constant of each class.
-        strength: Share of the mean eigenvalue that was added to the diagonal.
+        strength: Regularisation that it was fitted with, as a share of the mean eigenvalue.
     """
 
-    weight: Float64[Tensor, "channels classes"]
-    bias: Float64[Tensor, " classes"]
-    strength: float
+    weight: Float[Tensor, "channels classes"]
+    bias: Float[Tensor, " classes"]
+    strength: float = 0.0
 
     def __call__(self, x: Float[Tensor, "*rows channels"]) -> Float[Tensor, "*rows classes"]:
         """Returns the scores of each row; the largest is the predicted class."""
         return x @ self.weight.to(x.dtype) + self.bias.to(x.dtype)
 
 
-def fit_ridge(gram: Gram, strength: float | None = None, strengths: Sequence[float] = STRENGTHS) -> RidgeFit:
+def fit_ridge(gram: Gram, strength: float | None = None, strengths: Sequence[float] = STRENGTHS) -> LinearHead:
     """Fits a ridge regression to all pieces of a Gram.
 
     Args:
@@ -88,13 +88,13 @@ def left_out_errors(gram: Gram, strengths: Sequence[float] = STRENGTHS) -> Float
     )
 
 
-def left_out_fits(gram: Gram, strength: float) -> list[RidgeFit]:
+def left_out_fits(gram: Gram, strength: float) -> list[LinearHead]:
     """Returns, for each piece, the fit to all other pieces."""
     total = gram.moments.sum(0)
     return [_solved(total - piece, gram.num_channels, (strength,))[0] for piece in gram.moments]
 
 
-def squared_error(fit: RidgeFit, moments: Float64[Tensor, "d d"]) -> Float64[Tensor, ""]:
+def squared_error(fit: LinearHead, moments: Float64[Tensor, "d d"]) -> Float64[Tensor, ""]:
     """Returns the sum of squared errors over the pixels whose moments are given."""
     n = len(fit.weight)
     w = torch.cat([fit.weight, fit.bias[None]])
@@ -102,7 +102,7 @@ def squared_error(fit: RidgeFit, moments: Float64[Tensor, "d d"]) -> Float64[Ten
     return yy.trace() - 2 * (w * xy).sum() + (w * (xx @ w)).sum()
 
 
-def _solved(moments: Tensor, n: int, strengths: Sequence[float]) -> list[RidgeFit]:
+def _solved(moments: Tensor, n: int, strengths: Sequence[float]) -> list[LinearHead]:
     count = moments[n, n]
     mean, mean_y = moments[:n, n] / count, moments[n, n + 1 :] / count
     second = moments[:n, :n].diagonal() / count
@@ -117,5 +117,5 @@ def _solved(moments: Tensor, n: int, strengths: Sequence[float]) -> list[RidgeFi
     for strength in strengths:
         lifted = a + torch.diag_embed((strength * size).expand(n))
         weight = torch.cholesky_solve(b, torch.linalg.cholesky(lifted)) * scale[:, None]
-        fits.append(RidgeFit(weight, mean_y - mean @ weight, strength))
+        fits.append(LinearHead(weight, mean_y - mean @ weight, strength))
     return fits

@@ -7,12 +7,11 @@ channels were centered by the mean over both images.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from diffusion_featsel.sums import Sums, zeros
-from diffusion_featsel.views import Views
+from diffusion_featsel.views import Views, directions
 
 NEAR = 0.1
 """Distance, as a share of the image's side, within which two places count as the same."""
@@ -54,7 +53,7 @@ class PlaceSums(Sums):
             return
         mine, other = views.draws[0].flatten(2)[: 2 * count].unflatten(0, (count, 2)).unbind(1)
         center = (mine.mean(2) + other.mean(2))[..., None] / 2
-        a, b = F.normalize(mine - center, dim=1), F.normalize(other - center, dim=1)
+        a, b = directions(mine - center), directions(other - center)
         cells = _cells(views.batch.anchors[: 2 * count : 2], views.grid)
         anchors, neighbors, distant = (_flat(places, width) for places in cells)
         from_anchor, from_neighbor, from_distant = (_take(a, places) for places in (anchors, neighbors, distant))

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffusion_featsel.match import FeaturePair, Search
 from diffusion_featsel.places import NEAR
 from diffusion_featsel.sums import Sums, zeros
-from diffusion_featsel.views import Views
+from diffusion_featsel.views import Views, directions
 
 _GRID = 32  # least rows and columns of places that a point is compared with
 
@@ -76,7 +76,7 @@ class SelfMatchSums(Sums):
 
 def _best_elsewhere(views: Views, pair: FeaturePair, descriptors: Tensor) -> Tensor:
     """Returns the largest cosine of each point with a cell of the group's other moved images."""
-    columns = torch.nn.functional.normalize(pair.target[0].flatten(2), dim=1)
+    columns = directions(pair.target[0].flatten(2))
     first = views.batch.first
     best = []
     for group in views.batch.groups:

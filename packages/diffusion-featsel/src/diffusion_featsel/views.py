@@ -112,6 +112,16 @@ def grouped(count: int) -> list[range]:
     return [range(a, b) for a, b in zip(starts, [*starts[1:], count], strict=True)]
 
 
+def directions(maps: Float[Tensor, "n c places"]) -> Float[Tensor, "n c places"]:
+    """Returns columns of length 1; a column of zeros stays one.
+
+    Args:
+        maps: Maps with their places in one dimension.
+    """
+    # Several times as fast on the CPU as `torch.nn.functional.normalize`, whose norm goes along the strided dimension.
+    return maps * maps.square().sum(1, keepdim=True).clamp(min=1e-24).rsqrt()
+
+
 def projection_of(name: str, channels: int, device: torch.device) -> Tensor | None:
     """Returns a matrix with orthogonal rows to `DIMENSIONS` channels, seeded by a name; None where it would not shrink.
 

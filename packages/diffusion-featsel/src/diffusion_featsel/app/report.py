@@ -167,13 +167,8 @@ def _add_strips(report: Report, run: Run) -> None:
     for place in range(part.fields["count"]):
         strip = {key.split("/")[1]: value for key, value in part.tensors.items() if key.startswith(f"{place}/")}
         correct = strip.get("correct")
-        figure = match_strip(
-            strip["source"],
-            strip["target"],
-            strip["points"],
-            strip["found"],
-            None if correct is None else correct.bool(),
-        )
+        correct = None if correct is None else correct.bool()
+        figure = match_strip(strip["source"], strip["target"], strip["points"], strip["found"], correct)
         caption = part.fields["caption"] if place == 0 else f"Pair {place + 1}."
         report.figure(run.figure(f"match-{place + 1}", figure), caption)
 
@@ -182,12 +177,8 @@ def _add_components(report: Report, run: Run) -> None:
     if not _has(run, "components"):
         return
     part = run.load("components")
-    names = part.fields["names"][:_SHEET]
-    figure = component_sheet(
-        part.tensors["image"],
-        {_short(name): part.tensors[name] for name in names},
-        [_short(n) for n in part.fields["dropped"]],
-    )
+    shown = {_short(name): part.tensors[name] for name in part.fields["names"][:_SHEET]}
+    figure = component_sheet(part.tensors["image"], shown, [_short(name) for name in part.fields["dropped"]])
     report.section("What each activation sees")
     report.figure(
         run.figure("components", figure),

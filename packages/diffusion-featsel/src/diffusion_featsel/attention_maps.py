@@ -109,7 +109,7 @@ def self_maps(
         >>> entropy = lambda name, probs: torch.special.entr(probs).sum(-1).mT
         >>> found = self_maps(model, x_t, 50.0, condition, rows, reduce=entropy)
         >>> {name: tuple(value.shape) for name, value in found.items()}
-        {'up-level1-repeat0-vit-block0-self-map': (2, 4, 8, 8)}
+        {'up-level1-repeat0-vit-block0-self-map': (2, 8, 8, 8)}
     """
     for row in activations:
         if not row.derived or row.modules:

@@ -149,7 +149,7 @@ def _require_features(activations: Sequence[Activation], *, grad: bool) -> None:
 
 def _require_single_calls(backbone: nn.Module, *, grad: bool) -> None:
     """Raises where gradient checkpointing would run modules a second time during backward."""
-    checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules())
+    checkpointed = any(vars(module).get("gradient_checkpointing", False) for module in backbone.modules())
     if checkpointed and (backbone.training or grad):
         raise IncompatibleModelError(
             f"{type(backbone).__name__} runs modules twice under gradient checkpointing "

@@ -88,9 +88,9 @@ def self_maps(
     """Runs the network, and returns maps of attention as a reduction leaves them: features b c h w.
 
     Args:
-        model: The diffusion model.
-        x_t: Noisy inputs.
-        t: Their timestep.
+        model: The diffusion model that is run.
+        x_t: Noisy inputs of the network.
+        t: Timestep of all inputs, in the units of the schedule.
         condition: Condition of the backbone; each tensor has one row for all inputs, or one for each.
         activations: Attention maps that an inventory lists for this size of x_t.
         reduce: Called as (name, probabilities of some queries, b heads queries keys); returns b queries c. For example,

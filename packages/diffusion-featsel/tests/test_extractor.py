@@ -431,7 +431,7 @@ def test_presets_bring_size_resizing_and_draws():
         x0 = drawn(mean, std, image_keys(image), draw=draw)
         x_t = noised(model, x0, image_keys(image), 261.0, draw=draw)
         with torch.no_grad(), capture(model.backbone, "up_blocks.1.upsamplers.0") as inside:
-            model.backbone(x_t, torch.tensor([261.0]), model.prompts([""])["encoder_hidden_states"])
+            model.backbone(x_t, torch.tensor([261.0]), dift._conditions("", size=(32, 32))["encoder_hidden_states"])
         draws.append(inside["up_blocks.1.upsamplers.0"])
     torch.testing.assert_close(found, torch.stack(draws).mean(0), atol=TOLERANCE, rtol=0)
     practical = FeatureExtractor(model, "sd15/practical")

@@ -29,7 +29,7 @@ def centre_of_mass(image: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("sides", [(120, 200), (200, 120)])
 def test_a_spot_lies_where_the_placement_says(mode, size, sides):
     x, y = sides[1] / 2 + 7.25, sides[0] / 2 - 9.5
-    ready = prepare(blob(*sides, x, y), size, mode=mode, multiple=4)
+    ready = prepare(blob(sides[0], sides[1], x, y), size, mode=mode, multiple=4)
     image = ready.images[0]
     top, left, height, width = ready.placements[0].target
     bars = torch.ones_like(image, dtype=torch.bool)

@@ -5,8 +5,9 @@ One forward pass of the network per image, noise draw and timestep, which ends a
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,9 @@ from diffusion_featsel.presets import PRESETS, preset
 from diffusion_featsel.project import Projection
 from diffusion_featsel.protocol import Conditions, Protocol, Timestep, drawn, image_size, posterior
 from diffusion_featsel.selection import Selection
+
+if TYPE_CHECKING:
+    from diffusion_featsel.backbone_form import Backbone
 
 Balance = Literal["rms", "none"]
 """Whether activations are divided by their root mean square before they are concatenated."""
@@ -150,7 +154,7 @@ class FeatureExtractor(nn.Module):
         self._in_batches = None if batch_size is None else InBatches(batch_size)
         self._num_text = None
         if model.prompts is not None:
-            self._num_text = _text_tokens(self._conditions(self.prompt, size=self._usual_size()))
+            self._num_text = _text_tokens(self._conditions(self.prompt, size=self.usual_size))
         self._inventories: dict[tuple[tuple[int, int], int | None], Inventory] = {}
         if listed is not None:
             self._inventories[listed.size, self._num_text] = listed
@@ -185,6 +189,14 @@ class FeatureExtractor(nn.Module):
         return tuple(f"{name}@{t:g}" for t in self.t for name in self.selection.names)
 
     @property
+    def usual_size(self) -> tuple[int, int]:
+        """Height and width, in pixels, of the network's input; in the mode "native" those that it was trained for."""
+        size = self.protocol.size
+        if size is None or self.protocol.mode == "native":
+            return image_size(self.model)
+        return (size, size) if isinstance(size, int) else size
+
+    @property
     def cost(self) -> float:
         """Share of the network's forward pass that is run, from 0 to 1; the autoencoder and text are apart."""
         return max(row.cost for row in self.activations())
@@ -201,7 +213,7 @@ class FeatureExtractor(nn.Module):
             UserError: An activation has no image places.
         """
         factor = int(getattr(self.model.codec, "factor", 1))
-        height, width = size or self._usual_size()
+        height, width = size or self.usual_size
         key = ((height // factor, width // factor), self._num_text if num_text is None else num_text)
         if key not in self._inventories:
             self._inventories[key] = inventory(self.model, size=key[0], num_text=key[1])
@@ -347,6 +359,47 @@ class FeatureExtractor(nn.Module):
         rms = {name: statistics.rms for name, statistics in self.statistics.items()}
         self.selection = replace(self.selection, rms=rms)
 
+    def channels(self, name: str) -> int:
+        """Returns the number of channels of a map, after projecting and dropping massive channels.
+
+        Args:
+            name: One of `names`.
+        """
+        activation = name.partition("@")[0]
+        statistics = self.statistics.get(name)
+        if statistics is not None and self.normalise in ("drop-massive", "adaln"):
+            return int(statistics.moderate.sum())
+        if activation in self.projections:
+            return self.projections[activation].basis.shape[1]
+        return next(row.channels for row in self.activations() if row.name == activation)
+
+    def only(self, names: Sequence[str]) -> "FeatureExtractor":
+        """Returns an extractor of some of the activations, around the same networks and with the same settings.
+
+        Args:
+            names: Names of activations that this extractor has, in the order of the result.
+
+        Raises:
+            UserError: This extractor does not have one of them.
+        """
+        if foreign := [name for name in names if name not in self.selection.names]:
+            raise UserError(f"this extractor has no {printable(foreign[0])}; it has {', '.join(self.selection.names)}")
+        fewer = copy(self)
+        fewer._modules = dict(self._modules)
+        fewer._asked = tuple(dict.fromkeys(names))
+        fewer.selection = replace(self.selection, names=fewer._asked)
+        return fewer
+
+    def as_backbone(self, out_indices: Sequence[int] | None = None) -> "Backbone":
+        """Returns the extractor in timm's form: a list of maps, from fine to coarse, with their `feature_info`.
+
+        Args:
+            out_indices: Indices of the maps that are returned, negative ones from the end; by default all.
+        """
+        from diffusion_featsel.backbone_form import Backbone
+
+        return Backbone(self, out_indices)
+
     def train(self, mode: bool = True) -> "FeatureExtractor":
         """Sets the mode of the extractor; its networks follow where it is differentiable alone."""
         super().train(mode)
@@ -358,12 +411,6 @@ class FeatureExtractor(nn.Module):
         """Returns what is taken, and how much of the network is run for it."""
         names = ", ".join(self.selection.names)
         return f"{names}, t={', '.join(f'{t:g}' for t in self.t)}, {100 * self.cost:.0f} % of the network's operations"
-
-    def _usual_size(self) -> tuple[int, int]:
-        size = self.protocol.size
-        if size is None or self.protocol.mode == "native":
-            return image_size(self.model)
-        return (size, size) if isinstance(size, int) else size
 
     def _pass(
         self, latents: Latents, places: range, condition: Mapping[str, Tensor], t: float, rows: Sequence[Activation]

@@ -90,7 +90,6 @@ def test_optional_keys_are_used(backbones):
     assert (masked - shorter).abs().max() < 1e-5
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_residuals_of_a_control_net_are_the_librarys(backbones, name):
     network = backbones[name]
@@ -116,36 +115,6 @@ def test_residuals_of_a_control_net_are_the_librarys(backbones, name):
         assert (ours - backbone_call(network)(network, x_t, t, cond)).abs().max() > 0.01
     with pytest.raises(ValueError, match="lacks down_block_additional_residual_1, "):
         backbone_call(network)(network, x_t, t, cond | {keys[0]: down[0], keys[-1]: mid})
-=======
-@pytest.mark.parametrize("layers", [1, [2, 1]])
-def test_residuals_of_a_controlnet_are_given_all_or_none(layers):
-    network = tiny.backbone("sd15", layers_per_block=layers)
-    x_t, t, cond = tiny.inputs("sd15")
-    keys = condition_keys(network).residuals
-    pushed = []
-    for block in network.down_blocks:
-        block.register_forward_hook(lambda module, args, out: pushed.extend(out[1]))
-    middle = []
-    network.mid_block.register_forward_hook(lambda module, args, out: middle.append(out))
-    call = backbone_call(network)
-    plain = call(network, x_t, t, cond)
-    like = [network.conv_in(x_t), *pushed, *middle]
-    assert len(keys) == len(like)
-    residuals = {key: torch.randn(value.shape) for key, value in zip(keys, like, strict=True)}
-    expected = network(
-        x_t,
-        t,
-        **cond,
-        down_block_additional_residuals=tuple(residuals[key] for key in keys[:-1]),
-        mid_block_additional_residual=residuals[keys[-1]],
-    ).sample
-    given = call(network, x_t, t, cond | residuals)
-    assert torch.equal(given, expected)
-    assert (given - plain).abs().max() > 1e-3
-    for key in keys:
-        with pytest.raises(ValueError, match=f"lacks {key}"):
-            call(network, x_t, t, cond | {other: value for other, value in residuals.items() if other != key})
->>>>>>> h1
 
 
 def test_guidance_distilled_flux_needs_its_scale():

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from diffcore.run import Run
 from diffcore.runtime import Runtime
 from diffusion_featsel.alignment import Alignment
 from diffusion_featsel.app.portraits import MODEL, NUM_CLASSES, SIDE, Portraits, portraits
-from diffusion_featsel.app.report import components_of, save_components, save_strips, save_table, write_page
+from diffusion_featsel.app.report import components_of, save_components, save_strips, write_page
 from diffusion_featsel.app.sets import SetScore, legacy_like, maps_of, measured_set
 from diffusion_featsel.files.ranking import FILE as RANKING
 from diffusion_featsel.files.ranking import save_ranking
@@ -167,8 +168,8 @@ def _compared(
         "choice",
         {},
         rows=table,
-        caption=f"Sets of activations on {len(data.pairs)} pairs and {len(split.test)} test images. Random sets have as "
-        f"many activations as the chosen one; {size.random_sets} were drawn.",
+        caption=f"Sets of activations on {len(data.pairs)} pairs and {len(split.test)} test images. Random sets have "
+        f"as many activations as the chosen one; {size.random_sets} were drawn.",
     )
     return [*rows, *random]
 
@@ -184,12 +185,15 @@ def _row(row: SetScore) -> dict[str, Any]:
 
 
 def _random_rows(rows: Sequence[SetScore]) -> list[dict[str, Any]]:
-    middle = sorted(rows, key=lambda row: row.pck)[len(rows) // 2]
-    best = {"pck": max(row.pck for row in rows), "miou": max(row.miou for row in rows)}
-    miou = sorted(row.miou for row in rows)[len(rows) // 2]
+    shared = {"activations": len(rows[0].names), "num_channels": median(row.num_channels for row in rows)}
     return [
-        {**_row(middle), "set": "random, median", "miou": miou},
-        {**_row(middle), "set": "random, best", "num_channels": None, **best},
+        {
+            "set": f"random, {word}",
+            **shared,
+            "pck": pick(row.pck for row in rows),
+            "miou": pick(row.miou for row in rows),
+        }
+        for word, pick in (("median", median), ("best", max))
     ]
 
 
@@ -220,8 +224,8 @@ def _draw(data: Portraits, maps: Mapping[str, Tensor], chosen: Selection, rms: M
     save_strips(
         run,
         strips,
-        f"Key points of one portrait found in another, warped one, with {len(chosen.names)} activations that were chosen "
-        "without labels. Blue: within a tenth of the head; orange: wrong.",
+        f"Key points of portraits, found in other, warped ones with {len(chosen.names)} activations that were "
+        "chosen without labels. Blue: within a tenth of the head; orange: wrong.",
     )
 
 
@@ -255,10 +259,10 @@ def _summary(
     return {
         "answer": (
             f"{len(listed.features)} activations ranked without a single label: the order agrees with true "
-            f"correspondence by {rho['pck']:.2f} and with segmentation by {rho['miou']:.2f} (Spearman). The best of its "
-            f"first five finds {max(pck[n] for n in names[:5]):.0%} of the points, the best of all "
-            f"{pck[best['pck']]:.0%}; {len(chosen.names)} chosen together find {ours.pck:.0%}, a random set "
-            f"{random[len(random) // 2]:.0%}."
+            f"correspondence by {rho['pck']:.2f} and with segmentation by {rho['miou']:.2f} (Spearman). The best of "
+            f"its first five finds {max(pck[n] for n in names[:5]):.0%} of the points, the best of all "
+            f"{pck[best['pck']]:.0%}; {len(chosen.names)} chosen together find {ours.pck:.0%}, random sets "
+            f"{median(random):.0%} in the median."
         ),
         "activations": len(listed.features),
         "dropped": len(filtered.dropped),

@@ -11,7 +11,7 @@ from diffcore.report.figures import Series
 from diffcore.run import Run
 from diffusion_featsel.activation import Activation
 from diffusion_featsel.app.figures import network_map, scatter
-from diffusion_featsel.app.pictures import component_sheet, match_strip, principal_colors
+from diffusion_featsel.app.pictures import component_sheet, match_strips, principal_colors
 from diffusion_featsel.app.words import SCORES, TITLES, worded
 from diffusion_featsel.files.ranking import FILE as RANKING
 from diffusion_featsel.files.ranking import read_ranking
@@ -164,13 +164,11 @@ def _add_strips(report: Report, run: Run) -> None:
         return
     part = run.load("strips")
     report.section("Matched points")
-    for place in range(part.fields["count"]):
-        strip = {key.split("/")[1]: value for key, value in part.tensors.items() if key.startswith(f"{place}/")}
-        correct = strip.get("correct")
-        correct = None if correct is None else correct.bool()
-        figure = match_strip(strip["source"], strip["target"], strip["points"], strip["found"], correct)
-        caption = part.fields["caption"] if place == 0 else f"Pair {place + 1}."
-        report.figure(run.figure(f"match-{place + 1}", figure), caption)
+    strips: list[dict[str, Tensor]] = [{} for _ in range(part.fields["count"])]
+    for key, value in part.tensors.items():
+        place, name = key.split("/")
+        strips[int(place)][name] = value
+    report.figure(run.figure("matches", match_strips(strips)), part.fields["caption"])
 
 
 def _add_components(report: Report, run: Run) -> None:

@@ -185,15 +185,11 @@ def _row(row: SetScore) -> dict[str, Any]:
 
 
 def _random_rows(rows: Sequence[SetScore]) -> list[dict[str, Any]]:
-    shared = {"activations": len(rows[0].names), "num_channels": median(row.num_channels for row in rows)}
+    shared = {"activations": len(rows[0].names), "num_channels": round(median(row.num_channels for row in rows))}
+    pck, miou = [row.pck for row in rows], [row.miou for row in rows]
     return [
-        {
-            "set": f"random, {word}",
-            **shared,
-            "pck": pick(row.pck for row in rows),
-            "miou": pick(row.miou for row in rows),
-        }
-        for word, pick in (("median", median), ("best", max))
+        {"set": "random, median", **shared, "pck": median(pck), "miou": median(miou)},
+        {"set": "random, best", **shared, "pck": max(pck), "miou": max(miou)},
     ]
 
 

@@ -17,7 +17,6 @@ from diffusion_featsel.files.ranking import FILE as RANKING
 from diffusion_featsel.files.ranking import read_ranking
 from diffusion_featsel.ranking import Ranking
 
-_MARKED = 5  # activations that are named in a scatter plot
 _SHEET = 120  # activations on the sheet of components
 _LIMITS = (
     "The ranking without labels is a guess: how well it agrees with labels was measured on small models, as the "
@@ -132,8 +131,8 @@ def _add_agreement(report: Report, run: Run, ranking: Ranking | None) -> None:
                 x, y = stages.setdefault(f"{row.activation.stage} stage", ([], []))
                 x.append(values[row.name])
                 y.append(measured[row.name])
-        best = sorted(measured, key=lambda name: -measured[name])[:_MARKED]
-        marked = {name: (values[name], measured[name]) for name in best[:2] if name in values}
+        best = max(measured, key=lambda name: measured[name])
+        marked = {best: (values[best], measured[best])} if best in values else {}
         figure = scatter(stages, x_label=SCORES[ranking.default], y_label=truth["labels"][task], marked=marked)
         report.figure(run.figure(f"agreement-{task}", figure), truth["captions"][task])
 

@@ -54,7 +54,7 @@ def brute(source: Mapping[str, Tensor], target: Mapping[str, Tensor], grids: tup
 
 
 def test_all_cells_equal_the_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    source, target = image(32, 48), torch.rand(2, 3, 24, 16)
+    source, target = image(32, 48), image(24, 16)
     cosines = brute(features(source), features(target), ((16, 24), (12, 8)))
     monkeypatch.setattr("diffusion_featsel.match._CHUNK", 96 * 2 * 5)  # five source cells at one time
     found = correspond(features, source, target, top=3)

@@ -1,0 +1,216 @@
+"""What the command `select` does beside the method: reading the ranking and labels, and comparing sets."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from diffcore.cli import Job, settings
+from diffcore.errors import UserError, printable
+from diffcore.io.files import sha256
+from diffcore.io.jsonfile import write_json
+from diffcore.run import Run, RunMap
+from diffusion_featsel.activation import Activation
+from diffusion_featsel.alignment import Alignment
+from diffusion_featsel.app.inputs import Task, make_extractor, read_mask_data, read_pair_data
+from diffusion_featsel.app.options import Extraction
+from diffusion_featsel.app.work import Work
+from diffusion_featsel.files.ranking import FILE, read_ranking
+from diffusion_featsel.labelled import LabelledPairs, LabelledPixels, LabelledPixelsAccumulator
+from diffusion_featsel.baselines import rescale
+from diffusion_featsel.presets import PRESETS, preset
+from diffusion_featsel.ranking import Ranking
+from diffusion_featsel.search import SelectSettings
+from diffusion_featsel.select import select
+from diffusion_featsel.selection import Selection
+
+_GRID, _BATCH = (32, 32), 16
+
+
+def choose(
+    scored: Path,
+    budget: str,
+    *,
+    labels: str | None,
+    task: Task,
+    candidates: int,
+    max_size: int,
+    ladder: bool,
+    num_classes: int | None,
+    work: Work,
+    report: Callable[[Run], Any],
+) -> int:
+    """Chooses a set, writes it to a run, and returns the exit code; arguments are the options of `select`."""
+    path = scored / FILE if scored.is_dir() else scored
+    if not path.is_file():
+        raise UserError(f"{printable(scored)} has no {FILE}; give the run folder of `score`")
+    ranking, filtered, details = read_ranking(path)
+    kept = set(filtered.kept) if filtered is not None else {row.name for row in ranking.rows}
+    scores = {name: value for name, value in ranking.scores(ranking.default).items() if name in kept}
+    activations = {row.name: row.activation for row in ranking.rows if row.name in scores}
+    extraction = Extraction(**details["extraction"])
+    choice = SelectSettings(max_size=max_size, ladder=ladder)
+
+    def compute(run: Run, map: RunMap) -> dict[str, Any]:
+        presets = {
+            name: names
+            for name in PRESETS
+            if len(preset(name).parts) == 1 and set(names := preset(name).selection.names) <= set(activations)
+        }
+        if labels is None:
+            alignment = None
+            if ranking.similarity is not None:
+                alignment = Alignment(tuple(row.name for row in ranking.rows), ranking.similarity)
+            chosen = select(activations, budget, scores=scores, alignment=alignment, presets=presets, settings=choice)
+        else:
+            first = {name: activations[name] for name in list(scores)[:candidates]}
+            evidence = _evidence(details["model"], first, extraction, labels, task, num_classes, ranking, work)
+            chosen = select(first, budget, presets=presets, settings=choice, **evidence)
+        if not run.leading:
+            return {}
+        chosen = _complete(chosen, ranking, extraction, details)
+        write_json(run.folder / "selection.json", chosen.to_json())
+        _keep(run, chosen, ranking)
+        steps = chosen.details["steps"]
+        return {
+            "answer": f"{len(chosen.names)} activations of {len(activations)} for {chosen.details['cost']}: "
+            f"{', '.join(chosen.names)}.",
+            "names": list(chosen.names),
+            "cost": chosen.details["cost"],
+            "costs": chosen.details["costs"],
+            "method": chosen.details["method"],
+            "steps": steps,
+            "selection": run.folder / "selection.json",
+        }
+
+    options = {
+        **{"run": scored, "budget": budget, "labels": labels, "task": task, "candidates": candidates},
+        **{"max_size": max_size, "ladder": ladder, "num_classes": num_classes},
+    }
+    job = Job(
+        "diffusion-featsel select",
+        work.output.out or Path("runs") / f"select-{scored.name}",
+        work.output,
+        settings(**options, loading=work.loading, runtime=work.runtime),
+        {"ranking": sha256(path)} | ({} if labels is None or not Path(labels).is_file() else {labels: sha256(Path(labels))}),
+        (),
+        work.runtime,
+    )
+    plan = {"candidates": len(scores) if labels is None else min(candidates, len(scores)), "budget": budget}
+    return job(compute, plan=plan, report=report, shown=_shown)
+
+
+def _shown(result: Any) -> dict[str, Any]:
+    return {key: value for key, value in result.items() if key != "steps"}
+
+
+def _complete(chosen: Selection, ranking: Ranking, extraction: Extraction, details: dict[str, Any]) -> Selection:
+    """Returns the selection with the protocol that its ranking was made by, and the scale of each activation."""
+    return Selection(
+        chosen.names,
+        rms={name: ranking[name].rms for name in chosen.names},
+        t=ranking.t,
+        prompt=extraction.prompt or "",
+        draws=extraction.draws or 1,
+        model=str(details.get("fingerprint", "")),
+        details={
+            **chosen.details,
+            "scores": {name: ranking[name].numbers() for name in chosen.names},
+            "modules": {name: ranking[name].activation.site.key for name in chosen.names},
+            "exit": max(chosen.names, key=lambda name: ranking[name].activation.cost),
+        },
+    )
+
+
+def _evidence(
+    model: str,
+    first: dict[str, Activation],
+    extraction: Extraction,
+    labels: str,
+    task: Task,
+    num_classes: int | None,
+    ranking: Ranking,
+    work: Work,
+) -> dict[str, Any]:
+    loaded = work.load(model)
+    extractor = make_extractor(loaded, list(first), extraction)
+    if task == "segmentation":
+        return {"pixels": _pixels(extractor, first, labels, num_classes)}
+    data = read_pair_data(labels)
+    features = data.reader(extractor)
+    weights = {name: 1 / max(ranking[name].rms, 1e-12) for name in first}
+    side = max(max(activation.grid or (1, 1)) for activation in first.values())
+    kept = LabelledPairs((max(side, 64), max(side, 64)), weights)
+    size = extractor.usual_size
+    for start in range(0, len(data.pairs), _BATCH):
+        some = list(data.pairs[start : start + _BATCH])
+        points = pad_sequence([rescale(pair.source_points, pair.source_size, size) for pair in some], batch_first=True)
+        true = pad_sequence([rescale(pair.target_points, pair.target_size, size) for pair in some], batch_first=True)
+        # Where images are stretched, a circle becomes an ellipse: its mean radius stands for it.
+        scales = [(size[0] / pair.target_size[0] + size[1] / pair.target_size[1]) / 2 for pair in some]
+        radius = [0.1 * max(pair.box) * scale for pair, scale in zip(some, scales, strict=True)]
+        kept.update(
+            {name: maps.cpu() for name, maps in features([pair.source for pair in some]).items()},
+            {name: maps.cpu() for name, maps in features([pair.target for pair in some]).items()},
+            points,
+            true,
+            size=size,
+            radius=torch.tensor(radius),
+            counted=pad_sequence([pair.counted for pair in some], batch_first=True),
+        )
+    return {"pairs": kept}
+
+
+def _pixels(extractor: Any, first: dict[str, Activation], labels: str, num_classes: int | None) -> LabelledPixels:
+    data = read_mask_data(labels, _GRID, num_classes)
+    channels = {name: activation.channels for name, activation in first.items()}
+    sums = LabelledPixelsAccumulator(channels, data.num_classes, _GRID)
+    for start in range(0, len(data.pictures), _BATCH):
+        rows = slice(start, start + _BATCH)
+        maps = {name: tensor.float().cpu() for name, tensor in extractor(list(data.pictures[rows])).items()}
+        sums.update(maps, data.labels[rows])
+    return sums.compute()
+
+
+def _keep(run: Run, chosen: Selection, ranking: Ranking) -> None:
+    """Keeps the choice for the report: its steps, its members, and the sets that it was compared with."""
+    details = chosen.details
+    rows = [
+        {
+            "activation": step["name"],
+            "value": step["value"],
+            "gain": step.get("gain"),
+            "channels": ranking[step["name"]].activation.channels,
+            "grid": "x".join(map(str, ranking[step["name"]].activation.grid or ())),
+            "cost": ranking[step["name"]].activation.cost,
+        }
+        for step in details["steps"]
+    ]
+    total, curve = 0.0, []
+    for step in details["steps"]:
+        total += step["cost"]
+        curve.append({"cost": total, "value": step["value"]})
+    run.save(
+        "choice",
+        {},
+        rows=rows,
+        caption=f"In the order of choice, by {details['method']}; value is that of the set so far.",
+        curve=curve,
+        cost_label=f"cost, of a budget of {details['budget']}",
+        value_label="value of the set",
+        curve_caption="How the value of the set grows with what it costs.",
+    )
+    baselines = details["baselines"]
+    if baselines:
+        caption = "Sets within the same budget; random is the mean of 20 draws."
+        run.save("table-sets", {}, rows=_sets(chosen, baselines), caption=caption)
+
+
+def _sets(chosen: Selection, baselines: Any) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = [{"set": "chosen", "value": chosen.details["value"]}]
+    for name, entry in dict(baselines).items():
+        value = entry.get("value", entry.get("mean")) if isinstance(entry, dict) else entry
+        rows.append({"set": name.replace("_", " "), "value": value})
+    return rows

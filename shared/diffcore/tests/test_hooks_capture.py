@@ -2,6 +2,7 @@ import gc
 import threading
 import weakref
 
+import accelerate
 import pytest
 import torch
 from peft import LoraConfig
@@ -325,6 +326,17 @@ def test_offloaded_networks_survive_early_exit(sd15):
         backbone(x_t, t, **cond)
     assert torch.equal(activations["mid_block"], whole["mid_block"])
     assert torch.equal(backbone(x_t, t, **cond).sample, expected)
+
+
+def test_weights_that_accelerate_brought_go_back_after_an_early_exit():
+    """Blocks of PixArt have weights of their own, which are loaded while a layer inside ends the pass."""
+    denoiser, (x_t, t, cond) = tiny.denoiser("pixart"), tiny.inputs("pixart")
+    expected = denoiser(x_t, t, cond).output
+    accelerate.cpu_offload(denoiser.backbone, execution_device=torch.device("cpu"))
+    with capture(denoiser, "*.1.attn1.to_q", stop=True):
+        denoiser(x_t, t, cond)
+    assert all(parameter.is_meta for parameter in denoiser.parameters())
+    assert torch.equal(denoiser(x_t, t, cond).output, expected)
 
 
 def test_live_adapters_are_seen(sd15):

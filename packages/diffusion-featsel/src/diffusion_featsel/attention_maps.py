@@ -88,9 +88,9 @@ def self_maps(
     """Runs the network, and returns maps of attention as a reduction leaves them: features b c h w.
 
     Args:
-        model: The diffusion model.
-        x_t: Noisy inputs.
-        t: Their timestep.
+        model: The diffusion model that is run.
+        x_t: Noisy inputs of the network.
+        t: Timestep of all inputs, in the units of the schedule.
         condition: Condition of the backbone; each tensor has one row for all inputs, or one for each.
         activations: Attention maps that an inventory lists for this size of x_t.
         reduce: Called as (name, probabilities of some queries, b heads queries keys); returns b queries c. For example,
@@ -109,7 +109,7 @@ def self_maps(
         >>> entropy = lambda name, probs: torch.special.entr(probs).sum(-1).mT
         >>> found = self_maps(model, x_t, 50.0, condition, rows, reduce=entropy)
         >>> {name: tuple(value.shape) for name, value in found.items()}
-        {'up-level1-repeat0-vit-block0-self-map': (2, 4, 8, 8)}
+        {'up-level1-repeat0-vit-block0-self-map': (2, 8, 8, 8)}
     """
     for row in activations:
         if not row.derived or row.modules:

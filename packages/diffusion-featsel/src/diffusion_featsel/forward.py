@@ -35,10 +35,10 @@ def noised(
 
     Args:
         model: The diffusion model, whose schedule sets the noise level.
-        x0: Encoded images.
+        x0: Images in the space of the model.
         keys: One number per image that tells it from all others, such as a digest of its pixels.
         t: Timestep, in the units of the model's schedule.
-        seed: Seed of the noise.
+        seed: Seed that all draws depend on.
         draw: Number of the draw; each draw has independent noise.
     """
     noise = row_noise(seed, keys, x0.shape[1:], stream=draw, device=x0.device, dtype=torch.float32)
@@ -64,9 +64,9 @@ def activations_of(
     to be features: `attention_maps` reduces them.
 
     Args:
-        model: The diffusion model.
-        x_t: Noisy inputs.
-        t: Their timestep.
+        model: The diffusion model that is run.
+        x_t: Noisy inputs of the network.
+        t: Timestep of all inputs, in the units of the schedule.
         condition: Condition of the backbone; each tensor has one row for all inputs, or one for each.
         activations: What to take; all were listed by `inventory` for this size of x_t.
         reduce: Called in the hook as (name, map); its result is kept instead of the map, and None keeps nothing.
@@ -149,7 +149,7 @@ def _require_features(activations: Sequence[Activation], *, grad: bool) -> None:
 
 def _require_single_calls(backbone: nn.Module, *, grad: bool) -> None:
     """Raises where gradient checkpointing would run modules a second time during backward."""
-    checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules())
+    checkpointed = any(vars(module).get("gradient_checkpointing", False) for module in backbone.modules())
     if checkpointed and (backbone.training or grad):
         raise IncompatibleModelError(
             f"{type(backbone).__name__} runs modules twice under gradient checkpointing "

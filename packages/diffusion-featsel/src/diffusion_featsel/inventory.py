@@ -25,6 +25,7 @@ from diffcore.checkpoint.catalog import current_class
 from diffcore.denoiser.library import library_class
 from diffcore.errors import IncompatibleModelError, printable
 from diffcore.hooks import trace_sites
+from diffcore.hooks.attach import require_hookable
 from diffcore.models import DiffusionModel, site_table
 from diffcore.models.backbones import latent_shape
 from diffusion_featsel.activation import Activation
@@ -179,7 +180,8 @@ def inventory(
         num_text: Number of text tokens; by default what is usual for the class. It changes the shares of cost alone.
 
     Raises:
-        IncompatibleModelError: The class of the backbone is unknown; `inventory_of_network` lists any network.
+        IncompatibleModelError: The backbone is compiled, or its class is unknown; `inventory_of_network` lists any
+            network.
 
     Example:
         >>> from diffcore.testing import tiny
@@ -188,6 +190,7 @@ def inventory(
         (89, 64, (4, 4))
     """
     backbone = model.backbone if isinstance(model, DiffusionModel) else model
+    require_hookable(backbone)
     kind = type(backbone).__name__
     if kind not in BACKBONES:
         raise IncompatibleModelError(

@@ -1,18 +1,26 @@
-"""True correspondences of all activations at once: key points are matched in the hooks, and no map is stored."""
+"""How good every activation is by labels, each alone, in one or two passes over the images: no map is stored.
+
+Key points are matched inside the hooks. For segmentation, a first pass over the training images adds up the moments of
+each activation and the labels, from which ridge regression is solved; a second pass predicts the test images.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from diffcore.batching import InBatches
 from diffcore.models import DiffusionModel
 from diffusion_featsel.activation import Activation
 from diffusion_featsel.forward import Condition, activations_of, noised
+from diffusion_featsel.gram import GramAccumulator, labels_on_grid, on_grid
 from diffusion_featsel.match import MatchSettings, match_points
 from diffusion_featsel.pairs import Pair
 from diffusion_featsel.prepare import image_keys
+from diffusion_featsel.ridge import fit_ridge
+from diffusion_featsel.segmentation import SegmentationScores, segmentation_scores
+from diffusion_featsel.splits import Split
 
 
 def find_points(
@@ -33,7 +41,7 @@ def find_points(
 
     Args:
         model: The diffusion model.
-        images: Images in [0, 1] by the names that pairs have for them, all of the size that activations were listed for.
+        images: Images in [0, 1] by the names that pairs have for them, of the size that activations were listed for.
         pairs: Pairs of images with key points in pixels of these images.
         activations: What to match with.
         t: Timestep of the noise, in the units of the model's schedule.
@@ -82,6 +90,71 @@ def find_points(
             rows = positions.cpu()
             found[name] += [row[: len(pair.source_points)] for row, pair in zip(rows, some, strict=True)]
     return found
+
+
+def segment(
+    model: DiffusionModel,
+    images: Float[Tensor, "n 3 h w"],
+    labels: Integer[Tensor, "n height width"],
+    split: Split,
+    activations: Sequence[Activation],
+    *,
+    num_classes: int,
+    grid: tuple[int, int] = (64, 64),
+    t: float = 50.0,
+    condition: Condition | None = None,
+    seed: int = 0,
+    encode: Callable[[Tensor], Tensor] | None = None,
+    batch_size: int = 48,
+    num_pieces: int = 8,
+) -> dict[str, SegmentationScores]:
+    """Measures how well a ridge regression reads the classes of pixels from each activation alone.
+
+    Args:
+        model: The diffusion model.
+        images: Images in [0, 1], of the size that the activations were listed for.
+        labels: Class of each pixel, at any size; 255 where a pixel does not count.
+        split: Training and test images.
+        activations: What to read the classes from.
+        num_classes: Number of classes.
+        grid: Rows and columns that features and labels are brought to.
+        t: Timestep of the noise, in the units of the model's schedule.
+        condition: Condition of the backbone, one row for all images; by default that of the empty prompt.
+        seed: Seed of the noise.
+        encode: Turns images into x0; by default the model's own codec.
+        batch_size: Largest number of rows in a forward pass.
+        num_pieces: Number of parts of the training images by which the strength of the ridge is chosen.
+
+    Returns:
+        Scores on the test images, by the name of the activation.
+
+    Raises:
+        ValueError: A label does not exist.
+    """
+    condition = model.empty_condition(1) if condition is None else condition
+    encode = encode or (lambda batch: model.codec.encode(batch.to(model.device)))
+    in_batches = InBatches(batch_size)
+
+    def on_common_grid(rows: list[int]) -> dict[str, Tensor]:
+        batch = images[rows]
+        x_t = noised(model, encode(batch), image_keys(batch), t, seed=seed)
+        return activations_of(
+            model, x_t, t, condition, activations, reduce=lambda name, maps: on_grid({name: maps.float()}, grid)
+        )
+
+    pieces = min(num_pieces, len(split.train))
+    sums = {a.name: GramAccumulator({a.name: a.channels}, num_classes, grid, pieces) for a in activations}
+    # Sums change only once a batch is through: one that ran out of memory is tried again in halves.
+    for rows, maps in in_batches(list(split.train), lambda rows: (rows, on_common_grid(rows))):
+        for name, values in maps.items():
+            sums[name].update({name: values}, labels[rows].long().to(values.device))
+    fits = {name: fit_ridge(total.compute()) for name, total in sums.items()}
+    predicted: dict[str, list[Tensor]] = {activation.name: [] for activation in activations}
+    for maps in in_batches(list(split.test), on_common_grid):
+        for name, values in maps.items():
+            predicted[name].append(fits[name](values.movedim(1, 3)).argmax(-1).cpu())
+    true = labels_on_grid(labels[list(split.test)].long(), grid)
+    return {name: segmentation_scores(torch.cat(found), true, num_classes) for name, found in predicted.items()}
 
 
 def _padded(points: Sequence[Tensor]) -> Tensor:

@@ -59,7 +59,7 @@ def _parts(backbone: nn.Module, row: SiteRow) -> list[SiteRow]:
         tokens, width = row.shape or (0, 0)
         if row.site.at == "output":
             width = int(cast(Any, backbone.get_submodule(name)).out_features)
-        site = Site(name, row.site.at, row.name.replace(row.site.module, name))
+        site = Site(name, row.site.at, row.site.name and row.site.name.replace(row.site.module, name))
         found.append(replace(row, site=site, shape=(tokens, width), channels=width))
     return found or [row]
 

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from diffusion_featsel.activation import Activation
 
-Score = Literal[
-    "self_match", "self_match_distractors", "fisher_rank", "fisher", "information", "effective_rank", "cycle"
-]
+Score = Literal["self_match", "fisher_rank", "fisher", "information", "effective_rank"]
 SCORES: tuple[Score, ...] = get_args(Score)
 
 
@@ -40,8 +38,6 @@ class Scored:
         information: The content's information in nats (S1b).
         effective_rank: Number of dimensions that the content fills (S2).
         self_match: Share of points found again in a moved copy of the image (S3), from 0 to 1.
-        self_match_distractors: The same, among the other images of the group too (S3d).
-        cycle: Share of cells whose match in another image is matched back (S4).
     """
 
     activation: Activation
@@ -63,8 +59,6 @@ class Scored:
     information: float | None = None
     effective_rank: float | None = None
     self_match: float | None = None
-    self_match_distractors: float | None = None
-    cycle: float | None = None
 
     @property
     def name(self) -> str:

@@ -58,7 +58,7 @@ class ReadoutSums(Sums):
             mine = slice((half + start) % 2, None, 2)
             x, z = g[:, mine].flatten(0, 1), y[:, mine].flatten(0, 1)
             self.values[half] += x.sum((0, 2))
-            self.cross[half] += torch.einsum("ndp,nkp->dk", x, z)
+            self.cross[half] += torch.bmm(x, z.transpose(1, 2)).sum(0)
             self.targets[half] += z.sum((0, 2))
             self.squares[half] += z.double().square().sum((0, 2))
             self.count[half] += x[:, 0].numel()

@@ -12,8 +12,8 @@ from diffcore.models import DiffusionModel
 from diffcore.noise import row_generator, row_noise
 from diffusion_featsel.activation import Activation
 from diffusion_featsel.forward import Condition, activations_of
+from diffusion_featsel.locality import LocalitySums
 from diffusion_featsel.moments import Moments
-from diffusion_featsel.places import PlaceSums
 from diffusion_featsel.prepare import image_keys
 from diffusion_featsel.ranking import Ranking, Scored
 from diffusion_featsel.readout import ReadoutSums, places_of
@@ -25,7 +25,7 @@ from diffusion_featsel.variance import VarianceSums
 from diffusion_featsel.views import Batch, Views, projection_of
 from diffusion_featsel.warp import MILD, Affine, random_affine, random_gain, warp_images, warp_points
 
-Measurement = Literal["variance", "readout", "spectrum", "places", "self", "samples"]
+Measurement = Literal["variance", "readout", "spectrum", "locality", "self", "samples"]
 MEASUREMENTS: tuple[Measurement, ...] = get_args(Measurement)
 POINTS, ANCHORS = 12, 32
 _MOVED, _MOVEMENT, _CELLS = 2, 3, 4  # streams of an image's random numbers: its third noise, its movement, its cells
@@ -41,7 +41,7 @@ class ActivationSums(Sums):
         noise: What is needed to read the noise out of the channels.
         position: What is needed to read the position out of the channels.
         spectrum: Power by frequency.
-        places: Matches of cells between images.
+        locality: Cosines of neighboring and of distant cells.
         matches: Matches of points in moved images.
         samples: Values of the first images.
         other_samples: Values of the first images at the other timestep.
@@ -52,7 +52,7 @@ class ActivationSums(Sums):
     noise: ReadoutSums | None
     position: ReadoutSums | None
     spectrum: SpectrumSums | None
-    places: PlaceSums | None
+    locality: LocalitySums | None
     matches: SelfMatchSums | None
     samples: Samples | None
     other_samples: Samples | None
@@ -64,7 +64,7 @@ class ActivationSums(Sums):
             views: Maps of the activation.
         """
         self.moments.add(views)
-        for sums in (self.variance, self.spectrum, self.places, self.matches, self.samples):
+        for sums in (self.variance, self.spectrum, self.locality, self.matches, self.samples):
             if sums is not None:
                 sums.add(views)
         if self.noise is not None and self.position is not None:
@@ -242,7 +242,7 @@ class Survey:
             ReadoutSums.empty(channels, self.model.shape[0], device) if readout else None,
             ReadoutSums.empty(channels, 2, device) if readout else None,
             SpectrumSums.empty(grid, device) if self._wants("spectrum") else None,
-            PlaceSums.empty(device) if self._wants("places") else None,
+            LocalitySums.empty(device) if self._wants("locality") else None,
             SelfMatchSums.empty(device) if self._wants("self") else None,
             Samples.empty(channels, device) if sampled else None,
             Samples.empty(channels, device) if self.other_t is not None else None,
@@ -294,12 +294,10 @@ def _scored(activation: Activation, sums: ActivationSums, images: dict[tuple[int
         granularity=found.frequency,
         over_refinement=found.over_refinement,
         high_frequency=found.high_frequency,
-        locality=sums.places.locality if sums.places else None,
+        locality=sums.locality.locality if sums.locality else None,
         t_dependence=change,
         fisher=split.fisher if split else None,
         information=split.information if split else None,
         effective_rank=split.effective_rank if split else None,
         self_match=sums.matches.share if sums.matches else None,
-        self_match_distractors=sums.matches.share_among if sums.matches else None,
-        cycle=sums.places.cycle if sums.places else None,
     )

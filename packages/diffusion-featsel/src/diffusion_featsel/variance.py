@@ -91,9 +91,9 @@ class VarianceSums(Sums):
         start = views.batch.first % 2
         for half in range(2):
             mine = g[:, (half + start) % 2 :: 2].flatten(0, 1)
-            self.second[half] += torch.einsum("ncp,ndp->cd", mine, mine)
+            self.second[half] += torch.bmm(mine, mine.transpose(1, 2)).sum(0)
         apart, mean = g[0] - g[1], g.mean(0)
-        self.difference += torch.einsum("ncp,ndp->cd", apart, apart)
+        self.difference += torch.bmm(apart, apart.transpose(1, 2)).sum(0)
         self.position += mean.sum(0)
         self.image_means += mean.mean(2).double().square().sum(0)
         self.images += len(mean)

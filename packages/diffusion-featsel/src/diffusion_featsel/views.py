@@ -5,7 +5,7 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from diffcore.noise import splitmix64
@@ -13,7 +13,7 @@ from diffcore.noise import splitmix64
 DIMENSIONS = 64
 """Number of channels after the random projection (section 3.2: C' = 64)."""
 GROUP = 8
-"""Number of consecutive images that are compared with one another."""
+"""Number of consecutive images that are compared with one another; an even number."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,12 +44,6 @@ class Batch:
     def first(self) -> int:
         """Index of the first image in the data set."""
         return self.groups[0].start
-
-    @cached_property
-    def partners(self) -> Int[Tensor, " n"]:
-        """Row of the image that each one is matched with: the next one of its group."""
-        rows = [torch.arange(group.start, group.stop).roll(-1) for group in self.groups]
-        return (torch.cat(rows) - self.first).to(self.x0.device)
 
     def noise_at(self, grid: tuple[int, int]) -> Float[Tensor, "2 n channels height width"]:
         """Returns the noise, averaged to a grid.
@@ -116,6 +110,16 @@ def grouped(count: int) -> list[range]:
     if len(starts) > 1 and count - starts[-1] == 1:
         starts.pop()
     return [range(a, b) for a, b in zip(starts, [*starts[1:], count], strict=True)]
+
+
+def directions(maps: Float[Tensor, "n c places"]) -> Float[Tensor, "n c places"]:
+    """Returns columns of length 1; a column of zeros stays one.
+
+    Args:
+        maps: Maps with their places in one dimension.
+    """
+    # Several times as fast on the CPU as `torch.nn.functional.normalize`, whose norm goes along the strided dimension.
+    return maps * maps.square().sum(1, keepdim=True).clamp(min=1e-24).rsqrt()
 
 
 def projection_of(name: str, channels: int, device: torch.device) -> Tensor | None:

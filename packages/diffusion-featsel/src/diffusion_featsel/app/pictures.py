@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch
 from torch import Tensor
@@ -65,36 +66,37 @@ def component_sheet(
     return figure
 
 
-def match_strip(
-    source: Float[Tensor, "3 _ _"],
-    target: Float[Tensor, "3 _ _"],
-    points: Float[Tensor, "n 2"],
-    found: Float[Tensor, "n 2"],
-    correct: Bool[Tensor, " n"] | None = None,
-) -> Figure:
-    """Draws two images side by side, with lines from points in the first to where they were found in the second.
+def match_strips(strips: Sequence[Mapping[str, Tensor]]) -> Figure:
+    """Draws pairs of images side by side, with lines from points in the first to where they were found in the second.
 
     Args:
-        source: First image in [0, 1].
-        target: Second image in [0, 1].
-        points: Positions (x, y) in pixels of the first image.
-        found: Positions (x, y) in pixels of the second image.
-        correct: Whether each position is right; wrong ones are drawn in orange and dashed.
+        strips: For each pair the images `source` and `target` in [0, 1], positions (x, y) in pixels of both as `points`
+            and `found`, and where it is known whether each position is right as `correct`: wrong ones are dashed.
     """
+    columns = 1 if len(strips) == 1 else 2
+    rows = -(-len(strips) // columns)
     with mpl.rc_context({"font.family": "DejaVu Sans"}):
-        figure = Figure(figsize=(5.4, 2.6), dpi=DPI, facecolor="white")
-        left, right = figure.subplots(1, 2)
-        for axes, image in ((left, source), (right, target)):
-            axes.imshow(image.detach().cpu().permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
-            axes.set_axis_off()
-        for index, (start, end) in enumerate(zip(points.tolist(), found.tolist(), strict=True)):
-            good = correct is None or bool(correct[index])
-            color = PALETTE[index % len(PALETTE)] if correct is None else PALETTE[0 if good else 1]
-            line = ConnectionPatch(start, end, "data", "data", axesA=left, axesB=right, color=color, linewidth=1)
-            line.set_linestyle("-" if good else (0, (3, 2)))
-            figure.add_artist(line)
-            left.plot(*start, "o", markersize=3.5, color=color, markeredgecolor="white", markeredgewidth=0.5)
-            right.plot(*end, "o", markersize=3.5, color=color, markeredgecolor="white", markeredgewidth=0.5)
-        figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.99, wspace=0.08)
+        figure = Figure(figsize=(5.4, 2.6 * rows / columns + 0.1), dpi=DPI, facecolor="white")
+        axes = figure.subplots(rows, 2 * columns, squeeze=False)
+        for place in axes.flat:
+            place.set_axis_off()
+        for index, strip in enumerate(strips):
+            row, column = divmod(index, columns)
+            _draw_pair(figure, axes[row][2 * column], axes[row][2 * column + 1], strip)
+        figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.99, wspace=0.06, hspace=0.06)
         figure.draw_without_rendering()
     return figure
+
+
+def _draw_pair(figure: Figure, left: Axes, right: Axes, strip: Mapping[str, Tensor]) -> None:
+    for axes, image in ((left, strip["source"]), (right, strip["target"])):
+        axes.imshow(image.detach().cpu().permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
+    correct = strip.get("correct")
+    for index, (start, end) in enumerate(zip(strip["points"].tolist(), strip["found"].tolist(), strict=True)):
+        good = correct is None or bool(correct[index])
+        color = PALETTE[index % len(PALETTE)] if correct is None else PALETTE[0 if good else 1]
+        line = ConnectionPatch(start, end, "data", "data", axesA=left, axesB=right, color=color, linewidth=0.9)
+        line.set_linestyle("-" if good else (0, (3, 2)))
+        figure.add_artist(line)
+        for axes, (x, y) in ((left, start), (right, end)):
+            axes.plot(x, y, "o", markersize=3, color=color, markeredgecolor="white", markeredgewidth=0.4)

@@ -16,6 +16,7 @@ from diffusion_featsel.warp import STRONG, random_affine, warp_images
 
 MODEL = "zoo:portraits-sd"
 SIDE = 32
+NUM_CLASSES = 11
 _LABEL_SEED = 5
 
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from diffcore.report import Report, lines_with_band
@@ -12,13 +11,12 @@ from diffcore.report.figures import Series
 from diffcore.run import Run
 from diffusion_featsel.activation import Activation
 from diffusion_featsel.app.figures import network_map, scatter
-from diffusion_featsel.app.pictures import component_sheet, match_strip, principal_colors
+from diffusion_featsel.app.pictures import component_sheet, match_strips, principal_colors
 from diffusion_featsel.app.words import SCORES, TITLES, worded
 from diffusion_featsel.files.ranking import FILE as RANKING
 from diffusion_featsel.files.ranking import read_ranking
 from diffusion_featsel.ranking import Ranking
 
-_MARKED = 5  # activations that are named in a scatter plot
 _SHEET = 120  # activations on the sheet of components
 _LIMITS = (
     "The ranking without labels is a guess: how well it agrees with labels was measured on small models, as the "
@@ -133,8 +131,8 @@ def _add_agreement(report: Report, run: Run, ranking: Ranking | None) -> None:
                 x, y = stages.setdefault(f"{row.activation.stage} stage", ([], []))
                 x.append(values[row.name])
                 y.append(measured[row.name])
-        best = sorted(measured, key=lambda name: -measured[name])[:_MARKED]
-        marked = {name: (values[name], measured[name]) for name in best[:2] if name in values}
+        best = max(measured, key=lambda name: measured[name])
+        marked = {best: (values[best], measured[best])} if best in values else {}
         figure = scatter(stages, x_label=SCORES[ranking.default], y_label=truth["labels"][task], marked=marked)
         report.figure(run.figure(f"agreement-{task}", figure), truth["captions"][task])
 
@@ -165,24 +163,19 @@ def _add_strips(report: Report, run: Run) -> None:
         return
     part = run.load("strips")
     report.section("Matched points")
-    for place in range(part.fields["count"]):
-        strip = {key.split("/")[1]: value for key, value in part.tensors.items() if key.startswith(f"{place}/")}
-        correct = strip.get("correct")
-        figure = match_strip(
-            strip["source"], strip["target"], strip["points"], strip["found"], None if correct is None else correct.bool()
-        )
-        caption = part.fields["caption"] if place == 0 else f"Pair {place + 1}."
-        report.figure(run.figure(f"match-{place + 1}", figure), caption)
+    strips: list[dict[str, Tensor]] = [{} for _ in range(part.fields["count"])]
+    for key, value in part.tensors.items():
+        place, name = key.split("/")
+        strips[int(place)][name] = value
+    report.figure(run.figure("matches", match_strips(strips)), part.fields["caption"])
 
 
 def _add_components(report: Report, run: Run) -> None:
     if not _has(run, "components"):
         return
     part = run.load("components")
-    names = part.fields["names"][:_SHEET]
-    figure = component_sheet(
-        part.tensors["image"], {_short(name): part.tensors[name] for name in names}, [_short(n) for n in part.fields["dropped"]]
-    )
+    shown = {_short(name): part.tensors[name] for name in part.fields["names"][:_SHEET]}
+    figure = component_sheet(part.tensors["image"], shown, [_short(name) for name in part.fields["dropped"]])
     report.section("What each activation sees")
     report.figure(
         run.figure("components", figure),

@@ -19,12 +19,10 @@ TITLES = {
 }
 SCORES = {
     "self_match": "share of points found again in a moved copy",
-    "self_match_distractors": "share of points found again among other images",
     "fisher_rank": "log Fisher score plus log effective rank",
     "fisher": "Fisher score of content against noise",
     "information": "information about content (nats)",
     "effective_rank": "effective rank of content",
-    "cycle": "share of places matched back between images",
 }
 _COLUMNS = {
     **{name: label for name, label in SCORES.items() if name not in ("self_match", "effective_rank")},

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from diffcore.hooks.match import Site
 Visit = Callable[[Tensor], Tensor | None]
 """What happens at a site: None leaves the network alone, a tensor takes the place of the one seen."""
 
+_SPREAD = {"DataParallel", "FullyShardedDataParallel", "FSDPModule"}
 _OURS = "set_by_diffcore"
 _FUSED_INTO = {
     "to_qkv": {"to_q", "to_k", "to_v"},
@@ -31,9 +33,12 @@ def require_hookable(model: nn.Module, *, stop: bool = False) -> None:
         IncompatibleModelError: A module cannot be hooked; the message names it and the remedy.
     """
     for name, module in model.named_modules():
+        kinds = _kinds(type(module))
+        compiled = "OptimizedModule" in kinds or getattr(module, "_compiled_call_impl", None) is not None
+        if not compiled and not kinds & _SPREAD:  # this runs on every module at every pass
+            continue
         where = f"{type(model).__name__}{f' ({name})' if name else ''}"
-        kinds = {kind.__name__ for kind in type(module).__mro__}
-        if "OptimizedModule" in kinds or getattr(module, "_compiled_call_impl", None) is not None:
+        if compiled:
             raise IncompatibleModelError(f"{where} is compiled, and hooks on it stay silent; use it before compiling")
         devices = getattr(module, "device_ids", None) or ()
         if "DataParallel" in kinds and len(devices) > 1:
@@ -42,6 +47,11 @@ def require_hookable(model: nn.Module, *, stop: bool = False) -> None:
             raise IncompatibleModelError(
                 f"{where} is sharded (FSDP), and a forward pass that ends early would leave it gathered; use stop=False"
             )
+
+
+@cache
+def _kinds(kind: type) -> frozenset[str]:
+    return frozenset(each.__name__ for each in kind.__mro__)
 
 
 def require_unfused(model: nn.Module, sites: Iterable[tuple[Site, nn.Module]]) -> None:
@@ -139,10 +149,13 @@ def _leaves(value: Any, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...]
 
 def is_fused(module: nn.Module) -> bool:
     """Returns whether an attention module runs its projections as one."""
+    # Not by `getattr`, which is slow on the many modules that lack it.
+    if not vars(module).get("fused_projections", False):
+        return False
     # Some networks keep the flag after unfusing and only change the processor back; those with `unfuse_projections`
     # have one processor for both.
     switched = type(getattr(module, "processor", None)).__name__.startswith("Fused")
-    return bool(getattr(module, "fused_projections", False)) and (switched or hasattr(module, "unfuse_projections"))
+    return switched or hasattr(module, "unfuse_projections")
 
 
 def _on_output(site: Site, visit: Visit) -> Callable[..., Any]:

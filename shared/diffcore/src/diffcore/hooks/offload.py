@@ -17,7 +17,7 @@ def send_back(model: nn.Module) -> None:
         model: A network whose forward pass ended early; without offloading nothing happens.
     """
     for module in model.modules():
-        for hook in _hooks_of(getattr(module, "_hf_hook", None)):
+        for hook in _hooks_of(vars(module).get("_hf_hook")):
             deep = bool(getattr(hook, "place_submodules", False))
             if getattr(hook, "offload", False) and not all(p.is_meta for p in module.parameters(recurse=deep)):
                 hook.post_forward(module, None)

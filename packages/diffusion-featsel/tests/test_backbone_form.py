@@ -60,8 +60,8 @@ def test_sides_that_the_network_does_not_divide_are_refused(extractor):
 def test_a_head_learns_on_top_and_the_weights_stay(extractor):
     body = extractor.as_backbone((0,))
     head = torch.nn.Conv2d(body.feature_info.channels()[0], 2, 1)
-    model = torch.nn.Sequential(body, torch.nn.ModuleList())
-    assert not model.train()[0].extractor.networks.training
+    torch.nn.Sequential(body, head).train()
+    assert not body.extractor.networks.training
     before = extractor.model.backbone.get_parameter("conv_in.weight").clone()
     optimizer = torch.optim.AdamW([*head.parameters(), *body.parameters()])
     head(body(torch.rand(1, 3, 16, 16))[0]).mean().backward()

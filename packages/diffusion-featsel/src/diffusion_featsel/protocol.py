@@ -364,7 +364,9 @@ def posterior(
             images, lambda rows: model.codec.posterior(rows.to(model.device), grad=grad)
         )
     )
-    return torch.cat([mean for mean, _ in parts]), torch.cat([std for _, std in parts])
+    # In one layout: kernels choose by it, so that latents that were kept would differ in their features' last bits.
+    mean, std = (torch.cat(rows).contiguous() for rows in zip(*parts, strict=True))
+    return mean, std
 
 
 def drawn(

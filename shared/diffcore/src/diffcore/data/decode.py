@@ -5,6 +5,7 @@ a reason.
 """
 
 import io
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,44 +36,46 @@ def is_image(data: bytes) -> bool:
         return False
 
 
-def decode(data: bytes, *, channels: int = 3, max_pixels: int) -> Decoded:
+def decode(data: bytes, *, channels: int = 3, max_pixels: int, formats: Sequence[str] = FORMATS) -> Decoded:
     """Returns the pixels as a person sees them: upright, on white, 8 bits.
 
     Args:
         data: Bytes of the image file.
         channels: Number of channels: 3 for RGB, 1 for grey.
         max_pixels: Width times height above which the image is refused before it is decoded.
+        formats: Formats that are read, in Pillow's words.
 
     Raises:
         UnreadableFileError: The bytes are no image of a supported format, damaged, or too large.
     """
     try:
-        flat, notes = _opened(data, max_pixels)
+        flat, notes = _opened(data, max_pixels, formats)
     except UnreadableFileError:
         raise
     except UnidentifiedImageError:
-        raise UnreadableFileError("is not a PNG, JPEG, WebP, BMP or TIFF image") from None
+        *others, last = ("WebP" if name == "WEBP" else name for name in formats)
+        raise UnreadableFileError(f"is not a {', '.join(others)} or {last} image") from None
     except Exception as error:  # ValueError, SyntaxError, struct.error, MemoryError, DecompressionBombError and others
         raise UnreadableFileError(f"is damaged: {printable(error) or type(error).__name__}") from None
     pixels = np.array(flat.convert("RGB" if channels == 3 else "L"))
     return Decoded(pixels.transpose(2, 0, 1) if channels == 3 else pixels[None], tuple(notes))
 
 
-def _opened(data: bytes, max_pixels: int) -> tuple[Image.Image, list[str]]:
+def _opened(data: bytes, max_pixels: int, formats: Sequence[str]) -> tuple[Image.Image, list[str]]:
     """Returns the image in mode L or RGB, and notes; a PNG that fails is read again without its metadata."""
     try:
-        return _flat(data, max_pixels)
+        return _flat(data, max_pixels, formats)
     except UnreadableFileError:
         raise
     except Exception:
         shorter = png.pixels_alone(data) if data.startswith(png.SIGNATURE) else data
         if shorter == data:
             raise
-    return _flat(shorter, max_pixels)
+    return _flat(shorter, max_pixels, formats)
 
 
-def _flat(data: bytes, max_pixels: int) -> tuple[Image.Image, list[str]]:
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+def _flat(data: bytes, max_pixels: int, formats: Sequence[str]) -> tuple[Image.Image, list[str]]:
+    with Image.open(io.BytesIO(data), formats=formats) as image:
         width, height = image.size
         if width * height > max_pixels:
             raise UnreadableFileError(f"has {width} x {height} pixels; the limit is {max_pixels:g} (`max_pixels`)")

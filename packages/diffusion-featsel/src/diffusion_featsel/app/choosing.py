@@ -17,9 +17,9 @@ from diffusion_featsel.alignment import Alignment
 from diffusion_featsel.app.inputs import Task, make_extractor, read_mask_data, read_pair_data
 from diffusion_featsel.app.options import Extraction
 from diffusion_featsel.app.work import Work
+from diffusion_featsel.baselines import rescale
 from diffusion_featsel.files.ranking import FILE, read_ranking
 from diffusion_featsel.labelled import LabelledPairs, LabelledPixels, LabelledPixelsAccumulator
-from diffusion_featsel.baselines import rescale
 from diffusion_featsel.presets import PRESETS, preset
 from diffusion_featsel.ranking import Ranking
 from diffusion_featsel.search import SelectSettings
@@ -94,12 +94,17 @@ def choose(
         work.output.out or Path("runs") / f"select-{scored.name}",
         work.output,
         settings(**options, loading=work.loading, runtime=work.runtime),
-        {"ranking": sha256(path)} | ({} if labels is None or not Path(labels).is_file() else {labels: sha256(Path(labels))}),
+        {"ranking": sha256(path)}
+        | ({} if labels is None or not Path(labels).is_file() else {labels: sha256(Path(labels))}),
         (),
         work.runtime,
     )
     plan = {"candidates": len(scores) if labels is None else min(candidates, len(scores)), "budget": budget}
     return job(compute, plan=plan, report=report, shown=_shown)
+
+
+def _files(labels: str | None) -> list[Path]:
+    return [] if labels is None or not Path(labels).is_file() else [Path(labels)]
 
 
 def _shown(result: Any) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from diffcore.run import Run
 from diffusion_featsel.app.inputs import pixels_of_files
 from diffusion_featsel.app.pictures import principal_colors
 from diffusion_featsel.app.report import save_components, save_strips, save_table
+from diffusion_featsel.baselines import rescale
 from diffusion_featsel.correspond import correspond
 from diffusion_featsel.extractor import FeatureExtractor
 from diffusion_featsel.files.images import ImageList
-from diffusion_featsel.baselines import rescale
 
 _DRAWN = 40  # lines that a picture holds
 
@@ -62,7 +62,8 @@ def matched(
 
     found = correspond(
         lambda images: extractor(images),
-        *prepared,
+        prepared[0],
+        prepared[1],
         asked,
         matcher=matcher,
         mutual=mutual,

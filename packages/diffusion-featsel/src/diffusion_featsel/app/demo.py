@@ -204,9 +204,10 @@ def _draw(data: Portraits, maps: Mapping[str, Tensor], chosen: Selection, rms: M
         ]
         weights = {name: 1 / rms[name] for name in chosen.names}
         points, size = pair.source_points[pair.counted], pair.source_size
-        matched = match_points(
-            *sides, points[None], source_size=size, target_size=size, weights=weights, center="pair"
-        ).points[0]
+        found = match_points(
+            sides[0], sides[1], points[None], source_size=size, target_size=size, weights=weights, center="pair"
+        )
+        matched = found.points[0]
         true = pair.target_points[pair.counted]
         strips.append(
             {
@@ -242,7 +243,7 @@ def _summary(
     scores = ranking.scores()
     names = list(scores)
     rho = {
-        task: float(spearmanr([scores[n] for n in names], [truth[n] for n in names]).statistic)
+        task: float(spearmanr([scores[n] for n in names], [truth[n] for n in names])[0])
         for task, truth in (("pck", pck), ("miou", miou))
     }
     best = {"pck": max(pck, key=lambda n: pck[n]), "miou": max(miou, key=lambda n: miou[n])}

@@ -137,8 +137,10 @@ def evaluated(run: Run, plan: Plan, *, kind: Kind, matcher: Matcher, num_train: 
         num_train: Number of training images for masks.
     """
     if isinstance(plan.data, PairData):
-        return _alone_by_points(run, plan, plan.data, matcher) if plan.extractor is None else _together_by_points(
-            run, plan, plan.data, plan.extractor, matcher
+        return (
+            _alone_by_points(run, plan, plan.data, matcher)
+            if plan.extractor is None
+            else _together_by_points(run, plan, plan.data, plan.extractor, matcher)
         )
     if plan.extractor is None:
         return _alone_by_masks(run, plan, plan.data, num_train)

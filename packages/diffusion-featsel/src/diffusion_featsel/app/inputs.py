@@ -52,7 +52,7 @@ def features_named(features: Sequence[str]) -> Selection | str | list[str]:
 
 
 def _selection(path: Path) -> Selection:
-    values = read_untrusted(path.read_bytes(), path)
+    values = read_untrusted(path)
     try:
         return Selection.from_json(values)
     except (TypeError, KeyError, AttributeError):

@@ -57,7 +57,9 @@ def ranked(
         parts=_PARTS,
         map=map,
     )
-    x_t = noised(model, model.codec.encode(images[:1].to(model.device)), image_keys(images[:1]), t, seed=extraction.seed)
+    x_t = noised(
+        model, model.codec.encode(images[:1].to(model.device)), image_keys(images[:1]), t, seed=extraction.seed
+    )
     shown = [row.activation for row in ranking.rows]
     return ranking, activations_of(model, x_t, t, condition, shown)
 
@@ -126,6 +128,6 @@ def tell_paper(run: Run, scores: Mapping[str, float], model: PublishedModel) -> 
         run,
         "paper",
         rows,
-        f"{found.n} activations that both have scored, tables 4 to 6 of the paper; the best here is {found.best}.{doubt}",
+        f"{found.n} activations that both have scored, tables 4 to 6 of the paper; best here is {found.best}.{doubt}",
     )
     return {"against_paper": {"model": model, "n": found.n, "simple": found.simple, "complex": found.complex}}

@@ -90,7 +90,9 @@ def measured_set(
         ]
         points = torch.stack([pair.source_points for pair in some])
         size = some[0].source_size
-        matched = match_points(*sides, points, source_size=size, target_size=size, weights=weights, center="pair")
+        matched = match_points(
+            sides[0], sides[1], points, source_size=size, target_size=size, weights=weights, center="pair"
+        )
         found += list(matched.points)
     pck = keypoint_scores(data.pairs, found, num_resamples=1).share("box", "points").value
     num_channels = sum(maps[activation].shape[1] for activation in names)

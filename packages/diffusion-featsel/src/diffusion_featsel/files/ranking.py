@@ -83,5 +83,8 @@ def _described(activation: Activation) -> dict[str, Any]:
 
 def _activation(values: dict[str, Any]) -> Activation:
     known = {field.name for field in fields(Activation)}
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if key in known}
-    return Activation(**values | {"site": Site(*values["site"])})
+    told: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if key in known
+    }
+    told["site"] = Site(*values["site"])
+    return Activation(**told)

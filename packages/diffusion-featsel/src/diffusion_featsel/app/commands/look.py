@@ -84,7 +84,7 @@ def _factor(folder: Path) -> int:
     path = folder / "vae" / "config.json"
     if not path.is_file():
         return 1
-    return 2 ** (len(read_untrusted(path.read_bytes(), path).get("block_out_channels", [0])) - 1)
+    return 2 ** (len(read_untrusted(path).get("block_out_channels", [0])) - 1)
 
 
 def score(

@@ -46,7 +46,7 @@ def extract(
 
     loaded, named = work.load(model), features_named(features)
     listed = ImageList.of(images)
-    told = None if prompts is None else read_untrusted(prompts.read_bytes(), prompts)
+    told = None if prompts is None else read_untrusted(prompts)
     extractor = make_extractor(loaded, named, extraction)
     plan = plan_features(
         extractor,
@@ -144,7 +144,11 @@ def correspond(
     def compute(run: "Run", map: "RunMap") -> dict[str, Any]:
         return matched(run, extractor, source, target, where, matcher=matcher, mutual=mutual, flip=flip)
 
-    plan = {"activations": list(extractor.names), "points": len(where) or "all cells", "share_of_a_pass": extractor.cost}
+    plan = {
+        "activations": list(extractor.names),
+        "points": len(where) or "all cells",
+        "share_of_a_pass": extractor.cost,
+    }
     job = work.job("correspond", loaded, options, digests(features, source, target))
     return job(compute, plan=plan, report=write_page, shown=lambda r: {k: v for k, v in r.items() if k != "matches"})
 

@@ -1,6 +1,7 @@
 """Attention maps: probabilities that give the module's output, equal to the library's own, and reduced."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -20,7 +21,12 @@ T = 50.0
 
 def setting(name: str = "sd15") -> tuple[DiffusionModel, Tensor, dict[str, Tensor], Inventory]:
     model, (x_t, _, cond) = tiny.model(name), tiny.inputs(name)
-    return model, x_t, cond, inventory(model, size=(8, 8), num_text=7)
+    return model, x_t, cond, listed(name)
+
+
+@cache
+def listed(name: str) -> Inventory:
+    return inventory(tiny.backbone(name), size=(8, 8), num_text=7)
 
 
 def probabilities(module: Any, query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any, cast
 
 import accelerate
@@ -37,7 +38,12 @@ T = 50.0
 
 def setting(name: str) -> tuple[DiffusionModel, Tensor, dict[str, Tensor], Inventory]:
     model, (x_t, _, cond) = tiny.model(name), tiny.inputs(name)
-    return model, x_t, cond, inventory(model, size=(8, 8), num_text=7)
+    return model, x_t, cond, listed(name)
+
+
+@cache
+def listed(name: str) -> Inventory:
+    return inventory(tiny.backbone(name), size=(8, 8), num_text=7)
 
 
 def features(
@@ -336,7 +342,7 @@ def test_free_u_is_seen_and_changes_no_taken_tensor(name: str) -> None:
     # The block after the middle scales its input in place, which is what the middle returned.
     assert torch.equal(taken["mid-repeat1-res-out"], plain["mid-repeat1-res-out"])
     assert not torch.equal(taken["up-level0-repeat0-res-in"], plain["up-level0-repeat0-res-in"])
-    assert [row.name for row in inventory(backbone)] == [row.name for row in inventory(tiny.backbone(name))]
+    assert [row.name for row in inventory(backbone)] == [row.name for row in listed(name)]
 
 
 def test_sliced_attention_gives_the_same_features_and_no_maps() -> None:
@@ -369,7 +375,7 @@ def test_live_adapters_are_seen_and_equal_merged_ones(name: str) -> None:
     backbone: Any = model.backbone
     targets = ["to_q", "to_k", "to_v", "proj_mlp", "ff.net.0.proj"]
     backbone.add_adapter(LoraConfig(r=2, lora_alpha=8, target_modules=targets, init_lora_weights=False))
-    assert [row.name for row in inventory(backbone)] == [row.name for row in inventory(tiny.backbone(name))]
+    assert [row.name for row in inventory(backbone)] == [row.name for row in listed(name)]
     live = features(model, x_t, cond, found)
     query = next(key for key in live if key.endswith("-q"))
     assert not torch.allclose(live[query], expected[query], atol=1e-3)

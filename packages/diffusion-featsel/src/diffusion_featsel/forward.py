@@ -68,7 +68,7 @@ def activations_of(
         x_t: Noisy inputs of the network.
         t: Timestep of all inputs, in the units of the schedule.
         condition: Condition of the backbone; each tensor has one row for all inputs, or one for each.
-        activations: What to take; all were listed by `inventory` for this size of x_t.
+        activations: Activations to take; `inventory` listed all of them for this size of x_t.
         reduce: Called in the hook as (name, map); its result is kept instead of the map, and None keeps nothing.
         stop: Whether the pass ends at the last activation.
         grad: Whether to keep the graph, so that gradients flow back to x_t and to the weights.

@@ -1,5 +1,6 @@
 """Probes equal those of scikit-learn, and scores are counted as they say."""
 
+import importlib
 import math
 import warnings
 from typing import Any, Literal
@@ -108,7 +109,7 @@ def test_few_pieces_stand_in_for_many_images(monkeypatch: pytest.MonkeyPatch) ->
     features, labels = scene()
     settings = ProbeSettings(grid=(16, 16), num_splits=1)
     whole = probe(features, labels, settings=settings)
-    monkeypatch.setattr("diffusion_featsel.probe._PIECES_BYTES", 1)
+    monkeypatch.setattr(importlib.import_module("diffusion_featsel.probe"), "_PIECES_BYTES", 1)
     assert probe(features, labels, settings=settings).miou.mean == pytest.approx(whole.miou.mean, abs=0.02)
 
 

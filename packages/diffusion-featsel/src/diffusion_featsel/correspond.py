@@ -75,7 +75,7 @@ def correspond(
 
     Args:
         features: Function of images to their activations.
-        source: Source images.
+        source: Images whose points or cells are matched.
         target: Target images; their size may differ from the source's.
         points: Positions (x, y) in pixels of the source images; None for all cells of the finest activation.
         matcher: How points are matched, see `MatchSettings`; cells are matched to the most similar cell.
@@ -153,7 +153,7 @@ def match_pairs(
         pairs: Pairs of images with key points in pixels of the original images.
         features: Function of names of images to their activations: name to maps (b, c, h, w).
         size: Height and width that images of any shape had when their features were computed.
-        settings: Matcher and protocol.
+        settings: Matcher and protocol; the largest cosine over all pixels by default.
         weights: Factor of each activation before they are concatenated; 1 where it is missing.
         center: Per-channel means to subtract from each activation, or "pair" for those of each pair of images.
         batch_size: Number of pairs that are matched together.

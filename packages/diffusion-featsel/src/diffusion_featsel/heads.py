@@ -59,7 +59,7 @@ def nearest_votes(
         x: Feature vectors of known class.
         y: Class of each of them.
         rows: Feature vectors to classify.
-        num_classes: Number of classes.
+        num_classes: Number of classes of the labels.
         neighbours: Number of neighbours that vote.
         temperature: Scale of the cosines; the smaller, the more the nearest weigh.
 
@@ -97,7 +97,7 @@ def fit_logistic(
     """Fits a logistic regression by L-BFGS: mean cross-entropy + decay / 2 |weights|^2 of standardised features.
 
     Args:
-        x: Feature vectors.
+        x: Feature vectors, one for each row.
         y: Class of each vector.
         start: Classifier to start from.
         decay: Factor of half the squared weights.

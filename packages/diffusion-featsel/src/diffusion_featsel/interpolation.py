@@ -55,7 +55,7 @@ def values_at(maps: Float[Tensor, "b c h w"], positions: Float[Tensor, "b k 2"])
     """Returns the interpolated columns of maps at any positions.
 
     Args:
-        maps: Maps of channels.
+        maps: Maps of channels at native size.
         positions: Positions (x, y), as shares of width and height.
     """
     height, width = maps.shape[2:]

@@ -9,7 +9,8 @@ References:
     Yang and Ramanan 2013; per point and per image: Min et al. 2019 (SPair-71k).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -144,21 +145,18 @@ def keypoint_scores(
     num_counted, num_shown = padded.counted.sum(1), padded.shown.sum(1)
     has_box = padded.box.amax(1) > 0
     kept = ((num_counted > 0) & has_box).nonzero().flatten()
-    tally = padded.tally(kept, tuple(thresholds))
-    categories = [pairs[i].category for i in kept.tolist()]
-    names = sorted(set(categories))
-    groups = [torch.tensor([row for row, category in enumerate(categories) if category == name]) for name in names]
-    every = [torch.arange(len(kept))]
-    resampled = _resampled(len(kept), num_resamples, seed)
+    kept = torch.tensor(sorted(kept.tolist(), key=lambda i: pairs[i].category), dtype=torch.long)
+    categories = Counter(pairs[i].category for i in kept.tolist())
+    sums = _resampled(padded.sums(kept, tuple(thresholds)), list(categories.values()), num_resamples, seed)
     forms = tuple(
         CorrectShares(
             form[0],
             form[1],
-            _intervals(lambda counts, form=form: tally.shares(form, every, counts)[:, 0], resampled),
-            dict(zip(names, map(tuple, tally.shares(form, groups, resampled[0])[0].tolist()), strict=True)),
-            _intervals(lambda counts, form=form: tally.shares(form, groups, counts).nanmean(1), resampled),
+            _intervals(_shares(sums.sum(1), number)),
+            dict(zip(categories, map(tuple, _shares(sums[0], number).tolist()), strict=False)),
+            _intervals(_shares(sums, number).nanmean(1)),
         )
-        for form in _FORMS
+        for number, form in enumerate(_FORMS)
     )
     return KeypointScores(
         tuple(thresholds),
@@ -170,22 +168,6 @@ def keypoint_scores(
         int(((num_counted > 0) & ~has_box).sum()),
         int((num_counted == 0).sum()),
     )
-
-
-@dataclass(frozen=True)
-class _Tally:
-    """Number of correct points of each pair, relative to the image and to the box, and of counted points."""
-
-    correct: Mapping[RelativeTo, Float64[Tensor, "pairs thresholds"]]
-    points: Float64[Tensor, " pairs"]
-
-    def shares(self, form: tuple[RelativeTo, MeanOver], groups: Sequence[Tensor], counts: Tensor) -> Tensor:
-        """Returns shares (resamples, groups, thresholds), given how often each resample has each pair."""
-        each, size = self.correct[form[0]], self.points
-        if form[1] == "pairs":
-            each, size = each / size[:, None], torch.ones_like(size)
-        parts = [(counts[:, rows] @ each[rows]) / (counts[:, rows] @ size[rows])[:, None] for rows in groups]
-        return torch.stack(parts, 1) if parts else each.new_zeros(len(counts), 0, each.shape[1])
 
 
 @dataclass(frozen=True)
@@ -214,14 +196,15 @@ class _Padded:
         box = _stacked([pair.box for pair in pairs])
         return cls(found, true, shown, shown & inside, image, box)
 
-    def tally(self, kept: Tensor, thresholds: tuple[float, ...]) -> _Tally:
+    def sums(self, kept: Tensor, thresholds: tuple[float, ...]) -> Tensor:
+        """Returns what is summed over pairs: correct points in each form and threshold, then points, then pairs."""
         counted = self.counted[kept]
-        sizes: dict[RelativeTo, Tensor] = {"image": self.image[kept], "box": self.box[kept]}
-        correct: dict[RelativeTo, Tensor] = {
-            key: count_correct(self.found[kept], self.true[kept], size, thresholds, counted)
-            for key, size in sizes.items()
-        }
-        return _Tally(correct, counted.double().sum(1))
+        points = counted.double().sum(1, keepdim=True)
+        parts = []
+        for size in (self.image[kept], self.box[kept]):
+            correct = count_correct(self.found[kept], self.true[kept], size, thresholds, counted)
+            parts += [correct, correct / points]
+        return torch.cat([*parts, points, torch.ones_like(points)], 1)
 
 
 def _stacked(sizes: Sequence[Sequence[float | int]]) -> Tensor:
@@ -232,21 +215,39 @@ def _inside(points: Tensor, sizes: Tensor) -> Tensor:
     return ((points >= -0.5) & (points <= sizes.flip(1)[:, None] - 0.5)).all(2)
 
 
-def _resampled(num_pairs: int, num_resamples: int, seed: int) -> list[Tensor]:
-    """Returns how often each resample draws each pair, some resamples at a time; the pairs as they are come first."""
-    generator = torch.Generator().manual_seed(seed)
-    each = max(2**22 // max(num_pairs, 1), 1)
-    chunks = [torch.ones(1, num_pairs, dtype=torch.float64)]
-    for start in range(0, num_resamples if num_pairs else 0, each):
-        number = min(each, num_resamples - start)
-        drawn = torch.randint(num_pairs, (number, num_pairs), generator=generator)
-        once = torch.ones(drawn.shape, dtype=torch.float64)
-        chunks.append(torch.zeros_like(once).scatter_add_(1, drawn, once))
-    return chunks
+def _resampled(values: Tensor, group_sizes: Sequence[int], num_resamples: int, seed: int) -> Tensor:
+    """Returns sums of values (1 + resamples, groups, values) over each group of pairs.
+
+    The first are over the pairs as they are; the others over as many pairs, drawn with replacement.
+    """
+    num_pairs, generator = len(values), torch.Generator().manual_seed(seed)
+    sizes = list(group_sizes)
+
+    def summed(counts: Tensor) -> Tensor:
+        parts = zip(counts.split(sizes, 1), values.split(sizes), strict=True)
+        return torch.stack([some @ rows for some, rows in parts], 1)
+
+    if not sizes:
+        return values.new_full((1, 1, values.shape[1]), torch.nan)
+    found = [summed(torch.ones(1, num_pairs, dtype=torch.float64))]
+    each = max(2**22 // num_pairs, 1)
+    for start in range(0, num_resamples, each):
+        drawn = torch.randint(num_pairs, (min(each, num_resamples - start), num_pairs), generator=generator)
+        counts = torch.zeros(drawn.shape, dtype=torch.float64)
+        found.append(summed(counts.scatter_add_(1, drawn, torch.ones_like(counts))))
+    return torch.cat(found)
 
 
-def _intervals(shares: Callable[[Tensor], Tensor], resampled: Iterable[Tensor]) -> tuple[Interval, ...]:
+def _shares(sums: Tensor, form: int) -> Tensor:
+    """Returns the shares at each threshold in one of the forms."""
+    num_thresholds = (sums.shape[-1] - 2) // len(_FORMS)
+    correct = sums[..., form * num_thresholds : (form + 1) * num_thresholds]
+    size = -1 if _FORMS[form][1] == "pairs" else -2
+    return correct / sums[..., size, None]
+
+
+def _intervals(shares: Tensor) -> tuple[Interval, ...]:
     """Returns the value of the pairs as they are, and the middle 95 % of the resamples', for each threshold."""
-    value, *others = (shares(counts) for counts in resampled)
-    ends = torch.cat(others or [value]).nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
-    return tuple(Interval(*row) for row in torch.stack([value[0], *ends], 1).tolist())
+    resampled = shares[1:] if len(shares) > 1 else shares
+    ends = resampled.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+    return tuple(Interval(*row) for row in torch.stack([shares[0], *ends], 1).tolist())

@@ -43,12 +43,15 @@ class LabelledPixels:
             names: Activations whose channels are concatenated.
             strength: Regularisation, as a share of the mean eigenvalue.
         """
-        columns, num_classes = self.gram.columns(names), self.gram.num_classes
+        num_classes, chosen = self.gram.num_classes, self.gram.subset(names)
         values = []
-        for fit, rows, classes in zip(
-            left_out_fits(self.gram.subset(names), strength), self.rows, self.classes, strict=True
-        ):
-            predicted = fit(rows[:, columns]).argmax(1)
+        for fit, rows, classes in zip(left_out_fits(chosen, strength), self.rows, self.classes, strict=True):
+            # One product for each activation: picking columns would copy the rows.
+            scores = fit.bias.to(rows.dtype)
+            for name, weight in zip(names, fit.weight.split(list(chosen.channels.values())), strict=True):
+                first = int(self.gram.columns([name])[0])
+                scores = scores + rows[:, first : first + len(weight)] @ weight.to(rows.dtype)
+            predicted = scores.argmax(1)
             pairs = torch.bincount(classes.long() * num_classes + predicted, minlength=num_classes**2)
             confusion = pairs.view(num_classes, num_classes).double()
             hit, present = confusion.diagonal(), confusion.sum(1) > 0

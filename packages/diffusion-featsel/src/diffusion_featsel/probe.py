@@ -22,7 +22,7 @@ from diffusion_featsel.segmentation import SegmentationScores, segmentation_scor
 from diffusion_featsel.splits import Split, image_splits
 
 Kind = Literal["ridge", "logistic", "knn", "mlp-ensemble"]
-_PIECES_BYTES = 2**30  # of the moments of single images; where they need more, several images make one piece
+_PIECES_BYTES = 2**29  # of the moments of all pieces; where images need more, several make one of five or more
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _predicted(
         votes = nearest_votes(x, y, rows, num_classes, settings.neighbours, settings.temperature)
         return votes.argmax(-1), None
     size = maps.shape[1] + 1 + num_classes
-    pieces = min(len(train), max(_PIECES_BYTES // (8 * size**2), 2))
+    pieces = min(len(train), max(_PIECES_BYTES // (8 * size**2), 5))
     sums = GramAccumulator({"all": maps.shape[1]}, num_classes, settings.grid, pieces)
     for image in train:
         sums.update({"all": maps[image : image + 1]}, classes[image : image + 1])

@@ -35,7 +35,7 @@ class ScarceSettings:
     Attributes:
         grid: Rows and columns of pixels that features and labels are brought to.
         num_networks: Number of networks that vote.
-        learning_rate: Step of Adam.
+        learning_rate: Size of the steps of Adam.
         batch_size: Number of pixels in a batch; a smaller last batch is left out.
         max_epochs: Largest number of passes over the training pixels.
         first_watched: Number of epochs before the losses are watched.
@@ -78,7 +78,7 @@ class Ensemble:
     Args:
         num_channels: Number of channels of a pixel, C.
         num_classes: Number of classes, K.
-        num_networks: Number of networks.
+        num_networks: Number of networks side by side.
         generator: Source of the first weights; a generator on the CPU.
         device: Device of the weights.
     """
@@ -143,7 +143,7 @@ def fit_ensemble(
     Args:
         features: Maps (b, c, h, w) of each activation, at native size.
         labels: Class of each pixel at any size, or 255 for pixels that do not count.
-        num_classes: Number of classes.
+        num_classes: Number of classes of the labels.
         settings: Settings of the protocol; the paper's by default.
 
     Raises:
@@ -246,7 +246,7 @@ def vote(
     """Returns the class that most networks choose at each pixel, and the uncertainty of each image.
 
     Args:
-        networks: Trained networks.
+        networks: Networks that `fit_ensemble` has trained.
         features: Maps (b, c, h, w) of each activation, at native size.
         grid: Rows and columns of pixels.
     """
@@ -297,7 +297,7 @@ def scarce_scores(
     Args:
         features: Maps (b, c, h, w) of each activation, at native size.
         labels: Class of each pixel at any size, or 255 for pixels that do not count.
-        num_classes: Number of classes.
+        num_classes: Number of classes of the labels.
         num_splits: Number of random splits.
         num_train: Number of training images; two thirds of all by default.
         settings: Settings of the protocol; the paper's by default.

@@ -42,7 +42,7 @@ def segmentation_scores(
     Args:
         predicted: Predicted class of each pixel.
         labels: True class of each pixel, or 255 for pixels that do not count.
-        num_classes: Number of classes.
+        num_classes: Number of classes of the labels.
 
     Raises:
         ValueError: A label does not exist.

@@ -42,9 +42,9 @@ def image_splits(
 
     Args:
         labels: Class of each pixel or image, or 255 for those that do not count.
-        num_classes: Number of classes.
+        num_classes: Number of classes of the labels.
         num_train: Number of training images; two thirds of all by default.
-        num_splits: Number of splits.
+        num_splits: Number of random splits.
         seed: Seed of the random order.
 
     Raises:

@@ -59,9 +59,8 @@ def test_sizes_of_each_mode():
 
 
 def test_resizing_is_antialiased_and_stays_in_range():
-    board = ((torch.arange(128)[:, None] + torch.arange(128)) % 2).float().expand(1, 3, 128, 128)
-    small = prepare(board, 16).images
-    assert (small - 0.5).abs().max() < 0.02
+    noise = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    assert prepare(noise, 16).images.std() < 0.08  # 64 pixels make one; without a filter it is 0.25
     edge = torch.zeros(1, 3, 64, 64)
     edge[..., 32:] = 1
     large = prepare(edge, 160).images

@@ -173,6 +173,7 @@ def test_latents_are_the_mode_or_draws_that_depend_on_the_key_alone(model):
     other = drawn(mean, std, [4, 3, 2, 1], seed=5)
     torch.testing.assert_close((other[0] - mean[0]) / std[0], (one[3] - mean[3]) / std[3], atol=1e-4, rtol=0)
     draws = torch.stack([(drawn(mean, std, [1, 2, 3, 4], draw=draw) - mean) / std for draw in range(60)])
+    assert abs(float(torch.corrcoef(draws[:2].flatten(1))[0, 1])) < 0.1
     assert abs(float(draws.mean())) < 0.02
     assert abs(float(draws.std()) - 1) < 0.02
     with pytest.raises(ValueError, match="without `keys`"):

@@ -93,7 +93,7 @@ class Backbone(nn.Module):
             up to the last one of these.
 
     Attributes:
-        feature_info: What is known of all maps; see `FeatureInfo`.
+        feature_info: Channels, reduction and module of all maps; see `FeatureInfo`.
         default_cfg: The size and the normalisation of inputs, under timm's names.
 
     Example:
@@ -171,7 +171,7 @@ def create_feature_extractor(
     """Returns a module that gives activations under the user's names, in the form of torchvision's function.
 
     Args:
-        model: The diffusion model.
+        model: The diffusion model to look into.
         return_nodes: The user's name for each activation, or activations that keep the names given here: the paper's
             names, abbreviations of them, or dotted names of modules.
         **settings: Settings of the `FeatureExtractor`.

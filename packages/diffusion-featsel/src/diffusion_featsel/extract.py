@@ -74,7 +74,7 @@ def extract(
     """Yields the features of each batch, in order.
 
     Args:
-        extractor: What is extracted, and how.
+        extractor: Extractor of the wanted activations.
         batches: Batches of images; how they are cut decides the last bits of their features.
         latents: Keeps latents, so that images are not encoded again.
         storage: Precision of the result.
@@ -137,7 +137,7 @@ def to_storage(features: Mapping[str, Tensor], storage: Storage) -> dict[str, Te
     """Returns features on the CPU in the precision that they are stored in.
 
     Args:
-        features: Maps by name.
+        features: Maps of activations by name.
         storage: Precision; "auto" is float16 where it holds every number, else bfloat16.
 
     Raises:

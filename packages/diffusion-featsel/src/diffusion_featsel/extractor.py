@@ -68,7 +68,7 @@ class FeatureExtractor(nn.Module):
     mode, unless it is differentiable.
 
     Args:
-        model: The diffusion model.
+        model: The diffusion model to look into.
         features: A selection, the name of a preset such as "sd15/practical", or names of activations. Size, resizing
             and draws of a preset are taken unless others are given.
         t: Timestep or several, see `timesteps`; by default that of the selection, or the paper's. With several
@@ -363,7 +363,7 @@ class FeatureExtractor(nn.Module):
         """Returns the number of channels of a map, after projecting and dropping massive channels.
 
         Args:
-            name: One of `names`.
+            name: Name of the map, one of `names`.
         """
         activation = name.partition("@")[0]
         statistics = self.statistics.get(name)

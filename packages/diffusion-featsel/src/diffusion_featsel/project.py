@@ -95,7 +95,7 @@ class PrincipalComponents:
         """Returns the projection to the leading components, each with its largest entry positive.
 
         Args:
-            kept: Number of components.
+            kept: Number of components that are kept.
 
         Raises:
             UserError: There are not as many channels, or fewer than two places were added.

@@ -142,7 +142,7 @@ def timesteps(model: DiffusionModel, t: Timestep | Sequence[Timestep]) -> tuple[
     """Returns timesteps in the units of a model's schedule.
 
     Args:
-        model: The diffusion model.
+        model: The diffusion model with its schedule.
         t: One timestep or several: a number in the units of the schedule, "snr:DB" for the signal-to-noise ratio
             alpha² / sigma² in decibel, or "sigma:S" for the factor sigma of the noise in x_t = alpha x0 + sigma noise.
             Schedules of whole timesteps answer with the nearest one.
@@ -235,7 +235,7 @@ class Conditions:
     """Conditions of prompts for one model, each prompt encoded once.
 
     Attributes:
-        model: The diffusion model.
+        model: The diffusion model with its text encoders.
         extra: Further entries of the condition, for all images: class labels, or the residuals of a ControlNet.
 
     Example:

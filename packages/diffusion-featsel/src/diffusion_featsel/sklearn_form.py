@@ -26,7 +26,7 @@ class DiffusionFeatures(TransformerMixin, BaseEstimator):
     measures the scale of each activation on the training images; nothing else is learned.
 
     Args:
-        model: The diffusion model.
+        model: The diffusion model to look into.
         features: A selection, the name of a preset, or names of activations.
         pooling: "mean" over places, "gem" for their generalised mean of exponent 3, which weighs large values more, or
             "none" for one row per place.
@@ -41,7 +41,7 @@ class DiffusionFeatures(TransformerMixin, BaseEstimator):
 
     Attributes:
         extractor_: The extractor, after fitting.
-        n_features_out_: Number of columns.
+        n_features_out_: Number of columns of the result.
 
     Example:
         >>> from diffcore.models import from_pipeline

@@ -46,8 +46,8 @@ class Plan:
     """An extraction that is cut into shards and not yet computed.
 
     Attributes:
-        extractor: What is extracted, and how; projections are in place.
-        images: The images.
+        extractor: Extractor of the wanted activations, with projections in place.
+        images: All images that are extracted.
         description: Content of `features.json`, without the fingerprint.
         shards: The distinct images of each shard, all of one prepared size.
         batch_size: Number of images that are computed together.
@@ -84,7 +84,7 @@ def plan_features(
     """Cuts an extraction into shards; principal components are found here, on the first 64 images.
 
     Args:
-        extractor: What is extracted, and how. Its features are stored as they are: readers normalise them.
+        extractor: Extractor of the wanted activations. They are stored as they are: readers normalise them.
         images: The images; those that show the same are computed once.
         prompts: Prompt by file name; by default the extractor's prompt for all.
         project: "pca:D" or "random:D" stores D channels of each activation.
@@ -142,7 +142,7 @@ def write_features(
 
     Args:
         folder: Place of the features; made if it is not there.
-        plan: The extraction.
+        plan: The extraction, cut into shards.
         latents: Folder that keeps encoded images for later extractions; None keeps none.
         rank: Number of this process among those that share the shards.
         processes: Number of processes that share them.
@@ -325,7 +325,7 @@ class StoredFeatures:
     """Features that were extracted to a folder; reading one activation of one image touches its bytes alone.
 
     Attributes:
-        folder: The folder.
+        folder: The folder that holds them.
         description: Content of its `features.json`.
         index: One row per image file: shard, row, and where the image lies in the network's input.
     """

@@ -90,7 +90,7 @@ def codec_fingerprint(model: DiffusionModel) -> str:
     """Returns a digest of the autoencoder: class, configuration, precision and all weights.
 
     Args:
-        model: The diffusion model.
+        model: The diffusion model with its autoencoder.
 
     Raises:
         UserError: The model has no autoencoder, whose work could be kept.

@@ -110,8 +110,8 @@ def control_keys(config: Mapping[str, Any]) -> tuple[str, ...]:
 
     Example:
         >>> config = {"block_out_channels": (32, 64), "layers_per_block": 1}
-        >>> control_keys(config)[1:]
-        ('down_block_additional_residual_1', 'down_block_additional_residual_2', 'mid_block_additional_residual')
+        >>> len(control_keys(config)), control_keys(config)[-2:]
+        (5, ('down_block_additional_residual_3', 'mid_block_additional_residual'))
     """
     levels = len(config["block_out_channels"])
     layers = config.get("layers_per_block", 2)

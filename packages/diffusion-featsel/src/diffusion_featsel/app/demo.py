@@ -243,7 +243,7 @@ def _summary(
     scores = ranking.scores()
     names = list(scores)
     rho = {
-        task: float(spearmanr([scores[n] for n in names], [truth[n] for n in names])[0])
+        task: float(spearmanr([scores[n] for n in names], [truth[n] for n in names]).statistic)
         for task, truth in (("pck", pck), ("miou", miou))
     }
     best = {"pck": max(pck, key=lambda n: pck[n]), "miou": max(miou, key=lambda n: miou[n])}

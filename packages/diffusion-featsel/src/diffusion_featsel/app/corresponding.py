@@ -34,10 +34,10 @@ def matched(
     """Matches two images, keeps pictures and a table for the report, and returns the summary.
 
     Args:
-        run: The run.
-        extractor: What computes the features.
-        source: First image.
-        target: Second image.
+        run: Run that keeps the results.
+        extractor: Extractor that computes the features.
+        source: File of the first image.
+        target: File of the second image.
         points: Positions (x, y) in the first image; none for all cells.
         matcher: How points are matched.
         mutual: Whether points must be matched back.

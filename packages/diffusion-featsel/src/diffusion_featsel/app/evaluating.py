@@ -53,14 +53,14 @@ class Plan:
     """An evaluation whose data was read, and nothing computed.
 
     Attributes:
-        model: The diffusion model.
-        task: What the labels are for.
+        model: Diffusion model that is looked into.
+        task: Kind of labels, key points or masks.
         data: Pairs with key points, or images with masks.
         extraction: Options of the command line.
-        extractor: What computes the features; None where every activation is measured alone.
+        extractor: Extractor that computes the features; None where every activation is measured alone.
         activations: Activations that are measured alone.
         against: Model of the paper that the order is compared with.
-        facts: What the plan says.
+        facts: Figures that a dry run prints.
         digest: Digest of the labelled data.
     """
 
@@ -130,9 +130,9 @@ def evaluated(run: Run, plan: Plan, *, kind: Kind, matcher: Matcher, num_train: 
     """Measures, keeps tables for the report, and returns the summary.
 
     Args:
-        run: The run.
-        plan: What is measured.
-        kind: Probe for masks.
+        run: Run that keeps the results.
+        plan: The evaluation, with its data read.
+        kind: Probe that reads the classes of masks.
         matcher: How points are matched.
         num_train: Number of training images for masks.
     """

@@ -77,8 +77,8 @@ def make_extractor(
     """Returns the extractor that the options describe.
 
     Args:
-        model: The diffusion model.
-        features: What to extract.
+        model: Diffusion model that is looked into.
+        features: Selection, name of a preset, or names of activations.
         extraction: Options of the command line.
         **settings: Further settings of the extractor.
     """
@@ -113,7 +113,7 @@ def images_at(
     """Returns the distinct images of a folder at the size of the network, their list, and the inventory for that size.
 
     Args:
-        model: The diffusion model.
+        model: Diffusion model that is looked into.
         path: Folder, archive or file of images.
         extraction: Options of the command line.
         limit: Largest number of images.
@@ -134,7 +134,7 @@ def inventory_at(model: DiffusionModel, size: tuple[int, int]) -> Inventory:
     """Returns the inventory for images of a size.
 
     Args:
-        model: The diffusion model.
+        model: Diffusion model that is looked into.
         size: Height and width of the prepared images in pixels.
     """
     factor = int(getattr(model.codec, "factor", 1))
@@ -152,7 +152,7 @@ def pixels_of_files(listed: ImageList, images: Sequence[ListedImage]) -> list[Te
     """Returns the 8-bit pixels (3, height, width) of some images of a list.
 
     Args:
-        listed: The list.
+        listed: List that the images are in.
         images: Images of the list.
     """
     return [torch.from_numpy(pixels).movedim(2, 0) for pixels in listed.read(images)]
@@ -163,7 +163,7 @@ class PairData:
     """Pairs of images with key points, and a function of image names to features.
 
     Attributes:
-        pairs: The pairs.
+        pairs: Pairs of images with their key points.
         root: Folder that names of images are relative to; None where images are in memory.
         images: Images by name, where they are in memory.
         name: Word for the data set in tables.
@@ -178,7 +178,7 @@ class PairData:
         """Returns a function of names to features, which remembers the last images.
 
         Args:
-            extractor: What computes the features.
+            extractor: Extractor that computes the features.
         """
         kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
 
@@ -217,7 +217,7 @@ def read_pair_data(data: str, *, split: str = "test", layout: Literal["large", "
 
     Args:
         data: Folder, file, or zoo:portraits.
-        split: Split of SPair-71k.
+        split: Name of a split of SPair-71k.
         layout: List of SPair-71k's pairs, all or few.
 
     Raises:
@@ -244,7 +244,7 @@ class MaskData:
     Attributes:
         pictures: The images, of any size.
         labels: Class of each pixel on the grid of the probe; 255 where it does not count.
-        num_classes: Number of classes.
+        num_classes: Number of classes in the masks.
         name: Word for the data set in tables.
     """
 

@@ -75,7 +75,7 @@ def _opened(data: bytes, max_pixels: int, formats: Sequence[str]) -> tuple[Image
 
 
 def _flat(data: bytes, max_pixels: int, formats: Sequence[str]) -> tuple[Image.Image, list[str]]:
-    with Image.open(io.BytesIO(data), formats=formats) as image:
+    with Image.open(io.BytesIO(data), formats=tuple(formats)) as image:
         width, height = image.size
         if width * height > max_pixels:
             raise UnreadableFileError(f"has {width} x {height} pixels; the limit is {max_pixels:g} (`max_pixels`)")

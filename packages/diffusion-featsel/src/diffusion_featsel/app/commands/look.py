@@ -106,7 +106,7 @@ def score(
     One pass over the images measures everything; nothing is stored per image.
 
     Args:
-        filter: What is crossed out beside the ranking: by measurements, by the paper's rule on names, or nothing.
+        filter: Rule that crosses out activations beside the ranking: measurements, the paper's rule on names, or none.
         keep: Patterns of names that no filter drops.
         num_images: Largest number of images, spread over the folder; at least 16.
         other_t: Second timestep, to see how much activations depend on it.
@@ -203,7 +203,7 @@ def select(
         run: Run folder of score.
         budget: Largest cost for one image: 8MiB or 3520ch of features, or flops:.6 of the network.
         labels: Labelled data: a folder of images with masks, pairs with key points, or zoo:portraits.
-        task: What the labels are for.
+        task: Kind of labels: key points for correspondence, masks for segmentation.
         candidates: Number of activations, best first, that are looked at with labels.
         max_size: Largest number of activations.
         ladder: Whether there must be a coarse and a fine one.

@@ -118,8 +118,8 @@ def correspond(
     Without points every cell is matched both ways, and cells that return to themselves are drawn.
 
     Args:
-        source: First image.
-        target: Second image.
+        source: File of the first image.
+        target: File of the second image.
         points: Positions in the first image in its own pixels, as x,y.
         matcher: Largest cosine, or the expected place over the whole image or around the largest.
         mutual: Keep the points alone that are matched back.

@@ -14,6 +14,7 @@ from diffcore.errors import UserError, printable
 from diffcore.io.files import sha256
 from diffcore.io.strictjson import read_untrusted
 from diffcore.models import DiffusionModel
+from diffcore.units import digest_of
 from diffusion_featsel.app.options import Extraction
 from diffusion_featsel.extractor import FeatureExtractor
 from diffusion_featsel.files.images import ImageList, ListedImage
@@ -22,6 +23,7 @@ from diffusion_featsel.files.pairs import read_pairs
 from diffusion_featsel.files.spair import read_spair
 from diffusion_featsel.inventory import Inventory, inventory
 from diffusion_featsel.pairs import Pair
+from diffusion_featsel.presets import PRESETS
 from diffusion_featsel.protocol import Protocol
 from diffusion_featsel.selection import Selection
 
@@ -46,7 +48,16 @@ def features_named(features: Sequence[str]) -> Selection | str | list[str]:
         path = path / "selection.json" if (path / "selection.json").is_file() else path
         if path.suffix == ".json" and path.is_file():
             return _selection(path)
+        if path.is_dir():
+            raise UserError(f"`features` is {printable(path, 300)}, a folder without a selection.json")
+        if path.suffix == ".json":
+            raise UserError(f"`features` is {printable(path, 300)}, and there is no such file")
         if "/" in features[0]:
+            if features[0] not in PRESETS:
+                raise UserError(
+                    f"`features` is {printable(features[0])!r}, neither a file nor a preset; the presets are "
+                    f"{', '.join(PRESETS)}"
+                )
             return features[0]
     return list(features)
 
@@ -252,6 +263,19 @@ class MaskData:
     labels: Tensor
     num_classes: int
     name: str
+
+
+def digest_of_data(data: PairData | MaskData) -> str:
+    """Returns a digest of labelled data: points of pairs, or classes of pixels.
+
+    Args:
+        data: Pairs with key points, or images with masks.
+    """
+    if isinstance(data, PairData):
+        return digest_of(
+            repr([(p.source, p.target, p.source_points.tolist(), p.target_points.tolist()) for p in data.pairs])
+        )
+    return digest_of(repr(data.labels.tolist()))
 
 
 def read_mask_data(data: str, grid: tuple[int, int], num_classes: int | None = None) -> MaskData:

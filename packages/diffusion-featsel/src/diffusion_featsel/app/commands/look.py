@@ -57,12 +57,20 @@ def inventory(
         emit({"model": found.model_class, "flops": found.flops, "activations": table}, as_json=True)
         return 0
     width = max((len(row.name) for row in rows), default=0)
+    print(f"{'activation':<{width}}  {'channels x grid':<17} {'memory':>10}  up to here")
     for row in rows:
         grid = "x".join(map(str, row.grid)) if row.grid else "text"
-        print(f"{row.name:<{width}}  {row.channels:>5} x {grid:<9} {row.megabytes:>8.2f} MiB  {row.cost:>6.1%}")
-    total = sum(row.megabytes for row in rows if not row.derived)
-    print(f"{len(rows)} activations of {found.model_class}; {total:.1f} MiB per image in half precision without maps")
+        print(f"{row.name:<{width}}  {row.channels:>5} x {grid:<9} {_memory(row.megabytes):>10}  {row.cost:>9.1%}")
+    total = _memory(sum(row.megabytes for row in rows if not row.derived))
+    print(
+        f"{len(rows)} activations of {found.model_class}; {total} per image in half precision without maps. The last "
+        "column is the share of a forward pass that is run to get there."
+    )
     return 0
+
+
+def _memory(megabytes: float) -> str:
+    return f"{megabytes:.2f} MiB" if megabytes >= 0.1 else f"{megabytes * 1024:.2f} KiB"
 
 
 def _inventory(model: str, size: int | None, loading: Loading, runtime: Runtime) -> "Inventory":

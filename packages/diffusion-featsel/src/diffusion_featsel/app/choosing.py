@@ -87,8 +87,8 @@ def choose(
         _keep(run, chosen, ranking)
         steps = chosen.details["steps"]
         return {
-            "answer": f"{len(chosen.names)} activations of {len(activations)} for {chosen.details['cost']}: "
-            f"{', '.join(chosen.names)}.",
+            "answer": f"{len(chosen.names)} activations of {len(activations)} for "
+            f"{_in_words(chosen.details['cost'])}: {', '.join(chosen.names)}.",
             "names": list(chosen.names),
             "cost": chosen.details["cost"],
             "costs": chosen.details["costs"],
@@ -120,8 +120,12 @@ def _labelled(labels: str | None, task: Task, num_classes: int | None) -> PairDa
     return read_mask_data(labels, _GRID, num_classes) if task == "segmentation" else read_pair_data(labels)
 
 
+def _in_words(cost: str) -> str:
+    return f"{float(cost.removeprefix('flops:')):.0%} of a forward pass" if cost.startswith("flops:") else cost
+
+
 def _shown(result: Any) -> dict[str, Any]:
-    return {key: value for key, value in result.items() if key != "steps"}
+    return {key: value for key, value in result.items() if key not in ("steps", "costs")}
 
 
 def _complete(chosen: Selection, ranking: Ranking, extraction: Extraction, details: dict[str, Any]) -> Selection:

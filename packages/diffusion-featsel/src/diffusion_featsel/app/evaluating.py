@@ -106,6 +106,7 @@ def plan_of(
     extractor = None
     if against is not None or list(features) == ["all"]:
         listed = _inventory(model, extraction)
+        protocol_of(extraction).timesteps(model, extraction.timestep)
         names = {row.name for row in published(against)} if against is not None else None
         alone = tuple(row for row in listed.features if names is None or row.name in names)
         if len(alone) < 3 and against is not None:
@@ -290,7 +291,7 @@ def _how(plan: Plan, size: tuple[int, int]) -> dict[str, Any]:
         "t": protocol.timesteps(plan.model, extraction.timestep)[0],
         "condition": Conditions(plan.model)(extraction.prompt or "", size=size),
         "seed": extraction.seed,
-        "batch_size": extraction.batch_size,
+        "batch_size": extraction.rows(),
     }
 
 

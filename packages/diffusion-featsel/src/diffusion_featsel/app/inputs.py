@@ -103,7 +103,7 @@ def make_extractor(
         draws=extraction.draws,
         size=extraction.size,
         mode=extraction.mode,
-        batch_size=extraction.batch_size,
+        batch_size=extraction.rows(),
         **settings,
     )
 

@@ -13,6 +13,7 @@ TITLES = {
     "extract": "The extracted features",
     "table-scores": "Scores",
     "table-sets": "Beside other sets",
+    "table-copies": "Near copies",
     "table-tasks": "Measured with labels",
     "table-paper": "Against the paper's tables",
     "table-correlations": "How well scores without labels agree with labels",

@@ -1,6 +1,6 @@
 """What commands that run a model share: their options, loading the model and the images, and the job of the run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,14 @@ class Work:
         """
         return load_model(model, self.loading, self.runtime)
 
-    def job(self, verb: str, model: "DiffusionModel", options: Mapping[str, Any], inputs: Mapping[str, str]) -> Job:
+    def job(
+        self,
+        verb: str,
+        model: "DiffusionModel",
+        options: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        volatile: Sequence[str] = (),
+    ) -> Job:
         """Returns the job of a command.
 
         Args:
@@ -45,6 +52,7 @@ class Work:
             model: Model that it computes with.
             options: Options of the command itself, as on its command line; they replay the run.
             inputs: Digests of whatever else it reads, by name.
+            volatile: Names of options that do not change the results.
         """
         return Job(
             f"diffusion-featsel {verb}",
@@ -52,6 +60,6 @@ class Work:
             self.output,
             settings(**options, loading=self.loading, runtime=self.runtime),
             {model.name: model.fingerprint} | dict(inputs),
-            (),
+            volatile,
             self.runtime,
         )

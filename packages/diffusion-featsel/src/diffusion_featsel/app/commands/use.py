@@ -54,7 +54,7 @@ def extract(
         prompts=told,
         project=project,
         storage=storage,
-        batch_size=extraction.batch_size,
+        batch_size=extraction.rows(),
         shard_bytes=shard_mb * 2**20,
     )
     options = {
@@ -148,7 +148,7 @@ def correspond(
         "points": len(where) or "all cells",
         "share_of_a_pass": extractor.cost,
     }
-    job = work.job("correspond", loaded, options, digests(features, source, target))
+    job = work.job("correspond", loaded, options, digests(features, source, target), volatile=("batch_size",))
     return job(compute, plan=plan, report=write_page, shown=lambda r: {k: v for k, v in r.items() if k != "matches"})
 
 

@@ -72,9 +72,9 @@ class DiffusionFeatures(TransformerMixin, BaseEstimator):
     ) -> None:
         self.model = model
         self.features = features
-        self.pooling = pooling
+        self.pooling: Pooling = pooling
         self.size = size
-        self.balance = balance
+        self.balance: Literal["rms", "none"] = balance
         self.t = t
         self.prompt = prompt
         self.seed = seed
@@ -160,7 +160,8 @@ class DiffusionFeatures(TransformerMixin, BaseEstimator):
 
     def _images(self, X: Any, *, reset: bool) -> torch.Tensor:
         """Returns an array of images as a tensor (n, 3, height, width) in [0, 1]."""
-        array = check_array(X, ensure_2d=False, allow_nd=True, dtype=[np.uint8, np.float32, np.float64])
+        kinds: Any = [np.uint8, np.float32, np.float64]
+        array = check_array(X, ensure_2d=False, allow_nd=True, dtype=kinds)
         if array.ndim != 4:
             raise ValueError(
                 f"images have 4 dimensions, and this array has {array.ndim}. Reshape your data: (n, h, w, 3)"

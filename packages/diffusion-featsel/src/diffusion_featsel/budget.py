@@ -67,7 +67,7 @@ class Budget:
     def shown(self, cost: float) -> str:
         """Returns a cost as text with its unit."""
         if self.unit == "bytes":
-            return f"{cost / 2**20:.3g}MiB"
+            return f"{cost / 2**20:.3g}MiB" if cost >= 2**20 / 10 else f"{cost / 2**10:.3g}KiB"
         return f"{cost:.0f}ch" if self.unit == "channels" else f"flops:{cost:.3g}"
 
     def require_one(self, activations: Mapping[str, Activation]) -> None:

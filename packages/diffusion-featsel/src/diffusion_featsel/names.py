@@ -143,4 +143,4 @@ def unknown(text: str, known: Iterable[str], where: str) -> UserError:
     names = list(known)
     nearest = difflib.get_close_matches(canonical(text), names, n=3, cutoff=0.3)
     hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
-    return NoMatchError(f"no activation of {where} is called {printable(text, 120)!r}{hint}; list all of its inventory")
+    return NoMatchError(f"no activation of {where} is called {printable(text, 120)!r}{hint}; the inventory lists all")

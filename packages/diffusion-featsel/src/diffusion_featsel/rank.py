@@ -40,14 +40,14 @@ def score(
     """Measures all activations without labels, in one pass over the images.
 
     Args:
-        model: The diffusion model.
+        model: Diffusion model that is looked into.
         images: At least 16 images with values in [0, 1], of the size that the activations were listed for.
-        activations: What to measure; attention maps and activations without places are left out by the caller.
+        activations: Activations that are measured; the caller leaves out attention maps and activations without places.
         t: Timestep of the noise, in the units of the model's schedule.
         other_t: Second timestep, for the dependence of activations on it.
         condition: Condition of the backbone, one row for all images; by default that of the empty prompt.
         seed: Seed of noise and movements; an image's random numbers depend on the seed and its pixels.
-        measurements: What to measure; moments are always measured.
+        measurements: Names of the measurements; moments are always measured.
         encode: Turns images into x0; by default the model's own codec.
         batch_size: Largest number of rows in a forward pass; an image takes two, or three with "self".
         parts: Number of parts of the images that `map` may keep or share.

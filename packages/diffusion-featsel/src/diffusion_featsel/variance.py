@@ -59,7 +59,7 @@ class VarianceSums(Sums):
         difference: The same sum for the difference of the two draws of an image.
         position: Sum over images of the mean of both draws, at each position.
         image_means: Sum over images of the squared mean over positions and draws, of each channel.
-        images: Number of images.
+        images: Number of images in the sums.
     """
 
     second: Float[Tensor, "2 d d"]

@@ -1,6 +1,6 @@
 """What the command `select` does beside the method: reading the ranking and labels, and comparing sets."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,19 @@ from diffcore.io.jsonfile import write_json
 from diffcore.run import Run, RunMap
 from diffusion_featsel.activation import Activation
 from diffusion_featsel.alignment import Alignment
-from diffusion_featsel.app.inputs import Task, make_extractor, read_mask_data, read_pair_data
+from diffusion_featsel.app.inputs import (
+    MaskData,
+    PairData,
+    Task,
+    digest_of_data,
+    make_extractor,
+    read_mask_data,
+    read_pair_data,
+)
 from diffusion_featsel.app.options import Extraction
 from diffusion_featsel.app.work import Work
 from diffusion_featsel.baselines import rescale
+from diffusion_featsel.budget import Budget
 from diffusion_featsel.files.ranking import FILE, read_ranking
 from diffusion_featsel.labelled import LabelledPairs, LabelledPixels, LabelledPixelsAccumulator
 from diffusion_featsel.presets import PRESETS, preset
@@ -52,6 +61,10 @@ def choose(
     activations = {row.name: row.activation for row in ranking.rows if row.name in scores}
     extraction = Extraction(**details["extraction"])
     choice = SelectSettings(max_size=max_size, ladder=ladder)
+    candidates = len(activations) if labels is None else min(candidates, len(activations))
+    first = {name: activations[name] for name in list(scores)[:candidates]}
+    Budget.of(budget).require_one(first)
+    data = _labelled(labels, task, num_classes)
 
     def compute(run: Run, map: RunMap) -> dict[str, Any]:
         presets = {
@@ -59,14 +72,13 @@ def choose(
             for name in PRESETS
             if len(preset(name).parts) == 1 and set(names := preset(name).selection.names) <= set(activations)
         }
-        if labels is None:
+        if data is None:
             alignment = None
             if ranking.similarity is not None:
                 alignment = Alignment(tuple(row.name for row in ranking.rows), ranking.similarity)
             chosen = select(activations, budget, scores=scores, alignment=alignment, presets=presets, settings=choice)
         else:
-            first = {name: activations[name] for name in list(scores)[:candidates]}
-            evidence = _evidence(details["model"], first, extraction, labels, task, num_classes, ranking, work)
+            evidence = _evidence(details, first, extraction, data, ranking, work)
             chosen = select(first, budget, presets=presets, settings=choice, **evidence)
         if not run.leading:
             return {}
@@ -75,8 +87,8 @@ def choose(
         _keep(run, chosen, ranking)
         steps = chosen.details["steps"]
         return {
-            "answer": f"{len(chosen.names)} activations of {len(activations)} for {chosen.details['cost']}: "
-            f"{', '.join(chosen.names)}.",
+            "answer": f"{len(chosen.names)} activations of {len(activations)} for "
+            f"{_in_words(chosen.details['cost'])}: {', '.join(chosen.names)}.",
             "names": list(chosen.names),
             "cost": chosen.details["cost"],
             "costs": chosen.details["costs"],
@@ -91,24 +103,29 @@ def choose(
     }
     job = Job(
         "diffusion-featsel select",
-        work.output.out or Path("runs") / f"select-{scored.name}",
+        work.output.out or Path("runs") / f"select-{path.resolve().parent.name}",
         work.output,
         settings(**options, loading=work.loading, runtime=work.runtime),
-        {"ranking": sha256(path)}
-        | ({} if labels is None or not Path(labels).is_file() else {labels: sha256(Path(labels))}),
+        {"ranking": sha256(path)} | ({} if data is None else {"labels": digest_of_data(data)}),
         (),
         work.runtime,
     )
-    plan = {"candidates": len(scores) if labels is None else min(candidates, len(scores)), "budget": budget}
+    plan = {"candidates": candidates, "budget": budget} | ({} if data is None else {"labels": data.name})
     return job(compute, plan=plan, report=report, shown=_shown)
 
 
-def _files(labels: str | None) -> list[Path]:
-    return [] if labels is None or not Path(labels).is_file() else [Path(labels)]
+def _labelled(labels: str | None, task: Task, num_classes: int | None) -> PairData | MaskData | None:
+    if labels is None:
+        return None
+    return read_mask_data(labels, _GRID, num_classes) if task == "segmentation" else read_pair_data(labels)
+
+
+def _in_words(cost: str) -> str:
+    return f"{float(cost.removeprefix('flops:')):.0%} of a forward pass" if cost.startswith("flops:") else cost
 
 
 def _shown(result: Any) -> dict[str, Any]:
-    return {key: value for key, value in result.items() if key != "steps"}
+    return {key: value for key, value in result.items() if key not in ("steps", "costs")}
 
 
 def _complete(chosen: Selection, ranking: Ranking, extraction: Extraction, details: dict[str, Any]) -> Selection:
@@ -130,20 +147,21 @@ def _complete(chosen: Selection, ranking: Ranking, extraction: Extraction, detai
 
 
 def _evidence(
-    model: str,
+    details: Mapping[str, Any],
     first: dict[str, Activation],
     extraction: Extraction,
-    labels: str,
-    task: Task,
-    num_classes: int | None,
+    data: PairData | MaskData,
     ranking: Ranking,
     work: Work,
 ) -> dict[str, Any]:
-    loaded = work.load(model)
+    loaded = work.load(details["model"])
+    if loaded.fingerprint != details["fingerprint"]:
+        raise UserError(
+            f"{printable(details['model'], 300)} is no longer the model that was scored; run `score` on it again"
+        )
     extractor = make_extractor(loaded, list(first), extraction)
-    if task == "segmentation":
-        return {"pixels": _pixels(extractor, first, labels, num_classes)}
-    data = read_pair_data(labels)
+    if isinstance(data, MaskData):
+        return {"pixels": _pixels(extractor, first, data)}
     features = data.reader(extractor)
     weights = {name: 1 / max(ranking[name].rms, 1e-12) for name in first}
     side = max(max(activation.grid or (1, 1)) for activation in first.values())
@@ -168,8 +186,7 @@ def _evidence(
     return {"pairs": kept}
 
 
-def _pixels(extractor: Any, first: dict[str, Activation], labels: str, num_classes: int | None) -> LabelledPixels:
-    data = read_mask_data(labels, _GRID, num_classes)
+def _pixels(extractor: Any, first: dict[str, Activation], data: MaskData) -> LabelledPixels:
     channels = {name: activation.channels for name, activation in first.items()}
     sums = LabelledPixelsAccumulator(channels, data.num_classes, _GRID)
     for start in range(0, len(data.pictures), _BATCH):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffcore.errors import UserError
+from diffcore.errors import UserError, printable
 from diffcore.run import Run
 from diffusion_featsel.app.inputs import pixels_of_files
 from diffusion_featsel.app.pictures import principal_colors
@@ -23,8 +23,8 @@ _DRAWN = 40  # lines that a picture holds
 def matched(
     run: Run,
     extractor: FeatureExtractor,
-    source: Path,
-    target: Path,
+    pictures: Sequence[Tensor],
+    names: tuple[str, str],
     points: Sequence[tuple[float, float]],
     *,
     matcher: Literal["argmax", "soft", "window"],
@@ -34,19 +34,15 @@ def matched(
     """Matches two images, keeps pictures and a table for the report, and returns the summary.
 
     Args:
-        run: The run.
-        extractor: What computes the features.
-        source: First image.
-        target: Second image.
+        run: Run that keeps the results.
+        extractor: Extractor that computes the features.
+        pictures: The two images, as `read_pair` reads them.
+        names: Names of the two images in the answer.
         points: Positions (x, y) in the first image; none for all cells.
         matcher: How points are matched.
         mutual: Whether points must be matched back.
         flip: Whether the mirrored second image is tried, too.
-
-    Raises:
-        UserError: An image cannot be read, or a point lies outside.
     """
-    pictures = [_picture(path) for path in (source, target)]
     sizes = [(picture.shape[1], picture.shape[2]) for picture in pictures]
     prepared = [extractor.protocol.prepare(extractor.model, [picture]).images for picture in pictures]
     inside = (prepared[0].shape[2], prepared[0].shape[3])
@@ -54,11 +50,7 @@ def matched(
     weights = {name: 1 / max(extractor.statistics[name].rms, 1e-12) for name in extractor.names}
     asked = None
     if points:
-        given = torch.tensor(points, dtype=torch.float32)
-        for x, y in points:
-            if not (-0.5 <= x <= sizes[0][1] - 0.5 and -0.5 <= y <= sizes[0][0] - 0.5):
-                raise UserError(f"`points` has {x:g},{y:g}, outside of {source}, which is {sizes[0][1]}x{sizes[0][0]}")
-        asked = rescale(given, sizes[0], inside)[None]
+        asked = rescale(torch.tensor(points, dtype=torch.float32), sizes[0], inside)[None]
 
     found = correspond(
         lambda images: extractor(images),
@@ -98,7 +90,7 @@ def matched(
     save_components(run, strip["source"], {"first image": colors[0], "second image": colors[1]})
     returned = None if found.mutual is None else float(found.mutual.float().mean())
     return {
-        "answer": f"{len(rows)} places of {source.name} were found in {target.name}"
+        "answer": f"{len(rows)} places of {names[0]} were found in {names[1]}"
         + ("" if returned is None else f"; {returned:.0%} of all return to where they came from")
         + ".",
         "matches": rows if asked is not None else len(rows),
@@ -108,6 +100,25 @@ def matched(
     }
 
 
-def _picture(path: Path) -> Tensor:
-    listed = ImageList.of(path)
-    return pixels_of_files(listed, listed.images)[0]
+def read_pair(source: Path, target: Path, points: Sequence[tuple[float, float]]) -> list[Tensor]:
+    """Returns the pixels of two image files, after checking that points lie in the first.
+
+    Args:
+        source: File of the first image.
+        target: File of the second image.
+        points: Positions (x, y) in the first image.
+
+    Raises:
+        UserError: An image cannot be read, or a point lies outside.
+    """
+    pictures = []
+    for path in (source, target):
+        if not path.is_file():
+            raise UserError(f"{printable(path, 300)} is no file; give an image")
+        listed = ImageList.of(path)
+        pictures.append(pixels_of_files(listed, listed.images)[0])
+    height, width = pictures[0].shape[1:]
+    for x, y in points:
+        if not (-0.5 <= x <= width - 0.5 and -0.5 <= y <= height - 0.5):
+            raise UserError(f"`points` has {x:g},{y:g}, outside of {printable(source.name)} of {width}x{height} pixels")
+    return pictures

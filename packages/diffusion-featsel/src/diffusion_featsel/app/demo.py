@@ -40,7 +40,7 @@ class _Size:
     """How much is looked at.
 
     Attributes:
-        images: Number of strangers.
+        images: Number of portraits of strangers.
         pairs: Number of pairs with key points.
         random_sets: Number of random sets that the chosen one is compared with.
     """
@@ -230,6 +230,12 @@ def _share(data: Portraits, points: Sequence[Tensor]) -> float:
     return keypoint_scores(data.pairs, points, num_resamples=1).share("box", "points").value
 
 
+def _agreement(names: Sequence[str], scores: Mapping[str, float], truth: Mapping[str, float]) -> float:
+    """Returns how well two orders agree, by Spearman's rank correlation."""
+    result: Any = spearmanr([scores[name] for name in names], [truth[name] for name in names])
+    return float(result.statistic)
+
+
 def _summary(
     ranking: Ranking,
     filtered: Filtered,
@@ -242,10 +248,7 @@ def _summary(
 ) -> dict[str, Any]:
     scores = ranking.scores()
     names = list(scores)
-    rho = {
-        task: float(spearmanr([scores[n] for n in names], [truth[n] for n in names]).statistic)
-        for task, truth in (("pck", pck), ("miou", miou))
-    }
+    rho = {task: _agreement(names, scores, truth) for task, truth in (("pck", pck), ("miou", miou))}
     best = {"pck": max(pck, key=lambda n: pck[n]), "miou": max(miou, key=lambda n: miou[n])}
     regret = {
         task: truth[best[task]] - max(truth[name] for name in names[:5])

@@ -19,6 +19,7 @@ from diffusion_featsel.app.inputs import (
     MaskData,
     PairData,
     Task,
+    digest_of_data,
     features_named,
     inventory_at,
     make_extractor,
@@ -34,14 +35,17 @@ from diffusion_featsel.baselines import rescale, same_positions
 from diffusion_featsel.correspond import match_pairs
 from diffusion_featsel.extractor import FeatureExtractor
 from diffusion_featsel.files.features import StoredFeatures
-from diffusion_featsel.files.masks import list_masked
+from diffusion_featsel.files.masks import list_masked, masks_alone
 from diffusion_featsel.judge import find_points, segment
 from diffusion_featsel.keypoints import KeypointScores, keypoint_scores
 from diffusion_featsel.match import MatchSettings
+from diffusion_featsel.names import canonical
 from diffusion_featsel.pairs import Pair
+from diffusion_featsel.presets import preset
 from diffusion_featsel.probe import Kind, ProbeResult, ProbeSettings, probe
 from diffusion_featsel.protocol import Conditions
 from diffusion_featsel.published import PublishedModel, published
+from diffusion_featsel.selection import Selection
 from diffusion_featsel.splits import image_splits
 
 Matcher = Literal["argmax", "soft", "window"]
@@ -53,14 +57,14 @@ class Plan:
     """An evaluation whose data was read, and nothing computed.
 
     Attributes:
-        model: The diffusion model.
-        task: What the labels are for.
+        model: Diffusion model that is looked into.
+        task: Kind of labels, key points or masks.
         data: Pairs with key points, or images with masks.
         extraction: Options of the command line.
-        extractor: What computes the features; None where every activation is measured alone.
+        extractor: Extractor that computes the features; None where every activation is measured alone.
         activations: Activations that are measured alone.
         against: Model of the paper that the order is compared with.
-        facts: What the plan says.
+        facts: Figures that a dry run prints.
         digest: Digest of the labelled data.
     """
 
@@ -94,10 +98,10 @@ def plan_of(
     read: PairData | MaskData
     if task == "correspondence":
         read = read_pair_data(data, split=split, layout=layout)
-        count, words = len(read.pairs), repr([(p.source, p.target, p.target_points.tolist()) for p in read.pairs])
+        count = len(read.pairs)
     else:
         read = read_mask_data(data, _GRID, num_classes)
-        count, words = len(read.pictures), repr(read.labels.tolist())
+        count = len(read.pictures)
     alone: tuple[Activation, ...] = ()
     extractor = None
     if against is not None or list(features) == ["all"]:
@@ -114,7 +118,7 @@ def plan_of(
         "activations": len(alone) if extractor is None else len(extractor.names),
         "measured": "each alone" if extractor is None else "together",
     }
-    return Plan(model, task, read, extraction, extractor, alone, against, facts, digest_of(words))
+    return Plan(model, task, read, extraction, extractor, alone, against, facts, digest_of_data(read))
 
 
 def _inventory(model: DiffusionModel, extraction: Extraction) -> Any:
@@ -130,9 +134,9 @@ def evaluated(run: Run, plan: Plan, *, kind: Kind, matcher: Matcher, num_train: 
     """Measures, keeps tables for the report, and returns the summary.
 
     Args:
-        run: The run.
-        plan: What is measured.
-        kind: Probe for masks.
+        run: Run that keeps the results.
+        plan: The evaluation, with its data read.
+        kind: Probe that reads the classes of masks.
         matcher: How points are matched.
         num_train: Number of training images for masks.
     """
@@ -375,10 +379,12 @@ def probed(
     report: Callable[[Run], Any],
 ) -> int:
     """Probes stored features, and returns the exit code; arguments are the options of `probe`."""
+    if not (extracted / "features.json").is_file():
+        raise UserError(f"{printable(extracted, 300)} has no features; give the run folder of `extract`")
+    if grid < 1 or num_splits < 1:
+        raise UserError("`grid` and `num_splits` are at least 1")
     stored = StoredFeatures.open(extracted)
-    names = list(features) or list(stored.names)
-    if unknown := [name for name in names if name not in stored.names]:
-        raise UserError(f"{printable(unknown[0])} was not extracted; there are {', '.join(stored.names)}")
+    names = _stored_names(features, stored)
     classes, images = _masks_for(labels, stored, (grid, grid), num_classes)
     options = {
         **{"run": extracted, "labels": labels, "kind": kind, "features": list(features), "grid": grid},
@@ -393,7 +399,7 @@ def probed(
 
     job = Job(
         "diffusion-featsel probe",
-        work.output.out or Path("runs") / f"probe-{extracted.name}",
+        work.output.out or Path("runs") / f"probe-{extracted.resolve().name}",
         work.output,
         settings(**options, loading=work.loading, runtime=work.runtime),
         {"features": sha256(extracted / "features.json"), "labels": digest_of(repr(classes.tolist()))},
@@ -404,11 +410,25 @@ def probed(
     return job(compute, plan=plan, report=report)
 
 
+def _stored_names(features: Sequence[str], stored: StoredFeatures) -> list[str]:
+    """Returns the stored activations that a command line names; all of them where it names none."""
+    if not features:
+        return list(stored.names)
+    named = features_named(features)
+    if isinstance(named, str):
+        named = preset(named).selection
+    wanted = named.names if isinstance(named, Selection) else named
+    names = list(dict.fromkeys(name if name in stored.names else canonical(name) for name in wanted))
+    if unknown := [name for name in names if name not in stored.names]:
+        raise UserError(f"{printable(unknown[0])} was not extracted; there are {', '.join(stored.names)}")
+    return names
+
+
 def _masks_for(
     labels: Path, stored: StoredFeatures, grid: tuple[int, int], num_classes: int | None
 ) -> tuple[Tensor, list[str]]:
     """Returns the masks on a grid, and the names of the stored images that have one."""
-    masked = list_masked(labels)
+    masked = masks_alone(labels) or list_masked(labels)
     by_stem = {Path(name).stem: place for place, name in enumerate(masked.names)}
     images = [name for name in stored.images if Path(name).stem in by_stem]
     if len(images) < 2:

@@ -14,6 +14,7 @@ from diffcore.errors import UserError, printable
 from diffcore.io.files import sha256
 from diffcore.io.strictjson import read_untrusted
 from diffcore.models import DiffusionModel
+from diffcore.units import digest_of
 from diffusion_featsel.app.options import Extraction
 from diffusion_featsel.extractor import FeatureExtractor
 from diffusion_featsel.files.images import ImageList, ListedImage
@@ -22,6 +23,7 @@ from diffusion_featsel.files.pairs import read_pairs
 from diffusion_featsel.files.spair import read_spair
 from diffusion_featsel.inventory import Inventory, inventory
 from diffusion_featsel.pairs import Pair
+from diffusion_featsel.presets import PRESETS
 from diffusion_featsel.protocol import Protocol
 from diffusion_featsel.selection import Selection
 
@@ -46,7 +48,16 @@ def features_named(features: Sequence[str]) -> Selection | str | list[str]:
         path = path / "selection.json" if (path / "selection.json").is_file() else path
         if path.suffix == ".json" and path.is_file():
             return _selection(path)
+        if path.is_dir():
+            raise UserError(f"`features` is {printable(path, 300)}, a folder without a selection.json")
+        if path.suffix == ".json":
+            raise UserError(f"`features` is {printable(path, 300)}, and there is no such file")
         if "/" in features[0]:
+            if features[0] not in PRESETS:
+                raise UserError(
+                    f"`features` is {printable(features[0])!r}, neither a file nor a preset; the presets are "
+                    f"{', '.join(PRESETS)}"
+                )
             return features[0]
     return list(features)
 
@@ -77,8 +88,8 @@ def make_extractor(
     """Returns the extractor that the options describe.
 
     Args:
-        model: The diffusion model.
-        features: What to extract.
+        model: Diffusion model that is looked into.
+        features: Selection, name of a preset, or names of activations.
         extraction: Options of the command line.
         **settings: Further settings of the extractor.
     """
@@ -113,7 +124,7 @@ def images_at(
     """Returns the distinct images of a folder at the size of the network, their list, and the inventory for that size.
 
     Args:
-        model: The diffusion model.
+        model: Diffusion model that is looked into.
         path: Folder, archive or file of images.
         extraction: Options of the command line.
         limit: Largest number of images.
@@ -134,7 +145,7 @@ def inventory_at(model: DiffusionModel, size: tuple[int, int]) -> Inventory:
     """Returns the inventory for images of a size.
 
     Args:
-        model: The diffusion model.
+        model: Diffusion model that is looked into.
         size: Height and width of the prepared images in pixels.
     """
     factor = int(getattr(model.codec, "factor", 1))
@@ -152,7 +163,7 @@ def pixels_of_files(listed: ImageList, images: Sequence[ListedImage]) -> list[Te
     """Returns the 8-bit pixels (3, height, width) of some images of a list.
 
     Args:
-        listed: The list.
+        listed: List that the images are in.
         images: Images of the list.
     """
     return [torch.from_numpy(pixels).movedim(2, 0) for pixels in listed.read(images)]
@@ -163,7 +174,7 @@ class PairData:
     """Pairs of images with key points, and a function of image names to features.
 
     Attributes:
-        pairs: The pairs.
+        pairs: Pairs of images with their key points.
         root: Folder that names of images are relative to; None where images are in memory.
         images: Images by name, where they are in memory.
         name: Word for the data set in tables.
@@ -178,7 +189,7 @@ class PairData:
         """Returns a function of names to features, which remembers the last images.
 
         Args:
-            extractor: What computes the features.
+            extractor: Extractor that computes the features.
         """
         kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
 
@@ -217,7 +228,7 @@ def read_pair_data(data: str, *, split: str = "test", layout: Literal["large", "
 
     Args:
         data: Folder, file, or zoo:portraits.
-        split: Split of SPair-71k.
+        split: Name of a split of SPair-71k.
         layout: List of SPair-71k's pairs, all or few.
 
     Raises:
@@ -244,7 +255,7 @@ class MaskData:
     Attributes:
         pictures: The images, of any size.
         labels: Class of each pixel on the grid of the probe; 255 where it does not count.
-        num_classes: Number of classes.
+        num_classes: Number of classes in the masks.
         name: Word for the data set in tables.
     """
 
@@ -252,6 +263,19 @@ class MaskData:
     labels: Tensor
     num_classes: int
     name: str
+
+
+def digest_of_data(data: PairData | MaskData) -> str:
+    """Returns a digest of labelled data: points of pairs, or classes of pixels.
+
+    Args:
+        data: Pairs with key points, or images with masks.
+    """
+    if isinstance(data, PairData):
+        return digest_of(
+            repr([(p.source, p.target, p.source_points.tolist(), p.target_points.tolist()) for p in data.pairs])
+        )
+    return digest_of(repr(data.labels.tolist()))
 
 
 def read_mask_data(data: str, grid: tuple[int, int], num_classes: int | None = None) -> MaskData:

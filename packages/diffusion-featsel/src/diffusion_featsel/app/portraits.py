@@ -41,7 +41,7 @@ def portraits(count: int, num_pairs: int, *, seed: int = 0) -> Portraits:
     """Returns strangers that no model of the zoo was trained on, with exact labels.
 
     Args:
-        count: Number of images.
+        count: Number of plain images.
         num_pairs: Number of pairs among them.
         seed: Seed of the strangers, the pairs and the warps.
     """

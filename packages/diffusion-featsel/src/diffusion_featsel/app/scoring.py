@@ -35,8 +35,8 @@ def ranked(
     """Returns the ranking, and the first image's maps.
 
     Args:
-        model: The diffusion model.
-        images: Prepared images.
+        model: Diffusion model that is looked into.
+        images: Images at the network's size, in [0, 1].
         listed: Inventory for their size.
         extraction: Options of the command line.
         other_t: Second timestep, if any.
@@ -71,7 +71,7 @@ def filtered_by(
 
     Args:
         name: Name of the filter.
-        ranking: The ranked activations.
+        ranking: Ranking of the model's activations.
         listed: Inventory of the model.
         image_side: Longer side of the images in pixels.
         keep: Patterns of names that are never dropped.
@@ -114,7 +114,7 @@ def tell_paper(run: Run, scores: Mapping[str, float], model: PublishedModel) -> 
     """Compares scores with the paper's tables, and keeps a table for the report.
 
     Args:
-        run: The run.
+        run: Run that keeps the table.
         scores: Score of each activation by name.
         model: Model of the paper.
     """

@@ -52,9 +52,9 @@ def maps_of(
     """Returns the maps of all images, by name of the activation.
 
     Args:
-        model: The diffusion model.
+        model: Diffusion model that is looked into.
         images: Images in [0, 1].
-        activations: What to take.
+        activations: Activations that are taken in one pass.
         t: Timestep of the noise.
         seed: Seed of the noise.
     """

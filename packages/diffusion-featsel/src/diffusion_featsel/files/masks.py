@@ -109,6 +109,22 @@ def list_masked(root: str | Path) -> MaskedImages:
     return MaskedImages(root, tuple(names), tuple(masks), tuple(without))
 
 
+def masks_alone(root: str | Path) -> MaskedImages | None:
+    """Lists the masks of a folder that holds nothing else, each named like its image; None for other folders.
+
+    Args:
+        root: Folder of PNG files with grey values or a palette.
+    """
+    root = Path(root)
+    if not root.is_dir() or (root / "masks").is_dir():
+        return None
+    files = sorted(path for path in root.rglob("*") if path.is_file() and path.suffix.lower() in _SUFFIXES)
+    if not files or any(path.suffix.lower() != ".png" or path.stem.endswith("_mask") for path in files):
+        return None
+    names = tuple(path.relative_to(root).as_posix() for path in files)
+    return MaskedImages(root, names, names)
+
+
 def _read(path: Path) -> np.ndarray:
     try:
         with Image.open(path, formats=["PNG"]) as image:

@@ -162,7 +162,9 @@ def _rows(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
         if isinstance(item, Mapping):
             yield from _rows(item, f"{prefix}{name}.")
         else:
-            shown = f"{item:.4g}" if isinstance(item, float) else printable(item, 200)
+            plain = isinstance(item, list | tuple) and all(isinstance(value, str | int) for value in item)
+            text = ", ".join(map(str, item)) if plain else item
+            shown = f"{item:.4g}" if isinstance(item, float) else printable(text, 200)
             yield printable(f"{prefix}{name}", 200), shown
 
 

@@ -146,7 +146,7 @@ def _call_flux(backbone: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> 
     return unpack(tokens, height, width)
 
 
-def _parted(cond: Condition, added: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _parted(cond: Condition, added: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
     return {k: v for k, v in cond.items() if k not in added}, {k: cond[k] for k in added if k in cond}
 
 

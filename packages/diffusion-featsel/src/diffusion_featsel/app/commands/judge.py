@@ -40,7 +40,7 @@ def evaluate(
 
     Args:
         data: SPair-71k's folder, a list of pairs in JSON, a folder of images with masks, or zoo:portraits.
-        task: What the labels are for.
+        task: Kind of labels: key points for correspondence, masks for segmentation.
         kind: Probe for masks; mlp-ensemble is the label-scarce protocol of the paper.
         matcher: Largest cosine, or the expected place over the whole image or around the largest.
         split: Split of SPair-71k; results are reported on test.

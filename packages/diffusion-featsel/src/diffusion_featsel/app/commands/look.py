@@ -57,12 +57,20 @@ def inventory(
         emit({"model": found.model_class, "flops": found.flops, "activations": table}, as_json=True)
         return 0
     width = max((len(row.name) for row in rows), default=0)
+    print(f"{'activation':<{width}}  {'channels x grid':<17} {'memory':>10}  up to here")
     for row in rows:
         grid = "x".join(map(str, row.grid)) if row.grid else "text"
-        print(f"{row.name:<{width}}  {row.channels:>5} x {grid:<9} {row.megabytes:>8.2f} MiB  {row.cost:>6.1%}")
-    total = sum(row.megabytes for row in rows if not row.derived)
-    print(f"{len(rows)} activations of {found.model_class}; {total:.1f} MiB per image in half precision without maps")
+        print(f"{row.name:<{width}}  {row.channels:>5} x {grid:<9} {_memory(row.megabytes):>10}  {row.cost:>9.1%}")
+    total = _memory(sum(row.megabytes for row in rows if not row.derived))
+    print(
+        f"{len(rows)} activations of {found.model_class}; {total} per image in half precision without maps. The last "
+        "column is the share of a forward pass that is run to get there."
+    )
     return 0
+
+
+def _memory(megabytes: float) -> str:
+    return f"{megabytes:.2f} MiB" if megabytes >= 0.1 else f"{megabytes * 1024:.2f} KiB"
 
 
 def _inventory(model: str, size: int | None, loading: Loading, runtime: Runtime) -> "Inventory":
@@ -106,7 +114,7 @@ def score(
     One pass over the images measures everything; nothing is stored per image.
 
     Args:
-        filter: What is crossed out beside the ranking: by measurements, by the paper's rule on names, or nothing.
+        filter: Rule that crosses out activations beside the ranking: measurements, the paper's rule on names, or none.
         keep: Patterns of names that no filter drops.
         num_images: Largest number of images, spread over the folder; at least 16.
         other_t: Second timestep, to see how much activations depend on it.
@@ -203,7 +211,7 @@ def select(
         run: Run folder of score.
         budget: Largest cost for one image: 8MiB or 3520ch of features, or flops:.6 of the network.
         labels: Labelled data: a folder of images with masks, pairs with key points, or zoo:portraits.
-        task: What the labels are for.
+        task: Kind of labels: key points for correspondence, masks for segmentation.
         candidates: Number of activations, best first, that are looked at with labels.
         max_size: Largest number of activations.
         ladder: Whether there must be a coarse and a fine one.

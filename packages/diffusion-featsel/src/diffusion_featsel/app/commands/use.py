@@ -118,23 +118,21 @@ def correspond(
     Without points every cell is matched both ways, and cells that return to themselves are drawn.
 
     Args:
-        source: First image.
-        target: Second image.
+        source: File of the first image.
+        target: File of the second image.
         points: Positions in the first image in its own pixels, as x,y.
         matcher: Largest cosine, or the expected place over the whole image or around the largest.
         mutual: Keep the points alone that are matched back.
         flip: Try the mirrored second image, too.
     """
-    from diffusion_featsel.app.corresponding import matched
+    from diffusion_featsel.app.corresponding import matched, read_pair
     from diffusion_featsel.app.inputs import digests, features_named, make_extractor
     from diffusion_featsel.app.report import write_page
 
     loaded = work.load(model)
     named = features_named(features) if features else None
     where = [_point(text) for text in points]
-    for path in (source, target):
-        if not path.is_file():
-            raise UserError(f"{path} is no file; give an image")
+    pictures = read_pair(source, target, where)
     extractor = make_extractor(loaded, named or _usual(loaded), extraction)
     options = {
         **{"model": model, "source": source, "target": target, "features": list(features), "points": list(points)},
@@ -142,7 +140,8 @@ def correspond(
     }
 
     def compute(run: "Run", map: "RunMap") -> dict[str, Any]:
-        return matched(run, extractor, source, target, where, matcher=matcher, mutual=mutual, flip=flip)
+        names = (source.name, target.name)
+        return matched(run, extractor, pictures, names, where, matcher=matcher, mutual=mutual, flip=flip)
 
     plan = {
         "activations": list(extractor.names),

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm import create_model
-from timm.models import FeatureInfo as TimmFeatureInfo
+from timm import create_model  # pyright: ignore[reportMissingImports]
+from timm.models import FeatureInfo as TimmFeatureInfo  # pyright: ignore[reportMissingImports]
 
 from diffcore.models import from_pipeline
 from diffcore.testing import tiny
@@ -87,7 +87,7 @@ def contract(what: str, body: Any, side: int) -> list[str]:
 
 
 if __name__ == "__main__":
-    import timm
+    import timm  # pyright: ignore[reportMissingImports]
 
     differences = compare()
     print(f"timm {timm.__version__}: {len(CALLS)} calls of FeatureInfo for each of 6 out_indices, and two networks")

@@ -64,7 +64,7 @@ def hooks_of(network) -> int:
 def test_features_are_what_a_plain_forward_pass_has_inside(extractor_of, model, images):
     extractor = extractor_of(NAMES, t=120, prompt="a cat", seed=3)
     found = extractor(images)
-    x_t = noised(model, model.codec.encode(images), image_keys(images), 120.0, seed=3)
+    x_t = noised(model, model.codec.encode(images).contiguous(), image_keys(images), 120.0, seed=3)
     states = model.prompts(["a cat"])["encoder_hidden_states"].expand(5, -1, -1)
     modules = {
         COARSE: "up_blocks.0.upsamplers.0",

@@ -284,3 +284,25 @@ def test_the_matrix_is_ordered_by_likeness() -> None:
     assert {frozenset(ordered.names[:2]), frozenset(ordered.names[2:])} == {frozenset("ac"), frozenset("bd")}
     assert ordered.of("a", "c") == pytest.approx(0.45)
     assert ordered.of("a", "z") == 0.0
+
+
+def test_a_ranking_brings_its_own_scores_similarities_and_scales() -> None:
+    from diffusion_featsel.ranking import Ranking, Scored
+
+    rows = tuple(
+        Scored(
+            Activation(name, Site(name), "res-out", "up", channels=64, grid=(grid, grid)),
+            rms=rms,
+            mean=torch.zeros(64),
+            std=torch.ones(64),
+            massive=1.0,
+            self_match=score,
+        )
+        for name, grid, rms, score in (("a", 8, 1.0, 0.9), ("b", 8, 2.0, 0.8), ("c", 16, 3.0, 0.5))
+    )
+    similarity = torch.eye(3)
+    similarity[0, 1] = similarity[1, 0] = 0.95
+    chosen = select(Ranking(rows, 50.0, 64, similarity), "4096ch")
+    assert chosen.names == ("a", "c")
+    assert dict(chosen.rms) == {"a": 1.0, "c": 3.0}
+    assert chosen.t == 50.0

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffusion_featsel.activation import Activation
+from diffusion_featsel.alignment import Alignment
 
 Score = Literal["self_match", "fisher_rank", "fisher", "information", "effective_rank"]
 SCORES: tuple[Score, ...] = get_args(Score)
@@ -112,6 +113,11 @@ class Ranking:
             if any(getattr(row, score) is not None for row in self.rows):
                 return score
         return "fisher"
+
+    @property
+    def alignment(self) -> Alignment | None:
+        """The similarities with the names of their rows; None where they were not measured."""
+        return None if self.similarity is None else Alignment(tuple(row.name for row in self.rows), self.similarity)
 
     def scores(self, score: Score = "self_match") -> dict[str, float]:
         """Returns one score by name, best first; activations without it are left out.

@@ -12,6 +12,7 @@ References:
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal, cast
 
 import torch
@@ -22,6 +23,7 @@ from diffusion_featsel.alignment import Alignment
 from diffusion_featsel.budget import Budget
 from diffusion_featsel.information import ContentAndNoise
 from diffusion_featsel.labelled import LabelledPairs, LabelledPixels
+from diffusion_featsel.ranking import Ranking
 from diffusion_featsel.search import Search, SelectSettings, Value
 from diffusion_featsel.selection import Selection
 
@@ -29,7 +31,7 @@ Method = Literal["score", "information", "pixels", "pairs"]
 
 
 def select(
-    activations: Mapping[str, Activation],
+    activations: Ranking | Mapping[str, Activation],
     budget: str | Budget,
     *,
     scores: Mapping[str, float] | None = None,
@@ -43,7 +45,8 @@ def select(
     """Chooses a set of activations from exactly one kind of evidence.
 
     Args:
-        activations: Name of each candidate to the activation, whose size and place in the network make its cost.
+        activations: A ranking without labels, which brings its scores and similarities; or the name of each candidate
+            to the activation, whose size and place in the network make its cost.
         budget: Largest cost of the set: "8MiB" and "3520ch" for one image's features, "flops:.6" for the share of the
             network that is run.
         scores: Score of each candidate, larger is better; those that are missing or NaN are no candidates.
@@ -71,6 +74,22 @@ def select(
         ('a', 'c')
     """
     settings, budget = settings or SelectSettings(), Budget.of(budget)
+    if isinstance(activations, Ranking):
+        ranking = activations
+        if scores is None and content is None and pixels is None and pairs is None:
+            scores, alignment = ranking.scores(ranking.default), alignment or ranking.alignment
+        chosen = select(
+            {row.name: row.activation for row in ranking.rows},
+            budget,
+            scores=scores,
+            alignment=alignment,
+            content=content,
+            pixels=pixels,
+            pairs=pairs,
+            presets=presets,
+            settings=settings,
+        )
+        return replace(chosen, t=ranking.t, rms={name: ranking[name].rms for name in chosen.names})
     method, known, value = _evidence(scores, content, pixels, pairs)
     candidates = {name: activation for name, activation in activations.items() if name in known}
     budget.require_one(candidates)

@@ -10,7 +10,7 @@ from sklearn.utils.validation import check_array, check_is_fitted
 
 from diffcore.errors import UserError
 from diffcore.models import DiffusionModel
-from diffusion_featsel.extractor import Balance, FeatureExtractor
+from diffusion_featsel.extractor import FeatureExtractor
 from diffusion_featsel.selection import Selection
 
 Pooling = Literal["mean", "gem", "none"]
@@ -62,7 +62,7 @@ class DiffusionFeatures(TransformerMixin, BaseEstimator):
         *,
         pooling: Pooling = "mean",
         size: int | None = None,
-        balance: Balance = "rms",
+        balance: Literal["rms", "none"] = "rms",
         t: float | int | str | None = None,
         prompt: str | None = None,
         seed: int = 0,
@@ -74,7 +74,7 @@ class DiffusionFeatures(TransformerMixin, BaseEstimator):
         self.features = features
         self.pooling: Pooling = pooling
         self.size = size
-        self.balance: Balance = balance
+        self.balance: Literal["rms", "none"] = balance
         self.t = t
         self.prompt = prompt
         self.seed = seed
@@ -160,7 +160,7 @@ class DiffusionFeatures(TransformerMixin, BaseEstimator):
 
     def _images(self, X: Any, *, reset: bool) -> torch.Tensor:
         """Returns an array of images as a tensor (n, 3, height, width) in [0, 1]."""
-        kinds: Any = [np.uint8, np.float32, np.float64]  # the stubs know one name alone
+        kinds: Any = [np.uint8, np.float32, np.float64]
         array = check_array(X, ensure_2d=False, allow_nd=True, dtype=kinds)
         if array.ndim != 4:
             raise ValueError(

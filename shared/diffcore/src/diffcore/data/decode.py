@@ -5,7 +5,6 @@ a reason.
 """
 
 import io
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -36,7 +35,7 @@ def is_image(data: bytes) -> bool:
         return False
 
 
-def decode(data: bytes, *, channels: int = 3, max_pixels: int, formats: Sequence[str] = FORMATS) -> Decoded:
+def decode(data: bytes, *, channels: int = 3, max_pixels: int, formats: tuple[str, ...] = FORMATS) -> Decoded:
     """Returns the pixels as a person sees them: upright, on white, 8 bits.
 
     Args:
@@ -61,7 +60,7 @@ def decode(data: bytes, *, channels: int = 3, max_pixels: int, formats: Sequence
     return Decoded(pixels.transpose(2, 0, 1) if channels == 3 else pixels[None], tuple(notes))
 
 
-def _opened(data: bytes, max_pixels: int, formats: Sequence[str]) -> tuple[Image.Image, list[str]]:
+def _opened(data: bytes, max_pixels: int, formats: tuple[str, ...]) -> tuple[Image.Image, list[str]]:
     """Returns the image in mode L or RGB, and notes; a PNG that fails is read again without its metadata."""
     try:
         return _flat(data, max_pixels, formats)
@@ -74,8 +73,8 @@ def _opened(data: bytes, max_pixels: int, formats: Sequence[str]) -> tuple[Image
     return _flat(shorter, max_pixels, formats)
 
 
-def _flat(data: bytes, max_pixels: int, formats: Sequence[str]) -> tuple[Image.Image, list[str]]:
-    with Image.open(io.BytesIO(data), formats=tuple(formats)) as image:
+def _flat(data: bytes, max_pixels: int, formats: tuple[str, ...]) -> tuple[Image.Image, list[str]]:
+    with Image.open(io.BytesIO(data), formats=formats) as image:
         width, height = image.size
         if width * height > max_pixels:
             raise UnreadableFileError(f"has {width} x {height} pixels; the limit is {max_pixels:g} (`max_pixels`)")

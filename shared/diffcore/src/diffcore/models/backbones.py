@@ -97,9 +97,8 @@ def _call_unet(backbone: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> 
 def _call_conditional_unet(backbone: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
     plain, added = _parted(cond, ("text_embeds", "time_ids"))
     down = [key for key in control_keys(_config(backbone))[:-1] if key in plain]
-    if down:
-        plain["down_block_additional_residuals"] = tuple(plain.pop(key) for key in down)
-    return backbone(x_t, t, added_cond_kwargs=added or None, return_dict=False, **plain)[0]
+    residuals = {"down_block_additional_residuals": tuple(plain.pop(key) for key in down)} if down else {}
+    return backbone(x_t, t, added_cond_kwargs=added or None, return_dict=False, **plain, **residuals)[0]
 
 
 def control_keys(config: Mapping[str, Any]) -> tuple[str, ...]:

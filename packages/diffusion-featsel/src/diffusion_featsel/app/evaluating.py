@@ -19,6 +19,7 @@ from diffusion_featsel.app.inputs import (
     MaskData,
     PairData,
     Task,
+    check_training,
     digest_of_data,
     features_named,
     inventory_at,
@@ -387,6 +388,7 @@ def probed(
     stored = StoredFeatures.open(extracted)
     names = _stored_names(features, stored)
     classes, images = _masks_for(labels, stored, (grid, grid), num_classes)
+    check_training(num_train, len(images))
     options = {
         **{"run": extracted, "labels": labels, "kind": kind, "features": list(features), "grid": grid},
         **{"num_splits": num_splits, "num_train": num_train, "num_classes": num_classes, "seed": seed},

@@ -52,7 +52,7 @@ def evaluate(
         fail_below: Smallest acceptable PCK@0.1 per point or mean IoU, from 0 to 1.
     """
     from diffusion_featsel.app.evaluating import evaluated, plan_of
-    from diffusion_featsel.app.inputs import digests
+    from diffusion_featsel.app.inputs import check_training, digests
     from diffusion_featsel.app.report import write_page
 
     if fail_below is not None and not 0 <= fail_below <= 1:
@@ -66,6 +66,8 @@ def evaluate(
         **{"against_paper": against_paper, "fail_below": fail_below, "extraction": extraction},
     }
     asked = plan_of(loaded, data, task, features, against_paper, extraction, split, layout, num_classes)
+    if task == "segmentation":
+        check_training(num_train, asked.facts["images"])
 
     def compute(run: "Run", map: "RunMap") -> dict[str, Any]:
         return evaluated(run, asked, kind=kind, matcher=matcher, num_train=num_train)

@@ -38,15 +38,17 @@ def extract(
         latents: Folder that keeps encoded images for later runs: the autoencoder costs more than the network.
         shard_mb: Largest size of one file in MiB.
     """
-    from diffcore.io.strictjson import read_untrusted
-    from diffusion_featsel.app.inputs import digests, features_named, make_extractor
+    from diffusion_featsel.app.inputs import digests, features_named, make_extractor, read_prompts
     from diffusion_featsel.app.report import write_page
     from diffusion_featsel.files.features import StoredFeatures, plan_features, write_features
     from diffusion_featsel.files.images import ImageList
 
-    loaded, named = work.load(model), features_named(features)
+    if shard_mb < 1:
+        raise UserError(f"`shard_mb` is {shard_mb}; give at least 1")
+    named = features_named(features)
+    loaded = work.load(model)
     listed = ImageList.of(images)
-    told = None if prompts is None else read_untrusted(prompts)
+    told = read_prompts(prompts)
     extractor = make_extractor(loaded, named, extraction)
     plan = plan_features(
         extractor,

@@ -436,5 +436,11 @@ def _masks_for(
     images = [name for name in stored.images if Path(name).stem in by_stem]
     if len(images) < 2:
         raise UserError(f"{printable(labels)} has masks for {len(images)} of the extracted images; at least 2 need one")
+    one_of_each = {row["shard"]: row["image"] for row in stored.index if row["image"] in set(images)}
+    if len({stored.read(stored.names[0], name).shape for name in one_of_each.values()}) > 1:
+        raise UserError(
+            f"{printable(stored.folder, 300)} has features of images of several sizes; extract them again in another "
+            "mode than native"
+        )
     every = masked.labels(grid, num_classes)
     return every[[by_stem[Path(name).stem] for name in images]], images

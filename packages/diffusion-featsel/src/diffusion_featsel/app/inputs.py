@@ -289,7 +289,9 @@ def read_prompts(path: Path | None) -> dict[str, str] | None:
         return None
     values = read_untrusted(path)
     if not all(isinstance(value, str) for value in values.values()):
-        raise UserError(f"`prompts` is {printable(path, 300)}, which has an entry that is no text; give each file name its prompt")
+        raise UserError(
+            f"`prompts` is {printable(path, 300)}, which has an entry that is no text; give each file name its prompt"
+        )
     return values
 
 

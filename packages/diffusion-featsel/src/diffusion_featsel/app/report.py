@@ -19,11 +19,14 @@ from diffusion_featsel.ranking import Ranking
 
 _SHOWN = ("reliability", "position_share", "noise_leak")  # columns beside the score; the CSV has all
 _SHEET = 120  # activations on the sheet of components
-_LIMITS = (
+_OF_RANKINGS = (
     "The ranking without labels is a guess: how well it agrees with labels was measured on small models, as the "
     "benchmarks say, and for the paper's models it can be compared with the paper's tables by --against-paper.",
     "An activation that holds the position of a place more than its content looks good on aligned images. Position "
     "share stands beside each score for this reason.",
+)
+_LIMITS = (
+    "Features hold where a thing is in the image as well as what it is; on aligned images, both look alike.",
     "Noise, timestep, prompt and resizing change features. Numbers of different settings do not compare.",
 )
 
@@ -96,12 +99,12 @@ def write_page(run: Run) -> Path:
         _add_map(report, run, ranking, dropped)
     _add_agreement(report, run, ranking)
     _add_choice(report, run)
-    for name in ("scores", "sets", "copies", "tasks", "paper", "correlations"):
+    for name in ("stored", "scores", "sets", "copies", "tasks", "paper", "correlations"):
         _add_table(report, run, name)
     _add_components(report, run)
     if ranking is not None:
         _add_ranking(report, ranking, dropped)
-    report.section("What may not be concluded").points(*_LIMITS)
+    report.section("What may not be concluded").points(*(_LIMITS if ranking is None else (*_OF_RANKINGS, _LIMITS[-1])))
     return report.save(run.folder / "report.html")
 
 

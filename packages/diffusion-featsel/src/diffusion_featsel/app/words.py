@@ -11,6 +11,7 @@ TITLES = {
     "correspond": "Which places of two images belong together?",
     "probe": "What a simple classifier reads from the features",
     "extract": "The extracted features",
+    "table-stored": "What was stored",
     "table-scores": "Scores",
     "table-sets": "Beside other sets",
     "table-copies": "Near copies",

@@ -40,6 +40,7 @@ def extract(
     """
     from diffusion_featsel.app.inputs import digests, features_named, make_extractor, read_prompts
     from diffusion_featsel.app.report import write_page
+    from diffusion_featsel.app.storing import keep_stored
     from diffusion_featsel.files.features import StoredFeatures, plan_features, write_features
     from diffusion_featsel.files.images import ImageList
 
@@ -80,6 +81,7 @@ def extract(
         if not run.leading:
             return {}
         stored = StoredFeatures.open(run.folder)
+        keep_stored(run, stored, listed)
         return {
             "answer": f"{len(stored)} images, {len(stored.names)} activations each.",
             "images": len(stored),

@@ -376,7 +376,6 @@ def probed(
     num_splits: int,
     num_train: int | None,
     num_classes: int | None,
-    seed: int,
     work: Work,
     report: Callable[[Run], Any],
 ) -> int:
@@ -391,12 +390,12 @@ def probed(
     check_training(num_train, len(images))
     options = {
         **{"run": extracted, "labels": labels, "kind": kind, "features": list(features), "grid": grid},
-        **{"num_splits": num_splits, "num_train": num_train, "num_classes": num_classes, "seed": seed},
+        **{"num_splits": num_splits, "num_train": num_train, "num_classes": num_classes},
     }
 
     def compute(run: Run, map: RunMap) -> dict[str, Any]:
         maps = {name: stored.maps(name, images).float() for name in names}
-        chosen = ProbeSettings(grid=(grid, grid), num_splits=num_splits, num_train=num_train, seed=seed)
+        chosen = ProbeSettings(grid=(grid, grid), num_splits=num_splits, num_train=num_train, seed=work.runtime.seed)
         result = probe(maps, classes, kind, num_classes=num_classes, settings=chosen)
         return _told_probe(run, result, extracted.name, names)
 

@@ -28,7 +28,7 @@ class Extraction:
     Attributes:
         t: Timestep of the noise in the units of the model's schedule, or snr:DB, or sigma:S (paper: 50).
         prompt: Prompt for all images; by default that of the selection, or the empty one.
-        seed: Seed of the noise; an image's noise depends on this and its pixels alone.
+        seed: Seed of the noise, which is the runtime's: `Work.seeded` sets it.
         draws: Number of noise draws that are averaged (DIFT: 8).
         size: Side of the square input in pixels; by default that which the model was trained for.
         mode: How an image of other proportions is fitted: stretched, with bars, cropped, or at its own proportions.
@@ -38,7 +38,7 @@ class Extraction:
 
     t: str | None = None
     prompt: str | None = None
-    seed: int = 0
+    seed: Annotated[int, Parameter(parse=False)] = 0
     draws: int | None = None
     size: int | None = None
     mode: Literal["squash", "letterbox", "crop", "native"] = "squash"

@@ -1,7 +1,7 @@
 """What commands that run a model share: their options, loading the model and the images, and the job of the run."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from diffcore.cli import Job, Loading, Output, load_model, settings
 from diffcore.runtime import Runtime
+from diffusion_featsel.app.options import Extraction
 
 if TYPE_CHECKING:
     from diffcore.models import DiffusionModel
@@ -36,6 +37,14 @@ class Work:
             model: Name on the command line.
         """
         return load_model(model, self.loading, self.runtime)
+
+    def seeded(self, extraction: Extraction) -> Extraction:
+        """Returns the options of an extraction with the seed of the command line.
+
+        Args:
+            extraction: Options of the command line.
+        """
+        return replace(extraction, seed=self.runtime.seed)
 
     def job(
         self,

@@ -59,7 +59,7 @@ def evaluate(
         raise UserError(f"`fail_below` is {fail_below}; give a share from 0 to 1")
     if not features and against_paper is None:
         raise UserError("no `features` are named; give a preset, a selection.json, names of activations, or all")
-    loaded = work.load(model)
+    loaded, extraction = work.load(model), work.seeded(extraction)
     options = {
         **{"model": model, "data": data, "task": task, "features": list(features), "kind": kind, "matcher": matcher},
         **{"split": split, "layout": layout, "num_classes": num_classes, "num_train": num_train},
@@ -92,7 +92,6 @@ def probe(
     num_splits: int = 5,
     num_train: int | None = None,
     num_classes: int | None = None,
-    seed: int = 0,
     work: Work = Work(),
 ) -> int:
     """Measure what a simple classifier reads from extracted features, over random splits of the images.
@@ -109,7 +108,6 @@ def probe(
         num_splits: Number of random splits.
         num_train: Number of training images; by default two thirds.
         num_classes: Number of classes; by default one more than the largest.
-        seed: Seed of the splits.
     """
     from diffusion_featsel.app.evaluating import probed
     from diffusion_featsel.app.report import write_page
@@ -123,7 +121,6 @@ def probe(
         num_splits=num_splits,
         num_train=num_train,
         num_classes=num_classes,
-        seed=seed,
         work=work,
         report=write_page,
     )

@@ -127,7 +127,7 @@ def score(
 
     if num_images < 16:
         raise UserError(f"`num_images` is {num_images}; ranking needs at least 16")
-    loaded = work.load(model)
+    loaded, extraction = work.load(model), work.seeded(extraction)
     options = {
         **{"model": model, "images": images, "filter": filter, "keep": list(keep), "num_images": num_images},
         **{"other_t": other_t, "against_paper": against_paper, "extraction": extraction},

@@ -47,7 +47,7 @@ def extract(
     if shard_mb < 1:
         raise UserError(f"`shard_mb` is {shard_mb}; give at least 1")
     named = features_named(features)
-    loaded = work.load(model)
+    loaded, extraction = work.load(model), work.seeded(extraction)
     listed = ImageList.of(images)
     told = read_prompts(prompts)
     extractor = make_extractor(loaded, named, extraction)
@@ -133,7 +133,7 @@ def correspond(
     from diffusion_featsel.app.inputs import digests, features_named, make_extractor
     from diffusion_featsel.app.report import write_page
 
-    loaded = work.load(model)
+    loaded, extraction = work.load(model), work.seeded(extraction)
     named = features_named(features) if features else None
     where = [_point(text) for text in points]
     pictures = read_pair(source, target, where)

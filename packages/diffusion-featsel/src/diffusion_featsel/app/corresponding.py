@@ -87,7 +87,8 @@ def matched(
     if asked is not None:
         save_table(run, "scores", rows, "Positions in pixels of each image.")
     colors = principal_colors(extractor.maps(pictures))
-    save_components(run, strip["source"], {"first image": colors[0], "second image": colors[1]})
+    caption = "The first three principal components of the features of both images together, as red, green and blue."
+    save_components(run, strip["source"], {"first image": colors[0], "second image": colors[1]}, caption=caption)
     returned = None if found.mutual is None else float(found.mutual.float().mean())
     return {
         "answer": f"{len(rows)} places of {names[0]} were found in {names[1]}"

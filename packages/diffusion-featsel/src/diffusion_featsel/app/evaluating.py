@@ -409,7 +409,11 @@ def probed(
         work.runtime,
     )
     plan = {"images": len(images), "activations": len(names), "splits": num_splits, "probe": kind}
-    return job(compute, plan=plan, report=report)
+    return job(compute, plan=plan, report=report, shown=_shown)
+
+
+def _shown(result: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in result.items() if key not in ("per_class", "strengths", "missing")}
 
 
 def _stored_names(features: Sequence[str], stored: StoredFeatures) -> list[str]:

@@ -54,14 +54,18 @@ def component_sheet(
     columns = min(_WIDE, len(colors) + 1)
     rows = -(-(len(colors) + 1) // columns)
     with mpl.rc_context({"font.family": "DejaVu Sans"}):
-        figure = Figure(figsize=(columns * (_TILE + 0.28), rows * (_TILE + 0.3)), dpi=DPI, facecolor="white")
+        scale = 1.8 if len(colors) < 5 else 1.0  # a few tiles may be larger
+        side = scale * _TILE
+        figure = Figure(figsize=(columns * (side + 0.28), rows * (side + 0.3)), dpi=DPI, facecolor="white")
         axes = figure.subplots(rows, columns, squeeze=False)
         for place in axes.flat:
             place.set_axis_off()
         for place, (name, picture) in zip(axes.flat, [("image", image), *colors.items()], strict=False):
             place.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest", aspect="equal")
-            place.set_title(name, fontsize=4.6, color=FAINT if name in grey else INK, pad=2)
-        figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - 0.16 / (rows * (_TILE + 0.3)), hspace=0.34)
+            place.set_title(name, fontsize=4.6 * scale**0.7, color=FAINT if name in grey else INK, pad=2)
+        figure.subplots_adjust(
+            left=0.01, right=0.99, bottom=0.01, top=1 - 0.16 * scale / (rows * (side + 0.3)), hspace=0.34
+        )
         figure.draw_without_rendering()
     return figure
 

@@ -31,7 +31,9 @@ _LIMITS = (
 )
 
 
-def save_components(run: Run, image: Tensor, colors: Mapping[str, Tensor], dropped: Sequence[str] = ()) -> None:
+def save_components(
+    run: Run, image: Tensor, colors: Mapping[str, Tensor], dropped: Sequence[str] = (), *, caption: str = ""
+) -> None:
     """Keeps one image with the principal components of its activations for the report.
 
     Args:
@@ -39,9 +41,16 @@ def save_components(run: Run, image: Tensor, colors: Mapping[str, Tensor], dropp
         image: The image in [0, 1].
         colors: Components of each activation as colors, by name.
         dropped: Names that are written in grey.
+        caption: Sentence below the pictures, where they are not the activations of one image.
     """
     tensors = {name: picture.contiguous() for name, picture in colors.items()}
-    run.save("components", {**tensors, "image": image.contiguous()}, names=list(tensors), dropped=list(dropped))
+    run.save(
+        "components",
+        {**tensors, "image": image.contiguous()},
+        names=list(tensors),
+        dropped=list(dropped),
+        caption=caption,
+    )
 
 
 def save_strips(run: Run, strips: Sequence[Mapping[str, Tensor]], caption: str) -> None:
@@ -99,7 +108,7 @@ def write_page(run: Run) -> Path:
         _add_map(report, run, ranking, dropped)
     _add_agreement(report, run, ranking)
     _add_choice(report, run)
-    for name in ("stored", "scores", "sets", "copies", "tasks", "paper", "correlations"):
+    for name in ("stored", "sets", "copies", "tasks", "scores", "paper", "correlations"):
         _add_table(report, run, name)
     _add_components(report, run)
     if ranking is not None:
@@ -183,8 +192,9 @@ def _add_components(report: Report, run: Run) -> None:
     report.section("What each activation sees")
     report.figure(
         run.figure("components", figure),
-        "The first three principal components of each activation of one image, as red, green and blue, in the order "
-        "of execution; each tile is scaled for itself.",
+        part.fields.get("caption")
+        or "The first three principal components of each activation of one image, as red, green and blue, in the "
+        "order of execution; each tile is scaled for itself.",
     )
 
 

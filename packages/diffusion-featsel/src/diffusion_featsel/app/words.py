@@ -12,7 +12,7 @@ TITLES = {
     "probe": "What a simple classifier reads from the features",
     "extract": "The extracted features",
     "table-stored": "What was stored",
-    "table-scores": "Scores",
+    "table-scores": "In detail",
     "table-sets": "Beside other sets",
     "table-copies": "Near copies",
     "table-tasks": "Measured with labels",

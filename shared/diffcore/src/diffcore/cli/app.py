@@ -162,10 +162,18 @@ def _rows(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
         if isinstance(item, Mapping):
             yield from _rows(item, f"{prefix}{name}.")
         else:
-            plain = isinstance(item, list | tuple) and all(isinstance(value, str | int) for value in item)
-            text = (", ".join(map(str, item)) or "none") if plain else item
-            shown = f"{item:.4g}" if isinstance(item, float) else printable(text, 200)
-            yield printable(f"{prefix}{name}", 200), shown
+            yield printable(f"{prefix}{name}", 200), printable(_figure(item), 200)
+
+
+def _figure(item: Any) -> str:
+    """Returns a value as people read it: short numbers, and lists of plain values without brackets."""
+    if isinstance(item, float):
+        return f"{item:.4g}"
+    if item is None:
+        return "none"
+    if isinstance(item, list | tuple) and not any(isinstance(value, list | tuple | Mapping) for value in item):
+        return ", ".join(map(_figure, item)) or "none"
+    return str(item)
 
 
 def _set_environment(download: bool) -> None:

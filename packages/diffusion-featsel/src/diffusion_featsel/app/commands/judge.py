@@ -11,6 +11,7 @@ from diffusion_featsel.app.work import Work
 if TYPE_CHECKING:
     from diffcore.run import Run, RunMap
 
+_IN_THE_REPORT = ("activations", "pck", "by_category", "per_class", "strengths", "missing")
 Kind = Literal["ridge", "logistic", "knn", "mlp-ensemble"]
 
 
@@ -78,7 +79,7 @@ def evaluate(
         plan=asked.facts,
         report=write_page,
         passed=lambda result: fail_below is None or result["figure"] >= fail_below,
-        shown=lambda result: {key: value for key, value in result.items() if key != "activations"},
+        shown=lambda result: {key: value for key, value in result.items() if key not in _IN_THE_REPORT},
     )
 
 

@@ -20,9 +20,11 @@ from immiscible_noise.study.train import recipe_for
 
 APPS = {
     "diffcore": "diffcore.cli.commands.app",
+    "diffusion-featsel": "diffusion_featsel.app.cli",
     "immiscible-noise": "immiscible_noise.app.cli",
     "nemo-localize": "nemo_localize.app.cli",
 }
+FEATURE = "up-level1-repeat0-res-out"
 # What each such command needs at least; a command that is not here fails the test that walks them.
 WORDS = {
     "diffcore info": ["model", "--out", "page"],
@@ -31,6 +33,12 @@ WORDS = {
     "diffcore zoo samples": ["digits8-edm"],
     "diffcore zoo check": ["digits8-edm"],
     "diffcore zoo train": ["digits8-edm", "--steps", "2"],
+    "diffusion-featsel score": ["model", "images"],
+    "diffusion-featsel select": ["scored", "96ch"],
+    "diffusion-featsel extract": ["model", "images", "--features", FEATURE],
+    "diffusion-featsel correspond": ["model", "images/0.png", "images/1.png", "--features", FEATURE],
+    "diffusion-featsel evaluate": ["model", "labelled", "--task", "segmentation", "--features", FEATURE],
+    "diffusion-featsel probe": ["extracted", "labelled"],
     "immiscible-noise train": ["images", "--steps", "2"],
     "immiscible-noise evaluate": ["trained", "images"],
     "immiscible-noise compare": ["images", "--steps", "2"],
@@ -95,8 +103,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     tiny.pipeline("sd15").save_pretrained(folder / "model")
     (folder / "images").mkdir()
-    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)):
+    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), dtype=np.uint8)):
         Image.fromarray(pixels).save(folder / "images" / f"{number}.png")
+        for part, array in (("images", pixels), ("masks", pixels[..., 0] // 128)):
+            (folder / "labelled" / part).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(folder / "labelled" / part / f"{number}.png")
     words = ["cat", "dog", "hat", "cup", "sea", "sky", "map", "pen", "box", "key", "owl", "bee"]
     (folder / "captions.txt").write_text("\n".join(f"a {word}" for word in words[:4]))
     (folder / "controls.txt").write_text("\n".join(f"the {word}" for word in words))
@@ -108,6 +119,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for words in (
             ["nemo-localize", "statistics", "model", "controls.txt", "--out", "statistics"],
             ["nemo-localize", "calibrate", "model", "controls.txt", "--out", "calibrated", *few],
+            ["diffusion-featsel", "score", "model", "images", "--filter", "none", "--out", "scored"],
+            ["diffusion-featsel", "extract", "model", "images", "--features", FEATURE, "--out", "extracted"],
         ):
             assert main(importlib.import_module(APPS[words[0]]).app, words[1:]) == 0
         with Run.open(Path("trained"), command="immiscible-noise train", config={}, inputs={}) as run:

@@ -84,7 +84,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "other.json").write_text('{"a": 1}')
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert main(app, ["score", "model", "images", "--out", "scored"]) == 0
+        assert main(app, ["score", "model", "images", "--filter", "none", "--out", "scored"]) == 0
         assert main(app, ["select", "scored", "96ch", "--out", "chosen"]) == 0
         assert main(app, ["extract", "model", "images", "--features", "chosen", GOOD, "--out", "wrong"]) == 2
         assert main(app, ["extract", "model", "images", "--features", "chosen", "--out", "extracted"]) == 0
@@ -115,8 +115,9 @@ def test_from_a_ranking_to_a_selection_features_and_a_probe(place: Place):
 
 def test_the_same_command_reads_and_another_is_refused(place: Place):
     before = (place.folder / "scored" / "ranking.safetensors").stat().st_mtime_ns
-    place("score", "model", "images", "--out", "scored")
-    _, told = place("score", "model", "images", "--out", "scored", "--seed", "3", code=2)
+    words = ["score", "model", "images", "--filter", "none", "--out", "scored"]
+    place(*words)
+    _, told = place(*words, "--seed", "3", code=2)
     assert "seed: 0 -> 3" in told
     assert "--restart" in told
     assert (place.folder / "scored" / "ranking.safetensors").stat().st_mtime_ns == before
@@ -216,9 +217,9 @@ BAD = {
     "extract model images --features broken.json": ["broken.json"],
     "extract model images --features other.json": ["other.json is no selection"],
     "extract model images --features empty": ["--features", "selection.json"],
-    f"extract model images --features {GOOD} --project pca:9999": ["--project"],
+    f"extract model images --features {GOOD} --project pca:9999": ["9999 components are wanted"],
     f"extract model images --features {GOOD} --project most": ["--project"],
-    f"extract model images --features {GOOD} --prompts pairs.json": ["--prompts"],
+    f"extract model images --features {GOOD} --prompts pairs.json": ["pairs.json"],
     f"extract model images --features {GOOD} --shard-mb 0": ["--shard-mb"],
     f"extract model images --features {GOOD} --t 5000": ["5000", "0 to 999"],
     f"extract model images --features {GOOD} --t -3": ["-3", "0 to 999"],

@@ -36,6 +36,7 @@ from diffusion_featsel.select import select
 from diffusion_featsel.selection import Selection
 
 _GRID, _BATCH = (32, 32), 16
+_FIGURES = {"score": "mean score", "information": "information", "pixels": "mean IoU", "pairs": "PCK@0.1"}
 
 
 def choose(
@@ -63,6 +64,11 @@ def choose(
     choice = SelectSettings(max_size=max_size, ladder=ladder)
     candidates = len(activations) if labels is None else min(candidates, len(activations))
     first = {name: activations[name] for name in list(scores)[:candidates]}
+    if not first:
+        raise UserError(
+            f"the filter of {printable(scored, 300)} keeps no activation, or none has a score; run score again with "
+            "--filter none, or --keep PATTERN"
+        )
     Budget.of(budget).require_one(first)
     data = _labelled(labels, task, num_classes)
 
@@ -198,18 +204,21 @@ def _pixels(extractor: Any, first: dict[str, Activation], data: MaskData) -> Lab
 
 def _keep(run: Run, chosen: Selection, ranking: Ranking) -> None:
     """Keeps the choice for the report: its steps, its members, and the sets that it was compared with."""
-    details = chosen.details
-    rows = [
-        {
-            "activation": step["name"],
-            "value": step["value"],
-            "gain": step.get("gain"),
-            "channels": ranking[step["name"]].activation.channels,
-            "grid": "x".join(map(str, ranking[step["name"]].activation.grid or ())),
-            "cost": ranking[step["name"]].activation.cost,
-        }
-        for step in details["steps"]
-    ]
+    details, figure = chosen.details, _FIGURES[chosen.details["method"]]
+    unlabelled = details["method"] == "score"
+    rows = []
+    for step in details["steps"]:
+        row = ranking[step["name"]]
+        told = {"score": getattr(row, ranking.default)} if unlabelled else {figure: step["value"], "gain": step["gain"]}
+        activation = row.activation
+        shape = {"channels": activation.channels, "grid": "x".join(map(str, activation.grid or ()))}
+        rows.append({"activation": step["name"], **told, **shape, "cost": activation.cost})
+    caption = (
+        "In the order of choice: the best score first, then the best that is no near copy of those before it, with a "
+        "coarse and a fine one where both fit."
+        if unlabelled
+        else f"In the order of choice; {figure} is that of the set so far, cross-validated."
+    )
     total, curve = 0.0, []
     for step in details["steps"]:
         total += step["cost"]
@@ -218,21 +227,33 @@ def _keep(run: Run, chosen: Selection, ranking: Ranking) -> None:
         "choice",
         {},
         rows=rows,
-        caption=f"In the order of choice, by {details['method']}; value is that of the set so far.",
-        curve=curve,
-        cost_label=f"cost, of a budget of {details['budget']}",
-        value_label="value of the set",
-        curve_caption="How the value of the set grows with what it costs.",
+        caption=caption,
+        curve=[] if unlabelled else curve,
+        cost_label=f"cost, of a budget of {_in_words(details['budget'])}",
+        value_label=f"{figure} of the set",
+        curve_caption=f"How {figure} grows with what the set costs.",
     )
-    baselines = details["baselines"]
+    # The best activation alone always has the largest mean score.
+    left = {"best_single"} if unlabelled else set()
+    baselines = {name: entry for name, entry in dict(details["baselines"]).items() if name not in left}
     if baselines:
         caption = "Sets within the same budget; random is the mean of 20 draws."
-        run.save("table-sets", {}, rows=_sets(chosen, baselines), caption=caption)
+        if unlabelled:
+            caption += " The mean score says how good members are alone, not how well they complete each other."
+        run.save("table-sets", {}, rows=_sets(chosen, baselines, figure), caption=caption)
+    if details["left_out"]:
+        copies = [{"activation": name, "like": e["like"], "CKA": e["cka"]} for name, e in details["left_out"].items()]
+        run.save(
+            "table-copies",
+            {},
+            rows=copies[:20],
+            caption="Left out as near copies of a chosen activation; the first 20.",
+        )
 
 
-def _sets(chosen: Selection, baselines: Any) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = [{"set": "chosen", "value": chosen.details["value"]}]
-    for name, entry in dict(baselines).items():
+def _sets(chosen: Selection, baselines: Mapping[str, Any], figure: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = [{"set": "chosen", figure: chosen.details["value"]}]
+    for name, entry in baselines.items():
         value = entry.get("value", entry.get("mean")) if isinstance(entry, dict) else entry
-        rows.append({"set": name.replace("_", " "), "value": value})
+        rows.append({"set": name.replace("_", " "), figure: value})
     return rows

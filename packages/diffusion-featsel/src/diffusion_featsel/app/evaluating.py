@@ -19,6 +19,7 @@ from diffusion_featsel.app.inputs import (
     MaskData,
     PairData,
     Task,
+    check_training,
     digest_of_data,
     features_named,
     inventory_at,
@@ -106,6 +107,7 @@ def plan_of(
     extractor = None
     if against is not None or list(features) == ["all"]:
         listed = _inventory(model, extraction)
+        protocol_of(extraction).timesteps(model, extraction.timestep)
         names = {row.name for row in published(against)} if against is not None else None
         alone = tuple(row for row in listed.features if names is None or row.name in names)
         if len(alone) < 3 and against is not None:
@@ -290,7 +292,7 @@ def _how(plan: Plan, size: tuple[int, int]) -> dict[str, Any]:
         "t": protocol.timesteps(plan.model, extraction.timestep)[0],
         "condition": Conditions(plan.model)(extraction.prompt or "", size=size),
         "seed": extraction.seed,
-        "batch_size": extraction.batch_size,
+        "batch_size": extraction.rows(),
     }
 
 
@@ -374,7 +376,6 @@ def probed(
     num_splits: int,
     num_train: int | None,
     num_classes: int | None,
-    seed: int,
     work: Work,
     report: Callable[[Run], Any],
 ) -> int:
@@ -386,14 +387,15 @@ def probed(
     stored = StoredFeatures.open(extracted)
     names = _stored_names(features, stored)
     classes, images = _masks_for(labels, stored, (grid, grid), num_classes)
+    check_training(num_train, len(images))
     options = {
         **{"run": extracted, "labels": labels, "kind": kind, "features": list(features), "grid": grid},
-        **{"num_splits": num_splits, "num_train": num_train, "num_classes": num_classes, "seed": seed},
+        **{"num_splits": num_splits, "num_train": num_train, "num_classes": num_classes},
     }
 
     def compute(run: Run, map: RunMap) -> dict[str, Any]:
         maps = {name: stored.maps(name, images).float() for name in names}
-        chosen = ProbeSettings(grid=(grid, grid), num_splits=num_splits, num_train=num_train, seed=seed)
+        chosen = ProbeSettings(grid=(grid, grid), num_splits=num_splits, num_train=num_train, seed=work.runtime.seed)
         result = probe(maps, classes, kind, num_classes=num_classes, settings=chosen)
         return _told_probe(run, result, extracted.name, names)
 
@@ -433,5 +435,11 @@ def _masks_for(
     images = [name for name in stored.images if Path(name).stem in by_stem]
     if len(images) < 2:
         raise UserError(f"{printable(labels)} has masks for {len(images)} of the extracted images; at least 2 need one")
+    one_of_each = {row["shard"]: row["image"] for row in stored.index if row["image"] in set(images)}
+    if len({stored.read(stored.names[0], name).shape for name in one_of_each.values()}) > 1:
+        raise UserError(
+            f"{printable(stored.folder, 300)} has features of images of several sizes; extract them again in another "
+            "mode than native"
+        )
     every = masked.labels(grid, num_classes)
     return every[[by_stem[Path(name).stem] for name in images]], images

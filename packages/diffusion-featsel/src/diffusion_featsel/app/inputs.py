@@ -103,7 +103,7 @@ def make_extractor(
         draws=extraction.draws,
         size=extraction.size,
         mode=extraction.mode,
-        batch_size=extraction.batch_size,
+        batch_size=extraction.rows(),
         **settings,
     )
 
@@ -263,6 +263,36 @@ class MaskData:
     labels: Tensor
     num_classes: int
     name: str
+
+
+def check_training(num_train: int | None, count: int) -> None:
+    """Raises a UserError where a number of training images leaves none for one side.
+
+    Args:
+        num_train: Number of training images, if it is given.
+        count: Number of all images.
+    """
+    if num_train is not None and not 0 < num_train < count:
+        raise UserError(f"`num_train` is {num_train} of {count} images; leave at least one for each side")
+
+
+def read_prompts(path: Path | None) -> dict[str, str] | None:
+    """Returns the prompt of each image, from a JSON object of file names and prompts.
+
+    Args:
+        path: The file, if there is one.
+
+    Raises:
+        UserError: The file holds something else.
+    """
+    if path is None:
+        return None
+    values = read_untrusted(path)
+    if not all(isinstance(value, str) for value in values.values()):
+        raise UserError(
+            f"`prompts` is {printable(path, 300)}, which has an entry that is no text; give each file name its prompt"
+        )
+    return values
 
 
 def digest_of_data(data: PairData | MaskData) -> str:

@@ -28,28 +28,36 @@ class Extraction:
     Attributes:
         t: Timestep of the noise in the units of the model's schedule, or snr:DB, or sigma:S (paper: 50).
         prompt: Prompt for all images; by default that of the selection, or the empty one.
-        seed: Seed of the noise; an image's noise depends on this and its pixels alone.
+        seed: Seed of the noise, which is the runtime's: `Work.seeded` sets it.
         draws: Number of noise draws that are averaged (DIFT: 8).
         size: Side of the square input in pixels; by default that which the model was trained for.
         mode: How an image of other proportions is fitted: stretched, with bars, cropped, or at its own proportions.
         protocol: "paper" repeats the published code: Pillow's resizing, drawn latents, the scheduler's own timestep.
-        batch_size: Largest number of rows in a forward pass; halved where memory runs out.
+        batch_size: Largest number of rows in a forward pass, by default 16 (score: 48); halved where memory runs out.
     """
 
     t: str | None = None
     prompt: str | None = None
-    seed: int = 0
+    seed: Annotated[int, Parameter(parse=False)] = 0
     draws: int | None = None
     size: int | None = None
     mode: Literal["squash", "letterbox", "crop", "native"] = "squash"
     protocol: Literal["ours", "paper"] = "ours"
-    batch_size: int = 16
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("draws", "size", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"`{name}` is {value}; give at least 1")
+
+    def rows(self, usual: int = 16) -> int:
+        """Returns the largest number of rows in a forward pass.
+
+        Args:
+            usual: Number where the option is not given.
+        """
+        return self.batch_size or usual
 
     @property
     def timestep(self) -> float | str | None:

@@ -17,12 +17,16 @@ from diffusion_featsel.files.ranking import FILE as RANKING
 from diffusion_featsel.files.ranking import read_ranking
 from diffusion_featsel.ranking import Ranking
 
+_SHOWN = ("reliability", "position_share", "noise_leak")  # columns beside the score; the CSV has all
 _SHEET = 120  # activations on the sheet of components
-_LIMITS = (
+_OF_RANKINGS = (
     "The ranking without labels is a guess: how well it agrees with labels was measured on small models, as the "
-    "benchmarks say, and for the paper's models it can be compared with the paper's tables by `evaluate`.",
+    "benchmarks say, and for the paper's models it can be compared with the paper's tables by --against-paper.",
     "An activation that holds the position of a place more than its content looks good on aligned images. Position "
     "share stands beside each score for this reason.",
+)
+_LIMITS = (
+    "Features hold where a thing is in the image as well as what it is; on aligned images, both look alike.",
     "Noise, timestep, prompt and resizing change features. Numbers of different settings do not compare.",
 )
 
@@ -95,12 +99,12 @@ def write_page(run: Run) -> Path:
         _add_map(report, run, ranking, dropped)
     _add_agreement(report, run, ranking)
     _add_choice(report, run)
-    for name in ("scores", "sets", "tasks", "paper", "correlations"):
+    for name in ("stored", "scores", "sets", "copies", "tasks", "paper", "correlations"):
         _add_table(report, run, name)
     _add_components(report, run)
     if ranking is not None:
         _add_ranking(report, ranking, dropped)
-    report.section("What may not be concluded").points(*_LIMITS)
+    report.section("What may not be concluded").points(*(_LIMITS if ranking is None else (*_OF_RANKINGS, _LIMITS[-1])))
     return report.save(run.folder / "report.html")
 
 
@@ -191,20 +195,18 @@ def _add_ranking(report: Report, ranking: Ranking, dropped: Mapping[str, str]) -
     table = [
         {
             "activation": row.name,
-            ranking.default: getattr(row, ranking.default),
-            "reliability": row.reliability,
-            "position_share": row.position_share,
-            "noise_leak": row.noise_leak,
-            "granularity": row.granularity,
-            "effective_rank": row.effective_rank,
-            "channels": row.activation.channels,
-            "grid": "x".join(map(str, row.activation.grid or ())),
-            "cost": row.activation.cost,
-            "dropped": dropped.get(row.name, ""),
+            **{name: _rounded(getattr(row, name)) for name in (ranking.default, *_SHOWN)},
+            "shape": "x".join(map(str, (row.activation.channels, *(row.activation.grid or ())))),
+            "cost": _rounded(row.activation.cost),
+            **({"dropped": dropped.get(row.name, "")} if dropped else {}),
         }
         for row in rows
     ]
     report.table(worded(table), "The measurements are explained in the README; all of them are in tables/ranking.csv.")
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(float(value), 3)
 
 
 def _short(name: str) -> str:

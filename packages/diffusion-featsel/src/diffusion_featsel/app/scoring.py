@@ -1,11 +1,13 @@
 """What the command `score` does beside the method: conditions, filters, and the comparison with the paper."""
 
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
+from diffcore.errors import UserError
 from diffcore.models import DiffusionModel
 from diffcore.run import Run, RunMap
 from diffusion_featsel.app.inputs import protocol_of
@@ -17,11 +19,44 @@ from diffusion_featsel.measured_filter import Filtered, FilterSettings, measured
 from diffusion_featsel.paper_filter import family_of, paper_filter
 from diffusion_featsel.prepare import image_keys
 from diffusion_featsel.protocol import Conditions
-from diffusion_featsel.published import PublishedModel, against_paper
+from diffusion_featsel.published import PublishedModel, against_paper, published
 from diffusion_featsel.rank import score
 from diffusion_featsel.ranking import Ranking
 
 _PARTS = 4  # a run that was interrupted loses a quarter of the pass at most
+
+
+def check(
+    model: DiffusionModel,
+    listed: Inventory,
+    extraction: Extraction,
+    *,
+    other_t: float | None,
+    filter: FilterName,
+    keep: Sequence[str],
+    against: PublishedModel | None,
+) -> None:
+    """Raises a UserError for options that this model cannot follow, before anything is computed.
+
+    Args:
+        model: Diffusion model that is looked into.
+        listed: Inventory of the model.
+        extraction: Options of the command line.
+        other_t: Second timestep, if any.
+        filter: Name of the filter.
+        keep: Patterns of names that are never dropped.
+        against: Model of the paper that the ranking is compared with.
+    """
+    protocol = protocol_of(extraction)
+    protocol.timesteps(model, extraction.timestep)
+    if other_t is not None:
+        protocol.timesteps(model, other_t)
+    if filter == "paper":
+        require_family(listed)
+    if keep:
+        listed.match(keep)
+    if against is not None and len({row.name for row in published(against)} & {row.name for row in listed.rows}) < 3:
+        raise UserError(f"`against_paper` is {against}, whose names this {listed.model_class} does not have")
 
 
 def ranked(
@@ -53,7 +88,7 @@ def ranked(
         other_t=other_t,
         condition=condition,
         seed=extraction.seed,
-        batch_size=extraction.batch_size,
+        batch_size=extraction.rows(48),
         parts=_PARTS,
         map=map,
     )
@@ -88,7 +123,9 @@ def filtered_by(
         settings = FilterSettings(keep=tuple(keep))
         return measured_filter(activations, reliability, ranking.similarity, image_side=image_side, settings=settings)
     rule = paper_filter(names, require_family(listed))
-    return Filtered(rule.kept, dict(rule.dropped))
+    saved = [name for name in names if any(fnmatchcase(name, pattern) for pattern in keep)]
+    kept = tuple(name for name in names if name in rule.kept or name in saved)
+    return Filtered(kept, {name: reason for name, reason in rule.dropped.items() if name not in saved})
 
 
 def require_family(listed: Inventory) -> Any:
@@ -100,8 +137,6 @@ def require_family(listed: Inventory) -> Any:
     Raises:
         UserError: The model is neither SD 1.x, SD 2.x nor SDXL.
     """
-    from diffcore.errors import UserError
-
     family = family_of([row.name for row in listed.paper])
     if family is None:
         raise UserError(

@@ -1,7 +1,7 @@
 """What commands that run a model share: their options, loading the model and the images, and the job of the run."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from diffcore.cli import Job, Loading, Output, load_model, settings
 from diffcore.runtime import Runtime
+from diffusion_featsel.app.options import Extraction
 
 if TYPE_CHECKING:
     from diffcore.models import DiffusionModel
@@ -37,7 +38,22 @@ class Work:
         """
         return load_model(model, self.loading, self.runtime)
 
-    def job(self, verb: str, model: "DiffusionModel", options: Mapping[str, Any], inputs: Mapping[str, str]) -> Job:
+    def seeded(self, extraction: Extraction) -> Extraction:
+        """Returns the options of an extraction with the seed of the command line.
+
+        Args:
+            extraction: Options of the command line.
+        """
+        return replace(extraction, seed=self.runtime.seed)
+
+    def job(
+        self,
+        verb: str,
+        model: "DiffusionModel",
+        options: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        volatile: Sequence[str] = (),
+    ) -> Job:
         """Returns the job of a command.
 
         Args:
@@ -45,6 +61,7 @@ class Work:
             model: Model that it computes with.
             options: Options of the command itself, as on its command line; they replay the run.
             inputs: Digests of whatever else it reads, by name.
+            volatile: Names of options that do not change the results.
         """
         return Job(
             f"diffusion-featsel {verb}",
@@ -52,6 +69,6 @@ class Work:
             self.output,
             settings(**options, loading=self.loading, runtime=self.runtime),
             {model.name: model.fingerprint} | dict(inputs),
-            (),
+            volatile,
             self.runtime,
         )

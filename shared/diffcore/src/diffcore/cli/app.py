@@ -163,7 +163,7 @@ def _rows(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
             yield from _rows(item, f"{prefix}{name}.")
         else:
             plain = isinstance(item, list | tuple) and all(isinstance(value, str | int) for value in item)
-            text = ", ".join(map(str, item)) if plain else item
+            text = (", ".join(map(str, item)) or "none") if plain else item
             shown = f"{item:.4g}" if isinstance(item, float) else printable(text, 200)
             yield printable(f"{prefix}{name}", 200), shown
 

@@ -52,25 +52,27 @@ def evaluate(
         fail_below: Smallest acceptable PCK@0.1 per point or mean IoU, from 0 to 1.
     """
     from diffusion_featsel.app.evaluating import evaluated, plan_of
-    from diffusion_featsel.app.inputs import digests
+    from diffusion_featsel.app.inputs import check_training, digests
     from diffusion_featsel.app.report import write_page
 
     if fail_below is not None and not 0 <= fail_below <= 1:
         raise UserError(f"`fail_below` is {fail_below}; give a share from 0 to 1")
     if not features and against_paper is None:
         raise UserError("no `features` are named; give a preset, a selection.json, names of activations, or all")
-    loaded = work.load(model)
+    loaded, extraction = work.load(model), work.seeded(extraction)
     options = {
         **{"model": model, "data": data, "task": task, "features": list(features), "kind": kind, "matcher": matcher},
         **{"split": split, "layout": layout, "num_classes": num_classes, "num_train": num_train},
         **{"against_paper": against_paper, "fail_below": fail_below, "extraction": extraction},
     }
     asked = plan_of(loaded, data, task, features, against_paper, extraction, split, layout, num_classes)
+    if task == "segmentation":
+        check_training(num_train, asked.facts["images"])
 
     def compute(run: "Run", map: "RunMap") -> dict[str, Any]:
         return evaluated(run, asked, kind=kind, matcher=matcher, num_train=num_train)
 
-    job = work.job("evaluate", loaded, options, digests(features, Path(data)) | {"data": asked.digest})
+    job = work.job("evaluate", loaded, options, digests(features, Path(data)) | {"data": asked.digest}, ("batch_size",))
     return job(
         compute,
         plan=asked.facts,
@@ -90,7 +92,6 @@ def probe(
     num_splits: int = 5,
     num_train: int | None = None,
     num_classes: int | None = None,
-    seed: int = 0,
     work: Work = Work(),
 ) -> int:
     """Measure what a simple classifier reads from extracted features, over random splits of the images.
@@ -107,7 +108,6 @@ def probe(
         num_splits: Number of random splits.
         num_train: Number of training images; by default two thirds.
         num_classes: Number of classes; by default one more than the largest.
-        seed: Seed of the splits.
     """
     from diffusion_featsel.app.evaluating import probed
     from diffusion_featsel.app.report import write_page
@@ -121,7 +121,6 @@ def probe(
         num_splits=num_splits,
         num_train=num_train,
         num_classes=num_classes,
-        seed=seed,
         work=work,
         report=write_page,
     )

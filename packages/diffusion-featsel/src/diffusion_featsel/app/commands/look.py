@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from diffcore.cli import Flag, Loading, emit, load_model
-from diffcore.errors import UserError
+from diffcore.errors import UserError, printable
 from diffcore.runtime import Runtime
 from diffusion_featsel.app.options import Extraction, FilterName, Images, ModelName
 from diffusion_featsel.app.work import Work
@@ -104,7 +104,7 @@ def score(
     num_images: int = 64,
     other_t: float | None = None,
     against_paper: PaperModel | None = None,
-    extraction: Extraction = Extraction(batch_size=48),
+    extraction: Extraction = Extraction(),
     work: Work = Work(),
 ) -> int:
     """Rank all activations of a model on your images, without labels.
@@ -122,17 +122,18 @@ def score(
             Playground v2.
     """
     from diffusion_featsel.app.report import components_of, save_components, write_page
-    from diffusion_featsel.app.scoring import filtered_by, ranked, tell_paper
+    from diffusion_featsel.app.scoring import check, filtered_by, ranked, tell_paper
     from diffusion_featsel.files.ranking import FILE, save_ranking
 
     if num_images < 16:
         raise UserError(f"`num_images` is {num_images}; ranking needs at least 16")
-    loaded = work.load(model)
+    loaded, extraction = work.load(model), work.seeded(extraction)
     options = {
         **{"model": model, "images": images, "filter": filter, "keep": list(keep), "num_images": num_images},
         **{"other_t": other_t, "against_paper": against_paper, "extraction": extraction},
     }
     pixels, listed, found = _images(loaded, images, extraction, num_images)
+    check(loaded, found, extraction, other_t=other_t, filter=filter, keep=keep, against=against_paper)
 
     def compute(run: "Run", map: "RunMap") -> dict[str, Any]:
         ranking, first = ranked(loaded, pixels, found, extraction, other_t, map)
@@ -153,7 +154,7 @@ def score(
         "skipped_files": len(listed.skipped),
     }
     inputs = {image.name: image.sha256 for image in listed.distinct}
-    return work.job("score", loaded, options, {"images": _digest(inputs)})(
+    return work.job("score", loaded, options, {"images": _digest(inputs)}, volatile=("batch_size",))(
         compute, plan=plan, report=write_page, shown=lambda result: {k: v for k, v in result.items() if k != "skipped"}
     )
 
@@ -163,7 +164,7 @@ def _images(loaded: Any, images: Path, extraction: Extraction, num_images: int) 
 
     pixels, listed, found = images_at(loaded, images, extraction, num_images)
     if len(pixels) < 16:
-        raise UserError(f"{images} has {len(pixels)} distinct images; ranking needs at least 16")
+        raise UserError(f"{printable(images, 300)} has {len(pixels)} distinct images; ranking needs at least 16")
     return pixels, listed, found
 
 
@@ -178,7 +179,7 @@ def _summary(ranking: "Ranking", kept: tuple[str, ...], skipped: Any) -> dict[st
     return {
         "answer": f"Of {len(ranking)} activations, {len(kept)} are kept; the best without labels is {best[0]}."
         if best
-        else f"Of {len(ranking)} activations, none is kept.",
+        else f"Of {len(ranking)} activations, the filter keeps none; with --filter none, all are kept.",
         "activations": len(ranking),
         "kept": len(kept),
         "images": ranking.num_images,

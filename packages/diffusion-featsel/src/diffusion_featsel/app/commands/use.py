@@ -38,15 +38,18 @@ def extract(
         latents: Folder that keeps encoded images for later runs: the autoencoder costs more than the network.
         shard_mb: Largest size of one file in MiB.
     """
-    from diffcore.io.strictjson import read_untrusted
-    from diffusion_featsel.app.inputs import digests, features_named, make_extractor
+    from diffusion_featsel.app.inputs import digests, features_named, make_extractor, read_prompts
     from diffusion_featsel.app.report import write_page
+    from diffusion_featsel.app.storing import keep_stored
     from diffusion_featsel.files.features import StoredFeatures, plan_features, write_features
     from diffusion_featsel.files.images import ImageList
 
-    loaded, named = work.load(model), features_named(features)
+    if shard_mb < 1:
+        raise UserError(f"`shard_mb` is {shard_mb}; give at least 1")
+    named = features_named(features)
+    loaded, extraction = work.load(model), work.seeded(extraction)
     listed = ImageList.of(images)
-    told = None if prompts is None else read_untrusted(prompts)
+    told = read_prompts(prompts)
     extractor = make_extractor(loaded, named, extraction)
     plan = plan_features(
         extractor,
@@ -54,7 +57,7 @@ def extract(
         prompts=told,
         project=project,
         storage=storage,
-        batch_size=extraction.batch_size,
+        batch_size=extraction.rows(),
         shard_bytes=shard_mb * 2**20,
     )
     options = {
@@ -78,6 +81,7 @@ def extract(
         if not run.leading:
             return {}
         stored = StoredFeatures.open(run.folder)
+        keep_stored(run, stored, listed)
         return {
             "answer": f"{len(stored)} images, {len(stored.names)} activations each.",
             "images": len(stored),
@@ -129,7 +133,7 @@ def correspond(
     from diffusion_featsel.app.inputs import digests, features_named, make_extractor
     from diffusion_featsel.app.report import write_page
 
-    loaded = work.load(model)
+    loaded, extraction = work.load(model), work.seeded(extraction)
     named = features_named(features) if features else None
     where = [_point(text) for text in points]
     pictures = read_pair(source, target, where)
@@ -148,7 +152,7 @@ def correspond(
         "points": len(where) or "all cells",
         "share_of_a_pass": extractor.cost,
     }
-    job = work.job("correspond", loaded, options, digests(features, source, target))
+    job = work.job("correspond", loaded, options, digests(features, source, target), volatile=("batch_size",))
     return job(compute, plan=plan, report=write_page, shown=lambda r: {k: v for k, v in r.items() if k != "matches"})
 
 

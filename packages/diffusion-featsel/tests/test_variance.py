@@ -119,10 +119,27 @@ def test_coordinates_are_all_template() -> None:
     assert split.position_share > 0.99
 
 
-def test_a_constant_activation_has_no_score() -> None:
-    split = sums_of(torch.full((2, 16, 4, *GRID), 3.0)).split()
+@pytest.mark.parametrize("value", [3.0, 1 / 3, 123.456])
+def test_a_constant_activation_has_no_score(value: float) -> None:
+    split = sums_of(torch.full((2, 16, 4, *GRID), value)).split()
     assert split.reliability is None
     assert split.fisher is None
+
+
+def test_a_template_alone_has_no_score() -> None:
+    template = 5 + torch.randn(1, 1, 4, *GRID, generator=torch.Generator().manual_seed(0))
+    split = sums_of(template.repeat(2, 16, 1, 1, 1)).split()
+    assert split.position > 1
+    assert split.reliability is None
+
+
+def test_a_large_mean_takes_no_digits_from_the_parts() -> None:
+    features = model_features(64, 8, position=0.5, content=1.0, noise=0.3)
+    plain, far = sums_of(features).split(), sums_of(features + 1e4).split()
+    assert far.content == pytest.approx(plain.content, rel=1e-2)
+    assert far.position == pytest.approx(plain.position, rel=1e-2)
+    targets = features[:, :, :2] + torch.randn(2, 64, 2, *GRID)
+    assert readout(features + 1e4, targets) == pytest.approx(readout(features, targets), abs=1e-2)
 
 
 def test_a_single_image_is_refused() -> None:

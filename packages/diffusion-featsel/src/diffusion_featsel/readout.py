@@ -53,15 +53,16 @@ class ReadoutSums(Sums):
             targets: Values that are to be read out at each place, for both draws.
         """
         start = views.batch.first % 2
-        g, y = views.projected, targets.flatten(3)
+        g, y, shift = views.centered, targets.flatten(3), views.shift.to(self.values)
         for half in range(2):
             mine = slice((half + start) % 2, None, 2)
             x, z = g[:, mine].flatten(0, 1), y[:, mine].flatten(0, 1)
-            self.values[half] += x.sum((0, 2))
-            self.cross[half] += torch.bmm(x, z.transpose(1, 2)).sum(0)
-            self.targets[half] += z.sum((0, 2))
-            self.squares[half] += z.double().square().sum((0, 2))
-            self.count[half] += x[:, 0].numel()
+            rows, total = x[:, 0].numel(), z.sum((0, 2)).to(shift)
+            self.values[half] += x.sum((0, 2)) + rows * shift
+            self.cross[half] += torch.bmm(x, z.transpose(1, 2)).sum(0) + torch.outer(shift, total)
+            self.targets[half] += total
+            self.squares[half] += z.square().sum((0, 2))
+            self.count[half] += rows
 
     def r2(self, second: Float[Tensor, "2 d d"]) -> float | None:
         """Returns the coefficient of determination on the odd images, averaged over the targets; at least 0.

@@ -65,7 +65,7 @@ class SpectrumSums(Sums):
         """
         if min(views.grid) < _SMALLEST:
             return
-        g = views.projected.unflatten(3, views.grid)
+        g = views.centered.unflatten(3, views.grid)
         window = torch.outer(*(torch.hann_window(side, periodic=False, device=g.device) for side in views.grid))
         waves = torch.fft.rfft2((g - g.mean((3, 4), keepdim=True)) * window).flatten(1, 2)
         real, imaginary = waves.real, waves.imag

@@ -22,6 +22,9 @@ from torch import Tensor
 from diffusion_featsel.sums import Sums, zeros
 from diffusion_featsel.views import DIMENSIONS, Views
 
+# Content and noise below these shares of the template's variance and of the mean square are rounding errors of float32.
+_LEAST_OF_TEMPLATE, _LEAST_OF_SQUARE = 1e-6, 1e-12
+
 
 @dataclass(frozen=True)
 class Split:
@@ -87,16 +90,19 @@ class VarianceSums(Sums):
         Args:
             views: Maps of the activation.
         """
-        g = views.projected
+        x, shift = views.centered, views.shift.to(self.second)
+        n, places = x.shape[1], x.shape[3]
         start = views.batch.first % 2
         for half in range(2):
-            mine = g[:, (half + start) % 2 :: 2].flatten(0, 1)
-            self.second[half] += torch.bmm(mine, mine.transpose(1, 2)).sum(0)
-        apart, mean = g[0] - g[1], g.mean(0)
+            mine = x[:, (half + start) % 2 :: 2].flatten(0, 1)
+            total = mine.sum((0, 2)).to(shift)
+            rest = torch.outer(total + len(mine) * places * shift / 2, shift)
+            self.second[half] += torch.bmm(mine, mine.transpose(1, 2)).sum(0) + rest + rest.T
+        apart, mean = x[0] - x[1], x.mean(0)
         self.difference += torch.bmm(apart, apart.transpose(1, 2)).sum(0)
-        self.position += mean.sum(0)
-        self.image_means += mean.mean(2).double().square().sum(0)
-        self.images += len(mean)
+        self.position += mean.sum(0) + n * shift[:, None]
+        self.image_means += (mean.mean(2) + shift).square().sum(0)
+        self.images += n
 
     def split(self) -> Split:
         """Returns the parts of the variance.
@@ -116,7 +122,7 @@ class VarianceSums(Sums):
         position = float(cross_image.trace() - mean_square)
         content, noise = float(cov_content.trace()), float(cov_noise.trace())
         scale = float(self.second.diagonal(dim1=1, dim2=2).sum()) / (2 * n * places)
-        varies = content + noise > 1e-9 * scale
+        varies = content + noise > _LEAST_OF_TEMPLATE * max(position, 0.0) + _LEAST_OF_SQUARE * scale
         reliability = min(max(content / (content + noise), 0.0), 1.0) if varies else None
         shared = position + content
         return Split(

@@ -95,6 +95,19 @@ class Views:
         maps = self.draws.flatten(3)
         return maps if self.projection is None else self.projection @ maps
 
+    @cached_property
+    def shift(self) -> Float[Tensor, " d"]:
+        """Mean of each projected channel over the batch.
+
+        Products of values near their mean keep their digits in float32; those of values far from zero would lose them.
+        """
+        return self.projected.mean((0, 1, 3))
+
+    @cached_property
+    def centered(self) -> Float[Tensor, "2 n d places"]:
+        """Projected maps of both draws, less `shift`."""
+        return self.projected - self.shift[:, None]
+
 
 def grouped(count: int) -> list[range]:
     """Returns the groups of images that are compared with one another; a last single image joins the group before it.

@@ -275,6 +275,13 @@ def test_emit_is_one_object_or_aligned_lines(capsys):
         "arms.other    None",
         "note          a\\x1bb",
     ]
+    emit({"best": ["up", "mid"], "shares": (0.51234567, 1), "skipped": [], "rows": [{"a": 1}]})
+    assert capsys.readouterr().out.splitlines() == [
+        "best     up, mid",
+        "shares   0.5123, 1",
+        "skipped  none",
+        "rows     [{'a': 1}]",
+    ]
 
 
 @pytest.mark.parametrize(

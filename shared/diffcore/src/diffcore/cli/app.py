@@ -169,8 +169,6 @@ def _figure(item: Any) -> str:
     """Returns a value as people read it: short numbers, and lists of plain values without brackets."""
     if isinstance(item, float):
         return f"{item:.4g}"
-    if item is None:
-        return "none"
     if isinstance(item, list | tuple) and not any(isinstance(value, list | tuple | Mapping) for value in item):
         return ", ".join(map(_figure, item)) or "none"
     return str(item)

@@ -13,7 +13,7 @@ from diffcore.testing import tiny
 from diffcore.testing.distributed import run_forked
 from diffusion_featsel.inventory import inventory
 from diffusion_featsel.rank import score
-from diffusion_featsel.ranking import Ranking
+from diffusion_featsel.ranking import SCORES, Ranking
 
 NAMES = ["unet-in", "down-level0-repeat0-res-out", "mid-vit-block0-self-q", "up-level0-repeat0-res-out", "unet-out"]
 
@@ -125,7 +125,7 @@ def test_a_constant_activation_is_not_ranked(model: DiffusionModel, images: Tens
     row = found["up-level0-repeat0-res-out"]
     assert row.reliability is None
     assert row.fisher is None
-    assert "up-level0-repeat0-res-out" not in found.scores("fisher_rank")
+    assert all("up-level0-repeat0-res-out" not in found.scores(name) for name in SCORES)
     assert found.similarity is not None
     assert found.similarity[3].isnan().all()
 
@@ -155,6 +155,8 @@ def test_too_few_images_and_text_are_refused(model: DiffusionModel, images: Tens
     text = inventory(model).named(["down-level0-repeat0-vit-block0-cross-k"])
     with pytest.raises(ValueError, match="have no image places"):
         score(model, images, text)
+    with pytest.raises(ValueError, match="and so is `t`; give another timestep"):
+        ranked(model, images, other_t=50.0)
 
 
 def test_seventeen_images_are_two_groups(model: DiffusionModel, images: Tensor) -> None:

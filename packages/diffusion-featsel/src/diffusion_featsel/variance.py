@@ -88,15 +88,16 @@ class VarianceSums(Sums):
             views: Maps of the activation.
         """
         g = views.projected
+        rows = g.flatten(0, 1)
+        products = torch.bmm(rows, rows.transpose(1, 2)).unflatten(0, g.shape[:2])
+        apart, both = g[0] - g[1], g[0] + g[1]
         start = views.batch.first % 2
         for half in range(2):
-            mine = g[:, (half + start) % 2 :: 2].flatten(0, 1)
-            self.second[half] += torch.bmm(mine, mine.transpose(1, 2)).sum(0)
-        apart, mean = g[0] - g[1], g.mean(0)
+            self.second[half] += products[:, (half + start) % 2 :: 2].sum((0, 1))
         self.difference += torch.bmm(apart, apart.transpose(1, 2)).sum(0)
-        self.position += mean.sum(0)
-        self.image_means += mean.mean(2).double().square().sum(0)
-        self.images += len(mean)
+        self.position += both.sum(0) / 2
+        self.image_means += (both.mean(2).double() / 2).square().sum(0)
+        self.images += len(both)
 
     def split(self) -> Split:
         """Returns the parts of the variance.

@@ -96,7 +96,8 @@ def agreement(run: Mapping[str, Any], task: str, quantity: str, grid: list[int] 
     rows = [r for r in run["activations"] if r[quantity] is not None and (grid is None or r["grid"] == grid)]
     best = max(row[task] for row in run["activations"] if grid is None or row["grid"] == grid)
     first = sorted(rows, key=lambda row: -row[quantity])[:5]
-    correlation = float(spearmanr([row[quantity] for row in rows], [row[task] for row in rows]).statistic)
+    found: Any = spearmanr([row[quantity] for row in rows], [row[task] for row in rows])
+    correlation = float(found.statistic)
     return correlation, best - max(row[task] for row in first)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffcore.testing.distributed import run_forked
-from diffusion_featsel.readout import ReadoutSums, places_of
+from diffusion_featsel.readout import ReadoutSums, Targets, places_of
 from diffusion_featsel.variance import VarianceSums
 from diffusion_featsel.views import Batch, Views, grouped, projection_of
 
@@ -151,7 +151,7 @@ def readout(features: Tensor, targets: Tensor) -> float | None:
     batch = batch_of(features.shape[1])
     variance = sums_of(features, batch=batch)
     sums = ReadoutSums.empty(features.shape[2], targets.shape[2])
-    sums.add(Views(batch, features, None, None), targets)
+    sums.add(Views(batch, features, None, None), Targets.of(targets))
     return sums.r2(variance.second)
 
 

@@ -5,8 +5,10 @@ centre; beyond the outermost centres, the border's value goes on. This is `torch
 `align_corners=False`.
 """
 
+from functools import lru_cache
+
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 _CHUNK = 2**22  # numbers of a map that are in double precision at one time
@@ -58,17 +60,40 @@ def values_at(maps: Float[Tensor, "b c h w"], positions: Float[Tensor, "b k 2"])
         maps: Maps of channels at native size.
         positions: Positions (x, y), as shares of width and height.
     """
-    height, width = maps.shape[2:]
-    columns = maps.flatten(2)
+    return sampled(maps, *sampling(positions, (maps.shape[2], maps.shape[3])))
+
+
+def sampling(
+    positions: Float[Tensor, "b k 2"], grid: tuple[int, int]
+) -> tuple[Int[Tensor, "b corners"], Float64[Tensor, "b corners"]]:
+    """Returns the four cells around each position, counted row by row, and their weights.
+
+    Args:
+        positions: Positions (x, y), as shares of width and height.
+        grid: Rows and columns of the maps.
+    """
+    height, width = grid
     x, right = corners(positions[..., 0], width)
     y, below = corners(positions[..., 1], height)
-    values = maps.new_zeros(())
-    for down, weight_y in ((0, 1 - below), (1, below)):
-        for along, weight_x in ((0, 1 - right), (1, right)):
-            cell = (y + down).clamp(max=height - 1) * width + (x + along).clamp(max=width - 1)
-            corner = columns.gather(2, cell[:, None].expand(-1, columns.shape[1], -1))
-            values = values + corner * (weight_y * weight_x)[:, None].to(maps.dtype)
-    return values.transpose(1, 2)
+    next_x, next_y = (x + 1).clamp(max=width - 1), (y + 1).clamp(max=height - 1)
+    cells = torch.cat([y * width + x, y * width + next_x, next_y * width + x, next_y * width + next_x], 1)
+    left, above = 1 - right, 1 - below
+    return cells, torch.cat([above * left, above * right, below * left, below * right], 1)
+
+
+def sampled(
+    maps: Float[Tensor, "b c h w"], cells: Int[Tensor, "b corners"], weights: Float64[Tensor, "b corners"]
+) -> Float[Tensor, "b k c"]:
+    """Returns the columns of maps at the positions that `sampling` was given.
+
+    Args:
+        maps: Maps of channels at native size.
+        cells: The four cells around each position.
+        weights: Weights of these cells.
+    """
+    corner = maps.flatten(2).gather(2, cells[:, None].expand(-1, maps.shape[1], -1))
+    values = (corner * weights[:, None].to(maps.dtype)).unflatten(2, (4, cells.shape[1] // 4))
+    return values.sum(2).transpose(1, 2)
 
 
 def squared_norms(
@@ -91,12 +116,33 @@ def squared_norms(
         >>> bool(torch.allclose(squared_norms(maps, centres(8), centres(9)), large.square().sum(1)))
         True
     """
-    each = max(_CHUNK // max(maps[:, 0].numel(), 1), 1)
-    products = sum(_products(part.double()) for part in maps.split(each, 1))
     down, along = (
         _pair_weights(axis.to(maps.device), n) for axis, n in zip((rows, columns), maps.shape[2:], strict=True)
     )
+    return _from_products(maps, down, along)
+
+
+def squared_norms_at_centres(maps: Float[Tensor, "b c h w"], grid: tuple[int, int]) -> Float64[Tensor, "b gh gw"]:
+    """Returns `squared_norms` at the centres of a grid of places.
+
+    Args:
+        maps: Maps of channels at native size.
+        grid: Number of rows and columns of places.
+    """
+    weights = (_pair_weights_at_centres(n, cells) for n, cells in zip(grid, maps.shape[2:], strict=True))
+    down, along = (axis.to(maps.device) for axis in weights)
+    return _from_products(maps, down, along)
+
+
+def _from_products(maps: Tensor, down: Tensor, along: Tensor) -> Tensor:
+    each = max(_CHUNK // max(maps[:, 0].numel(), 1), 1)
+    products = sum(_products(part.double()) for part in maps.split(each, 1))
     return (down @ products @ along.transpose(0, 1)).clamp(min=0)
+
+
+@lru_cache(maxsize=64)
+def _pair_weights_at_centres(places: int, cells: int) -> Tensor:
+    return _pair_weights(centres(places), cells)
 
 
 def _products(maps: Tensor) -> Tensor:

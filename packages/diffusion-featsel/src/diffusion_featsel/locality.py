@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffusion_featsel.match import largest
 from diffusion_featsel.sums import Sums, zeros
 from diffusion_featsel.views import Views, directions
 
@@ -44,24 +45,28 @@ class LocalitySums(Sums):
         Args:
             views: Maps of the activation.
         """
-        height, width = views.grid
         count = len(views.batch) // 2
-        if height * width < 2 or count == 0:
+        if views.grid == (1, 1) or count == 0:
             return
         mine, other = views.draws[0].flatten(2)[: 2 * count].unflatten(0, (count, 2)).unbind(1)
-        center = (mine.mean(2) + other.mean(2))[..., None] / 2
-        a, b = directions(mine - center), directions(other - center)
-        cells = _cells(views.batch.anchors[: 2 * count : 2], views.grid)
-        anchors, neighbors, distant = (_flat(places, width) for places in cells)
-        from_anchor, from_neighbor, from_distant = (_take(a, places) for places in (anchors, neighbors, distant))
-        # (3 q, places) cosines with the other image.
-        forward = torch.cat([from_anchor, from_neighbor, from_distant], 2).transpose(1, 2) @ b
-        at_anchor, at_neighbor, at_distant = forward.argmax(2).tensor_split(3, 1)
-        for sums, places, theirs, arrived in (
+        center = views.means[0, : 2 * count].unflatten(0, (count, 2)).mean(1)[..., None]
+        places = views.batch.kept(
+            "places", views.grid, lambda: _places(views.batch.anchors[: 2 * count : 2], views.grid)
+        )
+        # (n, c, 3 q): anchors, neighbors and distant cells one after the other.
+        cells = directions(mine.gather(2, places[:, None].expand(-1, mine.shape[1], -1)) - center)
+        b = other - center
+        lengths = b.square().sum(1, keepdim=True).clamp(min=1e-24).rsqrt()
+        forward = (cells.transpose(1, 2) @ b).mul_(lengths)
+        arrived = largest(forward.unflatten(2, views.grid))
+        at_anchor, at_neighbor, at_distant = arrived.tensor_split(3, 1)
+        anchors, neighbors, distant = places.tensor_split(3, 1)
+        from_anchor, from_neighbor, from_distant = cells.tensor_split(3, 2)
+        for sums, at, theirs, there in (
             (self.near, neighbors, from_neighbor, at_neighbor),
             (self.far, distant, from_distant, at_distant),
         ):
-            counted = (arrived != at_anchor) & (places != anchors)
+            counted = (there != at_anchor) & (at != anchors)
             sums[0] += ((from_anchor * theirs).sum(1) * counted).sum()
             sums[1] += counted.sum()
 
@@ -89,10 +94,6 @@ def _cells(anchors: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tens
     return cell, neighbor, distant
 
 
-def _flat(cells: Tensor, width: int) -> Tensor:
-    return cells[..., 0] * width + cells[..., 1]
-
-
-def _take(maps: Tensor, cells: Tensor) -> Tensor:
-    """Returns (n, c, q) values of (n, c, places) at (n, q) cells."""
-    return maps.gather(2, cells[:, None].expand(-1, maps.shape[1], -1))
+def _places(anchors: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Returns the anchors, a neighbor of each, and a cell far from each, as places counted row by row."""
+    return torch.cat([cells[..., 0] * grid[1] + cells[..., 1] for cells in _cells(anchors, grid)], 1)

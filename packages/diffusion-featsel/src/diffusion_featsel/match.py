@@ -19,13 +19,14 @@ References:
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from diffusion_featsel.interpolation import centres, squared_norms, values_at, weights_at
+from diffusion_featsel.interpolation import centres, squared_norms, squared_norms_at_centres, values_at, weights_at
 
 Centre = Mapping[str, Float[Tensor, " _"]] | Literal["pair"] | None
 """Per-channel means that are subtracted from each activation: given, those of each pair of images, or none."""
@@ -201,12 +202,12 @@ class Search:
         self, target: tuple[Float[Tensor, "b _ _ _"], ...], grid: tuple[int, int], *, paper: bool = False
     ) -> None:
         self.target, self.grid, self.paper = target, grid, paper
-        rows, columns = (centres(cells).to(target[0].device) for cells in grid)
-        norms = torch.stack([self._norms(maps, rows, columns) for maps in target]).sum(0)
+        parts = [self._norms(maps) for maps in target]
+        norms = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
         known = norms > _ZERO * norms.amax((1, 2), keepdim=True)
         self.inverse_norms = torch.where(known, norms.rsqrt(), 0.0).to(target[0].dtype)
         self._resize = {
-            size: tuple(self._weights(places, cells) for places, cells in zip((rows, columns), size, strict=True))
+            size: tuple(self._weights(places, cells) for places, cells in zip(grid, size, strict=True))
             for size in {tuple(maps.shape[2:]) for maps in target}
         }
 
@@ -232,19 +233,25 @@ class Search:
                 total += down @ (products @ along.transpose(0, 1))
             yield total.mul_(self.inverse_norms[:, None])
 
-    def _weights(self, places: Tensor, cells: int) -> Tensor:
-        if self.paper:
-            return (weights_at(places, _PAPER_MIDDLE) @ _middle(cells, places)).to(self.target[0].dtype)
-        return weights_at(places, cells).to(self.target[0].dtype)
+    def _weights(self, places: int, cells: int) -> Tensor:
+        return _resizing(places, cells, paper=self.paper).to(self.target[0])
 
-    def _norms(self, maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    def _norms(self, maps: Tensor) -> Tensor:
         if not self.paper:
-            return squared_norms(maps, rows, columns)
+            return squared_norms_at_centres(maps, self.grid)
+        rows, columns = (centres(cells).to(maps.device) for cells in self.grid)
         # The norms at 512x512 come from neighbours at 128x128, whose channels are built some at a time.
         down, along = (_middle(cells, rows).to(maps.dtype) for cells in maps.shape[2:])
         each = max(_CHUNK // (len(maps) * _PAPER_MIDDLE**2), 1)
         parts = (down @ (part @ along.transpose(0, 1)) for part in maps.split(each, 1))
         return torch.stack([squared_norms(part, rows, columns) for part in parts]).sum(0)
+
+
+@lru_cache(maxsize=64)
+def _resizing(places: int, cells: int, *, paper: bool) -> Tensor:
+    """Returns the weight of each cell of an axis at the centres of some places."""
+    at = centres(places)
+    return weights_at(at, _PAPER_MIDDLE) @ _middle(cells, at) if paper else weights_at(at, cells)
 
 
 def _at_least_single(maps: Tensor) -> Tensor:
@@ -284,10 +291,7 @@ def _values_through(maps: Tensor, positions: Tensor) -> Tensor:
 
 def _matched(cosines: Tensor, settings: MatchSettings) -> tuple[Tensor, Tensor]:
     """Returns the place (column, row) of each point on the grid, whole or between, and the largest cosine."""
-    by_row = cosines.amax(3)
-    similarity, row = by_row.max(2)
-    in_row = cosines.gather(2, row[..., None, None].expand(-1, -1, 1, cosines.shape[3]))[:, :, 0]
-    column = in_row.argmax(2)
+    similarity, row, column = _largest(cosines)
     if settings.matcher == "argmax":
         return torch.stack([column, row], -1).double(), similarity
     logits = (cosines - similarity[..., None, None]) / settings.temperature
@@ -301,6 +305,27 @@ def _matched(cosines: Tensor, settings: MatchSettings) -> tuple[Tensor, Tensor]:
     by_row, by_column = mass.sum(3).double(), mass.sum(2).double()
     total = by_row.sum(2)
     return torch.stack([by_column @ columns.double() / total, by_row @ rows.double() / total], -1), similarity
+
+
+def largest(cosines: Float[Tensor, "b k gh gw"]) -> Int[Tensor, "b k"]:
+    """Returns the first place of the largest value, counted row by row.
+
+    Args:
+        cosines: Values of each point at every place of a grid.
+
+    Example:
+        >>> largest(torch.tensor([[[[0.0, 0.5, 0.1], [0.2, 0.1, 0.9]]]])).tolist()
+        [[5]]
+    """
+    _, row, column = _largest(cosines)
+    return row * cosines.shape[3] + column
+
+
+def _largest(cosines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # Several times as fast on the CPU as `argmax` over all places.
+    similarity, row = cosines.amax(3).max(2)
+    in_row = cosines.gather(2, row[..., None, None].expand(-1, -1, 1, cosines.shape[3]))[:, :, 0]
+    return similarity, row, in_row.argmax(2)
 
 
 def _in_pixels(place: Tensor, grid: tuple[int, int], size: tuple[int, int], *, paper: bool) -> Tensor:

@@ -46,7 +46,7 @@ class Moments(Sums):
         maps = views.draws.flatten(0, 1)
         places = (0, 2, 3)
         magnitudes = maps.abs()
-        self.total += maps.sum(places)
+        self.total += views.means.sum((0, 1)) * maps[0, 0].numel()
         self.magnitude += magnitudes.sum(places)
         self.square += magnitudes.square_().sum(places)
         self.count += maps[:, 0].numel()

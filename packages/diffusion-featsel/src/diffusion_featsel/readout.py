@@ -15,6 +15,40 @@ from diffusion_featsel.views import DIMENSIONS, Views
 _RIDGE = 1e-4  # share of the mean square of a channel
 
 
+@dataclass(frozen=True)
+class Targets:
+    """What is read out at each place of a batch's images under both draws, with its sums over even and odd images.
+
+    Attributes:
+        columns: The targets and a column of ones, for each place, with both draws one after the other.
+        total: Sum of the targets.
+        squares: Sum of the squared targets.
+        count: Number of rows: images times draws times places.
+    """
+
+    columns: Float[Tensor, "rows places columns"]
+    total: Float[Tensor, "2 k"]
+    squares: Float[Tensor, "2 k"]
+    count: Float[Tensor, " 2"]
+
+    @classmethod
+    def of(cls, values: Float[Tensor, "2 n k h w"], first: int = 0) -> "Targets":
+        """Returns the targets with these values.
+
+        Args:
+            values: Values at each place, for both draws.
+            first: Index of the first image in the data set.
+        """
+        rows = values.flatten(3).transpose(2, 3)
+        halves = [rows[:, (half + first) % 2 :: 2].flatten(0, 2).double() for half in range(2)]
+        return cls(
+            torch.cat([rows, torch.ones_like(rows[..., :1])], 3).flatten(0, 1),
+            torch.stack([half.sum(0) for half in halves]),
+            torch.stack([half.square().sum(0) for half in halves]),
+            torch.tensor([float(len(half)) for half in halves], device=values.device),
+        )
+
+
 @dataclass
 class ReadoutSums(Sums):
     """Sums of products of channels with what is read out, for even and odd images apart.
@@ -45,38 +79,38 @@ class ReadoutSums(Sums):
         d, k = min(channels, DIMENSIONS), num_targets
         return cls(*(zeros(*shape, device=device) for shape in ((2, d), (2, d, k), (2, k), (2, k), (2,))))
 
-    def add(self, views: Views, targets: Float[Tensor, "2 n k h w"]) -> None:
+    def add(self, views: Views, targets: "Targets") -> None:
         """Adds a batch of images.
 
         Args:
             views: Maps of the activation.
-            targets: Values that are to be read out at each place, for both draws.
+            targets: What is to be read out at each place, for both draws.
         """
+        x, shift = views.centered, views.shift.to(self.values)
+        products = torch.bmm(x.flatten(0, 1), targets.columns).unflatten(0, x.shape[:2])
         start = views.batch.first % 2
-        g, y, shift = views.centered, targets.flatten(3), views.shift.to(self.values)
         for half in range(2):
-            mine = slice((half + start) % 2, None, 2)
-            x, z = g[:, mine].flatten(0, 1), y[:, mine].flatten(0, 1)
-            rows, total = x[:, 0].numel(), z.sum((0, 2)).to(shift)
-            self.values[half] += x.sum((0, 2)) + rows * shift
-            self.cross[half] += torch.bmm(x, z.transpose(1, 2)).sum(0) + torch.outer(shift, total)
-            self.targets[half] += total
-            self.squares[half] += z.square().sum((0, 2))
-            self.count[half] += rows
+            total = products[:, (half + start) % 2 :: 2].sum((0, 1))
+            self.cross[half] += total[:, :-1] + torch.outer(shift, targets.total[half].to(shift))
+            self.values[half] += total[:, -1] + targets.count[half].to(shift) * shift
+        self.targets += targets.total
+        self.squares += targets.squares
+        self.count += targets.count
 
-    def r2(self, second: Float[Tensor, "2 d d"]) -> float | None:
+    def r2(self, second: Float[Tensor, "2 d d"], among: slice = slice(None)) -> float | None:
         """Returns the coefficient of determination on the odd images, averaged over the targets; at least 0.
 
         Args:
             second: Sums of the products of channels, for even and odd images apart.
+            among: Targets that count.
         """
         if float(self.count.min()) == 0:
             return None
         counts = self.count[:, None]
-        mean_x, mean_y = self.values / counts, self.targets / counts
+        mean_x, mean_y = self.values / counts, self.targets[:, among] / counts
         gram = second / counts[..., None] - mean_x[:, :, None] * mean_x[:, None]
-        cross = self.cross / counts[..., None] - mean_x[:, :, None] * mean_y[:, None]
-        variance = self.squares / counts - mean_y.square()
+        cross = self.cross[..., among] / counts[..., None] - mean_x[:, :, None] * mean_y[:, None]
+        variance = self.squares[:, among] / counts - mean_y.square()
         eye = torch.eye(len(gram[0]), dtype=gram.dtype, device=gram.device)
         scale = float(gram[0].diagonal().mean())
         if scale <= 0 or float(variance.min()) <= 0:
@@ -93,7 +127,7 @@ def places_of(grid: tuple[int, int], count: int, device: torch.device) -> Float[
 
     Args:
         grid: Rows and columns of the places.
-        count: Number of images in the batch.
+        count: Number of images.
         device: Device of the result.
     """
     y, x = (torch.linspace(-1, 1, side, device=device) if side > 1 else torch.zeros(1, device=device) for side in grid)

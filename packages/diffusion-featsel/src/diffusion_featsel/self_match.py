@@ -11,10 +11,12 @@ measured too. On the zoo's models S3d ranked no better than S3, and S4 much wors
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from diffusion_featsel.match import FeaturePair, Search
+from diffusion_featsel.interpolation import sampled, sampling
+from diffusion_featsel.match import Search, largest
 from diffusion_featsel.sums import Sums, zeros
 from diffusion_featsel.views import Views
 
@@ -55,12 +57,13 @@ class SelfMatchSums(Sums):
         """
         if views.moved is None:
             raise ValueError("the views have no `moved` maps; run the network on the moved images too")
-        pair = FeaturePair.of({"": views.draws[0]}, {"": views.moved}, center="pair")
-        descriptors = pair.descriptors(views.batch.points)
+        batch, source, target = views.batch, views.draws[0], views.moved
+        center = (views.means[0] + target.mean((2, 3))) / 2
+        cells, weights = batch.kept("sampling", views.grid, lambda: sampling(batch.points, views.grid))
+        descriptors = F.normalize(sampled(source, cells, weights) - center[:, None], dim=2)
         height, width = (max(side, _GRID) for side in views.grid)
-        search = Search(pair.target, (height, width))
-        cosines = torch.cat(list(search.cosines(descriptors)), 1).flatten(2)
-        place = cosines.argmax(2)
+        search = Search((target - center[..., None, None],), (height, width))
+        place = torch.cat([largest(cosines) for cosines in search.cosines(descriptors)], 1)
         at = torch.stack([(place % width + 0.5) / width, (place // width + 0.5) / height], -1)
         self.found += ((at - views.batch.moved).square().sum(-1).sqrt() <= NEAR).sum()  # NaN is never near
         self.count += (~views.batch.moved.isnan().any(-1)).sum()

@@ -55,15 +55,14 @@ class Samples(Sums):
             return
         coarse = F.adaptive_avg_pool2d(views.draws[:, :count].mean(0), SIDE)
         rows = slice(first * SIDE**2, (first + count) * SIDE**2)
-        self.values[rows] += coarse.flatten(2).transpose(1, 2).flatten(0, 1)
+        self.values[rows] = coarse.flatten(2).transpose(1, 2).flatten(0, 1)
 
 
-def cka_matrix(samples: Sequence[Float[Tensor, "m _"]], *, chunk: int = 64) -> Float[Tensor, "a a"]:
+def cka_matrix(samples: Sequence[Float[Tensor, "m _"]]) -> Float[Tensor, "a a"]:
     """Returns the linear CKA of each pair of activations, from about 0 to 1; NaN for constant ones.
 
     Args:
         samples: Values of each activation on the same m samples, at least 4.
-        chunk: Number of activations whose inner products are held at once.
 
     Raises:
         ValueError: There are fewer than four samples.
@@ -77,11 +76,9 @@ def cka_matrix(samples: Sequence[Float[Tensor, "m _"]], *, chunk: int = 64) -> F
     """
     if len(samples[0]) < 4:
         raise ValueError(f"there are {len(samples[0])} samples; an unbiased CKA needs at least 4")
-    blocks = [
-        torch.stack([_centered(values) for values in samples[start : start + chunk]])
-        for start in range(0, len(samples), chunk)
-    ]
-    rows = torch.cat([block.flatten(1) for block in blocks])
+    rows = samples[0].new_empty(len(samples), len(samples[0]) ** 2, dtype=torch.float32)
+    for row, values in zip(rows, samples, strict=True):
+        row.copy_(_centered(values).flatten())
     products = rows @ rows.T
     own = products.diagonal().clamp(min=0).sqrt()
     return products / torch.outer(own, own)

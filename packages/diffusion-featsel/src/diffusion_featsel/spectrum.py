@@ -66,11 +66,11 @@ class SpectrumSums(Sums):
         if min(views.grid) < _SMALLEST:
             return
         g = views.centered.unflatten(3, views.grid)
-        window = torch.outer(*(torch.hann_window(side, periodic=False, device=g.device) for side in views.grid))
-        waves = torch.fft.rfft2((g - g.mean((3, 4), keepdim=True)) * window).flatten(1, 2)
-        real, imaginary = waves.real, waves.imag
-        self.cross += (real[0] * real[1]).sum(0) + (imaginary[0] * imaginary[1]).sum(0)
-        self.plain += (real.square().sum((0, 1)) + imaginary.square().sum((0, 1))) / 2
+        window = views.batch.kept("window", views.grid, lambda: _window(views.grid, g.device))
+        waves = torch.fft.rfft2((g - g.mean((3, 4), keepdim=True)).mul_(window)).flatten(1, 2)
+        parts = torch.view_as_real(waves)  # real and imaginary parts side by side
+        self.cross += (parts[0] * parts[1]).sum(0).sum(2)
+        self.plain += parts.square().flatten(0, 1).sum(0).sum(2) / 2
 
     def granularity(self) -> Granularity:
         """Returns the frequencies of all images together."""
@@ -92,3 +92,7 @@ class SpectrumSums(Sums):
         together = float((per_image * cross).sum()) / shared if shared > 1e-3 * power else None
         high = float(plain[per_cell > 0.25].sum()) / power
         return Granularity(together, alone / together if together and together > 0 else None, high)
+
+
+def _window(grid: tuple[int, int], device: torch.device) -> Tensor:
+    return torch.outer(*(torch.hann_window(side, periodic=False, device=device) for side in grid))

@@ -17,7 +17,7 @@ from diffusion_featsel.locality import LocalitySums
 from diffusion_featsel.moments import Moments
 from diffusion_featsel.prepare import image_keys
 from diffusion_featsel.ranking import Ranking, Scored
-from diffusion_featsel.readout import ReadoutSums, places_of
+from diffusion_featsel.readout import ReadoutSums, Targets, places_of
 from diffusion_featsel.self_match import SelfMatchSums
 from diffusion_featsel.similarity import Samples, cka_matrix
 from diffusion_featsel.spectrum import Granularity, SpectrumSums
@@ -29,6 +29,7 @@ from diffusion_featsel.warp import MILD, Affine, random_affine, random_gain, war
 Measurement = Literal["variance", "readout", "spectrum", "locality", "self", "samples"]
 MEASUREMENTS: tuple[Measurement, ...] = get_args(Measurement)
 POINTS, ANCHORS = 12, 32
+_PLACE, _NOISE = slice(0, 2), slice(2, None)  # targets of the readout
 _MOVED, _MOVEMENT, _CELLS = 2, 3, 4  # streams of an image's random numbers: its third noise, its movement, its cells
 
 
@@ -38,10 +39,9 @@ class ActivationSums(Sums):
 
     Attributes:
         moments: Moments of the channels.
-        variance: Sums of products of channels.
-        noise: Sums that are needed to read the noise out of the channels.
-        position: Sums that are needed to read the position out of the channels.
-        spectrum: Sums of the power by frequency.
+        variance: Products of channels.
+        readout: What is needed to read the noise and the position out of the channels.
+        spectrum: Power by frequency.
         locality: Cosines of neighboring and of distant cells.
         matches: Matches of points in moved images.
         samples: Values of the first images.
@@ -50,8 +50,7 @@ class ActivationSums(Sums):
 
     moments: Moments
     variance: VarianceSums | None
-    noise: ReadoutSums | None
-    position: ReadoutSums | None
+    readout: ReadoutSums | None
     spectrum: SpectrumSums | None
     locality: LocalitySums | None
     matches: SelfMatchSums | None
@@ -68,9 +67,8 @@ class ActivationSums(Sums):
         for sums in (self.variance, self.spectrum, self.locality, self.matches, self.samples):
             if sums is not None:
                 sums.add(views)
-        if self.noise is not None and self.position is not None:
-            self.noise.add(views, views.batch.noise_at(views.grid))
-            self.position.add(views, places_of(views.grid, len(views.batch), views.draws.device))
+        if self.readout is not None:
+            self.readout.add(views, views.batch.kept("targets", views.grid, lambda: _targets(views.batch, views.grid)))
 
 
 @dataclass
@@ -78,8 +76,8 @@ class ImageSums(Sums):
     """Sums of the encoded images themselves on one grid, with which activations are compared.
 
     Attributes:
-        variance: Sums of products of channels.
-        position: Sums that are needed to read the position out of the channels.
+        variance: Products of channels.
+        position: What is needed to read the position out of the channels.
     """
 
     variance: VarianceSums
@@ -89,12 +87,12 @@ class ImageSums(Sums):
         """Adds one batch of images.
 
         Args:
-            batch: Images of one batch, encoded.
+            batch: The images.
             grid: Rows and columns that they are averaged to.
         """
         views = Views(batch, torch.stack([batch.x0_at(grid)] * 2), None, None)
         self.variance.add(views)
-        self.position.add(views, places_of(grid, len(batch), batch.x0.device))
+        self.position.add(views, Targets.of(places_of(grid, len(batch), batch.x0.device), batch.first))
 
 
 @dataclass
@@ -108,6 +106,12 @@ class SurveySums(Sums):
 
     activations: dict[str, ActivationSums]
     images: dict[tuple[int, int], ImageSums]
+
+    def added(self) -> list[Tensor]:
+        """Returns the tensors that a batch is added to; samples are set."""
+        samples = [part for sums in self.activations.values() for part in (sums.samples, sums.other_samples)]
+        kept = {id(tensor) for part in samples if part is not None for tensor in part.tensors()}
+        return [tensor for tensor in self.tensors() if id(tensor) not in kept]
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +141,8 @@ class Survey:
 
     @cached_property
     def _projections(self) -> dict[str, Tensor | None]:
+        if not set(self.measurements) & {"variance", "readout", "spectrum"}:
+            return {}
         return {a.name: projection_of(a.name, a.channels, self.model.device) for a in self.activations}
 
     def empty(self) -> SurveySums:
@@ -161,13 +167,24 @@ class Survey:
             MachineError: Memory is too small for one group.
         """
         sums = self.empty()
-        # A batch that ran out of memory left its part in the sums of some activations, so each batch has its own.
-        for part in in_batches(list(groups), self._measured):
-            sums.merge(part)
+
+        def add(some: list[range]) -> None:
+            # A batch that runs out of memory leaves its part in the sums of some activations. Samples have a place for
+            # each image, so that they need no copy.
+            before = [(tensor, tensor.clone()) for tensor in sums.added()]
+            try:
+                self._add(sums, some)
+            except BaseException:
+                for tensor, value in before:
+                    tensor.copy_(value)
+                raise
+
+        for _ in in_batches(list(groups), add):
+            pass
         return sums
 
-    def _measured(self, groups: list[range]) -> SurveySums:
-        sums = self.empty()
+    def _add(self, sums: SurveySums, groups: list[range]) -> None:
+        """Adds some groups of images to the sums, in one forward pass for each timestep."""
         batch, moved_x0, keys = self._batch(groups)
         schedule = self.model.denoiser.schedule
         for t in (self.t,) if self.other_t is None else (self.t, self.other_t):
@@ -182,17 +199,15 @@ class Survey:
             activations_of(self.model, x_t, t, self.condition, self.activations, reduce=see)
         for grid, image_sums in sums.images.items():
             image_sums.add(batch, grid)
-        return sums
 
     def _seeing(self, batch: Batch, sums: SurveySums, *, main: bool, moved: bool) -> Callable[[str, Tensor], None]:
         """Returns the hook that adds an activation's maps to its sums."""
-        n, projections = len(batch), self._projections
+        n = len(batch)
 
         def see(name: str, maps: Tensor) -> None:
             maps = maps.float()
-            views = Views(
-                batch, maps[: 2 * n].unflatten(0, (2, n)), maps[2 * n :] if moved else None, projections[name]
-            )
+            draws, rest = maps[: 2 * n].unflatten(0, (2, n)), maps[2 * n :] if moved else None
+            views = Views(batch, draws, rest, self._projections.get(name))
             mine = sums.activations[name]
             if main:
                 mine.add(views)
@@ -243,8 +258,7 @@ class Survey:
         return ActivationSums(
             Moments.empty(channels, device),
             VarianceSums.empty(channels, grid, device) if self._wants("variance") or readout else None,
-            ReadoutSums.empty(channels, self.model.shape[0], device) if readout else None,
-            ReadoutSums.empty(channels, 2, device) if readout else None,
+            ReadoutSums.empty(channels, 2 + self.model.shape[0], device) if readout else None,
             SpectrumSums.empty(grid, device) if self._wants("spectrum") else None,
             LocalitySums.empty(device) if self._wants("locality") else None,
             SelfMatchSums.empty(device) if self._wants("self") else None,
@@ -271,6 +285,12 @@ class Survey:
         return Ranking(tuple(rows), float(self.t), len(self.images), similarity, broken)
 
 
+def _targets(batch: Batch, grid: tuple[int, int]) -> Targets:
+    """Returns the place of each cell, and the noise there, as targets."""
+    noise = batch.noise_at(grid)
+    return Targets.of(torch.cat([places_of(grid, len(batch), noise.device), noise], 2), batch.first)
+
+
 def _scored(activation: Activation, sums: ActivationSums, images: dict[tuple[int, int], ImageSums]) -> Scored:
     """Returns the measurements of one activation."""
     moments, split = sums.moments, sums.variance and sums.variance.split()
@@ -278,8 +298,9 @@ def _scored(activation: Activation, sums: ActivationSums, images: dict[tuple[int
     varies = split is None or split.reliability is not None
     found = sums.spectrum.granularity() if sums.spectrum and varies else Granularity()
     leak = position = change = None
-    if sums.variance and sums.noise and sums.position and activation.grid:
-        leak, position = sums.noise.r2(sums.variance.second), sums.position.r2(sums.variance.second)
+    if sums.variance and sums.readout and activation.grid:
+        position = sums.readout.r2(sums.variance.second, _PLACE)
+        leak = sums.readout.r2(sums.variance.second, _NOISE)
         image = images[activation.grid]
         plain = image.position.r2(image.variance.second)
         position = None if position is None else max(position - (plain or 0.0), 0.0)

@@ -62,7 +62,7 @@ class VarianceSums(Sums):
         difference: The same sum for the difference of the two draws of an image.
         position: Sum over images of the mean of both draws, at each position.
         image_means: Sum over images of the squared mean over positions and draws, of each channel.
-        images: Number of images in the sums.
+        images: Number of images.
     """
 
     second: Float[Tensor, "2 d d"]
@@ -91,18 +91,20 @@ class VarianceSums(Sums):
             views: Maps of the activation.
         """
         x, shift = views.centered, views.shift.to(self.second)
-        n, places = x.shape[1], x.shape[3]
+        rows, places = x.flatten(0, 1), x.shape[3]
+        products = torch.bmm(rows, rows.transpose(1, 2)).unflatten(0, x.shape[:2])
+        totals = rows.sum(2).unflatten(0, x.shape[:2])
+        apart, both = x[0] - x[1], x[0] + x[1]
         start = views.batch.first % 2
         for half in range(2):
-            mine = x[:, (half + start) % 2 :: 2].flatten(0, 1)
-            total = mine.sum((0, 2)).to(shift)
-            rest = torch.outer(total + len(mine) * places * shift / 2, shift)
-            self.second[half] += torch.bmm(mine, mine.transpose(1, 2)).sum(0) + rest + rest.T
-        apart, mean = x[0] - x[1], x.mean(0)
+            mine = slice((half + start) % 2, None, 2)
+            count = 2 * products[:, mine].shape[1] * places
+            rest = torch.outer(totals[:, mine].sum((0, 1)).to(shift) + count * shift / 2, shift)
+            self.second[half] += products[:, mine].sum((0, 1)) + rest + rest.T
         self.difference += torch.bmm(apart, apart.transpose(1, 2)).sum(0)
-        self.position += mean.sum(0) + n * shift[:, None]
-        self.image_means += (mean.mean(2) + shift).square().sum(0)
-        self.images += n
+        self.position += both.sum(0) / 2 + len(both) * shift[:, None]
+        self.image_means += (both.mean(2) / 2 + shift).square().sum(0)
+        self.images += len(both)
 
     def split(self) -> Split:
         """Returns the parts of the variance.

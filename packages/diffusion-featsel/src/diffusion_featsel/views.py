@@ -1,7 +1,9 @@
 """What the label-free measurements see of one activation on one batch of images: maps of two noise draws, and more."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from diffcore.noise import splitmix64
 
+T = TypeVar("T")
 DIMENSIONS = 64
 """Number of channels after the random projection (section 3.2: C' = 64)."""
 GROUP = 8
@@ -35,7 +38,7 @@ class Batch:
     points: Float[Tensor, "n k 2"]
     moved: Float[Tensor, "n k 2"]
     anchors: Float[Tensor, "n q 2"]
-    _pooled: dict[tuple[str, tuple[int, int]], Tensor] = field(default_factory=dict)
+    _kept: dict[tuple[str, tuple[int, int]], Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.x0)
@@ -51,11 +54,7 @@ class Batch:
         Args:
             grid: Rows and columns of the result.
         """
-        if ("noise", grid) not in self._pooled:
-            self._pooled["noise", grid] = F.adaptive_avg_pool2d(self.noise.flatten(0, 1), grid).unflatten(
-                0, self.noise.shape[:2]
-            )
-        return self._pooled["noise", grid]
+        return F.adaptive_avg_pool2d(self.noise.flatten(0, 1), grid).unflatten(0, self.noise.shape[:2])
 
     def x0_at(self, grid: tuple[int, int]) -> Float[Tensor, "n channels height width"]:
         """Returns the encoded images, averaged to a grid.
@@ -63,9 +62,19 @@ class Batch:
         Args:
             grid: Rows and columns of the result.
         """
-        if ("x0", grid) not in self._pooled:
-            self._pooled["x0", grid] = F.adaptive_avg_pool2d(self.x0, grid)
-        return self._pooled["x0", grid]
+        return F.adaptive_avg_pool2d(self.x0, grid)
+
+    def kept(self, what: str, grid: tuple[int, int], make: Callable[[], T]) -> T:
+        """Returns what all activations of one grid share, made once.
+
+        Args:
+            what: Word that tells it from other things.
+            grid: Rows and columns of the activations.
+            make: Called the first time.
+        """
+        if (what, grid) not in self._kept:
+            self._kept[what, grid] = make()
+        return self._kept[what, grid]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +97,11 @@ class Views:
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the maps."""
         return self.draws.shape[3], self.draws.shape[4]
+
+    @cached_property
+    def means(self) -> Float[Tensor, "2 n c"]:
+        """Means of both draws over all places."""
+        return self.draws.mean((3, 4))
 
     @cached_property
     def projected(self) -> Float[Tensor, "2 n d places"]:

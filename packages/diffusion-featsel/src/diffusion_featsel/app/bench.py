@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from diffcore.bench import Case
 from diffcore.models import DiffusionModel, load
 from diffcore.runtime import Runtime
+from diffusion_featsel.app.bench_reference import left_out_error_by_refitting, match_by_brute_force
 from diffusion_featsel.app.portraits import MODEL, portraits
 from diffusion_featsel.forward import activations_of, noised
-from diffusion_featsel.gram import Gram, GramAccumulator
+from diffusion_featsel.gram import GramAccumulator
 from diffusion_featsel.inventory import Inventory, inventory
 from diffusion_featsel.match import match_points
 from diffusion_featsel.prepare import image_keys
@@ -22,7 +22,7 @@ from diffusion_featsel.ranking import Ranking
 from diffusion_featsel.ridge import left_out_errors
 
 _COMPARED = 512  # rows and columns at which the published code compares features
-_MIDDLE = 128
+_PIECES, _STRENGTH = 8, 1e-2
 
 
 def cases(*, smoke: bool = False) -> list[Case]:
@@ -35,7 +35,7 @@ def cases(*, smoke: bool = False) -> list[Case]:
     listed = inventory(model)
     images = portraits(16 if smoke else 64, 1).plain
     return [
-        _sweep(model, listed, images[:2] if smoke else images[:4], 3 if smoke else 20, 64 if smoke else _COMPARED),
+        sweep(model, listed, images[:2] if smoke else images[:4], 3 if smoke else 20, 64 if smoke else _COMPARED),
         _moments(model, listed, images),
         _all_scores(model, listed, images),
         _match(64 if smoke else _COMPARED),
@@ -43,8 +43,16 @@ def cases(*, smoke: bool = False) -> list[Case]:
     ]
 
 
-def _sweep(model: DiffusionModel, listed: Inventory, images: Tensor, count: int, side: int) -> Case:
-    """Matches points with twenty activations, alone each, from cached latents and in one pass."""
+def sweep(model: DiffusionModel, listed: Inventory, images: Tensor, count: int, side: int) -> Case:
+    """Returns the case of many activations, each alone: from cached latents in one pass, against one run for each.
+
+    Args:
+        model: The diffusion model.
+        listed: Its activations for this size of images.
+        images: An even number of images; points of the first half are searched in the second.
+        count: Number of activations, evenly over the network.
+        side: Rows and columns of places that are compared.
+    """
     step = max(len(listed.features) // count, 1)
     chosen = listed.features[::step][:count]
     half = len(images) // 2
@@ -68,7 +76,7 @@ def _sweep(model: DiffusionModel, listed: Inventory, images: Tensor, count: int,
         for activation in chosen:
             encoded = noised(model, model.codec.encode(images), keys, 50.0)
             maps = activations_of(model, encoded, 50.0, condition, [activation], stop=False)[activation.name]
-            found[activation.name] = brute_force(maps[:half], maps[half:], points, size, side)
+            found[activation.name] = _largest_cosines(maps[:half], maps[half:], points, size, side)
         return found
 
     def agree(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
@@ -76,25 +84,6 @@ def _sweep(model: DiffusionModel, listed: Inventory, images: Tensor, count: int,
 
     sizes = {"activations": len(chosen), "images": len(images), "compared": f"{side}x{side}"}
     return Case("match with many activations, against one run for each", sizes, ours, theirs, agree, goal=15.0)
-
-
-def brute_force(source: Tensor, target: Tensor, points: Tensor, size: tuple[int, int], side: int) -> Tensor:
-    """Returns the largest cosine of each point over a target with `side` rows and columns of interpolated features.
-
-    Args:
-        source: Maps (b, c, h, w) of the source images.
-        target: Maps (b, c, h, w) of the target images.
-        points: Positions (x, y) in pixels of the source images.
-        size: Height and width of the source images in pixels.
-        side: Rows and columns at which features are compared.
-    """
-    found = []
-    for one, other, places in zip(source, target, points, strict=True):
-        large = F.interpolate(other[None], size=(side, side), mode="bilinear")[0].flatten(1)
-        grid = (places + 0.5) / torch.tensor([size[1], size[0]]) * 2 - 1
-        columns = F.grid_sample(one[None], grid[None, None], padding_mode="border", align_corners=False)[0, :, 0]
-        found.append((F.normalize(columns, dim=0).T @ F.normalize(large, dim=0)).max(1).values)
-    return torch.stack(found)
 
 
 def _plain_pass(model: DiffusionModel, images: Tensor, copies: int) -> Callable[[], Tensor]:
@@ -157,9 +146,15 @@ def _match(side: int) -> Case:
         found = match_points({"": source}, {"": target}, points, source_size=(512, 512), target_size=(side, side))
         return found.similarity
 
-    reference = partial(brute_force, source, target, points, (512, 512), side)
+    reference = partial(_largest_cosines, source, target, points, (512, 512), side)
     sizes = {"channels": 640, "grid": "32x32", "compared": f"{side}x{side}"}
     return Case("match points exactly, against comparing every pixel", sizes, ours, reference, _as_similar, goal=10.0)
+
+
+def _largest_cosines(source: Tensor, target: Tensor, points: Tensor, size: tuple[int, int], side: int) -> Tensor:
+    """Returns the largest cosine of each point over a target with `side` rows and columns of interpolated features."""
+    _, cosines = match_by_brute_force({"": source}, {"": target}, points, source_size=size, target_size=(side, side))
+    return cosines.amax((2, 3))
 
 
 def _as_similar(a: Tensor, b: Tensor) -> bool:
@@ -168,34 +163,28 @@ def _as_similar(a: Tensor, b: Tensor) -> bool:
 
 
 def _subsets(images: int, activations: int) -> Case:
-    """Errors of every pair of activations, left out image by image, from moments against fitting on the pixels."""
+    """Errors of pairs of activations, left out piece by piece: from moments, against fits to the pixels."""
     g = torch.Generator().manual_seed(0)
     names = [f"a{number}" for number in range(activations)]
     features = {name: torch.randn(images, 16, 16, 16, generator=g) for name in names}
     labels = torch.randint(0, 4, (images, 16, 16), generator=g)
     pairs = [(first, second) for place, first in enumerate(names) for second in names[:place]][:40]
-    sums = GramAccumulator(dict.fromkeys(names, 16), num_classes=4, grid=(16, 16), num_pieces=8)
+    sums = GramAccumulator(dict.fromkeys(names, 16), num_classes=4, grid=(16, 16), num_pieces=_PIECES)
     sums.update(features, labels)
     gram = sums.compute()
 
     def ours() -> list[float]:
-        return [_error(gram.subset(pair)) for pair in pairs]
+        return [float(left_out_errors(gram.subset(pair), (_STRENGTH,)).sum()) for pair in pairs]
 
     def theirs() -> list[float]:
-        errors = []
-        for pair in pairs:
-            again = GramAccumulator(dict.fromkeys(pair, 16), num_classes=4, grid=(16, 16), num_pieces=8)
-            again.update({name: features[name] for name in pair}, labels)
-            errors.append(_error(again.compute()))
-        return errors
+        return [
+            left_out_error_by_refitting([features[name] for name in pair], labels, 4, _PIECES, _STRENGTH)
+            for pair in pairs
+        ]
 
     def agree(a: list[float], b: list[float]) -> bool:
         return max(abs(x - y) / y for x, y in zip(a, b, strict=True)) < 1e-6
 
-    sizes: dict[str, Any] = {"images": images, "activations": activations, "sets": len(pairs)}
-    name = "errors of many sets from moments, against going through the pixels again"
+    sizes: dict[str, Any] = {"images": images, "activations": activations, "sets": len(pairs), "pieces": _PIECES}
+    name = "errors of many sets from moments, against refitting on the pixels"
     return Case(name, sizes, ours, theirs, agree, goal=20.0)
-
-
-def _error(gram: Gram) -> float:
-    return float(left_out_errors(gram, (1e-2,)).sum())

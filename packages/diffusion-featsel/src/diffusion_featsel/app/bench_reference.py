@@ -1,9 +1,9 @@
 """Plain implementations that the fast ones are measured against, and held equal to."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -52,3 +52,39 @@ def match_by_brute_force(
     )
     best = cosines.flatten(2).argmax(2)
     return torch.stack([best % target_size[1], best // target_size[1]], -1).to(points.dtype), cosines
+
+
+def left_out_error_by_refitting(
+    features: Sequence[Float[Tensor, "n _ h w"]],
+    labels: Int[Tensor, "n h w"],
+    num_classes: int,
+    num_pieces: int,
+    strength: float,
+) -> float:
+    """Fits a ridge regression of one-hot labels to the pixels of all pieces but one, for each piece.
+
+    Args:
+        features: Maps (n, c, h, w) of each activation on the grid of the labels.
+        labels: Class of each pixel.
+        num_classes: Number of classes.
+        num_pieces: Number of pieces that images are dealt to in turn.
+        strength: Regularisation, as a share of the mean eigenvalue of the standardised channels.
+
+    Returns:
+        The sum of squared errors over classes and pixels, each of the fit that did not see the pixel's piece.
+    """
+    maps = torch.cat(list(features), 1).double().movedim(1, 3)
+    targets = F.one_hot(labels.long(), num_classes).double()
+    piece = torch.arange(len(maps)) % num_pieces
+    error = 0.0
+    for out in range(num_pieces):
+        x, y = maps[piece != out].flatten(0, 2), targets[piece != out].flatten(0, 2)
+        std, mean = torch.std_mean(x, 0, correction=0)
+        mean_y = y.mean(0)
+        x = (x - mean) / std
+        a = x.T @ x
+        lifted = a + strength * a.diagonal().mean() * torch.eye(len(a), dtype=a.dtype)
+        weight = torch.cholesky_solve(x.T @ (y - mean_y), torch.linalg.cholesky(lifted))
+        predicted = ((maps[piece == out] - mean) / std) @ weight + mean_y
+        error += float((predicted - targets[piece == out]).square().sum())
+    return error

@@ -1,0 +1,105 @@
+"""Judging by labels inside the hooks gives what captured maps give, from batches of any size."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffcore.models import DiffusionModel
+from diffcore.testing import tiny
+from diffusion_featsel.activation import Activation
+from diffusion_featsel.forward import activations_of, noised
+from diffusion_featsel.gram import GramAccumulator, labels_on_grid, on_grid
+from diffusion_featsel.inventory import inventory
+from diffusion_featsel.judge import find_points, segment
+from diffusion_featsel.match import match_points
+from diffusion_featsel.pairs import Pair
+from diffusion_featsel.prepare import image_keys
+from diffusion_featsel.ridge import fit_ridge
+from diffusion_featsel.segmentation import segmentation_scores
+from diffusion_featsel.splits import Split
+
+NAMES = ["down-level0-repeat0-res-out", "mid-vit-block0-self-q", "up-level1-repeat0-res-out"]
+T = 120.0
+CONDITION = {"encoder_hidden_states": torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(1))}
+
+
+@pytest.fixture(scope="module")
+def model() -> DiffusionModel:
+    return tiny.model("sd15")
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    g = torch.Generator().manual_seed(0)
+    return torch.nn.functional.interpolate(torch.rand(12, 3, 6, 6, generator=g), (16, 16), mode="bilinear")
+
+
+def chosen(model: DiffusionModel) -> list[Activation]:
+    return inventory(model).named(NAMES)
+
+
+def captured(model: DiffusionModel, images: Tensor) -> dict[str, Tensor]:
+    """Returns all maps of all images, each image in a pass of its own."""
+    parts = []
+    for image in images.split(1):
+        x_t = noised(model, model.codec.encode(image), image_keys(image), T, seed=3)
+        parts.append(activations_of(model, x_t, T, CONDITION, chosen(model)))
+    return {name: torch.cat([part[name] for part in parts]) for name in NAMES}
+
+
+def pairs_of() -> list[Pair]:
+    """Returns pairs of images with different numbers of points; images occur in several."""
+    g = torch.Generator().manual_seed(2)
+    pairs = []
+    for source, target, count in ((0, 1, 4), (2, 0, 1), (5, 7, 3), (1, 2, 6), (3, 11, 2)):
+        places = 15 * torch.rand(2, count, 2, generator=g)
+        pairs.append(Pair(str(source), str(target), places[0], places[1], (16, 16), (16, 16)))
+    return pairs
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+@pytest.mark.parametrize("centered", [True, False])
+def test_points_are_those_of_captured_maps(
+    model: DiffusionModel, images: Tensor, batch_size: int, centered: bool
+) -> None:
+    by_name = {str(number): image for number, image in enumerate(images)}
+    found = find_points(
+        model, by_name, pairs_of(), chosen(model), t=T, condition=CONDITION, seed=3, centered=centered,
+        batch_size=batch_size,
+    )  # fmt: skip
+    maps = captured(model, images)
+    assert set(found) == set(NAMES)
+    for name in NAMES:
+        assert len(found[name]) == len(pairs_of())
+        for pair, places in zip(pairs_of(), found[name], strict=True):
+            source, target = ({name: maps[name][[int(image)]]} for image in (pair.source, pair.target))
+            expected = match_points(
+                source, target, pair.source_points[None], source_size=(16, 16), target_size=(16, 16),
+                center="pair" if centered else None,
+            )  # fmt: skip
+            torch.testing.assert_close(places, expected.points[0])
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 100])
+def test_segmentation_is_ridge_regression_on_captured_maps(
+    model: DiffusionModel, images: Tensor, batch_size: int
+) -> None:
+    g = torch.Generator().manual_seed(4)
+    labels = torch.randint(0, 3, (12, 4, 4), generator=g).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    labels[0, :3] = 255
+    labels[9, 5:8] = 255
+    split = Split((0, 2, 3, 5, 7, 8, 10), (9, 1, 4, 6))
+    found = segment(
+        model, images, labels, split, chosen(model), num_classes=3, grid=(8, 8), t=T, condition=CONDITION, seed=3,
+        batch_size=batch_size, num_pieces=3,
+    )  # fmt: skip
+    maps = captured(model, images)
+    train, test = list(split.train), list(split.test)
+    for name in NAMES:
+        values = on_grid({name: maps[name]}, (8, 8))
+        sums = GramAccumulator({name: values.shape[1]}, 3, (8, 8), 3)
+        sums.update({name: values[train]}, labels[train])
+        predicted = fit_ridge(sums.compute())(values[test].movedim(1, 3)).argmax(-1)
+        expected = segmentation_scores(predicted, labels_on_grid(labels[test], (8, 8)), 3)
+        assert found[name].miou == pytest.approx(expected.miou, abs=0.02)
+        assert found[name].pixel_accuracy == pytest.approx(expected.pixel_accuracy, abs=0.02)

@@ -204,7 +204,7 @@ def activation(
 def test_every_drop_of_the_measured_filter_has_its_number() -> None:
     rows = [
         activation("text", kind="cross-k", grid=None),
-        activation("map", kind="self-map"),
+        activation("map", kind="map"),
         activation("first"),
         activation("alias", same_as="first"),
         activation("constant"),
@@ -227,5 +227,7 @@ def test_every_drop_of_the_measured_filter_has_its_number() -> None:
         "noisy": "reliability 0.31 is below 0.5",
         "twin": "CKA 0.9990 with first is above 0.995",
     }
-    settings = FilterSettings(keep=("noi*",))
-    assert "noisy" in measured_filter(rows, reliability, similarity, image_side=512, settings=settings).kept
+    similarity[4] = similarity[:, 4] = torch.nan
+    settings = FilterSettings(keep=("noi*", "con*", "text"))
+    kept = measured_filter(rows, reliability, similarity, image_side=512, settings=settings).kept
+    assert kept == ("first", "constant", "noisy", "other")

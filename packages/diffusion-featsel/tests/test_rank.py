@@ -3,17 +3,22 @@
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
 from diffcore.models import DiffusionModel
 from diffcore.run import Run, RunMap
 from diffcore.testing import tiny
 from diffcore.testing.distributed import run_forked
+from diffusion_featsel.extractor import FeatureExtractor
 from diffusion_featsel.inventory import inventory
+from diffusion_featsel.judge import find_points
+from diffusion_featsel.pairs import Pair
 from diffusion_featsel.rank import score
-from diffusion_featsel.ranking import Ranking
+from diffusion_featsel.ranking import SCORES, Ranking
 
 NAMES = ["unet-in", "down-level0-repeat0-res-out", "mid-vit-block0-self-q", "up-level0-repeat0-res-out", "unet-out"]
 
@@ -125,7 +130,7 @@ def test_a_constant_activation_is_not_ranked(model: DiffusionModel, images: Tens
     row = found["up-level0-repeat0-res-out"]
     assert row.reliability is None
     assert row.fisher is None
-    assert "up-level0-repeat0-res-out" not in found.scores("fisher_rank")
+    assert all("up-level0-repeat0-res-out" not in found.scores(name) for name in SCORES)
     assert found.similarity is not None
     assert found.similarity[3].isnan().all()
 
@@ -155,6 +160,8 @@ def test_too_few_images_and_text_are_refused(model: DiffusionModel, images: Tens
     text = inventory(model).named(["down-level0-repeat0-vit-block0-cross-k"])
     with pytest.raises(ValueError, match="have no image places"):
         score(model, images, text)
+    with pytest.raises(ValueError, match="and so is `t`; give another timestep"):
+        ranked(model, images, other_t=50.0)
 
 
 def test_seventeen_images_are_two_groups(model: DiffusionModel, images: Tensor) -> None:
@@ -172,3 +179,47 @@ def test_the_order_is_that_of_the_score(model: DiffusionModel, images: Tensor) -
     assert values == sorted(values, reverse=True)
     rows = {row["name"]: row for row in found.to_rows()}
     assert [rows[name]["rank"] for name in found.scores()] == [1, 2, 3, 4, 5]
+
+
+def _found(model: DiffusionModel, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns what a ranking, the labelled search and an extractor make of a model."""
+    points = torch.tensor([[1.0, 2.0], [8.0, 3.0], [12.0, 13.0]])
+    pair = Pair("0", "1", points, points, (16, 16), (16, 16))
+    named, condition = dict(zip("01", images, strict=False)), states(model)
+    some = inventory(model).named(NAMES)
+    matched = find_points(model, named, [pair], some, condition=condition, centered=False)
+    features = FeatureExtractor(model, NAMES[2:4], extra=condition)(images[:2])
+    return (
+        numbers(ranked(model, images[:16])),
+        torch.stack([matched[name][0] for name in NAMES]),
+        torch.cat([maps.flatten() for maps in features.values()]),
+    )
+
+
+@pytest.mark.parametrize("change", ["fused", "sliced", "checkpointed", "offloaded"])
+def test_what_changes_no_number_of_the_network_changes_no_result(images: Tensor, change: str) -> None:
+    model = tiny.model("sd15")
+    expected = _found(model, images)
+    match change:
+        case "fused":
+            model.backbone.fuse_qkv_projections()
+        case "sliced":
+            model.backbone.set_attention_slice("max")
+        case "checkpointed":
+            model.backbone.enable_gradient_checkpointing()
+        case _:
+            accelerate.cpu_offload(model.backbone, execution_device=torch.device("cpu"))
+    for found, known in zip(_found(model, images), expected, strict=True):
+        torch.testing.assert_close(found, known, rtol=1e-3, atol=1e-3, equal_nan=True)
+
+
+@pytest.mark.parametrize("change", ["adapter", "FreeU"])
+def test_what_changes_the_network_changes_every_result(images: Tensor, change: str) -> None:
+    model = tiny.model("sd15")
+    expected = _found(model, images)
+    if change == "adapter":
+        model.backbone.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
+    else:
+        model.backbone.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+    for found, known in zip(_found(model, images), expected, strict=True):
+        assert not torch.allclose(found.nan_to_num(), known.nan_to_num(), atol=1e-4)

@@ -174,6 +174,20 @@ def test_scores_leave_out_copies_and_keep_a_ladder() -> None:
     assert select(candidates, "4ch", scores=scores).details["ladder"].startswith("not met")
 
 
+def test_a_set_goes_on_where_the_other_resolutions_hold_copies_only() -> None:
+    grids = {"a": 8, "b": 16, "c": 8, "d": 8}
+    candidates = {name: activation(name, grid=grid) for name, grid in grids.items()}
+    matrix = torch.eye(4)
+    matrix[0, 1] = matrix[1, 0] = 0.95
+    matrix[3] = matrix[:, 3] = torch.nan
+    scores = {"a": 0.9, "b": 0.8, "c": 0.5, "d": 0.7}
+    found = select(candidates, "12ch", scores=scores, alignment=Alignment(tuple(grids), matrix))
+    assert found.names == ("a", "d", "c")
+    assert (
+        found.details["ladder"] == "not met: no candidate of the other resolutions fits the budget and is no near copy"
+    )
+
+
 def test_the_first_leaves_room_for_the_other_half() -> None:
     candidates = {
         "huge": activation("huge", channels=100, grid=8),
@@ -305,4 +319,6 @@ def test_a_ranking_brings_its_own_scores_similarities_and_scales() -> None:
     chosen = select(Ranking(rows, 50.0, 64, similarity), "4096ch")
     assert chosen.names == ("a", "c")
     assert dict(chosen.rms) == {"a": 1.0, "c": 3.0}
+    own = {"a": 0.1, "b": 0.9, "c": 0.5}
+    assert select(Ranking(rows, 50.0, 64, similarity), "4096ch", scores=own).names == ("b", "c")
     assert chosen.t == 50.0

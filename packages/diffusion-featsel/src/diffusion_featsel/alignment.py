@@ -28,16 +28,16 @@ class Alignment:
     matrix: Float[Tensor, "names names"]
 
     def of(self, one: str, other: str) -> float:
-        """Returns the alignment of two activations; 0 where one of them was not compared."""
+        """Returns the alignment of two activations; 0 where one of them was not compared, or is constant."""
         if one not in self.names or other not in self.names:
             return 0.0
-        return float(self.matrix[self.names.index(one), self.names.index(other)])
+        return float(self.matrix[self.names.index(one), self.names.index(other)].nan_to_num())
 
     def ordered(self) -> "Alignment":
         """Returns the matrix in the order of a clustering, in which activations that are alike stand side by side."""
         if len(self.names) < 3:
             return self
-        apart = 1 - self.matrix.double().cpu().numpy()
+        apart = 1 - self.matrix.double().nan_to_num().cpu().numpy()
         apart = np.clip((apart + apart.T) / 2, 0, None)
         np.fill_diagonal(apart, 0)
         order = leaves_list(linkage(squareform(apart, checks=False), "average", optimal_ordering=True)).tolist()

@@ -18,7 +18,7 @@ class FilterSettings:
         min_reliability: Smallest share of content in content and noise.
         smallest_grid: Share of the image's side in cells at which a grid is too coarse (the paper: 8 cells at 512).
         max_similarity: CKA with an earlier kept activation above which one is a repetition.
-        keep: Patterns of names that are never dropped.
+        keep: Patterns of names that are never dropped, if they have places of an image.
     """
 
     min_reliability: float = 0.5
@@ -70,11 +70,13 @@ def measured_filter(
         name = activation.name
         reason = _reason(activation, reliability.get(name), image_side, settings)
         if reason is None and similarity is not None:
-            alike = [(float(similarity[index, other]), activations[other].name) for other in kept]
+            # The similarity with a constant, kept on request, is NaN: it is no repetition of anything.
+            alike = [(float(similarity[index, other].nan_to_num()), activations[other].name) for other in kept]
             most, twin = max(alike, default=(0.0, ""))
             if most > settings.max_similarity:
                 reason = f"CKA {most:.4f} with {twin} is above {settings.max_similarity}"
-        if reason is None or any(fnmatchcase(name, pattern) for pattern in settings.keep):
+        placeless = activation.grid is None
+        if reason is None or (not placeless and any(fnmatchcase(name, pattern) for pattern in settings.keep)):
             kept.append(index)
         else:
             dropped[name] = reason
@@ -84,7 +86,7 @@ def measured_filter(
 def _reason(activation: Activation, reliability: float | None, image_side: int, settings: FilterSettings) -> str | None:
     if activation.grid is None:
         return "it has no places of an image"
-    if activation.kind.endswith("-map"):
+    if activation.kind.endswith("map"):  # "map" where attention is joint, "self-map" and "cross-map" elsewhere
         return "it is an attention map"
     if activation.same_as is not None:
         return f"it is the same tensor as {activation.same_as}"

@@ -54,7 +54,7 @@ def score(
         map: Goes through the parts; see `diffcore.units.Map`.
 
     Raises:
-        ValueError: There are fewer than 16 images, or an activation has no places.
+        ValueError: There are fewer than 16 images, an activation has no places, or both timesteps are the same.
 
     References:
         Meng et al. 2024, section 4 for the properties; the estimators are our own.
@@ -76,6 +76,8 @@ def score(
     placeless = [activation.name for activation in activations if activation.grid is None]
     if placeless:
         raise ValueError(f"{', '.join(placeless[:3])} have no image places and cannot be ranked; leave them out")
+    if other_t == t:
+        raise ValueError(f"`other_t` is {other_t}, and so is `t`; give another timestep to compare with")
     condition = model.empty_condition(1) if condition is None else condition
     encode = encode or (lambda batch: model.codec.encode(batch.to(model.device)))
     survey = Survey(model, images, tuple(activations), t, other_t, condition, seed, tuple(measurements), encode)

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,13 +129,19 @@ class Search:
         if len(self.sizes()) < 2:
             return "off: all candidates have the same resolution"
         both = len({self.coarse(name) for name in names}) == 2
-        return "met" if both else "not met: no candidate of the other resolutions fits the budget"
+        return "met" if both else "not met: no candidate of the other resolutions fits the budget and is no near copy"
 
-    def open(self, chosen: Sequence[str]) -> list[str]:
-        """Returns the candidates that may come next: within the budget, and of the missing half of resolutions."""
+    def open(self, chosen: Sequence[str], left_out: Collection[str] = ()) -> list[str]:
+        """Returns the candidates that may come next: within the budget, and of the missing half of resolutions.
+
+        Args:
+            chosen: The set so far.
+            left_out: Candidates that are out of the question.
+        """
         if self.settings.max_size is not None and len(chosen) >= self.settings.max_size:
             return []
-        free = [name for name in self.candidates if name not in chosen and self.fits([*chosen, name])]
+        out = {*chosen, *left_out}
+        free = [name for name in self.candidates if name not in out and self.fits([*chosen, name])]
         if not self.ladder_on() or len({self.coarse(name) for name in chosen}) == 2:
             return free
         if chosen:
@@ -152,13 +158,13 @@ class Search:
         dropped: dict[str, dict[str, Any]] = {}
         while True:
             chosen = [step.name for step in steps]
-            free = [name for name in self.open(chosen) if name not in dropped]
-            for name in free:
-                alike = [(alignment.of(name, one), one) for one in chosen] if alignment else []
-                cka, like = max(alike, default=(0.0, ""))
-                if cka >= self.settings.redundancy:
+            if not self.open(chosen, dropped):
+                return steps, dropped
+            alike = {name: _most_alike(name, chosen, alignment) for name in self.candidates if name not in dropped}
+            for name, (cka, like) in alike.items():
+                if cka >= self.settings.redundancy and name not in chosen:
                     dropped[name] = {"like": like, "cka": cka}
-            free = [name for name in free if name not in dropped]
+            free = self.open(chosen, dropped)
             if not free:
                 return steps, dropped
             best = max(free, key=lambda name: scores[name])
@@ -239,6 +245,12 @@ class Search:
                     chosen.append(names[index])
             found.append(chosen)
         return found
+
+
+def _most_alike(name: str, chosen: Sequence[str], alignment: Alignment | None) -> tuple[float, str]:
+    """Returns the largest alignment of a candidate with a chosen activation, and the name of this one."""
+    alike = [(alignment.of(name, one), one) for one in chosen] if alignment else []
+    return max(alike, default=(0.0, ""))
 
 
 def _worth(step: Step) -> bool:

@@ -77,7 +77,8 @@ def select(
     if isinstance(activations, Ranking):
         ranking = activations
         if scores is None and content is None and pixels is None and pairs is None:
-            scores, alignment = ranking.scores(ranking.default), alignment or ranking.alignment
+            scores = ranking.scores(ranking.default)
+        alignment = alignment or ranking.alignment
         chosen = select(
             {row.name: row.activation for row in ranking.rows},
             budget,

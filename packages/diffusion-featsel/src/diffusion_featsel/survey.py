@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -134,6 +135,10 @@ class Survey:
         names = " ".join(activation.name for activation in self.activations)
         return f"score {self.t} {self.other_t} {self.seed} {' '.join(self.measurements)} {names}"
 
+    @cached_property
+    def _projections(self) -> dict[str, Tensor | None]:
+        return {a.name: projection_of(a.name, a.channels, self.model.device) for a in self.activations}
+
     def empty(self) -> SurveySums:
         """Returns sums over no image."""
         by_name = {activation.name: self._empty(activation) for activation in self.activations}
@@ -181,8 +186,7 @@ class Survey:
 
     def _seeing(self, batch: Batch, sums: SurveySums, *, main: bool, moved: bool) -> Callable[[str, Tensor], None]:
         """Returns the hook that adds an activation's maps to its sums."""
-        n = len(batch)
-        projections = {a.name: projection_of(a.name, a.channels, self.model.device) for a in self.activations}
+        n, projections = len(batch), self._projections
 
         def see(name: str, maps: Tensor) -> None:
             maps = maps.float()
@@ -270,7 +274,9 @@ class Survey:
 def _scored(activation: Activation, sums: ActivationSums, images: dict[tuple[int, int], ImageSums]) -> Scored:
     """Returns the measurements of one activation."""
     moments, split = sums.moments, sums.variance and sums.variance.split()
-    found = sums.spectrum.granularity() if sums.spectrum else Granularity()
+    # What is found of a map that no image and no noise changes says nothing: a constant, or a mere template.
+    varies = split is None or split.reliability is not None
+    found = sums.spectrum.granularity() if sums.spectrum and varies else Granularity()
     leak = position = change = None
     if sums.variance and sums.noise and sums.position and activation.grid:
         leak, position = sums.noise.r2(sums.variance.second), sums.position.r2(sums.variance.second)
@@ -299,5 +305,5 @@ def _scored(activation: Activation, sums: ActivationSums, images: dict[tuple[int
         fisher=split.fisher if split else None,
         information=split.information if split else None,
         effective_rank=split.effective_rank if split else None,
-        self_match=sums.matches.share if sums.matches else None,
+        self_match=sums.matches.share if sums.matches and varies else None,
     )

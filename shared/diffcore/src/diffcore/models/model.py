@@ -17,6 +17,7 @@ from diffcore.checkpoint.inventory import Component
 from diffcore.denoiser import DiscreteSchedule, NetworkDenoiser
 from diffcore.denoiser.library import built, library_class
 from diffcore.errors import IncompatibleModelError
+from diffcore.hooks.offload import execution_device
 from diffcore.models.assemble import make_codec, make_denoiser, make_prompts
 from diffcore.models.backbones import condition_keys, latent_shape
 from diffcore.models.bases import base_of
@@ -62,8 +63,8 @@ class DiffusionModel:
 
     @property
     def device(self) -> torch.device:
-        """The device that the backbone is on."""
-        return next(self.backbone.parameters()).device
+        """The device that the backbone computes on: that of its weights, unless accelerate offloads them."""
+        return execution_device(self.backbone) or next(self.backbone.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:

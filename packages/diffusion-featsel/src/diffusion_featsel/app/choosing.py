@@ -234,10 +234,10 @@ def _keep(run: Run, chosen: Selection, ranking: Ranking) -> None:
         curve_caption=f"How {figure} grows with what the set costs.",
     )
     # The best activation alone always has the largest mean score.
-    left = {"best_single"} if unlabelled else set()
+    left = {"best single"} if unlabelled else set()
     baselines = {name: entry for name, entry in dict(details["baselines"]).items() if name not in left}
     if baselines:
-        caption = "Sets within the same budget; random is the mean of 20 draws."
+        caption = "Random is the mean of 20 draws within the budget; a preset is taken whole, whatever it costs."
         if unlabelled:
             caption += " The mean score says how good members are alone, not how well they complete each other."
         run.save("table-sets", {}, rows=_sets(chosen, baselines, figure), caption=caption)

@@ -113,7 +113,9 @@ def write_page(run: Run) -> Path:
     _add_components(report, run)
     if ranking is not None:
         _add_ranking(report, ranking, dropped)
-    report.section("What may not be concluded").points(*(_LIMITS if ranking is None else (*_OF_RANKINGS, _LIMITS[-1])))
+    report.section("What may not be concluded").points(
+        *(_LIMITS if ranking is None and not _has(run, "choice") else (*_OF_RANKINGS, _LIMITS[-1]))
+    )
     return report.save(run.folder / "report.html")
 
 

@@ -28,7 +28,7 @@ def execution_device(model: nn.Module) -> torch.device | None:
     """Returns the device that an offloaded network computes on; None for a network that keeps its weights.
 
     Args:
-        model: Any network.
+        model: The network, offloaded or not.
     """
     if vars(model).get("_hf_hook") is None:
         return None

@@ -40,10 +40,10 @@ def find_points(
     """Finds the key points of each pair's source image in its target image, with each activation alone.
 
     Args:
-        model: The diffusion model.
+        model: The diffusion model that is run.
         images: Images in [0, 1] by the names that pairs have for them, of the size that activations were listed for.
         pairs: Pairs of images with key points in pixels of these images.
-        activations: What to match with.
+        activations: Activations to match with, each alone.
         t: Timestep of the noise, in the units of the model's schedule.
         condition: Condition of the backbone, one row for all images; by default that of the empty prompt.
         seed: Seed of the noise.
@@ -111,12 +111,12 @@ def segment(
     """Measures how well a ridge regression reads the classes of pixels from each activation alone.
 
     Args:
-        model: The diffusion model.
+        model: The diffusion model that is run.
         images: Images in [0, 1], of the size that the activations were listed for.
         labels: Class of each pixel, at any size; 255 where a pixel does not count.
         split: Training and test images.
-        activations: What to read the classes from.
-        num_classes: Number of classes.
+        activations: Activations that classes are read from, each alone.
+        num_classes: Number of classes that exist.
         grid: Rows and columns that features and labels are brought to.
         t: Timestep of the noise, in the units of the model's schedule.
         condition: Condition of the backbone, one row for all images; by default that of the empty prompt.

@@ -31,7 +31,7 @@ class Moments(Sums):
         """Returns sums over no image.
 
         Args:
-            channels: Number of channels.
+            channels: Number of channels of the activation.
             device: Device that the sums are kept on.
         """
         total, magnitude, square = (zeros(channels, device=device) for _ in range(3))

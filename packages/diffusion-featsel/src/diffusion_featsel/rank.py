@@ -40,18 +40,23 @@ def score(
     """Measures all activations without labels, in one pass over the images.
 
     Args:
-        model: The diffusion model.
-        images: At least 16 images with values in [0, 1], of the size that the activations were listed for.
-        activations: What to measure; attention maps and activations without places are left out by the caller.
+        model: The diffusion model that is run.
+        images: At least 16 different images with values in [0, 1], of the size that activations were listed for; equal
+            images would share their noise, which then counts as content.
+        activations: Activations to measure, as `Inventory.features` lists them: no attention maps, and no text.
         t: Timestep of the noise, in the units of the model's schedule.
         other_t: Second timestep, for the dependence of activations on it.
         condition: Condition of the backbone, one row for all images; by default that of the empty prompt.
         seed: Seed of noise and movements; an image's random numbers depend on the seed and its pixels.
-        measurements: What to measure; moments are always measured.
+        measurements: Measurements to make; moments are always among them.
         encode: Turns images into x0; by default the model's own codec.
         batch_size: Largest number of rows in a forward pass; an image takes two, or three with "self".
         parts: Number of parts of the images that `map` may keep or share.
         map: Goes through the parts; see `diffcore.units.Map`.
+
+    Returns:
+        The activations in order of execution, each with its measurements, and the CKA of each pair. Activations with
+        infinite or NaN values are in `broken`; constant ones are listed without scores.
 
     Raises:
         ValueError: There are fewer than 16 images, an activation has no places, or both timesteps are the same.

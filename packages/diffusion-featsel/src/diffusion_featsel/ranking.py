@@ -20,7 +20,7 @@ class Scored:
     """The measurements of one activation; None where one was not made, or says nothing about this activation.
 
     Attributes:
-        activation: The activation itself.
+        activation: The activation that was measured.
         rms: Root mean square of its values.
         mean: Mean of each channel.
         std: Standard deviation of each channel.

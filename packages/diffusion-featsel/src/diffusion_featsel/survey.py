@@ -38,10 +38,10 @@ class ActivationSums(Sums):
 
     Attributes:
         moments: Moments of the channels.
-        variance: Products of channels.
-        noise: What is needed to read the noise out of the channels.
-        position: What is needed to read the position out of the channels.
-        spectrum: Power by frequency.
+        variance: Sums of products of channels.
+        noise: Sums for reading the noise out of the channels.
+        position: Sums for reading the position out of the channels.
+        spectrum: Sums of power by frequency.
         locality: Cosines of neighboring and of distant cells.
         matches: Matches of points in moved images.
         samples: Values of the first images.
@@ -78,8 +78,8 @@ class ImageSums(Sums):
     """Sums of the encoded images themselves on one grid, with which activations are compared.
 
     Attributes:
-        variance: Products of channels.
-        position: What is needed to read the position out of the channels.
+        variance: Sums of products of channels.
+        position: Sums for reading the position out of the channels.
     """
 
     variance: VarianceSums
@@ -89,7 +89,7 @@ class ImageSums(Sums):
         """Adds one batch of images.
 
         Args:
-            batch: The images.
+            batch: The images of one pass.
             grid: Rows and columns that they are averaged to.
         """
         views = Views(batch, torch.stack([batch.x0_at(grid)] * 2), None, None)

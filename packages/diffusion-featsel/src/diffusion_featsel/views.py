@@ -22,7 +22,7 @@ class Batch:
 
     Attributes:
         groups: Ranges of indices in the data set; the images of a group are compared with one another.
-        x0: Encoded images.
+        x0: Encoded images without noise.
         noise: Noise of both draws.
         points: Points in each image, (x, y) as shares of width and height, for the self-correspondence.
         moved: The same points in the moved image; NaN where they leave it.
@@ -73,7 +73,7 @@ class Views:
     """Maps of one activation on a batch of images.
 
     Attributes:
-        batch: The images.
+        batch: The images of one pass.
         draws: Maps under two independent noise draws of each image.
         moved: Maps of the images after a random affine movement, with noise of their own; None where it is not needed.
         projection: Matrix (C', C) to at most 64 channels; None for an activation that has no more.
@@ -113,7 +113,7 @@ def grouped(count: int) -> list[range]:
     """Returns the groups of images that are compared with one another; a last single image joins the group before it.
 
     Args:
-        count: Number of images.
+        count: Number of images in all.
 
     Example:
         >>> grouped(17)

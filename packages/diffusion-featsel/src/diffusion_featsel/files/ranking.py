@@ -22,8 +22,8 @@ def save_ranking(path: Path, ranking: Ranking, filtered: Filtered | None = None,
     """Writes a ranking and what a filter made of it.
 
     Args:
-        path: File to write.
-        ranking: The measured activations.
+        path: File that is written.
+        ranking: Activations with their measurements.
         filtered: Names that a filter keeps, and why it drops the others.
         **details: Plain values about the model and the protocol.
     """

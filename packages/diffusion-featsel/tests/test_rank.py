@@ -199,16 +199,17 @@ def _found(model: DiffusionModel, images: Tensor) -> tuple[Tensor, Tensor, Tenso
 @pytest.mark.parametrize("change", ["fused", "sliced", "checkpointed", "offloaded"])
 def test_what_changes_no_number_of_the_network_changes_no_result(images: Tensor, change: str) -> None:
     model = tiny.model("sd15")
+    backbone: Any = model.backbone
     expected = _found(model, images)
     match change:
         case "fused":
-            model.backbone.fuse_qkv_projections()
+            backbone.fuse_qkv_projections()
         case "sliced":
-            model.backbone.set_attention_slice("max")
+            backbone.set_attention_slice("max")
         case "checkpointed":
-            model.backbone.enable_gradient_checkpointing()
+            backbone.enable_gradient_checkpointing()
         case _:
-            accelerate.cpu_offload(model.backbone, execution_device=torch.device("cpu"))
+            accelerate.cpu_offload(backbone, execution_device=torch.device("cpu"))
     for found, known in zip(_found(model, images), expected, strict=True):
         torch.testing.assert_close(found, known, rtol=1e-3, atol=1e-3, equal_nan=True)
 
@@ -216,10 +217,11 @@ def test_what_changes_no_number_of_the_network_changes_no_result(images: Tensor,
 @pytest.mark.parametrize("change", ["adapter", "FreeU"])
 def test_what_changes_the_network_changes_every_result(images: Tensor, change: str) -> None:
     model = tiny.model("sd15")
+    backbone: Any = model.backbone
     expected = _found(model, images)
     if change == "adapter":
-        model.backbone.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
+        backbone.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
     else:
-        model.backbone.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+        backbone.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
     for found, known in zip(_found(model, images), expected, strict=True):
         assert not torch.allclose(found.nan_to_num(), known.nan_to_num(), atol=1e-4)

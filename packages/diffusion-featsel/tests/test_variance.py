@@ -112,6 +112,16 @@ def test_noise_alone_has_no_content() -> None:
     assert split.reliability == pytest.approx(0, abs=0.02)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_the_planted_activation_has_the_highest_score(seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(4, (32, *GRID), generator=g)
+    planted = torch.nn.functional.one_hot(labels, 4).movedim(-1, 1)[None] + torch.randn(2, 32, 4, *GRID, generator=g)
+    others = [torch.randn(2, 32, 4, *GRID, generator=g) for _ in range(8)]
+    scores = [sums_of(features).split().fisher for features in (planted, *others)]
+    assert max(range(9), key=lambda index: scores[index] or 0.0) == 0
+
+
 def test_coordinates_are_all_template() -> None:
     features = places_of(GRID, 32, torch.device("cpu")) + 0.001 * torch.randn(2, 32, 2, *GRID)
     split = sums_of(features).split()

@@ -53,6 +53,10 @@ def score(
         parts: Number of parts of the images that `map` may keep or share.
         map: Goes through the parts; see `diffcore.units.Map`.
 
+    Returns:
+        The activations in order of execution, each with its measurements, and the CKA of each pair. Activations with
+        infinite or NaN values are in `broken`; constant ones are listed without scores.
+
     Raises:
         ValueError: There are fewer than 16 images, an activation has no places, or both timesteps are the same.
 

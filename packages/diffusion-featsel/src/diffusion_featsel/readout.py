@@ -84,7 +84,7 @@ class ReadoutSums(Sums):
 
         Args:
             views: Maps of the activation.
-            targets: What is to be read out at each place, for both draws.
+            targets: Values to be read out at each place, for both draws.
         """
         x, shift = views.centered, views.shift.to(self.values)
         products = torch.bmm(x.flatten(0, 1), targets.columns).unflatten(0, x.shape[:2])
@@ -127,7 +127,7 @@ def places_of(grid: tuple[int, int], count: int, device: torch.device) -> Float[
 
     Args:
         grid: Rows and columns of the places.
-        count: Number of images.
+        count: Number of images in the batch.
         device: Device of the result.
     """
     y, x = (torch.linspace(-1, 1, side, device=device) if side > 1 else torch.zeros(1, device=device) for side in grid)

@@ -76,8 +76,8 @@ class ImageSums(Sums):
     """Sums of the encoded images themselves on one grid, with which activations are compared.
 
     Attributes:
-        variance: Products of channels.
-        position: What is needed to read the position out of the channels.
+        variance: Sums of products of channels.
+        position: Sums for reading the position out of the channels.
     """
 
     variance: VarianceSums
@@ -87,7 +87,7 @@ class ImageSums(Sums):
         """Adds one batch of images.
 
         Args:
-            batch: The images.
+            batch: The images of one pass.
             grid: Rows and columns that they are averaged to.
         """
         views = Views(batch, torch.stack([batch.x0_at(grid)] * 2), None, None)

@@ -30,6 +30,9 @@ _LEAST_OF_TEMPLATE, _LEAST_OF_SQUARE = 1e-6, 1e-12
 class Split:
     """Parts of the variance of an activation, and what follows from them; None where they cannot be told.
 
+    All are those of at most 64 channels after the fixed random projection of `views`, which keeps variances on average.
+    A constant, and a template that neither image nor noise changes, have no reliability and no scores.
+
     Attributes:
         position: Variance of the template that all images share, summed over channels.
         content: Variance of the images' content, summed over channels.
@@ -62,7 +65,7 @@ class VarianceSums(Sums):
         difference: The same sum for the difference of the two draws of an image.
         position: Sum over images of the mean of both draws, at each position.
         image_means: Sum over images of the squared mean over positions and draws, of each channel.
-        images: Number of images.
+        images: Number of images so far.
     """
 
     second: Float[Tensor, "2 d d"]

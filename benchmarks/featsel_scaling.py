@@ -2,7 +2,7 @@
 
     python benchmarks/featsel_scaling.py [--repeats 2] [--smoke]
 
-One size is doubled at a time, the others stay. An exponent is the slope of log seconds over log size by least squares:
+One size grows at a time, the others stay. An exponent is the slope of log seconds over log size by least squares:
 1 for cost in proportion, less where a fixed part remains. Resolution counts the image's pixels, so that 1 is linear in
 them. Peak memory is fitted in the same way. `--smoke` takes two small sizes of each and writes nothing.
 """
@@ -21,8 +21,8 @@ from diffcore.testing import tiny
 from diffusion_featsel import inventory, score
 
 RESULTS = Path(__file__).parent / "results" / "featsel-scaling.json"
-IMAGES, ACTIVATIONS, SIDES = (16, 32, 64, 128), (8, 16, 32, 64), (16, 32, 64, 128)
-FIXED_IMAGES, FIXED_SIDE = 32, 32
+IMAGES, ACTIVATIONS, SIDES = (16, 24, 32, 48), (8, 16, 24, 32), (16, 24, 32, 48)
+FIXED_IMAGES, FIXED_SIDE = 16, 16
 
 
 def cost(num_images: int, num_activations: int | None, side: int, repeats: int) -> tuple[float, float]:
@@ -73,7 +73,7 @@ def main() -> int:
     studies = {
         "images": (IMAGES, lambda size: cost(size, None, FIXED_SIDE, repeats)),
         "activations": (ACTIVATIONS, lambda size: cost(FIXED_IMAGES, size, FIXED_SIDE, repeats)),
-        "pixels": (tuple(side**2 for side in SIDES), lambda size: cost(FIXED_IMAGES, 32, int(size**0.5), repeats)),
+        "pixels": (tuple(side**2 for side in SIDES), lambda size: cost(FIXED_IMAGES, 16, round(size**0.5), repeats)),
     }
     rows: list[dict[str, object]] = []
     lines: list[str] = []
@@ -100,7 +100,7 @@ def main() -> int:
             "# How the cost of a ranking grows\n\n"
             "Written by `benchmarks/featsel_scaling.py`: a small U-Net with random weights, one thread, the fastest\n"
             f"of {repeats} runs. {FIXED_IMAGES} images of {FIXED_SIDE} x {FIXED_SIDE} pixels where these are not\n"
-            "varied; all activations where images are varied, 32 where pixels are. Exponents are slopes of\n"
+            "varied; all activations where images are varied, 16 where pixels are. Exponents are slopes of\n"
             "logarithms: 1 is cost in\n"
             f"proportion.\n\n{text}\n"
         )

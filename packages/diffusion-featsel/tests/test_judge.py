@@ -38,7 +38,8 @@ def chosen(model: DiffusionModel) -> list[Activation]:
     return inventory(model).named(NAMES)
 
 
-def captured(model: DiffusionModel, images: Tensor) -> dict[str, Tensor]:
+@pytest.fixture(scope="module")
+def maps(model: DiffusionModel, images: Tensor) -> dict[str, Tensor]:
     """Returns all maps of all images, each image in a pass of its own."""
     parts = []
     for image in images.split(1):
@@ -60,14 +61,13 @@ def pairs_of() -> list[Pair]:
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 @pytest.mark.parametrize("centered", [True, False])
 def test_points_are_those_of_captured_maps(
-    model: DiffusionModel, images: Tensor, batch_size: int, centered: bool
+    model: DiffusionModel, images: Tensor, maps: dict[str, Tensor], batch_size: int, centered: bool
 ) -> None:
     by_name = {str(number): image for number, image in enumerate(images)}
     found = find_points(
         model, by_name, pairs_of(), chosen(model), t=T, condition=CONDITION, seed=3, centered=centered,
         batch_size=batch_size,
     )  # fmt: skip
-    maps = captured(model, images)
     assert set(found) == set(NAMES)
     for name in NAMES:
         assert len(found[name]) == len(pairs_of())
@@ -82,7 +82,7 @@ def test_points_are_those_of_captured_maps(
 
 @pytest.mark.parametrize("batch_size", [1, 5, 100])
 def test_segmentation_is_ridge_regression_on_captured_maps(
-    model: DiffusionModel, images: Tensor, batch_size: int
+    model: DiffusionModel, images: Tensor, maps: dict[str, Tensor], batch_size: int
 ) -> None:
     g = torch.Generator().manual_seed(4)
     labels = torch.randint(0, 3, (12, 4, 4), generator=g).repeat_interleave(4, 1).repeat_interleave(4, 2)
@@ -93,7 +93,6 @@ def test_segmentation_is_ridge_regression_on_captured_maps(
         model, images, labels, split, chosen(model), num_classes=3, grid=(8, 8), t=T, condition=CONDITION, seed=3,
         batch_size=batch_size, num_pieces=3,
     )  # fmt: skip
-    maps = captured(model, images)
     train, test = list(split.train), list(split.test)
     for name in NAMES:
         values = on_grid({name: maps[name]}, (8, 8))

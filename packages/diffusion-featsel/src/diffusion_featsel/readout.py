@@ -102,7 +102,7 @@ class ReadoutSums(Sums):
 
         Args:
             second: Sums of the products of channels, for even and odd images apart.
-            among: Targets that count.
+            among: Slice of the targets that are averaged over.
         """
         if float(self.count.min()) == 0:
             return None

@@ -39,9 +39,9 @@ class ActivationSums(Sums):
 
     Attributes:
         moments: Moments of the channels.
-        variance: Products of channels.
-        readout: What is needed to read the noise and the position out of the channels.
-        spectrum: Power by frequency.
+        variance: Sums of products of channels.
+        readout: Sums that are needed to read the noise and the position out of the channels.
+        spectrum: Sums of the power by frequency.
         locality: Cosines of neighboring and of distant cells.
         matches: Matches of points in moved images.
         samples: Values of the first images.

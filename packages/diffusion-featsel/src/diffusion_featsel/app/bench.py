@@ -47,7 +47,7 @@ def sweep(model: DiffusionModel, listed: Inventory, images: Tensor, count: int, 
     """Returns the case of many activations, each alone: from cached latents in one pass, against one run for each.
 
     Args:
-        model: The diffusion model.
+        model: Diffusion model whose activations are matched.
         listed: Its activations for this size of images.
         images: An even number of images; points of the first half are searched in the second.
         count: Number of activations, evenly over the network.

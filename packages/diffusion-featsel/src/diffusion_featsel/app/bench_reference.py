@@ -66,7 +66,7 @@ def left_out_error_by_refitting(
     Args:
         features: Maps (n, c, h, w) of each activation on the grid of the labels.
         labels: Class of each pixel.
-        num_classes: Number of classes.
+        num_classes: Number of classes in the labels.
         num_pieces: Number of pieces that images are dealt to in turn.
         strength: Regularisation, as a share of the mean eigenvalue of the standardised channels.
 

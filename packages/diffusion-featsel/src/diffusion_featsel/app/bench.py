@@ -130,7 +130,7 @@ def _all_scores(model: DiffusionModel, listed: Inventory, images: Tensor) -> Cas
 
         return all(abs(row.rms - scale(row.name)) < 1e-3 * row.rms for row in ranking.rows)
 
-    ours = partial(score, model, images, listed.features, batch_size=24)
+    ours = partial(score, model, images, listed.features)
     sizes = {"activations": len(listed.features), "images": len(images)}
     name = "all scores of all activations, against storing three passes"
     return Case(name, sizes, ours, stored, agree, goal=0.33, memory_goal=6.7)

@@ -231,3 +231,16 @@ def test_every_drop_of_the_measured_filter_has_its_number() -> None:
     settings = FilterSettings(keep=("noi*", "con*", "text"))
     kept = measured_filter(rows, reliability, similarity, image_side=512, settings=settings).kept
     assert kept == ("first", "constant", "noisy", "other")
+
+
+def test_locality_is_what_neighbors_have_beyond_distant_cells() -> None:
+    near, far = torch.tensor([6.0, 10.0]), torch.tensor([2.0, 10.0])
+    assert LocalitySums(near.double(), far.double()).locality == pytest.approx((0.6 - 0.2) / (1 - 0.2))
+
+
+def test_cka_of_few_independent_samples_is_zero_on_average() -> None:
+    g = torch.Generator().manual_seed(0)
+    found = torch.tensor(
+        [float(cka_matrix([torch.randn(12, 40, generator=g) for _ in range(2)])[0, 1]) for _ in range(400)]
+    )
+    assert abs(float(found.mean())) < 4 * float(found.std()) / 20

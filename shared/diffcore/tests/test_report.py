@@ -97,12 +97,40 @@ def curves():
 
 
 def full_report(run):
+    run.finish({})
     report = Report("What was asked?", run).answer("It is half.").numbers({"ratio": 0.5123456, "n": 1797})
-    report.figure(run.figure("curves", curves()), "Two seeds.").section("Samples").text("First.", "Second.")
+    report.plot("curves", curves(), "Two seeds.").section("Samples").text("First.", "Second.")
     report.images(torch.rand(6, 1, 8, 8), "Digits.", columns=3, row_labels=["a", "b"], column_labels=["1", "2", "3"])
     report.section("Bars").figure(bar_with_interval(["a", "b"], [1.0, 2.0], x_label="x"), "Bars.")
     report.section("Table").table([{"arm": "a", "distance": 1.23456, "n": 1000, "ok": True}, {"arm": "b"}], "Rows.")
     return report.section("End").points("One.", "Two.")
+
+
+def test_a_report_of_a_run_shows_what_the_run_kept_and_whether_it_is_finished(run):
+    run.keep_table("scores", [{"arm": "a", "distance": 0.5}], "Kept rows.")
+    assert run.has("table-scores")
+    assert not run.has("table-others")
+    assert (run.folder / "tables" / "scores.csv").read_text().startswith("arm,distance")
+
+    def report() -> str:
+        told = Report("Which arm?", run).answer("Arm a.").kept_table("others", "Not there")
+        told.kept_table("scores", "Scores", lambda rows: [{"arm of the study": row["arm"]} for row in rows])
+        return told.save().read_text()
+
+    going_on = report()
+    assert "arm of the study" in going_on
+    assert "Kept rows." in going_on
+    assert "Not there" not in going_on
+    assert "Arm a." not in going_on
+    assert "This run goes on" in going_on
+    run.finish({})
+    assert "Arm a." in report()
+    assert "This run goes on" not in report()
+
+
+def test_a_report_without_a_run_has_nothing_to_take_from_one():
+    with pytest.raises(ValueError, match="give it one"):
+        Report("t").kept_table("scores", "Scores")
 
 
 def test_page_needs_nothing_else_and_shows_everything(run, tmp_path):

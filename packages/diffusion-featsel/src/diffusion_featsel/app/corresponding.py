@@ -11,7 +11,7 @@ from diffcore.errors import UserError, printable
 from diffcore.run import Run
 from diffusion_featsel.app.inputs import pixels_of_files
 from diffusion_featsel.app.pictures import principal_colors
-from diffusion_featsel.app.report import save_components, save_strips, save_table
+from diffusion_featsel.app.report import save_components, save_strips
 from diffusion_featsel.baselines import rescale
 from diffusion_featsel.correspond import correspond
 from diffusion_featsel.extractor import FeatureExtractor
@@ -85,7 +85,7 @@ def matched(
     shown = f"{len(drawn)} of {len(rows)}" if len(drawn) < len(rows) else str(len(rows))
     save_strips(run, [strip], f"{shown} matched places, with {len(extractor.names)} activations.")
     if asked is not None:
-        save_table(run, "scores", rows, "Positions in pixels of each image.")
+        run.keep_table("scores", rows, "Positions in pixels of each image.")
     colors = principal_colors(extractor.maps(pictures))
     caption = "The first three principal components of the features of both images together, as red, green and blue."
     save_components(run, strip["source"], {"first image": colors[0], "second image": colors[1]}, caption=caption)

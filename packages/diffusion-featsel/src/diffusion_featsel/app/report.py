@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -65,19 +64,6 @@ def save_strips(run: Run, strips: Sequence[Mapping[str, Tensor]], caption: str) 
     run.save("strips", flat, count=len(strips), caption=caption)
 
 
-def save_table(run: Run, name: str, rows: Sequence[Mapping[str, Any]], caption: str) -> None:
-    """Keeps a table for the report, and writes it as CSV.
-
-    Args:
-        run: Run that the report is about.
-        name: Name of the table.
-        rows: The rows of the table.
-        caption: Sentence below the table.
-    """
-    run.save(f"table-{name}", {}, rows=[dict(row) for row in rows], caption=caption)
-    run.table(name, rows)
-
-
 def components_of(maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the principal components of one image's maps as colors.
 
@@ -97,8 +83,6 @@ def write_page(run: Run) -> Path:
     report = Report(TITLES.get(verb, "diffusion-featsel"), run)
     if run.finished:
         report.answer(str(run.result.get("answer", "")))
-    else:
-        report.answer("This run goes on; type its command again if it was interrupted.")
     ranking, dropped = None, {}
     if (run.folder / RANKING).exists():
         ranking, filtered, _ = read_ranking(run.folder / RANKING)
@@ -109,14 +93,14 @@ def write_page(run: Run) -> Path:
     _add_agreement(report, run, ranking)
     _add_choice(report, run)
     for name in ("stored", "sets", "copies", "tasks", "scores", "paper", "correlations"):
-        _add_table(report, run, name)
+        report.kept_table(name, TITLES.get(f"table-{name}", name.capitalize()), worded)
     _add_components(report, run)
     if ranking is not None:
         _add_ranking(report, ranking, dropped)
     report.section("What may not be concluded").points(
-        *(_LIMITS if ranking is None and not _has(run, "choice") else (*_OF_RANKINGS, _LIMITS[-1]))
+        *(_LIMITS if ranking is None and not run.has("choice") else (*_OF_RANKINGS, _LIMITS[-1]))
     )
-    return report.save(run.folder / "report.html")
+    return report.save()
 
 
 def _add_map(report: Report, run: Run, ranking: Ranking, dropped: Mapping[str, str]) -> None:
@@ -124,8 +108,9 @@ def _add_map(report: Report, run: Run, ranking: Ranking, dropped: Mapping[str, s
     values = {row.name: float(value) for row in ranking.rows if (value := getattr(row, ranking.default)) is not None}
     activations: list[Activation] = [row.activation for row in ranking.rows]
     figure = network_map(activations, values, dropped, label=SCORES[ranking.default])
-    report.figure(
-        run.figure("network", figure),
+    report.plot(
+        "network",
+        figure,
         f"Score of each activation without labels, {ranking.num_images} images, timestep {ranking.t:g}. Rows are the "
         "network's modules in the order of execution, with lines between its stages; crossed out is what the filter "
         "drops, grey what has no score.",
@@ -134,7 +119,7 @@ def _add_map(report: Report, run: Run, ranking: Ranking, dropped: Mapping[str, s
 
 def _add_agreement(report: Report, run: Run, ranking: Ranking | None) -> None:
     """Adds the comparison of scores without labels with true ones."""
-    if ranking is None or not _has(run, "truth"):
+    if ranking is None or not run.has("truth"):
         return
     truth = run.load("truth").fields
     values = {row.name: float(value) for row in ranking.rows if (value := getattr(row, ranking.default)) is not None}
@@ -149,11 +134,11 @@ def _add_agreement(report: Report, run: Run, ranking: Ranking | None) -> None:
         best = max(measured, key=lambda name: measured[name])
         marked = {best: (values[best], measured[best])} if best in values else {}
         figure = scatter(stages, x_label=SCORES[ranking.default], y_label=truth["labels"][task], marked=marked)
-        report.figure(run.figure(f"agreement-{task}", figure), truth["captions"][task])
+        report.plot(f"agreement-{task}", figure, truth["captions"][task])
 
 
 def _add_choice(report: Report, run: Run) -> None:
-    if not _has(run, "choice"):
+    if not run.has("choice"):
         return
     part = run.load("choice").fields
     report.section("The chosen set").table(worded(part["rows"]), part["caption"])
@@ -164,17 +149,11 @@ def _add_choice(report: Report, run: Run) -> None:
             x_label=part["cost_label"],
             y_label=part["value_label"],
         )
-        report.figure(run.figure("budget", figure), part["curve_caption"])
-
-
-def _add_table(report: Report, run: Run, name: str) -> None:
-    if _has(run, f"table-{name}"):
-        part = run.load(f"table-{name}").fields
-        report.section(TITLES.get(f"table-{name}", name.capitalize())).table(worded(part["rows"]), part["caption"])
+        report.plot("budget", figure, part["curve_caption"])
 
 
 def _add_strips(report: Report, run: Run) -> None:
-    if not _has(run, "strips"):
+    if not run.has("strips"):
         return
     part = run.load("strips")
     report.section("Matched points")
@@ -182,18 +161,19 @@ def _add_strips(report: Report, run: Run) -> None:
     for key, value in part.tensors.items():
         place, name = key.split("/")
         strips[int(place)][name] = value
-    report.figure(run.figure("matches", match_strips(strips)), part.fields["caption"])
+    report.plot("matches", match_strips(strips), part.fields["caption"])
 
 
 def _add_components(report: Report, run: Run) -> None:
-    if not _has(run, "components"):
+    if not run.has("components"):
         return
     part = run.load("components")
     shown = {_short(name): part.tensors[name] for name in part.fields["names"][:_SHEET]}
     figure = component_sheet(part.tensors["image"], shown, [_short(name) for name in part.fields["dropped"]])
     report.section("What each activation sees")
-    report.figure(
-        run.figure("components", figure),
+    report.plot(
+        "components",
+        figure,
         part.fields.get("caption")
         or "The first three principal components of each activation of one image, as red, green and blue, in the "
         "order of execution; each tile is scaled for itself.",
@@ -225,7 +205,3 @@ def _short(name: str) -> str:
     for long, short in (("level", ""), ("-repeat", "."), ("vit-block", "vit"), ("-res-", " res-"), ("-vit", " vit")):
         name = name.replace(long, short)
     return name
-
-
-def _has(run: Run, part: str) -> bool:
-    return not run.missing([part])

@@ -12,7 +12,6 @@ from diffcore.models import DiffusionModel
 from diffcore.run import Run, RunMap
 from diffusion_featsel.app.inputs import protocol_of
 from diffusion_featsel.app.options import Extraction, FilterName
-from diffusion_featsel.app.report import save_table
 from diffusion_featsel.forward import activations_of, noised
 from diffusion_featsel.inventory import Inventory
 from diffusion_featsel.measured_filter import Filtered, FilterSettings, measured_filter
@@ -159,8 +158,7 @@ def tell_paper(run: Run, scores: Mapping[str, float], model: PublishedModel) -> 
         {"scenes": "complex (Bedroom-28)", "Spearman": found.complex, "regret, points of mIoU": found.regret_complex},
     ]
     doubt = f" Numbers that may be a slip in the paper: {', '.join(found.doubtful)}." if found.doubtful else ""
-    save_table(
-        run,
+    run.keep_table(
         "paper",
         rows,
         f"{found.n} activations that both have scored, tables 4 to 6 of the paper; best here is {found.best}.{doubt}",

@@ -2,7 +2,7 @@
 
 from diffcore.run import Run
 from diffusion_featsel.app.inputs import pixels_of_files
-from diffusion_featsel.app.report import components_of, save_components, save_table
+from diffusion_featsel.app.report import components_of, save_components
 from diffusion_featsel.files.features import StoredFeatures
 from diffusion_featsel.files.images import ImageList
 
@@ -33,7 +33,7 @@ def keep_stored(run: Run, stored: StoredFeatures, listed: ImageList) -> None:
         f"Shapes are those of {first}. StoredFeatures.open(folder).read(name, image) returns one map, and .maps(name) "
         "those of all images."
     )
-    save_table(run, "stored", rows, caption)
+    run.keep_table("stored", rows, caption)
     image = next(image for image in listed.images if image.name == first)
     pixels = pixels_of_files(listed, [image])[0]
     save_components(run, pixels.float() / 255, components_of(maps))

@@ -70,16 +70,14 @@ def write_page(run: Run) -> Path:
         study = Comparison.load(conditional)
         report.section("With labels as the condition").text(_condition_sentence(study))
         _add_samples(report, study, conditional)
-    if _has(run.folder, "diagnosis"):
+    if run.has("diagnosis"):
         _add_diagnosis(report, run, answers=not compared)
-    if _has(run.folder, "recipe"):
+    if run.has("recipe"):
         _add_training(report, run)
-    if run.record["status"] not in ("finished", "running"):
-        report.answer(f"This run is not finished ({run.record['status']}): type its command again.")
     if compared:
         report.section("What may be concluded").points(*_MAY)
         report.section("What may not").points(*_MAY_NOT)
-    return report.save(run.folder / "report.html")
+    return report.save()
 
 
 def _curves(study: Comparison) -> Figure:
@@ -124,13 +122,15 @@ def _add_comparison(report: Report, run: Run, folder: Path) -> None:
     report.answer(verdict(study))
     report.section("Fréchet distance")
     band = f"mean of {seeds} seeds, band from least to greatest" if seeds > 1 else "one seed"
-    report.figure(
-        run.figure("curves", _curves(study)),
+    report.plot(
+        "curves",
+        _curves(study),
         f"Distance to the real images over the training images seen; {band}. Colours are couplings, dashes numbers of "
         f"solver steps. Features: {study.features}.",
     )
-    report.figure(
-        run.figure("final", _final_bars(study)),
+    report.plot(
+        "final",
+        _final_bars(study),
         f"After the last training step; {band.replace('band', 'whiskers')}. Real against real at {study.floor_size} "
         f"images a side: {study.floor:.2f}.",
     )
@@ -172,15 +172,16 @@ def _add_diagnosis(report: Report, run: Run, *, answers: bool) -> None:
     shown = torch.cat([images["images"], 0.5 + averages / contrast])
     rounds = gallery.fields["rounds"]
     grid = image_grid(shown, columns=len(images["images"]), row_labels=["image", "independent noise", "assigned noise"])
-    report.figure(
-        run.figure("tilt", grid),
+    report.plot(
+        "tilt",
+        grid,
         f"Images, and the average of {rounds} noises that each met in batches of {gallery.fields['batch_size']}. "
         "Independent noise averages to nothing; assigned noise averages to a trace of its image: that is the tilt.",
     )
     distances = {name: images[f"distances/{name}"] for name in gallery.fields["couplings"]}
     pairs = len(next(iter(distances.values())))
     figure = histogram(distances, x_label="L2 distance between image and noise")
-    report.figure(run.figure("distances", figure), f"Distances between image and noise, {pairs:,} pairs each.")
+    report.plot("distances", figure, f"Distances between image and noise, {pairs:,} pairs each.")
     # Error and chance of the leak stand in the sentence below; the table would not fit on a page with them.
     rows = [{k: v for k, v in row.items() if k not in ("leak_error", "chance")} for row in diagnosis["rows"]]
     report.table([_readable(row) for row in rows], "By coupling and batch size")
@@ -197,8 +198,9 @@ def _add_training(report: Report, run: Run) -> None:
     if rows:
         loss = Series("loss", [row["step"] for row in rows], [row["loss"] for row in rows])
         figure = lines_with_band([loss], x_label="step", y_label="loss", log_y=True)
-        report.figure(
-            run.figure("loss", figure),
+        report.plot(
+            "loss",
+            figure,
             "Training loss of single batches. Losses of different couplings cannot be compared: assigned noise is "
             "easier to predict by construction.",
         )

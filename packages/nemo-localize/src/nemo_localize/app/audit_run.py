@@ -14,7 +14,6 @@ from nemo_localize.app.report import (
     save_evaluation,
     save_gallery,
     save_neurons,
-    save_table,
     save_verification,
     write_page,
 )
@@ -104,8 +103,7 @@ class AuditRun:
         captions = {prompt: found.to_json() for prompt, found in by_caption.items()}
         written = {"neurons": edit.neurons.to_json(), "captions": captions, "minimal_set": common.to_json()}
         write_json(self.run.folder / "neurons.json", written)
-        save_table(
-            self.run,
+        self.run.keep_table(
             "sets",
             common.rows(),
             "One set of neurons for all captions. Change: one minus the likeness of first steps of ordinary captions, "

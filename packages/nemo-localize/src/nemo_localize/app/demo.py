@@ -20,7 +20,7 @@ from diffcore.runtime import Runtime
 from diffcore.zoo import Memorised, memorised
 from diffcore.zoo.portraits.captions import ordinary_captions, same_form_captions
 from diffcore.zoo.portraits.people import portraits
-from nemo_localize.app.report import save_gallery, save_localization, save_table, write_page
+from nemo_localize.app.report import save_gallery, save_localization, write_page
 from nemo_localize.calibrate import Calibration, calibrate
 from nemo_localize.confirm import confirm, likenesses
 from nemo_localize.files.results import FILE as RESULTS
@@ -123,8 +123,7 @@ def _toured(model: DiffusionModel, known: Memorised, size: _Size, run: Run) -> d
     )
     images = _generate(model, items, originals, run, neurons=neurons)
     rows = _class_rows(classes, results, calibration)
-    save_table(
-        run,
+    run.keep_table(
         "classes",
         rows,
         f"The threshold is {calibration.tau:.3f}: mean plus standard deviation (paper) of ordinary captions and of "

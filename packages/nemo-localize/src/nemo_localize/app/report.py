@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,16 +111,10 @@ def save_gallery(
     run.save("gallery", {**kept, **known}, prompts=shown, mitigations=list(kept), seeds=list(seeds[:_SHOWN_SEEDS]))
 
 
-def save_table(run: Run, name: str, rows: Sequence[Mapping[str, Any]], caption: str) -> None:
-    """Keeps a table for the report: evaluation, verification, detection against classes."""
-    run.save(f"table-{name}", {}, rows=[dict(row) for row in rows], caption=caption)
-    run.table(name, rows)
-
-
 def save_evaluation(run: Run, measured: Evaluation) -> None:
     """Keeps what was measured on images for the report."""
     told = ["Medians over captions ± median absolute deviations", f"Likeness: {measured.source}", *measured.notes]
-    save_table(run, "evaluation", measured.rows(), " ".join(f"{text[:1].upper()}{text[1:]}." for text in told))
+    run.keep_table("evaluation", measured.rows(), " ".join(f"{text[:1].upper()}{text[1:]}." for text in told))
 
 
 def save_verification(run: Run, verification: Verification) -> None:
@@ -133,7 +128,7 @@ def save_verification(run: Run, verification: Verification) -> None:
         f"model's image that is most like the {verification.captions[0].target} is to it, beside what it came from. "
         f"Measured in {verification.source}."
     )
-    save_table(run, "verification", told, caption)
+    run.keep_table("verification", told, caption)
 
 
 def write_page(run: Run) -> Path:
@@ -142,23 +137,21 @@ def write_page(run: Run) -> Path:
     report = Report(_TITLES.get(verb, "nemo-localize"), run)
     if run.finished:
         report.answer(_answer(verb, renamed(run.result)))
-    elif _has(run, "gallery"):
-        report.answer("This run goes on; type its command again if it was interrupted.")
-    if _has(run, "evidence"):
+    if run.has("evidence"):
         add_evidence(report, run)
     _add_gallery(report, run)
     for name in ("verification", "proof"):  # as an earlier version called it
-        _add_table(report, run, name, "Verification")
-    _add_table(report, run, "evaluation", "Measured")
-    _add_table(report, run, "quality", "What it costs elsewhere")
-    _add_table(report, run, "sets", "One set for all captions")
-    _add_table(report, run, "classes", "Detection")
+        report.kept_table(name, "Verification", partial(worded, name))
+    report.kept_table("evaluation", "Measured", partial(worded, "evaluation"))
+    report.kept_table("quality", "What it costs elsewhere", partial(worded, "quality"))
+    report.kept_table("sets", "One set for all captions", partial(worded, "sets"))
+    report.kept_table("classes", "Detection", partial(worded, "classes"))
     _add_detection(report, run)
     _add_localization(report, run)
     if run.finished and verb == "calibrate":
         _add_calibration(report, run.result)
     report.section("What may not be concluded").points(*_LIMITS)
-    return report.save(run.folder / "report.html")
+    return report.save()
 
 
 def _answer(verb: str, result: Mapping[str, Any]) -> str:
@@ -212,7 +205,7 @@ def _within(interval: Sequence[float] | None) -> str:
 
 
 def _add_gallery(report: Report, run: Run) -> None:
-    if not _has(run, "gallery"):
+    if not run.has("gallery"):
         return
     gallery = run.load("gallery")
     fields = renamed(gallery.fields)
@@ -233,14 +226,8 @@ def _add_gallery(report: Report, run: Run) -> None:
         )
 
 
-def _add_table(report: Report, run: Run, name: str, heading: str) -> None:
-    if _has(run, f"table-{name}"):
-        part = run.load(f"table-{name}")
-        report.section(heading).table(worded(name, part.fields["rows"]), part.fields["caption"])
-
-
 def _add_detection(report: Report, run: Run) -> None:
-    if not _has(run, "detection"):
+    if not run.has("detection"):
         return
     part = run.load("detection")
     rows, tau = part.fields["rows"], part.fields["tau"]
@@ -252,8 +239,9 @@ def _add_detection(report: Report, run: Run) -> None:
         threshold=tau,
         threshold_label=f"threshold {tau:.3f}",
     )
-    report.figure(
-        run.figure("consistency", figure),
+    report.plot(
+        "consistency",
+        figure,
         f"How alike first steps are, {len(rows)} captions; those right of the threshold count as memorised.",
     )
     report.table(worded("captions", rows), "All captions; the table is also in tables/captions.csv.")
@@ -271,7 +259,7 @@ def _add_localization(report: Report, run: Run) -> None:
         "Memorised captions, and the neurons that were found for each. Before and after: the largest likeness of two "
         "seeds' first steps, without and with these neurons ablated. Which neurons they are stands in results.jsonl.",
     )
-    if not found or not _has(run, "neurons"):
+    if not found or not run.has("neurons"):
         return
     part = run.load("neurons")
     counts = Counter(name for r in found if r.refined for name, _ in r.refined)
@@ -282,16 +270,12 @@ def _add_localization(report: Report, run: Run) -> None:
         x_label="neurons found, over captions",
     )
     total = sum(part.fields["widths"])
-    report.figure(
-        run.figure("layers", figure), f"Neurons in each layer, {len(found)} captions; {total:,} were searched."
-    )
+    report.plot("layers", figure, f"Neurons in each layer, {len(found)} captions; {total:,} were searched.")
     figure = histogram(
         {"all neurons": part.tensors["z"].numpy(), "found neurons": part.tensors["found"].numpy()},
         x_label="how far a neuron stands out for its caption, in standard deviations",
     )
-    report.figure(
-        run.figure("z-scores", figure), f"How far neurons stand out from what is usual, {len(found)} captions."
-    )
+    report.plot("z-scores", figure, f"How far neurons stand out from what is usual, {len(found)} captions.")
 
 
 def _add_calibration(report: Report, result: Mapping[str, Any]) -> None:
@@ -324,7 +308,3 @@ def _short(module: str) -> str:
 
 def _cut(text: str) -> str:
     return text if len(text) <= _CAPTION_LETTERS else text[: _CAPTION_LETTERS - 1] + "…"
-
-
-def _has(run: Run, part: str) -> bool:
-    return not run.missing([part])

@@ -96,7 +96,7 @@ def add_evidence(report: Report, run: Run) -> None:
         threshold=told["memorised_above"],
         threshold_label=f"memorised above {told['memorised_above']:.3f}",
     )
-    report.figure(run.figure("evidence", figure), f"How alike images are among seeds, {len(drawn)} captions.")
+    report.plot("evidence", figure, f"How alike images are among seeds, {len(drawn)} captions.")
     if told["mistaken"]:
         named = ", ".join(f"“{prompt}”" for prompt in told["mistaken"])
         report.text(f"Some ordinary captions look memorised themselves; leave them out next time: {named}.")

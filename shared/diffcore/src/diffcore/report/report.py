@@ -4,7 +4,7 @@ import base64
 import io
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Report:
 
         Args:
             title: The question that the report answers.
-            run: The run it is about, for the section on how it was made.
+            run: The run it is about, for the section on how it was made; until it is finished, the answer says so.
         """
         self._title = title
         self._run = run
@@ -94,6 +94,10 @@ class Report:
                 self._blocks.append(_Picture(files.read(figure), caption))
         return self
 
+    def plot(self, name: str, figure: Figure, caption: str) -> "Report":
+        """Adds a figure that the run keeps as `figures/NAME.png`; caption as in `figure`."""
+        return self.figure(self._about.figure(name, figure), caption)
+
     def images(
         self,
         images: Float[Tensor, "b c h w"],
@@ -131,12 +135,33 @@ class Report:
             cut=len(rows) if len(rows) > _ROWS else 0,
         )
 
-    def save(self, path: Path) -> Path:
+    def kept_table(
+        self, name: str, heading: str, worded: Callable[[Sequence[dict[str, Any]]], Sequence[Mapping[str, Any]]] = list
+    ) -> "Report":
+        """Adds a section with the table that `Run.keep_table` kept, where there is one.
+
+        Args:
+            name: Name of the table.
+            heading: Heading of the section.
+            worded: Puts the rows into words for people.
+        """
+        if self._about.has(f"table-{name}"):
+            kept = self._about.load(f"table-{name}").fields
+            self.section(heading).table(worded(kept["rows"]), kept["caption"])
+        return self
+
+    def save(self, path: Path | None = None) -> Path:
         """Writes the report and returns its path; the same content gives the same bytes.
+
+        Args:
+            path: File to write; by default `report.html` of the run.
 
         Raises:
             MachineError: The disk is full or failing.
         """
+        if self._run is not None and not self._run.finished:
+            self.answer("This run goes on; type its command again if it was interrupted.")
+        path = self._about.folder / "report.html" if path is None else path
         text = self._html(shrink=False)
         if len(text) > _SHRINK_BYTES:
             text = self._html(shrink=True)
@@ -144,6 +169,12 @@ class Report:
         if len(text) > _WARN_BYTES:
             _LOG.warning("%s has %.0f MB; mail and some browsers may refuse it", Path(path).name, len(text) / 1e6)
         return jsonfile.write_text(path, text)
+
+    @property
+    def _about(self) -> Run:
+        if self._run is None:
+            raise ValueError("the report is about no run; give it one")
+        return self._run
 
     def _add(self, **block: Any) -> "Report":
         self._blocks.append(block)

@@ -150,6 +150,10 @@ class Run:
         done = {path.stem for path in (self.folder / "parts").glob("*.json")}
         return [key for key in keys if _file_name(key) not in done]
 
+    def has(self, key: str) -> bool:
+        """Returns whether the part of a key is finished."""
+        return not self.missing([key])
+
     def save(self, key: str, tensors: Mapping[str, Tensor], **meta: Any) -> Path:
         """Writes a finished part; when it returns, the part survives a power cut."""
         return artifact.save(self._part(key), tensors, schema=_PART, key=key, **meta)
@@ -175,6 +179,11 @@ class Run:
         if tables.has_guarded(rows):
             jsonfile.write_text(path.with_suffix(".jsonl"), "".join(map(jsonfile.json_line, rows)))
         return path
+
+    def keep_table(self, name: str, rows: Sequence[Mapping[str, Any]], caption: str) -> None:
+        """Keeps a table for the report, which `Report.kept_table` adds, and writes it as `table` does."""
+        self.save(f"table-{name}", {}, rows=[dict(row) for row in rows], caption=caption)
+        self.table(name, rows)
 
     def figure(self, name: str, figure: Savable) -> Path:
         """Writes `figures/NAME.png` at 150 dpi, the same bytes for the same figure."""

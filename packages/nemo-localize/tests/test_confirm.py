@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
+from diffcore.digests import digest_of
 from diffcore.noise import row_noise
-from diffcore.units import digest_of
 from nemo_localize.confirm import confirm
 from nemo_localize.likeness import likeness
 from nemo_localize.neurons import NeuronSet

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from diffcore.units import digest_of
+from diffcore.digests import digest_of
 from nemo_localize.app import cli
 from nemo_localize.app.words import worded
 from nemo_localize.app.work import Work

@@ -4,8 +4,8 @@ from copy import deepcopy
 
 import pytest
 
+from diffcore.digests import digest_of
 from diffcore.errors import UserError
-from diffcore.units import digest_of
 from nemo_localize.cover import lightest_cover
 from nemo_localize.first_step import FirstStep, Row
 from nemo_localize.minimal_set import minimal_set, within_budget

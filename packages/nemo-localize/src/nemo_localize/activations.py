@@ -7,12 +7,12 @@ References:
 """
 
 import hashlib
-from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
+from diffcore.digests import add_tensors
 from diffcore.errors import IncompatibleModelError
 from diffcore.hooks.attach import require_unfused
 from diffcore.models import DiffusionModel, PromptEncoder
@@ -55,9 +55,11 @@ def text_fingerprint(model: DiffusionModel, sites: ValueSites) -> str:
     """Returns a digest of all that activations depend on: text encoders, value matrices, layers and token rule."""
     digest = hashlib.sha256(_TOKEN_RULE.encode())
     for site in sites.sites:
-        _add(digest, site.module, model.backbone.get_submodule(site.module))
+        digest.update(site.module.encode())
+        add_tensors(digest, model.backbone.get_submodule(site.module).state_dict())
     for place, tower in enumerate(prompt_encoder(model).towers):
-        _add(digest, f"text encoder {place}, {tower.length} tokens", tower.encoder)
+        digest.update(f"text encoder {place}, {tower.length} tokens".encode())
+        add_tensors(digest, tower.encoder.state_dict())
     return digest.hexdigest()
 
 
@@ -65,14 +67,3 @@ def _values(module: nn.Module, states: Tensor) -> Tensor:
     parameter = next(module.parameters())
     values = module(states.to(parameter.device, parameter.dtype) if parameter.is_floating_point() else states)
     return values if values.dtype == torch.float64 else values.float()
-
-
-def _add(digest: "hashlib._Hash", name: str, module: nn.Module) -> None:
-    digest.update(name.encode())
-    for key, tensor in _tensors(module):
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return iter(module.state_dict().items())

@@ -5,8 +5,6 @@ many as fit, and a search goes on when all of its questions are answered. So the
 follow from the prompts alone. A score nearer to its threshold than batches move it is computed again, alone.
 """
 
-import hashlib
-import json
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -19,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffcore.denoiser import Condition
+from diffcore.digests import digest_of_values
 from nemo_localize.candidates import Candidates, candidates_of
 from nemo_localize.detect import look
 from nemo_localize.first_step import FirstStep, Row
@@ -33,7 +32,7 @@ def settings_hash(step: FirstStep, tau: float, statistics: Statistics, search: S
     """Returns a digest of all that a result depends on."""
     parts = [step.digest, step.model.fingerprint, tau, statistics.fingerprint, statistics.num_prompts]
     parts += [float(statistics.mean.sum()), described(search)]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    return digest_of_values(parts)[:16]
 
 
 def localize_batch(

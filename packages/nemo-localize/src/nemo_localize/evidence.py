@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from diffcore.digests import digest_of
 from diffcore.models import DiffusionModel
-from diffcore.units import Map, digest_of, each_unit
+from diffcore.units import Map, each_unit
 from nemo_localize.calibrate import Calibration
 from nemo_localize.detect import Detection, detect
 from nemo_localize.first_step import FirstStep

@@ -12,8 +12,6 @@ References:
     Hintersdorf, Struppek et al. 2024, section 3.1.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -26,6 +24,7 @@ from torch import Tensor
 
 from diffcore.batching import InBatches
 from diffcore.denoiser import Condition, GuidedDenoiser
+from diffcore.digests import digest_of_values
 from diffcore.errors import IncompatibleModelError
 from diffcore.models import DiffusionModel
 from diffcore.noise import row_noise
@@ -138,7 +137,7 @@ class FirstStep:
             # The version decides whether the coarsest scale keeps its border.
             "torchmetrics": PUBLISHED_TORCHMETRICS if self.published else None,
         }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return digest_of_values(parts)
 
     def encode(self, prompts: Sequence[str]) -> tuple[Condition, list[bool], list[str]]:
         """Returns the condition of prompts, whether each was truncated, and the part of each that was cut off."""

@@ -17,11 +17,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffcore.denoiser import Condition
+from diffcore.digests import digest_of
 from diffcore.hooks import Site, intervene
 from diffcore.hooks.attach import put_on, require_hookable
 from diffcore.models import DiffusionModel
 from diffcore.noise import mix_seed, row_generator, row_noise
-from diffcore.units import digest_of
 from nemo_localize.ablate import ablated
 from nemo_localize.activations import prompt_encoder
 from nemo_localize.images import generate_latents

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from diffcore.digests import digest_of
 from diffcore.errors import printable
-from diffcore.units import digest_of
 from nemo_localize.neurons import NO_NEURONS, NeuronSet
 
 if TYPE_CHECKING:

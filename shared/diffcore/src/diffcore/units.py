@@ -4,7 +4,6 @@ The other rows of a batch change the last bits of a row's result. So a unit is a
 never the rest after resuming: the same items share their batches on any number of processes and after any interruption.
 """
 
-import hashlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -90,9 +89,3 @@ def in_order(items: Sequence[T], done: Sequence[tuple[list[T], list[R]]]) -> lis
     """Returns the results of finished units in the order of the items, of those given twice too."""
     by_item = {item: result for unit, results in done for item, result in zip(unit, results, strict=True)}
     return [by_item[item] for item in items]
-
-
-def digest_of(item: Hashable) -> str:
-    """Returns 16 letters that name an item in files: of a string its own digest, else that of its `repr`."""
-    text = item if isinstance(item, str) else repr(item)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from diffcore.digests import digest_of_values
 from diffcore.errors import CorruptArtifactError, RunMismatchError, UserError, printable
 from diffcore.io import files
 from diffcore.io.artifact import installed_version
@@ -67,8 +68,7 @@ class Plan:
     def fingerprint(self) -> str:
         """Digest of everything that the bytes of the shards depend on."""
         shown = [[(image.name, image.sha256) for image in shard] for shard in self.shards]
-        text = json.dumps([dict(self.description), shown], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return digest_of_values([dict(self.description), shown])
 
 
 def plan_features(

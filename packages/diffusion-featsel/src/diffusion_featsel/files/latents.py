@@ -5,7 +5,6 @@ standard deviation of its posterior, in float32. Its folder is named by everythi
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from diffcore.digests import add_tensors, digest_of_values
 from diffcore.errors import UserError, printable
 from diffcore.io import files
 from diffcore.models import DiffusionModel
@@ -99,8 +99,6 @@ def codec_fingerprint(model: DiffusionModel) -> str:
     if not isinstance(vae, nn.Module):
         raise UserError(f"{printable(model.name)} has no autoencoder, so that there are no latents to keep")
     config = {key: value for key, value in dict(getattr(vae, "config", {})).items() if not key.startswith("_")}
-    digest = hashlib.sha256(json.dumps([type(vae).__name__, config], sort_keys=True, default=str).encode())
-    for name, tensor in sorted(vae.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else b"")
+    digest = hashlib.sha256(digest_of_values([type(vae).__name__, config]).encode())
+    add_tensors(digest, vae.state_dict())
     return digest.hexdigest()

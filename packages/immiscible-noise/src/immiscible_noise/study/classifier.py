@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffcore.data import ImageSet
+from diffcore.digests import add_tensors
 from diffcore.errors import UserError
 from diffcore.run import Run
 from diffcore.runtime import Runtime
@@ -121,9 +122,7 @@ def _network_for(images: ImageSet) -> Classifier:
 
 def _weights_hash(network: nn.Module) -> str:
     digest = hashlib.sha256()
-    for name, value in network.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    add_tensors(digest, network.state_dict())
     return digest.hexdigest()[:12]
 
 

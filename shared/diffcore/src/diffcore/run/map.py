@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from diffcore.digests import digest_of
 from diffcore.run.run import Run
-from diffcore.units import R, T, digest_of, in_order, units_of
+from diffcore.units import R, T, in_order, units_of
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric

@@ -3,13 +3,14 @@
 import importlib
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from diffcore.cli import Loading
 from diffcore.errors import RunMismatchError, UserError
 from diffcore.io import artifact
 from diffcore.io.jsonfile import write_json
@@ -17,7 +18,7 @@ from diffcore.runtime import Runtime
 from diffcore.testing import tiny
 from nemo_localize import protocol
 from nemo_localize.app import cli
-from nemo_localize.app.options import Loading
+from nemo_localize.app.options import Computing
 from nemo_localize.app.work import Work
 from nemo_localize.files.calibration import load_calibration, save_calibration
 from nemo_localize.files.results import read_results
@@ -121,7 +122,7 @@ def test_options_reach_what_they_are_of(
     assert told["sources"] == [["ordinary.txt", 60], ["more.txt", 1]]
     searched = sum(value_sites(simple.model.backbone, up=True).widths)
     assert told["neurons"] == searched > sum(value_sites(simple.model.backbone).widths)
-    step = Work(Loading(batch_size=3, up=True)).first_step(simple.model, StepSettings(num_seeds=2))
+    step = Work(computing=Computing(batch_size=3, up=True)).first_step(simple.model, StepSettings(num_seeds=2))
     assert (step.batch_size, step.sites.num_neurons) == (3, searched)
 
     own = simple.carriers(TRIGGER)
@@ -178,10 +179,10 @@ def test_export_and_restore(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_a_model_is_loaded_as_the_options_say(monkeypatch: pytest.MonkeyPatch):
     asked: dict[str, Any] = {}
     monkeypatch.setattr(importlib.import_module("diffcore.models"), "load", lambda *a, **b: asked.update(b, given=a))
-    work = Work(Loading(download=True, tokenizer=Path("t"), like=Path("l")), Runtime(seed=3, threads=1))
+    loading = Loading(True, True, "v_prediction", Path("t"), Path("l"))
+    work = Work(loading, Runtime(seed=3, threads=1))
     work.load("owner/name")
-    wanted = {"download": True, "tokenizer": Path("t"), "like": Path("l"), "given": ("owner/name", work.runtime)}
-    assert asked == wanted
+    assert asked == {**asdict(loading), "given": ("owner/name", work.runtime)}
 
 
 @pytest.mark.parametrize(
@@ -226,6 +227,13 @@ def test_the_exit_code_of_verification_is_its_verdict(
     assert json.loads(Path("runs/verify-planted/verification.json").read_text())["verdict"] == verdict
     assert TRIGGER in Path("runs/verify-planted/report.html").read_text()
     assert command("verify", *given) == code  # read from the finished run
+
+
+def test_an_audit_refuses_a_model_that_it_could_not_edit_before_it_computes(captions: Path, tmp_path: Path):
+    tiny.pipeline("sd15").save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    given = ["audit", str(tmp_path / "pickled"), str(captions), "--references", str(captions), "--allow-pickle"]
+    with pytest.raises(UserError, match="needs them as safetensors"):
+        cli.app(given)
 
 
 @pytest.mark.parametrize(("closed", "code"), [(True, 0), (False, 1)])

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from diffcore.cli import Job, settings
+from diffcore.digests import digest_of
 from diffcore.errors import UserError, printable
 from diffcore.io.files import sha256
 from diffcore.models import DiffusionModel
 from diffcore.run import Run, RunMap
-from diffcore.units import digest_of
 from diffusion_featsel.activation import Activation
 from diffusion_featsel.app.inputs import (
     MaskData,
@@ -29,7 +29,6 @@ from diffusion_featsel.app.inputs import (
     read_pair_data,
 )
 from diffusion_featsel.app.options import Extraction
-from diffusion_featsel.app.report import save_table
 from diffusion_featsel.app.scoring import tell_paper
 from diffusion_featsel.app.work import Work
 from diffusion_featsel.baselines import rescale, same_positions
@@ -170,10 +169,10 @@ def _together_by_points(
         center=None if paper else "pair",
     )
     scores = keypoint_scores(data.pairs, found)
-    save_table(run, "tasks", _forms(scores), _pck_caption(data, scores))
+    run.keep_table("tasks", _forms(scores), _pck_caption(data, scores))
     by_category = _categories(scores)
     if len(by_category) > 1:
-        save_table(run, "scores", by_category, "PCK@0.1 per point, relative to the image and to the object's box.")
+        run.keep_table("scores", by_category, "PCK@0.1 per point, relative to the image and to the object's box.")
     same = keypoint_scores(data.pairs, same_positions(data.pairs), num_resamples=1).share("image").value
     share = scores.share("image", "points")
     return {
@@ -248,15 +247,14 @@ def _told_probe(run: Run, result: ProbeResult, name: str, activations: list[str]
         )
     ]
     split = result.splits[0]
-    save_table(
-        run,
+    run.keep_table(
         "tasks",
         rows,
         f"{name}: {result.kind} over {len(result.splits)} random splits, {len(split.train)} training and "
         f"{len(split.test)} test images; classes that no test image has do not count.",
     )
     classes = [{"class": number, "IoU": value} for number, value in enumerate(result.per_class)]
-    save_table(run, "scores", classes, "Intersection over union of each class, mean over the splits.")
+    run.keep_table("scores", classes, "Intersection over union of each class, mean over the splits.")
     return {
         "answer": f"Mean IoU is {result.miou.mean:.3f} (standard deviation {result.miou.sd:.3f} over "
         f"{len(result.splits)} splits), by {result.kind}.",
@@ -347,7 +345,7 @@ def _alone_by_masks(run: Run, plan: Plan, data: MaskData, num_train: int | None)
 def _told_alone(
     run: Run, plan: Plan, values: Mapping[str, float], rows: list[dict[str, Any]], caption: str
 ) -> dict[str, Any]:
-    save_table(run, "tasks", rows, caption)
+    run.keep_table("tasks", rows, caption)
     best = rows[0]["activation"]
     compared = tell_paper(run, values, plan.against) if plan.against is not None else {}
     told = compared.get("against_paper")

@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffcore.digests import digest_of
 from diffcore.errors import UserError, printable
 from diffcore.io.files import sha256
 from diffcore.io.strictjson import read_untrusted
 from diffcore.models import DiffusionModel
-from diffcore.units import digest_of
 from diffusion_featsel.app.options import Extraction
 from diffusion_featsel.extractor import FeatureExtractor
 from diffusion_featsel.files.images import ImageList, ListedImage

@@ -1,42 +1,25 @@
-"""What commands that run a model share: their options, loading the model and the images, and the job of the run."""
+"""The options of every command that computes with a model."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from cyclopts import Parameter
 
-from diffcore.cli import Job, Loading, Output, load_model, settings
-from diffcore.runtime import Runtime
+import diffcore.cli
+from diffcore.cli import LoadingAny
 from diffusion_featsel.app.options import Extraction
-
-if TYPE_CHECKING:
-    from diffcore.models import DiffusionModel
 
 
 @Parameter(name="*")
 @dataclass(frozen=True)
-class Work:
-    """The options of every command that computes with a model.
+class Work(diffcore.cli.Work):
+    """The options of every command that computes with a model, of any family.
 
     Attributes:
         loading: Options that say how the model is read.
-        runtime: Options that say where it runs.
-        output: Options that say where results go.
     """
 
-    loading: Loading = field(default_factory=Loading)
-    runtime: Runtime = field(default_factory=Runtime)
-    output: Output = field(default_factory=Output)
-
-    def load(self, model: str) -> "DiffusionModel":
-        """Returns the model, on its device.
-
-        Args:
-            model: Name on the command line.
-        """
-        return load_model(model, self.loading, self.runtime)
+    script = "diffusion-featsel"
+    loading: LoadingAny = field(default_factory=LoadingAny)
 
     def seeded(self, extraction: Extraction) -> Extraction:
         """Returns the options of an extraction with the seed of the command line.
@@ -45,30 +28,3 @@ class Work:
             extraction: Options of the command line.
         """
         return replace(extraction, seed=self.runtime.seed)
-
-    def job(
-        self,
-        verb: str,
-        model: "DiffusionModel",
-        options: Mapping[str, Any],
-        inputs: Mapping[str, str],
-        volatile: Sequence[str] = (),
-    ) -> Job:
-        """Returns the job of a command.
-
-        Args:
-            verb: Name of the command.
-            model: Model that it computes with.
-            options: Options of the command itself, as on its command line; they replay the run.
-            inputs: Digests of whatever else it reads, by name.
-            volatile: Names of options that do not change the results.
-        """
-        return Job(
-            f"diffusion-featsel {verb}",
-            self.output.out or Path("runs") / f"{verb}-{model.name}",
-            self.output,
-            settings(**options, loading=self.loading, runtime=self.runtime),
-            {model.name: model.fingerprint} | dict(inputs),
-            volatile,
-            self.runtime,
-        )

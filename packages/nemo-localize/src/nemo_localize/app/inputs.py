@@ -1,12 +1,11 @@
 """Inputs of commands: captions, thresholds, judges, training images."""
 
-import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffcore.digests import digest_of_values
 from nemo_localize.app.options import Judging
 
 if TYPE_CHECKING:
@@ -54,10 +53,10 @@ def read_calibration(path: Path | None) -> "Calibration | None":
     return None if path is None else load_calibration(path)
 
 
-def digest_of(together: "NeuronSet", by_caption: "Mapping[str, NeuronSet]") -> str:
+def digest_of_neurons(together: "NeuronSet", by_caption: "Mapping[str, NeuronSet]") -> str:
     """Returns a digest of neurons that were read, whatever file they were in."""
     told = [together.to_json(), {prompt: neurons.to_json() for prompt, neurons in by_caption.items()}]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return digest_of_values(told)
 
 
 def load_judges(judging: Judging, work: "Work", *, distances: Sequence[str] = ()) -> "Judges":
@@ -73,15 +72,15 @@ def load_judges(judging: Judging, work: "Work", *, distances: Sequence[str] = ()
     from nemo_localize.evaluate import Judges
 
     def network(name: str) -> FeatureExtractor:
-        return feature_extractor(name, work.runtime, allow_pickle=judging.allow_pickle)
+        return feature_extractor(name, work.runtime, allow_pickle=work.loading.allow_pickle)
 
     copies = judging.sscd and network(f"sscd:{judging.sscd}")
     quality = [network(name) for name in distances]
     if judging.clip is None:
-        return Judges(copies=copies, quality=tuple(quality), batch_size=work.loading.batch_size)
+        return Judges(copies=copies, quality=tuple(quality), batch_size=work.computing.batch_size)
     clip = network(f"clip:{judging.clip}")
     quality += [clip] if distances else []
-    return Judges(copies, clip_text(clip, judging.clip), tuple(quality), work.loading.batch_size)
+    return Judges(copies, clip_text(clip, judging.clip), tuple(quality), work.computing.batch_size)
 
 
 def load_originals(judging: Judging, captions: "PromptSet") -> "dict[str, Tensor]":

@@ -55,20 +55,14 @@ UnitSize = Annotated[int, Parameter(help="Number of captions that share batches;
 
 @Parameter(name="*", group="Model", negative="")
 @dataclass(frozen=True)
-class Loading:
-    """How the model is found and read, and how much of it is computed at once.
+class Computing:
+    """Which layers are looked at, and how much is computed at once.
 
     Attributes:
-        download: Fetch a repository owner/name; without this option the network is never used.
-        tokenizer: Folder with CLIP's vocabulary, which single files lack.
-        like: Pipeline folder of the same family, whose configurations and tokenizers a single file takes.
         batch_size: Number of latents per forward pass; halved where memory runs out.
         up: Look at the up blocks too, which hardly matter in the paper (appendix C.8).
     """
 
-    download: bool = False
-    tokenizer: Path | None = None
-    like: Path | None = None
     batch_size: int = 64
     up: bool = False
 
@@ -123,10 +117,8 @@ class Judging:
             structural similarity.
         clip: Folder of a CLIP, for the fit of images and captions; without it the fit is not measured.
         originals: Folder of training images, assigned to captions by a column file_name, or else by order.
-        allow_pickle: Read networks that are pickles or programs; only from authors you trust.
     """
 
     sscd: Path | None = None
     clip: Path | None = None
     originals: Path | None = None
-    allow_pickle: bool = False

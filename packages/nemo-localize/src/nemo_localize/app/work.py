@@ -1,16 +1,15 @@
-"""What commands that compute with a model share: their options, loading the model, and the job that owns the run."""
+"""The options of every command that computes with a model, and what they make of it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cyclopts import Parameter
 
-from diffcore.cli import Job, Output, settings
+import diffcore.cli
+from diffcore.cli import Job
 from diffcore.errors import printable
-from diffcore.runtime import Runtime
-from nemo_localize.app.options import Loading
+from nemo_localize.app.options import Computing
 from nemo_localize.settings import StepSettings
 
 if TYPE_CHECKING:
@@ -24,34 +23,23 @@ FOUND_BEFORE = ("statistics", "calibration", "neurons", "import")
 
 @Parameter(name="*")
 @dataclass(frozen=True)
-class Work:
+class Work(diffcore.cli.Work):
     """The options of every command that computes with a model.
 
     Attributes:
-        loading: Options that say how the model is read.
-        runtime: Options that say where it runs.
-        output: Options that say where results go.
+        computing: Options that say which layers are looked at, and how much is computed at once.
     """
 
-    loading: Loading = field(default_factory=Loading)
-    runtime: Runtime = field(default_factory=Runtime)
-    output: Output = field(default_factory=Output)
-
-    def load(self, model: str) -> "DiffusionModel":
-        """Returns the model, on its device."""
-        from diffcore.models import load
-
-        self.runtime.apply_threads()
-        loading = self.loading
-        return load(model, self.runtime, download=loading.download, tokenizer=loading.tokenizer, like=loading.like)
+    script = "nemo-localize"
+    computing: Computing = field(default_factory=Computing)
 
     def first_step(self, model: "DiffusionModel", step: StepSettings) -> "FirstStep":
         """Returns the step that captions are judged by."""
         from nemo_localize.first_step import FirstStep
 
-        return FirstStep(model, step, batch_size=self.loading.batch_size, up=self.loading.up)
+        return FirstStep(model, step, batch_size=self.computing.batch_size, up=self.computing.up)
 
-    def job(
+    def run_of(
         self,
         verb: str,
         model: "DiffusionModel",
@@ -59,7 +47,7 @@ class Work:
         options: Mapping[str, Any],
         **inputs: str,
     ) -> Job:
-        """Returns the job of a command.
+        """Returns the job of a command that reads captions.
 
         Args:
             verb: Name of the command.
@@ -69,12 +57,5 @@ class Work:
             inputs: Digests of whatever else it reads, by name.
         """
         files = {printable(part.path.name): part.sha256 for part in captions}
-        return Job(
-            f"nemo-localize {verb}",
-            self.output.out or Path("runs") / f"{verb}-{model.name}",
-            self.output,
-            settings(**options, loading=self.loading, runtime=self.runtime),
-            {model.name: model.fingerprint} | files | inputs,
-            FOUND_BEFORE,
-            self.runtime,
-        )
+        own = {**options, "computing": self.computing}
+        return self.job(verb, model, own, files | inputs, FOUND_BEFORE)

@@ -128,6 +128,19 @@ def export(
     return manifest
 
 
+def require_editable(source: Path) -> None:
+    """Raises an error for a model whose edit could not be written, before anything is computed with it.
+
+    Args:
+        source: A diffusers pipeline folder, the folder of one U-Net, or a single file.
+
+    Raises:
+        UserError: The weights are pickles, of which no copy can be edited byte by byte.
+    """
+    if not backbone_headers(inspect_model(source, allow_pickle=True)):
+        raise UserError(f"the weights of {printable(source, 300)} are pickles; an edit needs them as safetensors")
+
+
 def checkpoint_in(out: Path) -> Path | None:
     """Returns the checkpoint that `export` wrote; None where it was interrupted or never called."""
     return next((path for path in (out / _FILE, out / _FOLDER) if path.exists()), None)

@@ -9,6 +9,8 @@ from diffcore.cli.app import track as track
 from diffcore.cli.job import Job as Job
 from diffcore.cli.options import Flag as Flag
 from diffcore.cli.options import Loading as Loading
+from diffcore.cli.options import LoadingAny as LoadingAny
 from diffcore.cli.options import Output as Output
 from diffcore.cli.options import Timing as Timing
 from diffcore.cli.options import load_model as load_model
+from diffcore.cli.work import Work as Work

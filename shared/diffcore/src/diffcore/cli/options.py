@@ -60,11 +60,10 @@ class Loading:
 
     Attributes:
         download: Fetch a repository owner/name; without this option nothing is downloaded.
-        allow_pickle: Read pickled weights with torch's restricted unpickler; only from authors you trust.
+        allow_pickle: Read weights that are pickles, or networks that are programs; only from authors you trust.
         prediction_type: Quantity that the network predicts, where the files do not say.
         tokenizer: Folder with CLIP's vocabulary, for single files.
         like: Pipeline folder of the same family, for single files: its configurations and tokenizers.
-        text_encoder: Folder with a T5 and its vocabulary, for PixArt, SD3 and Flux folders that came without.
     """
 
     download: bool = False
@@ -72,6 +71,17 @@ class Loading:
     prediction_type: Literal["epsilon", "sample", "v_prediction", "flow_prediction"] | None = None
     tokenizer: Path | None = None
     like: Path | None = None
+
+
+@Parameter(name="*", group="Model", negative="")
+@dataclass(frozen=True)
+class LoadingAny(Loading):
+    """How a model of any family is found and read: the options of `Loading`, and that of models with a T5.
+
+    Attributes:
+        text_encoder: Folder with a T5 and its vocabulary, for PixArt, SD3 and Flux folders that came without.
+    """
+
     text_encoder: Path | None = None
 
 

@@ -64,7 +64,7 @@ def require_same(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -
     before, now = (
         dict(_flat({"command": r["command"], "config": r["config"], "inputs": r["inputs"]})) for r in (old, new)
     )
-    differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    differing = [name for name in {**before, **now} if _given(before.get(name)) != _given(now.get(name))]
     if not differing:
         return
     lines = [
@@ -82,6 +82,11 @@ def require_same(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -
             ]
         )
     )
+
+
+def _given(value: Any) -> Any:
+    """Returns None for a flag that was not given: a version that does not have the flag records nothing."""
+    return None if value is False else value
 
 
 def _shown(value: Any) -> str:

@@ -73,7 +73,13 @@ def evaluate(
     def compute(run: "Run", map: "RunMap") -> dict[str, Any]:
         return evaluated(run, asked, kind=kind, matcher=matcher, num_train=num_train)
 
-    job = work.job("evaluate", loaded, options, digests(features, Path(data)) | {"data": asked.digest}, ("batch_size",))
+    job = work.job(
+        "evaluate",
+        loaded,
+        options,
+        digests(features, Path(data)) | {"data": asked.digest},
+        ("batch_size",),
+    )
     return job(
         compute,
         plan=asked.facts,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from diffcore.cli import Flag, Loading, emit, load_model
+from diffcore.cli import Flag, LoadingAny, emit, load_model
 from diffcore.errors import UserError, printable
 from diffcore.runtime import Runtime
 from diffusion_featsel.app.options import Extraction, FilterName, Images, ModelName
@@ -27,7 +27,7 @@ def inventory(
     kind: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
     size: int | None = None,
     extras: Flag = False,
-    loading: Loading = Loading(),
+    loading: LoadingAny = LoadingAny(),
     runtime: Runtime = Runtime(),
     json: Flag = False,
 ) -> int:
@@ -73,7 +73,7 @@ def _memory(megabytes: float) -> str:
     return f"{megabytes:.2f} MiB" if megabytes >= 0.1 else f"{megabytes * 1024:.2f} KiB"
 
 
-def _inventory(model: str, size: int | None, loading: Loading, runtime: Runtime) -> "Inventory":
+def _inventory(model: str, size: int | None, loading: LoadingAny, runtime: Runtime) -> "Inventory":
     from diffusion_featsel.files.config import read_meta_backbone
     from diffusion_featsel.inventory import inventory as list_all
 
@@ -121,6 +121,7 @@ def score(
         against_paper: Compare the ranking with the paper's tables of this model, which are those of SD 1.5, SDXL and
             Playground v2.
     """
+    from diffcore.digests import digest_of_values
     from diffusion_featsel.app.report import components_of, save_components, write_page
     from diffusion_featsel.app.scoring import check, filtered_by, ranked, tell_paper
     from diffusion_featsel.files.ranking import FILE, save_ranking
@@ -154,7 +155,7 @@ def score(
         "skipped_files": len(listed.skipped),
     }
     inputs = {image.name: image.sha256 for image in listed.distinct}
-    return work.job("score", loaded, options, {"images": _digest(inputs)}, volatile=("batch_size",))(
+    return work.job("score", loaded, options, {"images": digest_of_values(inputs)}, volatile=("batch_size",))(
         compute, plan=plan, report=write_page, shown=lambda result: {k: v for k, v in result.items() if k != "skipped"}
     )
 
@@ -166,12 +167,6 @@ def _images(loaded: Any, images: Path, extraction: Extraction, num_images: int) 
     if len(pixels) < 16:
         raise UserError(f"{printable(images, 300)} has {len(pixels)} distinct images; ranking needs at least 16")
     return pixels, listed, found
-
-
-def _digest(values: dict[str, str]) -> str:
-    from diffcore.units import digest_of
-
-    return digest_of(" ".join(f"{name}={value}" for name, value in sorted(values.items())))
 
 
 def _summary(ranking: "Ranking", kept: tuple[str, ...], skipped: Any) -> dict[str, Any]:

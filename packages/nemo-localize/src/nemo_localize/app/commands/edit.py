@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffcore.cli import Flag, Job, Output, emit
 from diffcore.errors import UserError, printable
-from nemo_localize.app.inputs import digest_of
+from nemo_localize.app.inputs import digest_of_neurons
 from nemo_localize.app.options import MostFrequent, UnchangedModel
 from nemo_localize.app.work import FOUND_BEFORE
 
@@ -60,7 +60,7 @@ def export(
 
     folder = output.out or Path("runs") / f"export-{source.stem}"
     config = {"model": model, "neurons": neurons, "most_frequent": most_frequent, "lora": lora}
-    inputs = {source.name: input_hash(source), "neurons": digest_of(chosen, reasons)}
+    inputs = {source.name: input_hash(source), "neurons": digest_of_neurons(chosen, reasons)}
     job = Job("nemo-localize export", folder, output, config, inputs, ("model", *FOUND_BEFORE))
     code = job(compute, plan={"neurons": len(chosen), "layers": len(chosen.layers)})
     if not output.dry_run:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffcore.cli import Flag
 from diffcore.errors import UserError
-from nemo_localize.app.inputs import digest_of, load_judges, load_originals, read_captions, read_kinds
+from nemo_localize.app.inputs import digest_of_neurons, load_judges, load_originals, read_captions, read_kinds
 from nemo_localize.app.options import (
     ImageCompat,
     ImageOptions,
@@ -87,7 +87,7 @@ def generate(
             mitigations=mitigations,
             neurons=separate if apart and separate else chosen,
             scale=scaling_factor,
-            settings=images.settings(work.loading.batch_size, compat),
+            settings=images.settings(work.computing.batch_size, compat),
             repeat=repeat,
             map=map,
         )
@@ -99,7 +99,7 @@ def generate(
     options |= {"scaling_factor": scaling_factor, "mitigations": list(mitigations), "compat": compat}
     options |= {"images": images, "repeat": repeat}
     count = len(found.distinct) * len(mitigations) * images.num_images
-    job = work.job("generate", loaded, [found], options, neurons=digest_of(chosen, separate))
+    job = work.run_of("generate", loaded, [found], options, neurons=digest_of_neurons(chosen, separate))
     return job(compute, plan={"images": count, "steps_each": images.image_steps}, report=write_page)
 
 
@@ -137,7 +137,7 @@ def evaluate(
         inception: Weights of Inception (TorchScript), for FID and KID of ordinary captions; a random network stands in
             for it.
     """
-    from nemo_localize.app.report import save_evaluation, save_gallery, save_table, write_page
+    from nemo_localize.app.report import save_evaluation, save_gallery, write_page
     from nemo_localize.evaluate import evaluate as measure
     from nemo_localize.files.neurons import most_frequent as find_most_frequent
     from nemo_localize.files.neurons import read_neurons
@@ -173,7 +173,7 @@ def evaluate(
                 mitigations=only or mitigations,
                 neurons=ablated,
                 scale=scaling_factor,
-                settings=images.settings(work.loading.batch_size, compat),
+                settings=images.settings(work.computing.batch_size, compat),
                 repeat=repeat,
                 map=map,
             )
@@ -202,7 +202,7 @@ def evaluate(
         save_gallery(run, found.distinct, shown, seeds, originals)
         save_evaluation(run, result)
         if result.quality:
-            save_table(run, "quality", result.quality_rows(), "Images of ordinary captions.")
+            run.keep_table("quality", result.quality_rows(), "Images of ordinary captions.")
         return result.to_json()
 
     options = {"model": model, "neurons": neurons, "most_frequent": most_frequent, "scaling_factor": scaling_factor}
@@ -211,7 +211,7 @@ def evaluate(
     per_caption = (len(mitigations) + beside) * images.num_images
     count = len(found.distinct) * per_caption + len(mitigations) * len(others.distinct if others else ())
     sets = [found] if others is None else [found, others]
-    job = work.job("evaluate", loaded, sets, options, neurons=digest_of(chosen, separate))
+    job = work.run_of("evaluate", loaded, sets, options, neurons=digest_of_neurons(chosen, separate))
     return job(compute, plan={"images": count, "steps_each": images.image_steps}, report=write_page)
 
 

@@ -62,7 +62,7 @@ def statistics(
     if not references and import_ is None:
         raise UserError("there are no captions; give files of ordinary ones, or statistics with `import` FILE")
     sets = [read_captions(path, strict) for path in references]
-    loaded, up = work.load(model), work.loading.up
+    loaded, up = work.load(model), work.computing.up
     imported = [] if import_ is None else [import_statistics(loaded, import_, num_prompts=import_count, up=up)]
 
     def compute(run: "Run", map: "RunMap") -> dict[str, Any]:
@@ -75,7 +75,7 @@ def statistics(
 
     options = {"model": model, "import": import_, "import_count": import_count}
     known = {} if import_ is None else {"import": sha256(import_)}
-    job = work.job("statistics", loaded, sets, options, **known)
+    job = work.run_of("statistics", loaded, sets, options, **known)
     return job(compute, plan={"captions": sum(map(len, sets)), "imported": len(imported)})
 
 
@@ -115,7 +115,7 @@ def calibrate(
 
     options = {"model": model, "quantile": quantile, "unit_size": unit_size, "step": step}
     plan = {"captions": len(found.distinct), "unet_rows": len(found.distinct) * step.num_seeds}
-    return work.job("calibrate", loaded, [found], options)(compute, plan=plan, report=write_page)
+    return work.run_of("calibrate", loaded, [found], options)(compute, plan=plan, report=write_page)
 
 
 def detect(
@@ -147,7 +147,7 @@ def detect(
         return save_detection(run, detections, level) if run.leading else {}
 
     options = {"model": model, "calibration": calibration, "tau": tau, "unit_size": unit_size, "step": step}
-    job = work.job("detect", loaded, [found], options, tau=repr(level))
+    job = work.run_of("detect", loaded, [found], options, tau=repr(level))
     return job(compute, plan={"captions": len(found.distinct)}, report=write_page)
 
 
@@ -198,7 +198,7 @@ def localize(
 
     options = {"model": model, "statistics": statistics, "calibration": calibration, "tau": tau}
     options |= {"step": step, "search": search}
-    job = work.job("localize", loaded, [found], options, statistics=usual.fingerprint, tau=repr(level))
+    job = work.run_of("localize", loaded, [found], options, statistics=usual.fingerprint, tau=repr(level))
     code = job(compute, plan={"captions": len(found.distinct), "tau": level}, report=write_page)
     if authors_table and (job.folder / FILE).exists() and not work.output.dry_run:
         _write_authors_table(job.folder, first.sites, found)

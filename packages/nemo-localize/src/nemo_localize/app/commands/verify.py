@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_localize.app.inputs import digest_of, load_judges, load_originals, read_calibration, read_captions
+from nemo_localize.app.inputs import digest_of_neurons, load_judges, load_originals, read_calibration, read_captions
 from nemo_localize.app.options import Files, ImageOptions, Judging, Search, Step, Strict, Tau, UnchangedModel
 from nemo_localize.app.work import Work
 from nemo_localize.settings import SearchSettings, StepSettings
@@ -66,7 +66,7 @@ def verify(
             tau=level,
             originals=originals,
             copies=judges.copies,
-            settings=images.settings(work.loading.batch_size),
+            settings=images.settings(work.computing.batch_size),
             map=map,
         )
         if run.leading:
@@ -76,7 +76,9 @@ def verify(
 
     options = {"model": model, "neurons": neurons, "controls": controls, "calibration": calibration, "tau": tau}
     options |= {"judging": judging, "step": step, "images": images}
-    job = work.job("verify", loaded, [found, harmless], options, neurons=digest_of(chosen, separate), tau=repr(level))
+    job = work.run_of(
+        "verify", loaded, [found, harmless], options, neurons=digest_of_neurons(chosen, separate), tau=repr(level)
+    )
     plan = {"captions": len(found.distinct), "controls": len(innocent)}
     return job(compute, plan=plan, report=write_page, passed=lambda result: result["verdict"] == "closed")
 
@@ -116,15 +118,17 @@ def audit(
     from nemo_localize.app.audit_run import AuditRun
     from nemo_localize.app.report import write_page
     from nemo_localize.audit import audit as audit_model
-    from nemo_localize.files.export import how_to_load
+    from nemo_localize.files.export import how_to_load, require_editable
 
     found = read_captions(captions, strict)
     sets = [read_captions(path, strict) for path in references]
     usual = sets[0] if ordinary is None else read_captions(ordinary, strict)
+    source = resolve(model, download=work.loading.download)
+    if work.loading.allow_pickle:
+        require_editable(source)
     loaded = work.load(model)
     first, judges, originals = work.first_step(loaded, step), load_judges(judging, work), load_originals(judging, found)
-    source = resolve(model, download=work.loading.download)
-    settings = images.settings(work.loading.batch_size)
+    settings = images.settings(work.computing.batch_size)
 
     def compute(run: "Run", map: "RunMap") -> dict[str, Any]:
         kept = AuditRun(run, first, source, images.seeds(), settings, originals)
@@ -145,7 +149,7 @@ def audit(
 
     options = {"model": model, "references": list(references), "ordinary": ordinary, "quantile": quantile}
     options |= {"judging": judging, "step": step, "search": search, "images": images}
-    job = work.job("audit", loaded, [found, usual, *sets], options)
+    job = work.run_of("audit", loaded, [found, usual, *sets], options)
     plan = {"captions": len(found.distinct), "references": sum(map(len, sets))}
     code = job(compute, plan=plan, report=write_page, passed=lambda result: result["closed"])
     if not work.output.dry_run and (note := how_to_load(job.folder)):

@@ -1,7 +1,7 @@
 """`diffcore hooks`: the modules of a network, and the share of a forward pass up to each."""
 
 from diffcore.cli.app import emit
-from diffcore.cli.options import Flag, Loading, load_model
+from diffcore.cli.options import Flag, LoadingAny, load_model
 from diffcore.runtime import Runtime
 
 
@@ -9,7 +9,7 @@ def hooks(
     model: str,
     patterns: tuple[str, ...],
     *,
-    loading: Loading = Loading(),
+    loading: LoadingAny = LoadingAny(),
     runtime: Runtime = Runtime(),
     json: Flag = False,
 ) -> int:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffcore.cli.app import emit, settings
 from diffcore.cli.job import Job
-from diffcore.cli.options import Loading, Output
+from diffcore.cli.options import LoadingAny, Output
 
 if TYPE_CHECKING:
     from diffcore.denoiser import NoiseSchedule
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from diffcore.run import Run
 
 
-def info(model: str, *, loading: Loading = Loading(), output: Output = Output()) -> int:
+def info(model: str, *, loading: LoadingAny = LoadingAny(), output: Output = Output()) -> int:
     """Describe a model without loading it: components, sizes, schedule, fingerprint.
 
     Shortest form: diffcore info FOLDER

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from diffcore.cli.app import settings
 from diffcore.cli.job import Job
-from diffcore.cli.options import Loading, Output, load_model
+from diffcore.cli.options import LoadingAny, Output, load_model
 from diffcore.errors import UserError, printable
 from diffcore.runtime import Runtime
 
@@ -26,7 +26,7 @@ def sample(
     size: int | None = None,
     adapter: Path | None = None,
     adapter_scale: float = 1.0,
-    loading: Loading = Loading(),
+    loading: LoadingAny = LoadingAny(),
     runtime: Runtime = Runtime(),
     output: Output = Output(),
 ) -> int:

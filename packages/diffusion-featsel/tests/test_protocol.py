@@ -141,10 +141,44 @@ def test_only_the_last_prompts_are_kept(model):
     assert len(conditions._kept) == 64
 
 
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_clip_reads_long_prompts_in_pieces(name):
+    model = from_pipeline(tiny.pipeline(name))
+    tower, conditions = model.prompts.towers[0], Conditions(model)
+    long = "a horse on a hill, " * 20
+    ids = tower.tokenizer(long).input_ids
+    assert len(ids) > 3 * 77
+    pieces = [torch.tensor([[ids[0], *ids[1:-1][start : start + 75], ids[-1]]]) for start in (0, 75, 150)]
+    states = [tower.encoder(piece, output_hidden_states=True) for piece in pieces]
+    expected = [out.hidden_states[-2] if name == "sdxl" else out[0] for out in states]
+    cond = conditions(long, size=(16, 16))
+    width = expected[0].shape[-1]
+    found = cond["encoder_hidden_states"]
+    torch.testing.assert_close(found[:, :231, :width], torch.cat(expected, 1), atol=1e-5, rtol=0)
+    assert found.shape[1] == 77 * -(-(len(ids) - 2) // 75)
+    if name == "sdxl":
+        torch.testing.assert_close(cond["text_embeds"], model.prompts([long])["text_embeds"], atol=1e-5, rtol=0)
+
+
+def test_a_long_prompt_beside_a_short_one_changes_neither():
+    model = from_pipeline(tiny.pipeline("sd15"))
+    conditions, prompts = Conditions(model), ["a horse", "a horse on a hill, " * 10]
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = torch.full((2,), 50.0)
+    with torch.no_grad():
+        both = model.denoiser(x, t, conditions(prompts, size=(16, 16))).noise
+        alone = [
+            model.denoiser(x[place : place + 1], t[:1], conditions(prompt, size=(16, 16))).noise
+            for place, prompt in enumerate(prompts)
+        ]
+    torch.testing.assert_close(both, torch.cat(alone), atol=1e-5, rtol=0)
+    assert not torch.allclose(alone[1], model.denoiser(x[1:], t[:1], model.prompts(prompts[1:])).noise, atol=1e-4)
+
+
 def test_a_cut_prompt_is_told():
-    conditions = Conditions(from_pipeline(tiny.pipeline("sd15")))
+    conditions = Conditions(from_pipeline(tiny.pipeline("pixart")))
     with pytest.warns(UserWarning, match="does not see the end of 'x{70}.*'x+"):
-        conditions("x" * 100, size=(16, 16))
+        conditions("x" * 1000, size=(16, 16))
 
 
 def test_models_without_text_encoders_take_no_prompt():

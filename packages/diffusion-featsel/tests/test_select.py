@@ -21,6 +21,7 @@ from diffusion_featsel.labelled import (
     explained,
 )
 from diffusion_featsel.match import match_points
+from diffusion_featsel.search import Search
 from diffusion_featsel.select import SelectSettings, select
 from diffusion_featsel.selection import Selection
 
@@ -237,6 +238,26 @@ def test_exactly_one_kind_of_evidence() -> None:
         SelectSettings(max_size=0)
     with pytest.raises(ValueError, match="`redundancy`"):
         SelectSettings(redundancy=0.0)
+
+
+def test_a_beam_finds_a_pair_that_greedy_search_walks_past() -> None:
+    """The best single activation leads away from the best pair."""
+    worth = {frozenset("a"): 1.0, frozenset("b"): 0.9, frozenset("c"): 0.8, frozenset("bc"): 3.0}
+    candidates = {name: activation(name) for name in "abc"}
+
+    def found(beam: int) -> list[str]:
+        settings = SelectSettings(max_size=2, beam=beam, ladder=False)
+
+        def value(names: tuple[str, ...]) -> torch.Tensor:
+            return torch.tensor([worth.get(frozenset(names), 1.5 if len(names) == 2 else 0.0)])
+
+        steps = Search(candidates, Budget.of("100ch"), value, settings).greedy()
+        return sorted(step.name for step in steps)
+
+    assert "a" in found(1)
+    assert found(2) == ["b", "c"]
+    with pytest.raises(ValueError, match="`beam`"):
+        SelectSettings(beam=0)
 
 
 def test_presets_and_random_sets_stand_beside() -> None:

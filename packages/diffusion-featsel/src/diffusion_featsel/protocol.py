@@ -25,6 +25,7 @@ from diffcore.denoiser.library import spaced
 from diffcore.errors import IncompatibleModelError, UserError, printable
 from diffcore.models import DiffusionModel
 from diffcore.models.backbones import condition_keys, latent_shape
+from diffcore.models.prompts import joined
 from diffcore.noise import mix_seed, row_noise
 from diffusion_featsel.prepare import Mode, Picture, Prepared, prepare
 
@@ -265,22 +266,21 @@ class Conditions:
         asked = [prompts] if isinstance(prompts, str) else list(prompts)
         new = [key for key in dict.fromkeys((prompt, size) for prompt in asked) if key not in self._kept]
         if new:
-            rows = self._encoded([prompt for prompt, _ in new], size)
-            for place, key in enumerate(new):
-                self._kept[key] = {name: value[place : place + 1] for name, value in rows.items()}
+            self._kept |= zip(new, self._encoded([prompt for prompt, _ in new], size), strict=True)
         rows = [self._kept[prompt, size] for prompt in asked]
         for prompt in asked:
             self._kept.move_to_end((prompt, size))
         while len(self._kept) > _KEPT_PROMPTS:
             self._kept.popitem(last=False)
-        together = {
-            name: torch.cat([row[name] for row in rows]) if len(rows) > 1 else rows[0][name] for name in rows[0]
-        }
+        together = dict(joined(rows)) if len(rows) > 1 else rows[0]
         return {name: value.to(self.model.device) for name, value in (together | dict(self.extra)).items()}
 
-    def _encoded(self, prompts: Sequence[str], size: tuple[int, int]) -> Condition:
+    def _encoded(self, prompts: Sequence[str], size: tuple[int, int]) -> list[dict[str, Tensor]]:
+        """Returns the condition of each prompt; CLIP reads long ones in pieces (published code)."""
         model = self.model
         if model.prompts is not None:
+            if any(model.prompts.num_chunks(prompt) > 1 for prompt in prompts):
+                return [dict(model.prompts.whole([prompt], size=size)) for prompt in prompts]
             tokens = model.prompts.tokenize(prompts)
             for prompt, lost in zip(prompts, tokens.lost, strict=True):
                 if lost:
@@ -288,7 +288,7 @@ class Conditions:
                         f"the text encoder does not see the end of {printable(prompt)!r}: {printable(lost)!r}",
                         stacklevel=4,
                     )
-            return model.prompts.encode(tokens, size=size)
+            return _each(model.prompts.encode(tokens, size=size), len(prompts))
         required = [key for key in condition_keys(model.backbone).required if key not in self.extra]
         if text := next((prompt for prompt in prompts if prompt), None):
             why = "came without text encoders" if required and required != ["class_labels"] else "takes no prompts"
@@ -298,7 +298,12 @@ class Conditions:
                 f"{model.name} takes {', '.join(required)} and came without text encoders; load its pipeline folder, "
                 "or give these in `extra`"
             )
-        return model.empty_condition(len(prompts)) if required else {}
+        return _each(model.empty_condition(len(prompts)) if required else {}, len(prompts))
+
+
+def _each(condition: Condition, count: int) -> list[dict[str, Tensor]]:
+    """Returns the rows of a condition."""
+    return [{name: value[place : place + 1] for name, value in condition.items()} for place in range(count)]
 
 
 def encode(

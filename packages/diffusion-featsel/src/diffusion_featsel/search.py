@@ -26,6 +26,7 @@ class SelectSettings:
         max_size: Largest number of activations; None for as many as the budget holds.
         redundancy: Alignment (linear CKA) with a chosen activation at which a candidate is left out, by score.
         ladder: Whether a set must have a coarse and a fine resolution, where candidates have several.
+        beam: Number of sets that the search with labels, or by information, carries on at once; 1 is greedy.
         num_random: Number of random sets within the same budget that it is compared with.
         seed: Seed of the random sets.
     """
@@ -33,6 +34,7 @@ class SelectSettings:
     max_size: int | None = 4
     redundancy: float = 0.9
     ladder: bool = True
+    beam: int = 1
     num_random: int = 20
     seed: int = 0
 
@@ -40,6 +42,8 @@ class SelectSettings:
         """Raises ValueError for values out of range."""
         if self.max_size is not None and self.max_size < 1:
             raise ValueError(f"`max_size` is {self.max_size}; give at least 1")
+        if self.beam < 1:
+            raise ValueError(f"`beam` is {self.beam}; give at least 1")
         if not 0 < self.redundancy <= 1:
             raise ValueError(f"`redundancy` is {self.redundancy}; give a number above 0, up to 1")
 
@@ -171,21 +175,34 @@ class Search:
             steps.append(Step(best, self.mean([*chosen, best]), None, None, self.added_cost(chosen, best)))
 
     def greedy(self) -> list[Step]:
-        """Returns the better of two greedy sets: by gain per cost, and by gain; either alone can be far off."""
+        """Returns the better of two sets, by gain per cost and by gain; either alone can be far off."""
         found = [self._forward(per_cost) for per_cost in (True, False)]
-        return max(found, key=lambda steps: self.mean([step.name for step in steps]))
+        return max(found, key=lambda steps: self.mean(_names(steps)))
 
     def _forward(self, per_cost: bool) -> list[Step]:
-        steps: list[Step] = []
-        while free := self.open([step.name for step in steps]):
-            chosen = [step.name for step in steps]
-            rated = [self._rated(chosen, name, per_cost) for name in free]
-            forced = len(steps) == 0 or (self.ladder_on() and len(steps) == 1 and self._missing_half(chosen, free))
-            worth = rated if forced else [(rate, step) for rate, step in rated if _worth(step)]
-            if not worth:
-                break
-            steps.append(max(worth, key=lambda item: item[0])[1])
-        return self._backward(steps)
+        """Returns the best set that the beam ends at, without the steps that it turns out not to need."""
+        ends: list[list[Step]] = []
+        states: list[list[Step]] = [[]]
+        while states:
+            grown: dict[frozenset[str], list[Step]] = {}
+            for steps in states:
+                further = self._further(steps, per_cost)[: self.settings.beam]
+                for step in further:
+                    grown.setdefault(frozenset(_names([*steps, step])), [*steps, step])
+                if not further:
+                    ends.append(steps)
+            states = sorted(grown.values(), key=lambda steps: self.mean(_names(steps)), reverse=True)
+            states = states[: self.settings.beam]
+        return max(map(self._backward, ends), key=lambda steps: self.mean(_names(steps)))
+
+    def _further(self, steps: Sequence[Step], per_cost: bool) -> list[Step]:
+        """Returns the steps that are worth taking next, best first."""
+        chosen = _names(steps)
+        free = self.open(chosen)
+        rated = [self._rated(chosen, name, per_cost) for name in free]
+        forced = len(steps) == 0 or (self.ladder_on() and len(steps) == 1 and self._missing_half(chosen, free))
+        worth = rated if forced else [(rate, step) for rate, step in rated if _worth(step)]
+        return [step for _, step in sorted(worth, key=lambda item: item[0], reverse=True)]
 
     def _missing_half(self, chosen: Sequence[str], free: Sequence[str]) -> bool:
         return all(self.coarse(name) != self.coarse(chosen[0]) for name in free)
@@ -245,6 +262,10 @@ class Search:
                     chosen.append(names[index])
             found.append(chosen)
         return found
+
+
+def _names(steps: Sequence[Step]) -> list[str]:
+    return [step.name for step in steps]
 
 
 def _most_alike(name: str, chosen: Sequence[str], alignment: Alignment | None) -> tuple[float, str]:

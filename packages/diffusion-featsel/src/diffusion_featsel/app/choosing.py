@@ -48,6 +48,7 @@ def choose(
     candidates: int,
     max_size: int,
     ladder: bool,
+    beam: int,
     num_classes: int | None,
     work: Work,
     report: Callable[[Run], Any],
@@ -61,7 +62,7 @@ def choose(
     scores = {name: value for name, value in ranking.scores(ranking.default).items() if name in kept}
     activations = {row.name: row.activation for row in ranking.rows if row.name in scores}
     extraction = Extraction(**details["extraction"])
-    choice = SelectSettings(max_size=max_size, ladder=ladder)
+    choice = SelectSettings(max_size=max_size, ladder=ladder, beam=beam)
     candidates = len(activations) if labels is None else min(candidates, len(activations))
     first = {name: activations[name] for name in list(scores)[:candidates]}
     if not first:
@@ -105,7 +106,7 @@ def choose(
 
     options = {
         **{"run": scored, "budget": budget, "labels": labels, "task": task, "candidates": candidates},
-        **{"max_size": max_size, "ladder": ladder, "num_classes": num_classes},
+        **{"max_size": max_size, "ladder": ladder, "beam": beam, "num_classes": num_classes},
     }
     job = Job(
         "diffusion-featsel select",

@@ -1,5 +1,6 @@
 """Encoding prompts as conditions of a backbone: first tokens, so that truncation is reported, then states."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,14 +53,19 @@ class TextTower:
     length: int
     expands: bool = False
 
-    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor, list[str]]:
-        """Returns ids, mask and the text that was cut."""
-        if self.expands:
-            prompts = [self._expanded(prompt) for prompt in prompts]
-        rows = (
-            self.tokenizer(list(prompts), padding=False, truncation=False, verbose=False).input_ids if prompts else []
-        )
-        end = self.tokenizer.eos_token_id
+    def tokenize(self, prompts: Sequence[str], *, num_chunks: int = 1) -> tuple[Tensor, Tensor, list[str]]:
+        """Returns ids, mask and the text that was cut.
+
+        Args:
+            prompts: The prompts.
+            num_chunks: Number of pieces that each prompt is spread over; above 1 each is a row of its own, with start
+                and end, and rows of one prompt follow one another.
+        """
+        rows, end = self._rows(prompts), self.tokenizer.eos_token_id
+        if num_chunks > 1:
+            inner = self.length - 2
+            pieces = [[row[1:-1][start * inner :][:inner] for start in range(num_chunks)] for row in rows]
+            rows = [[row[0], *piece, end] for row, own in zip(rows, pieces, strict=True) for piece in own]
         ids = torch.full((len(rows), self.length), self.tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
         lost = []
@@ -69,6 +75,18 @@ class TextTower:
             mask[index, : len(kept)] = 1
             lost.append(self.tokenizer.decode(row[self.length - 1 : -1]) if len(row) > self.length else "")
         return ids, mask, lost
+
+    def num_chunks(self, prompt: str) -> int:
+        """Returns the number of pieces that hold a whole prompt, at least 1."""
+        return max(1, -(-(len(self._rows([prompt])[0]) - 2) // (self.length - 2)))
+
+    def _rows(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Returns the tokens of each prompt, start and end included, however many."""
+        if self.expands:
+            prompts = [self._expanded(prompt) for prompt in prompts]
+        if not prompts:
+            return []
+        return self.tokenizer(list(prompts), padding=False, truncation=False, verbose=False).input_ids
 
     @cached_property
     def _vectors(self) -> dict[str, str]:
@@ -140,6 +158,42 @@ class PromptEncoder:
             torch.tensor(some, dtype=torch.bool),
             tuple(lost),
         )
+
+    def whole(self, prompts: Sequence[str], *, size: tuple[int, int] | None = None) -> Condition:
+        """Returns the condition of prompts of any length: CLIP reads a long one in pieces of 75 tokens.
+
+        The states of the pieces follow one another, see `joined` for prompts of different length; pooled states are
+        those of the first piece. Families with a T5 read one piece, as `__call__` does.
+
+        Args:
+            prompts: The prompts.
+            size: As in `encode`.
+
+        Example:
+            >>> from diffcore.models import from_pipeline
+            >>> from diffcore.testing import tiny
+            >>> encoder = from_pipeline(tiny.pipeline("sd15")).prompts
+            >>> tuple(encoder.whole(["a horse, " * 40, "a horse"])["encoder_hidden_states"].shape)[1]
+            154
+        """
+        numbers = [self.num_chunks(prompt) for prompt in prompts]
+        if max(numbers, default=1) == 1:
+            return self(prompts, size=size)
+        rows = []
+        for prompt, number in zip(prompts, numbers, strict=True):
+            tokens = [tower.tokenize([prompt], num_chunks=number) for tower in self.towers]
+            ids, masks = tuple(row[0] for row in tokens), tuple(row[1] for row in tokens)
+            pieces = self.encode(Tokens(ids, masks, torch.zeros(number, dtype=torch.bool), ("",) * number), size=size)
+            row = {key: value[:1] for key, value in pieces.items()}
+            states = pieces["encoder_hidden_states"].flatten(0, 1)[None]
+            rows.append({**row, "encoder_hidden_states": states})
+        return joined(rows)
+
+    def num_chunks(self, prompt: str) -> int:
+        """Returns the number of pieces in which CLIP reads a whole prompt; 1 for families with a T5."""
+        if self.recipe not in ("stable diffusion", "sdxl"):
+            return 1
+        return max(tower.num_chunks(prompt) for tower in self.towers)
 
     @torch.no_grad()
     def encode(self, tokens: Tokens, *, size: tuple[int, int] | None = None) -> Condition:
@@ -221,6 +275,23 @@ class PromptEncoder:
             states.append(output.hidden_states[-2])
             pooled.append(output[0])
         return torch.cat(states, -1), pooled
+
+
+def joined(conditions: Sequence[Condition]) -> Condition:
+    """Returns conditions of different prompts as one batch.
+
+    States of shorter prompts are repeated until all have as many: attention over states that are repeated equally often
+    is attention over the states.
+
+    Args:
+        conditions: Conditions with the same entries.
+    """
+    name = "encoder_hidden_states"
+    width = math.lcm(*(condition[name].shape[1] for condition in conditions if name in condition))
+    rows = [
+        {**row, name: row[name].repeat(1, width // row[name].shape[1], 1)} if name in row else row for row in conditions
+    ]
+    return {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
 
 
 def _device(module: nn.Module) -> torch.device:

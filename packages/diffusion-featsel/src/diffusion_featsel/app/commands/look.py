@@ -193,6 +193,7 @@ def select(
     candidates: int = 24,
     max_size: int = 4,
     ladder: Annotated[bool, Parameter(negative="--no-ladder")] = True,
+    beam: int = 1,
     num_classes: int | None = None,
     work: Work = Work(),
 ) -> int:
@@ -211,6 +212,7 @@ def select(
         candidates: Number of activations, best first, that are looked at with labels.
         max_size: Largest number of activations.
         ladder: Whether there must be a coarse and a fine one.
+        beam: Number of sets that the search with labels carries on at once; 1 takes the best next one each time.
         num_classes: Number of classes of the masks; by default one more than the largest.
     """
     from diffusion_featsel.app.choosing import choose
@@ -224,6 +226,7 @@ def select(
         candidates=candidates,
         max_size=max_size,
         ladder=ladder,
+        beam=beam,
         num_classes=num_classes,
         work=work,
         report=write_page,

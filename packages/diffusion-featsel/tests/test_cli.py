@@ -12,8 +12,10 @@ from PIL import Image
 
 from diffcore.cli import main
 from diffcore.testing import tiny
+from diffcore.testing.distributed import run_forked
 from diffcore.zoo import masks
 from diffusion_featsel.app.cli import app
+from diffusion_featsel.published import against_paper
 
 GOOD = "up-level1-repeat0-res-out"
 PAIR = ["images/00.png", "images/01.png"]
@@ -122,6 +124,34 @@ def test_the_same_command_reads_and_another_is_refused(place: Place):
     assert "--restart" in told
     assert (place.folder / "scored" / "ranking.safetensors").stat().st_mtime_ns == before
     place("extract", "model", "images", "--features", "chosen", "--out", "extracted")
+
+
+def test_two_processes_write_the_files_of_one(place: Place):
+    """Both ranks run the command itself, as a launcher starts it."""
+    few = ["--num-images", "16", "--filter", "none"]
+    ways = {"scored": ["score", *few], "extracted": ["extract", "--features", "chosen"]}
+    for alone, (verb, *options) in ways.items():
+        words = [verb, "model", "images", *options, "--devices", "2", "--out", f"runs/{verb}"]
+        assert run_forked(lambda _, words=words: main(app, words)) == [0, 0]
+        files = [path for path in (place.folder / alone).rglob("*.safetensors") if path.parent.name != "parts"]
+        assert files
+        for path in files:
+            other = place.folder / "runs" / verb / path.relative_to(place.folder / alone)
+            assert other.read_bytes() == path.read_bytes()
+
+
+def test_a_ranking_is_compared_with_the_papers_tables(place: Place):
+    """The tiny model has activations of the paper's names, so that all but the figures is that of real weights."""
+    scored = place.json("score", "model", "images", "--filter", "none", "--against-paper", "sd15")
+    words = ["evaluate", "model", ".", "--task", "segmentation", "--features", "all"]
+    found = place.json(*words, "--against-paper", "sd15")
+    for told in (scored["against_paper"], found["against_paper"]):
+        assert told["model"] == "sd15"
+        assert told["n"] == 8
+        assert -1 <= told["simple"] <= 1
+    expected = against_paper(found["activations"], "sd15")
+    assert found["against_paper"]["complex"] == expected.complex
+    assert "Horse-21" in (place.folder / "runs" / "evaluate-model" / "report.html").read_text()
 
 
 def test_a_report_is_made_again(place: Place):

@@ -13,6 +13,7 @@ from diffcore.models import DiffusionModel
 from diffcore.run import Run, RunMap
 from diffcore.testing import tiny
 from diffcore.testing.distributed import run_forked
+from diffusion_featsel import survey
 from diffusion_featsel.extractor import FeatureExtractor
 from diffusion_featsel.inventory import inventory
 from diffusion_featsel.judge import find_points
@@ -63,6 +64,27 @@ def test_batches_and_parts_do_not_change_the_numbers(model: DiffusionModel, imag
         calls.remove()
     torch.testing.assert_close(numbers(parts), numbers(whole), rtol=2e-3, atol=2e-3, equal_nan=True)
     torch.testing.assert_close(numbers(again), numbers(parts), equal_nan=True)
+
+
+def test_a_batch_that_memory_does_not_hold_leaves_nothing_in_the_sums(
+    model: DiffusionModel, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second batch fails half way, after some activations were added to."""
+    images = torch.cat([images, images[:8].flip(3)])
+    expected, seen = ranked(model, images, batch_size=24), []
+    add = survey.ActivationSums.add
+
+    def failing(self: survey.ActivationSums, views: survey.Views) -> None:
+        seen.append(len(views.batch))
+        if len(seen) == len(NAMES) + 3:
+            raise RuntimeError("CUDA out of memory")
+        add(self, views)
+
+    monkeypatch.setattr(survey.ActivationSums, "add", failing)
+    found = ranked(model, images, batch_size=48)
+    # Two groups at a time until memory runs out, then the first two anew and the others, one at a time.
+    assert seen == [16] * (len(NAMES) + 3) + [8] * 4 * len(NAMES)
+    torch.testing.assert_close(numbers(found), numbers(expected), rtol=2e-3, atol=2e-3, equal_nan=True)
 
 
 def test_two_processes_share_the_parts(model: DiffusionModel, images: Tensor, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-_CHUNK = 2**22  # numbers of a map that are in double precision at one time
+_CHUNK = 2**18  # numbers of a map that are in double precision at one time
 
 
 def centres(cells: int) -> Float64[Tensor, " cells"]:

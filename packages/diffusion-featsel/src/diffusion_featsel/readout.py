@@ -39,12 +39,12 @@ class Targets:
             values: Values at each place, for both draws.
             first: Index of the first image in the data set.
         """
-        rows = values.flatten(3).transpose(2, 3)
-        halves = [rows[:, (half + first) % 2 :: 2].flatten(0, 2).double() for half in range(2)]
+        rows, dtype = values.flatten(3).transpose(2, 3), zeros(device=values.device).dtype
+        halves = [rows[:, (half + first) % 2 :: 2].flatten(0, 2) for half in range(2)]
         return cls(
             torch.cat([rows, torch.ones_like(rows[..., :1])], 3).flatten(0, 1),
-            torch.stack([half.sum(0) for half in halves]),
-            torch.stack([half.square().sum(0) for half in halves]),
+            torch.stack([half.sum(0, dtype=dtype) for half in halves]),
+            torch.stack([half.square().sum(0, dtype=dtype) for half in halves]),
             torch.tensor([float(len(half)) for half in halves], device=values.device),
         )
 

@@ -107,12 +107,6 @@ class SurveySums(Sums):
     activations: dict[str, ActivationSums]
     images: dict[tuple[int, int], ImageSums]
 
-    def added(self) -> list[Tensor]:
-        """Returns the tensors that a batch is added to; samples are set."""
-        samples = [part for sums in self.activations.values() for part in (sums.samples, sums.other_samples)]
-        kept = {id(tensor) for part in samples if part is not None for tensor in part.tensors()}
-        return [tensor for tensor in self.tensors() if id(tensor) not in kept]
-
 
 @dataclass(frozen=True, eq=False)
 class Survey:
@@ -166,18 +160,20 @@ class Survey:
         Raises:
             MachineError: Memory is too small for one group.
         """
-        sums = self.empty()
+        sums, done, whole = self.empty(), list[range](), True
 
         def add(some: list[range]) -> None:
-            # A batch that runs out of memory leaves its part in the sums of some activations. Samples have a place for
-            # each image, so that they need no copy.
-            before = [(tensor, tensor.clone()) for tensor in sums.added()]
-            try:
-                self._add(sums, some)
-            except BaseException:
-                for tensor, value in before:
-                    tensor.copy_(value)
-                raise
+            nonlocal sums, whole
+            if not whole:
+                # A batch that ran out of memory left its part in the sums of some activations. It is rare, so what was
+                # added before is added anew, where a copy of all sums would take memory in every batch.
+                sums = self.empty()
+                for group in done:
+                    self._add(sums, [group])
+            whole = False
+            self._add(sums, some)
+            whole = True
+            done.extend(some)
 
         for _ in in_batches(list(groups), add):
             pass

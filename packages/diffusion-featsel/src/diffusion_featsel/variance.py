@@ -97,17 +97,18 @@ class VarianceSums(Sums):
         rows, places = x.flatten(0, 1), x.shape[3]
         products = torch.bmm(rows, rows.transpose(1, 2)).unflatten(0, x.shape[:2])
         totals = rows.sum(2).unflatten(0, x.shape[:2])
-        apart, both = x[0] - x[1], x[0] + x[1]
+        means = (totals[0] + totals[1]) / (2 * places)
         start = views.batch.first % 2
         for half in range(2):
             mine = slice((half + start) % 2, None, 2)
             count = 2 * products[:, mine].shape[1] * places
             rest = torch.outer(totals[:, mine].sum((0, 1)).to(shift) + count * shift / 2, shift)
             self.second[half] += products[:, mine].sum((0, 1)) + rest + rest.T
+        self.position += x.sum((0, 1)) / 2 + len(means) * shift[:, None]
+        self.image_means += (means + shift).square().sum(0)
+        self.images += len(means)
+        apart = x[0] - x[1]
         self.difference += torch.bmm(apart, apart.transpose(1, 2)).sum(0)
-        self.position += both.sum(0) / 2 + len(both) * shift[:, None]
-        self.image_means += (both.mean(2) / 2 + shift).square().sum(0)
-        self.images += len(both)
 
     def split(self) -> Split:
         """Returns the parts of the variance.

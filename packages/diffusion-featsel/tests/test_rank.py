@@ -182,6 +182,8 @@ def test_too_few_images_and_text_are_refused(model: DiffusionModel, images: Tens
     text = inventory(model).named(["down-level0-repeat0-vit-block0-cross-k"])
     with pytest.raises(ValueError, match="have no image places"):
         score(model, images, text)
+    with pytest.raises(ValueError, match="are attention maps, which hold tokens"):
+        score(model, images, inventory(model).match("mid-vit-block0-cross-map"))
     with pytest.raises(ValueError, match="and so is `t`; give another timestep"):
         ranked(model, images, other_t=50.0)
 

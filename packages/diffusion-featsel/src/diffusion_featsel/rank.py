@@ -42,7 +42,7 @@ def score(
     Args:
         model: Diffusion model that is looked into.
         images: At least 16 images with values in [0, 1], of the size that the activations were listed for.
-        activations: Activations that are measured; the caller leaves out attention maps and activations without places.
+        activations: Activations that are measured; all but attention maps and those without places.
         t: Timestep of the noise, in the units of the model's schedule.
         other_t: Second timestep, for the dependence of activations on it.
         condition: Condition of the backbone, one row for all images; by default that of the empty prompt.
@@ -58,7 +58,8 @@ def score(
         infinite or NaN values are in `broken`; constant ones are listed without scores.
 
     Raises:
-        ValueError: There are fewer than 16 images, an activation has no places, or both timesteps are the same.
+        ValueError: There are fewer than 16 images, an activation has no places or is an attention map, or both
+            timesteps are the same.
 
     References:
         Meng et al. 2024, section 4 for the properties; the estimators are our own.
@@ -80,6 +81,9 @@ def score(
     placeless = [activation.name for activation in activations if activation.grid is None]
     if placeless:
         raise ValueError(f"{', '.join(placeless[:3])} have no image places and cannot be ranked; leave them out")
+    maps = [activation.name for activation in activations if activation.kind.endswith("map")]
+    if maps:
+        raise ValueError(f"{', '.join(maps[:3])} are attention maps, which hold tokens and no channels; leave them out")
     if other_t == t:
         raise ValueError(f"`other_t` is {other_t}, and so is `t`; give another timestep to compare with")
     condition = model.empty_condition(1) if condition is None else condition

@@ -21,6 +21,8 @@ from PIL import Image
 from diffcore.cli import main
 from diffcore.denoiser import schedule_from
 from diffcore.io import artifact
+from diffcore.models import load
+from diffcore.runtime import Runtime
 from immiscible_noise.app.cli import app
 from immiscible_noise.study.train import load_snapshot, read_recipe
 
@@ -124,6 +126,9 @@ def test_an_exported_unet_predicts_in_plain_diffusers_what_it_predicts_here(
             t = timestep / 1000 if objective == "flow" else timestep
             ours = denoiser(x_t, t.expand(3), {"class_labels": labels}).output
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    loaded = load(out / "model", Runtime(device="cpu"))
+    assert loaded.denoiser.prediction_type == {"flow": "flow_prediction", "ddpm": "epsilon", "edm": "edm"}[objective]
+    assert torch.equal(unet.conv_in.weight, loaded.backbone.get_submodule("conv_in").weight)
 
 
 def test_couplings_of_one_seed_share_weights_order_and_noise(painted: Path, tmp_path: Path):

@@ -1,12 +1,15 @@
 """Writes a trained U-Net in diffusers' layout, so that it loads without this package."""
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import diffusers
 from diffusers import UNet2DModel
 
 from diffcore.io.jsonfile import write_json
+from diffcore.models import from_pipeline
 from diffcore.run import Run
 from immiscible_noise.study.settings import Objective
 from immiscible_noise.study.train import Recipe, load_snapshot
@@ -19,10 +22,11 @@ _SCHEDULERS: dict[Objective, str] = {
 
 
 def export_model(recipe: Recipe, run: Run) -> Path:
-    """Writes `model/unet`, `model/scheduler` and `model/training.json` into a training's run folder.
+    """Writes the pipeline folder `model`, with `training.json` beside its parts, into a training's run folder.
 
     The network is in diffusers' own time units, so that `UNet2DModel.from_pretrained` and the scheduler beside it
-    predict what it predicts here. `training.json` tells how pixels were scaled and which noise the model saw.
+    predict what it predicts here, and `diffcore.load` reads the folder. `training.json` tells how pixels were scaled
+    and which noise the model saw. A folder that an interrupted command left is written anew.
 
     Args:
         recipe: How the model was trained.
@@ -34,13 +38,14 @@ def export_model(recipe: Recipe, run: Run) -> Path:
     denoiser = load_snapshot(recipe, run.folder, recipe.settings.snapshot_steps[-1])
     if not isinstance(denoiser.backbone, UNet2DModel):
         raise TypeError(f"{type(denoiser.backbone).__name__} has no layout of diffusers")
-    folder = run.folder / "model"
-    denoiser.backbone.save_pretrained(folder / "unet", safe_serialization=True)
     options = {"sigma_data": recipe.sigma_data} if recipe.settings.objective == "edm" else {}
     scheduler = getattr(diffusers, _SCHEDULERS[recipe.settings.objective])
     if recipe.settings.objective == "ddpm":
         options |= {"clip_sample": True, "clip_sample_range": recipe.clip_x0, "timestep_spacing": "linspace"}
-    scheduler(**options).save_pretrained(folder / "scheduler")
+    pipeline: Any = diffusers.DDPMPipeline(unet=denoiser.backbone, scheduler=scheduler(**options))
+    folder = run.folder / "model"
+    shutil.rmtree(folder, ignore_errors=True)
+    from_pipeline(pipeline).save(folder)
     write_json(
         folder / "training.json",
         {

@@ -1,0 +1,417 @@
+"""The linear space over a population of adapters (paper, section 3.2): mean, scale, and principal components.
+
+With the vectors theta_i of n adapters in one gauge, mu their mean and s their standard deviation, number by number,
+
+    Z = (theta - mu) / s,    Z = U S V^T,    beta = (theta - mu) / s V,    theta = mu + s (V beta).
+
+Coordinates are given in standard deviations, z = beta / sigma, where sigma_k^2 is the variance of the members'
+coefficients beta_k: in z the members are a round cloud, and lengths and directions mean the same along every component.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from diffcore.adapters import Adapter
+from diffcore.digests import digest_of_values
+from diffcore.errors import UserError
+from w2w_space import gauge as gauges
+from w2w_space.gauge import Gauge, GaugeKind
+from w2w_space.layout import Layout
+from w2w_space.population import Population, vector_of
+from w2w_space.products import relative_distance
+from w2w_space.solve import GRAM_UP_TO, Solver, components, gram, leading, leading_iteratively
+
+Scaling = Literal["standard", "module", "none"]
+FEWEST = 3
+"""Fewest members that span a space."""
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What the gauge found in one module of the population.
+
+    Attributes:
+        module: Name of the module.
+        flipped: Share of the members whose sign was turned, for rank 1: near 0 where the population was anchored by a
+            shared initial A, near .5 where a PCA of the factors as they were would have been meaningless.
+        ties: Number of members whose sign is undecided.
+        zero: Number of members that do not change this module.
+    """
+
+    module: str
+    flipped: float
+    ties: int
+    zero: int
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a space was computed.
+
+    Attributes:
+        solver: Way to the eigenvectors.
+        scaling: What vectors were divided by: each number's standard deviation, its module's, or nothing.
+        total_variance: Sum of the variances of all components, those left out included.
+        constant: Number of coordinates that are the same in all members.
+        scale_ratio: Largest scale divided by the smallest.
+        alignment: What the gauge found in each module; empty for a raw gauge.
+    """
+
+    solver: Solver
+    scaling: Scaling
+    total_variance: float
+    constant: int
+    scale_ratio: float
+    alignment: tuple[Alignment, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class WeightSpace:
+    """A linear space of adapters; its points are adapters, in coordinates z of standard deviations.
+
+    Attributes:
+        gauge: Rule that makes vectors comparable, with the layout.
+        mean: Mean of the members' vectors.
+        scale: What deviations from the mean are divided by.
+        components: Principal components, orthonormal rows, largest variance first.
+        variances: Variance of the members' coefficients along each component.
+        fit: How the space was computed.
+        names: Names of the members; empty for a space without members.
+        members: Coordinates z of the members; empty for a space without members.
+        shrinkage: Length of the coordinates of adapters that were not in the fit, relative to that of members; see
+            `diagnose`. 1 where it is not known.
+    """
+
+    gauge: Gauge
+    mean: Float[Tensor, " size"]
+    scale: Float[Tensor, " size"]
+    components: Float[Tensor, "m size"]
+    variances: Float64[Tensor, " m"]
+    fit: Fit
+    names: tuple[str, ...] = ()
+    members: Float[Tensor, "n m"] = field(default_factory=lambda: torch.empty(0, 0))
+    shrinkage: float = 1.0
+
+    @classmethod
+    def build(
+        cls,
+        population: Population,
+        *,
+        gauge: GaugeKind = "canonical",
+        scaling: Scaling = "standard",
+        num_components: int | None = None,
+        solver: Solver | None = None,
+        block_size: int = 8192,
+    ) -> "WeightSpace":
+        """Returns the space of a population, from two passes over its vectors.
+
+        Args:
+            population: At least three adapters.
+            gauge: "canonical" removes the freedom of the factors; "raw" takes vectors as they are (published code).
+            scaling: "standard" divides each number by its standard deviation (paper), "module" each module by the root
+                of its mean variance, "none" nothing.
+            num_components: Largest number of components; by default all that the members span.
+            solver: "gram" holds the inner products of all pairs of members, "iterative" does not; by default the first
+                up to 20 000 members.
+            block_size: Numbers per vector that are read at a time.
+
+        Raises:
+            UserError: There are fewer than three members, all members are equal, or values are not finite.
+
+        Example:
+            >>> layout = Layout.of({"to_q": (4, 3)}, rank=1)
+            >>> matrix = torch.randn(10, 7, generator=torch.Generator().manual_seed(0))
+            >>> names = tuple(f"member {i}" for i in range(10))
+            >>> from w2w_space.products import relative_distance
+        from w2w_space.population import Stacked
+            >>> space = WeightSpace.build(Population(layout, names, Stacked(matrix)), num_components=3)
+            >>> tuple(space.components.shape), tuple(space.members.shape)
+            ((3, 7), (10, 3))
+        """
+        n, layout = len(population), population.layout
+        if n < FEWEST:
+            raise UserError(f"there are {n} adapters; a space needs at least {FEWEST}, and hundreds to be of use")
+        count = n - 1 if num_components is None else min(num_components, n - 1)
+        if count < 1:
+            raise UserError(f"`num_components` is {num_components}; give at least 1")
+        solver = solver or ("gram" if n <= GRAM_UP_TO else "iterative")
+        standard = _Standardised(population, gauge, scaling, block_size)
+        if solver == "gram":
+            values, vectors = leading(gram(standard.first(), n), count)
+        else:
+            for _ in standard.first():
+                pass
+            values, vectors = leading_iteratively(standard.again, n, count)
+        if len(values) == 0:
+            raise UserError("all adapters are equal: they span no space")
+        found, signs = components(standard.again(), values, vectors)
+        return cls(
+            Gauge(layout, standard.reference, gauge),
+            standard.mean,
+            standard.scale,
+            found,
+            values / (n - 1),
+            standard.fit(solver),
+            population.names,
+            (vectors * signs * math.sqrt(n - 1)).float(),
+        )
+
+    @property
+    def layout(self) -> Layout:
+        """Table of the vectors."""
+        return self.gauge.layout
+
+    @property
+    def num_components(self) -> int:
+        """Number of components."""
+        return len(self.components)
+
+    @cached_property
+    def sigma(self) -> Float[Tensor, " m"]:
+        """Standard deviation of the members' coefficients along each component."""
+        return self.variances.sqrt().float()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of what gives coordinates their meaning: points and directions of another space are refused by it."""
+        parts = [self.layout.to_json(), self.gauge.kind, self.variances.tolist()]
+        parts += [[float(x.double().sum()), float(x.double().square().sum())] for x in (self.mean, self.scale)]
+        return digest_of_values([*parts, self.components.double().sum(1).tolist()])
+
+    def truncated(self, num_components: int) -> "WeightSpace":
+        """Returns the space of the first components alone.
+
+        Args:
+            num_components: Number of components, at least 1 and at most as many as there are.
+        """
+        if not 1 <= num_components <= self.num_components:
+            raise UserError(f"`num_components` is {num_components}; give 1 to {self.num_components}")
+        m = num_components
+        return replace(self, components=self.components[:m], variances=self.variances[:m], members=self.members[:, :m])
+
+    def without_members(self) -> "WeightSpace":
+        """Returns the space without its members' names and coordinates, which reproduce the members."""
+        return replace(self, names=(), members=self.members[:0])
+
+    def vectors(self, z: Float[Tensor, "*b m"]) -> Float[Tensor, "*b size"]:
+        """Returns the vectors of points: mu + s (V beta).
+
+        Args:
+            z: Coordinates in standard deviations.
+        """
+        return self.mean + self.scale * ((z.to(self.mean) * self.sigma) @ self.components)
+
+    def coordinates(self, vectors: Float[Tensor, "b size"]) -> Float[Tensor, "b m"]:
+        """Returns the coordinates z of the projections of vectors.
+
+        Args:
+            vectors: Vectors of adapters, in any gauge.
+        """
+        return (((self.gauge(vectors) - self.mean) / self.scale) @ self.components.T) / self.sigma
+
+    def project(self, adapter: Adapter, *, unshrink: bool = False) -> "Point":
+        """Returns the point of the space that is nearest to an adapter.
+
+        Args:
+            adapter: Adapter of the same base model and layers, of any rank and with whatever factors.
+            unshrink: Whether to divide the coordinates by `shrinkage`, at most twice as long: those of an adapter that
+                was not in the fit come out too short.
+
+        Raises:
+            IncompatibleModelError: The adapter changes none of the modules, or other shapes.
+        """
+        vector = self.gauge(vector_of(adapter, self.layout)[0][None])
+        z = self.coordinates(vector)[0]
+        residual = relative_distance(self.layout, vector[0], self.vectors(z))
+        return Point(self, z / max(self.shrinkage, 0.5) if unshrink else z, residual)
+
+    def point(self, z: Float[Tensor, " m"] | None = None) -> "Point":
+        """Returns a point of the space.
+
+        Args:
+            z: Coordinates in standard deviations; by default those of the mean.
+
+        Raises:
+            ValueError: There are not as many coordinates as components.
+        """
+        z = torch.zeros(self.num_components) if z is None else z.float()
+        if z.shape != (self.num_components,):
+            raise ValueError(f"`z` has shape {tuple(z.shape)}; the space has {self.num_components} components")
+        return Point(self, z)
+
+    def member(self, name: str) -> "Point":
+        """Returns the point of a member.
+
+        Args:
+            name: Name of the member.
+
+        Raises:
+            UserError: There is no such member, or the space was written without its members.
+        """
+        if not self.names:
+            raise UserError("the space was written without its members")
+        if name not in self.names:
+            raise UserError(
+                f"the space has no member {name!r}; it has {self.names[0]!r} and {len(self.names) - 1} more"
+            )
+        return self.point(self.members[self.names.index(name)])
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """An adapter of a space.
+
+    Attributes:
+        space: Space that the coordinates belong to.
+        z: Coordinates in standard deviations.
+        residual: For a projected adapter, the Frobenius norm of what the space does not hold of its changes, divided by
+            that of the changes; None for points that were not projected.
+    """
+
+    space: WeightSpace
+    z: Float[Tensor, " m"]
+    residual: float | None = None
+
+    @property
+    def vector(self) -> Float[Tensor, " size"]:
+        """The adapter's vector."""
+        return self.space.vectors(self.z)
+
+    @property
+    def length(self) -> float:
+        """Distance from the mean in standard deviations: the Mahalanobis length of the coefficients."""
+        return float(self.z.double().norm())
+
+    def adapter(self, name: str = "point") -> Adapter:
+        """Returns the adapter, which `diffcore.adapters.write_adapter` writes as an ordinary LoRA.
+
+        Args:
+            name: Name of the adapter in messages.
+        """
+        return self.space.layout.adapter(self.vector, name)
+
+    def moved(self, by: Float[Tensor, " m"]) -> "Point":
+        """Returns the point at another place.
+
+        Args:
+            by: Difference of coordinates.
+        """
+        return Point(self.space, self.z + by.to(self.z))
+
+    def __add__(self, other: "Point") -> "Point":
+        """Returns the point whose coordinates are the sum, as deviations from the mean."""
+        if other.space.fingerprint != self.space.fingerprint:
+            raise UserError("the points belong to different spaces, and cannot be added")
+        return self.moved(other.z)
+
+
+class _Standardised:
+    """Goes through the columns of Z block by block; the first time, it finds gauge, mean and scale on the way."""
+
+    def __init__(self, population: Population, gauge: GaugeKind, scaling: Scaling, block_size: int) -> None:
+        layout = population.layout
+        self._population, self._gauge, self._scaling = population, gauge, scaling
+        self._blocks = layout.blocks(block_size)
+        self.reference = torch.zeros(layout.size)
+        self.mean, self.scale = torch.zeros(layout.size), torch.ones(layout.size)
+        self._variance, self._constant, self._alignment = 0.0, 0, list[Alignment]()
+
+    def first(self) -> Iterator[Tensor]:
+        """Yields the blocks, and keeps the gauge's reference, the mean and the scale of each."""
+        layout = self._population.layout
+        for modules in self._blocks:
+            span = layout.span(modules)
+            block = self._block(modules, find=True)
+            mean = block.double().mean(0)
+            block -= mean.float()
+            variances = block.double().square().sum(0) / (len(block) - 1)
+            # Numbers that never move have rounding errors for a deviation, and are left as they are.
+            still = variances <= (1e-7 * mean).square()
+            scale = self._scales(variances, modules).masked_fill(still, 1.0).float()
+            block /= scale
+            self.mean[span], self.scale[span] = mean.float(), scale
+            self._variance += float((variances / scale.double().square()).sum())
+            self._constant += int(still.sum())
+            yield block
+
+    def again(self) -> Iterator[Tensor]:
+        """Yields the blocks once more."""
+        for modules in self._blocks:
+            span = self._population.layout.span(modules)
+            yield self._block(modules, find=False).sub_(self.mean[span]).div_(self.scale[span])
+
+    def fit(self, solver: Solver) -> Fit:
+        """Returns what was found on the way."""
+        ratio = float(self.scale.max() / self.scale.min())
+        return Fit(solver, self._scaling, self._variance, self._constant, ratio, tuple(self._alignment))
+
+    def _scales(self, variances: Tensor, modules: range) -> Tensor:
+        if self._scaling == "none":
+            return torch.ones_like(variances)
+        if self._scaling == "standard":
+            return variances.sqrt()
+        layout, start = self._population.layout, self._population.layout.spans[modules[0]].start
+        spans = [layout.spans[place] for place in modules]
+        parts = [variances[span.start - start : span.stop - start] for span in spans]
+        return torch.cat([part.mean().sqrt().expand(len(part)) for part in parts])
+
+    def _block(self, modules: range, *, find: bool) -> Tensor:
+        """Returns the vectors of some modules in the gauge of the space."""
+        layout = self._population.layout
+        block = self._population.vectors.columns(layout.span(modules)).clone()
+        if find and not bool(block.isfinite().all()):
+            row = int((~block.isfinite()).any(1).nonzero()[0])
+            raise UserError(f"the vector of {self._population.names[row]!r} has values that are NaN or infinite")
+        if self._gauge == "raw":
+            return block
+        parts, start = [], layout.spans[modules[0]].start
+        for place in modules:
+            span = layout.spans[place]
+            joint = gauges.balanced(layout, block[:, span.start - start : span.stop - start], place)
+            if find:
+                reference = gauges.find_reference(joint)
+                self.reference[span] = gauges.apart(layout, reference[None], place)[0]
+            else:
+                reference = gauges.joined(layout, self.reference[None, span], place)[0]
+            turns = gauges.rotations(joint, reference)
+            if find:
+                self._alignment.append(_alignment(layout.modules[place], turns))
+            parts.append(gauges.apart(layout, joint @ turns.matrices, place))
+        return torch.cat(parts, 1)
+
+
+def _alignment(module: str, turns: gauges.Rotations) -> Alignment:
+    live = ~turns.zero
+    turned = (turns.matrices[:, 0, 0] < 0) & live if turns.matrices.shape[1] == 1 else torch.zeros_like(live)
+    share = float(turned.sum()) / max(int(live.sum()), 1)
+    return Alignment(module, min(share, 1 - share), int(turns.ties.sum()), int(turns.zero.sum()))
+
+
+def about(space: WeightSpace) -> dict[str, Any]:
+    """Returns the facts of a space for people: sizes, variance, participation ratio.
+
+    Args:
+        space: The space.
+    """
+    values = space.variances
+    return {
+        "members": len(space.names),
+        "modules": len(space.layout.modules),
+        "rank": space.layout.rank,
+        "numbers": space.layout.size,
+        "components": space.num_components,
+        "explained": float(values.sum()) / space.fit.total_variance,
+        "participation_ratio": float(values.sum() ** 2 / values.square().sum()),
+        "gauge": space.gauge.kind,
+        "scaling": space.fit.scaling,
+        "solver": space.fit.solver,
+        "constant_numbers": space.fit.constant,
+        "scale_ratio": space.fit.scale_ratio,
+    }

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -65,7 +66,7 @@ class Layout:
         ends = [0]
         for inputs, outputs in self.sides:
             ends.append(ends[-1] + self.rank * (inputs + outputs))
-        return tuple(slice(start, end) for start, end in zip(ends, ends[1:], strict=False))
+        return tuple(slice(start, end) for start, end in pairwise(ends))
 
     @property
     def size(self) -> int:

@@ -1,4 +1,4 @@
-"""Adapters compared by their changes B A, which no gauge touches, through small matrices: the products are never formed.
+"""Adapters compared by their changes B A, which no gauge touches; the products are never formed.
 
 The inner product of B A and B' A' is the sum of the entries of (A A'^T) * (B^T B'), two matrices of rank x rank'.
 """

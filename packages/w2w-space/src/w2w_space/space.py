@@ -129,8 +129,7 @@ class WeightSpace:
             >>> layout = Layout.of({"to_q": (4, 3)}, rank=1)
             >>> matrix = torch.randn(10, 7, generator=torch.Generator().manual_seed(0))
             >>> names = tuple(f"member {i}" for i in range(10))
-            >>> from w2w_space.products import relative_distance
-        from w2w_space.population import Stacked
+            >>> from w2w_space.population import Stacked
             >>> space = WeightSpace.build(Population(layout, names, Stacked(matrix)), num_components=3)
             >>> tuple(space.components.shape), tuple(space.members.shape)
             ((3, 7), (10, 3))
@@ -317,7 +316,8 @@ class _Standardised:
 
     def __init__(self, population: Population, gauge: GaugeKind, scaling: Scaling, block_size: int) -> None:
         layout = population.layout
-        self._population, self._gauge, self._scaling = population, gauge, scaling
+        self._population, self._gauge = population, gauge
+        self._scaling: Scaling = scaling
         self._blocks = layout.blocks(block_size)
         self.reference = torch.zeros(layout.size)
         self.mean, self.scale = torch.zeros(layout.size), torch.ones(layout.size)

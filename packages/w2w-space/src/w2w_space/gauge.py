@@ -57,13 +57,24 @@ class Gauge:
             >>> torch.allclose(*gauge(torch.stack([one, other])))
             True
         """
-        if self.kind == "raw":
-            return vectors
-        done = torch.empty_like(vectors)
-        for place, span in enumerate(self.layout.spans):
-            joint = balanced(self.layout, vectors[:, span], place)
+        return self.of_modules(vectors, range(len(self.layout.modules)))
+
+    def of_modules(self, block: Float[Tensor, "b numbers"], modules: range) -> Float[Tensor, "b numbers"]:
+        """Returns the numbers of some modules in this gauge.
+
+        Args:
+            block: Numbers of these modules alone.
+            modules: Places in the table of modules that follow one another.
+        """
+        if self.kind == "raw" or not len(modules):
+            return block
+        done, start = torch.empty_like(block), self.layout.spans[modules[0]].start
+        for place in modules:
+            span = self.layout.spans[place]
+            own = slice(span.start - start, span.stop - start)
+            joint = balanced(self.layout, block[:, own], place)
             turns = rotations(joint, joined(self.layout, self.reference[None, span], place)[0])
-            done[:, span] = apart(self.layout, joint @ turns.matrices, place)
+            done[:, own] = apart(self.layout, joint @ turns.matrices, place)
         return done
 
 
@@ -164,7 +175,9 @@ def find_reference(joint: Float[Tensor, "n sides r"]) -> Float[Tensor, "sides r"
     found = joint[_medoid(joint)]
     for _ in range(_ROUNDS):
         found = (joint @ rotations(joint, found).matrices).mean(0)
-    return found
+    # The frame of the member that it began with is arbitrary: take columns that are orthogonal, the longest first.
+    turned = found @ torch.linalg.svd(found, full_matrices=False)[2].T
+    return turned * torch.where(turned.gather(0, turned.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)
 
 
 def _medoid(joint: Float[Tensor, "n sides r"]) -> int:

@@ -85,8 +85,9 @@ class WeightSpace:
         fit: How the space was computed.
         names: Names of the members; empty for a space without members.
         members: Coordinates z of the members; empty for a space without members.
-        shrinkage: Length of the coordinates of adapters that were not in the fit, relative to that of members; see
-            `diagnose`. 1 where it is not known.
+        held_out: Coordinates z of the members in spaces that were fitted without them, see `diagnose`; empty where they
+            were not computed. New adapters are compared with these, since members' own noise is inside the components.
+        shrinkage: Length of the held-out coordinates relative to the members'; 1 where it is not known.
     """
 
     gauge: Gauge
@@ -96,7 +97,8 @@ class WeightSpace:
     variances: Float64[Tensor, " m"]
     fit: Fit
     names: tuple[str, ...] = ()
-    members: Float[Tensor, "n m"] = field(default_factory=lambda: torch.empty(0, 0))
+    members: Float[Tensor, "n _"] = field(default_factory=lambda: torch.empty(0, 0))
+    held_out: Float[Tensor, "h _"] = field(default_factory=lambda: torch.empty(0, 0))
     shrinkage: float = 1.0
 
     @classmethod
@@ -197,7 +199,12 @@ class WeightSpace:
 
     def without_members(self) -> "WeightSpace":
         """Returns the space without its members' names and coordinates, which reproduce the members."""
-        return replace(self, names=(), members=self.members[:0])
+        return replace(self, names=(), members=self.members[:0], held_out=self.held_out[:0])
+
+    @property
+    def reference(self) -> Float[Tensor, "n m"]:
+        """Coordinates that new points are compared with: the held-out members, or else the members."""
+        return self.held_out if len(self.held_out) else self.members
 
     def vectors(self, z: Float[Tensor, "*b m"]) -> Float[Tensor, "*b size"]:
         """Returns the vectors of points: mu + s (V beta).

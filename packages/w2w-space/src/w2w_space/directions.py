@@ -39,12 +39,14 @@ class Direction:
 
     Attributes:
         name: Name of the attribute.
-        vector: Unit vector in coordinates z.
+        vector: Move in coordinates z that changes the place on the axis by 1.
+        axis: Weights of the coordinates z that give the place on the direction's axis: the projection onto the unit
+            vector, in z, or in coefficients beta for the estimators "normal" and "ridge".
         score: Readout r of the attribute's value from z, relative to the mean.
-        std: Standard deviation of the members' places along the vector, the unit of strengths.
-        largest: Largest place of a member along the vector, the paper's unit.
-        raw: Length of the estimator's vector before it was made a unit vector, the unit of the published code for
-            "normal", in coefficients beta.
+        std: Standard deviation of the members' places on the axis, the unit of strengths.
+        largest: Largest place of a member on the axis, the paper's unit.
+        raw: Length of the estimator's vector before it was made a unit vector; strengths of the published code are
+            multiples of that vector.
         auc: Area under the ROC curve of places of members that were left out of the fit; for continuous labels the
             correlation with their values.
         counts: Members above and not above the middle of the values.
@@ -53,6 +55,7 @@ class Direction:
 
     name: str
     vector: Float64[Tensor, " m"]
+    axis: Float64[Tensor, " m"]
     score: Float64[Tensor, " m"]
     std: float
     largest: float
@@ -62,17 +65,17 @@ class Direction:
     estimator: Estimator
 
     def place(self, z: Float[Tensor, "*b m"]) -> Float64[Tensor, "*b"]:
-        """Returns the places of points along the direction, in standard deviations of the members.
+        """Returns the places of points on the axis, in standard deviations of the members.
 
         Args:
             z: Coordinates of the points.
         """
-        return z.double() @ self.vector / self.std
+        return z.double() @ self.axis / self.std
 
     def deciles(self) -> list[float]:
         """Returns the share of the vector's squared length in each tenth of the components, largest variance first."""
-        parts = np.array_split(self.vector.square().numpy(), 10)
-        return [float(part.sum()) for part in parts]
+        shares = self.vector.square() / self.vector.square().sum()
+        return [float(part.sum()) for part in np.array_split(shares.numpy(), 10)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +108,7 @@ class Directions:
 
     def matrix(self) -> Float64[Tensor, "k m"]:
         """Returns the unit vectors, one row per attribute."""
-        return torch.stack([row.vector for row in self.rows])
+        return torch.stack([row.vector / row.vector.norm() for row in self.rows])
 
     def cosines(self) -> Float64[Tensor, "k k"]:
         """Returns the cosine of each pair of directions."""
@@ -164,23 +167,25 @@ def find_directions(
     z, sigma = space.members.double(), space.variances.sqrt()
     _require_different(labels)
     vectors = _estimated(z, sigma, labels, estimator, ridge)
+    axes = _axes(vectors, sigma, estimator)
     scores = _readouts(z, labels)
     held_out = _held_out(z, sigma, labels, estimator, ridge, folds)
     rows = []
     for place, name in enumerate(labels.attributes):
-        unit = vectors[place] / vectors[place].norm()
-        places = z @ unit
+        places = z @ axes[place]
+        raw = float(vectors[place] @ axes[place])
         column = labels.values[:, place]
         known = column.isfinite()
         high = column[known] > (column[known].max() + column[known].min()) / 2
         rows.append(
             Direction(
                 name,
-                unit,
+                vectors[place] / raw,
+                axes[place],
                 scores[place],
                 float(places.std()),
                 float(places.max()),
-                float((vectors[place] * sigma).norm()),
+                raw,
                 _merit(held_out[known, place], column[known], binary=labels.binary(place)),
                 (int(high.sum()), int((~high).sum())),
                 estimator,
@@ -242,6 +247,14 @@ def _estimated(z: Tensor, sigma: Tensor, labels: Labels, estimator: Estimator, r
     return torch.stack(found)
 
 
+def _axes(vectors: Float64[Tensor, "k m"], sigma: Tensor, estimator: Estimator) -> Float64[Tensor, "k m"]:
+    """Returns the weights of z that project onto the unit vectors, in the metric that the estimator works in."""
+    if estimator not in ("normal", "ridge"):
+        return vectors / vectors.norm(dim=1, keepdim=True)
+    normals = vectors * sigma
+    return normals / normals.norm(dim=1, keepdim=True) * sigma
+
+
 def _readouts(z: Tensor, labels: Labels) -> Float64[Tensor, "k m"]:
     """Returns the readout of each attribute: the covariance with z, since the members' coordinates are white."""
     found = []
@@ -264,7 +277,7 @@ def _held_out(
         if any(len(column[column.isfinite()].unique()) < 2 for column in kept.values.T):
             continue
         vectors = _estimated(z, sigma, kept, estimator, ridge)
-        places[out] = z[out] @ (vectors / vectors.norm(dim=1, keepdim=True)).T
+        places[out] = z[out] @ _axes(vectors, sigma, estimator).T
     return places
 
 

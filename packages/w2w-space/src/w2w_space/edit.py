@@ -112,7 +112,9 @@ def edit(
         vectors = left @ right
     moved = point.z.double()
     for row, vector, strength in zip(moving, vectors, strengths.values(), strict=True):
-        moved = moved + strength * _unit(row, vector, unit, point.space) * vector
+        # However much was taken out of it, the vector moves the attribute's own place by 1.
+        size = {"std": row.std, "max": row.largest, "raw": row.raw}[unit]
+        moved = moved + strength * size * vector / (vector @ row.axis)
     after = Point(point.space, moved.float())
     places = tuple(_placed(row, point, after) for row in directions.rows)
     length = float(moved.norm())
@@ -126,7 +128,7 @@ def _without(
     moving: Sequence[Direction],
     metric: Metric,
 ) -> Float64[Tensor, "k m"]:
-    """Returns unit vectors without what they share with the kept attributes."""
+    """Returns vectors without what they share with the kept attributes."""
     sigma = space.variances.sqrt()
     if metric == "whitened":
         span = torch.stack([row.score for row in kept])
@@ -136,25 +138,15 @@ def _without(
         basis = torch.linalg.qr(span.T).Q
         scaled = vectors * sigma
         left = (scaled - scaled @ basis @ basis.T) / sigma
-    lengths = left.norm(dim=1, keepdim=True)
-    for row, length in zip(moving, lengths[:, 0].tolist(), strict=True):
+    lengths = left.norm(dim=1) / vectors.norm(dim=1)
+    for row, length in zip(moving, lengths.tolist(), strict=True):
         if length < _LEAST_LEFT:
             names = ", ".join(repr(other.name) for other in kept)
             raise UserError(
                 f"{1 - length:.0%} of the direction {row.name!r} is shared with {names}: the members do not tell them "
                 "apart; keep fewer attributes"
             )
-    return left / lengths
-
-
-def _unit(row: Direction, vector: Tensor, unit: Unit, space: WeightSpace) -> float:
-    if unit == "std":
-        # Where kept attributes were taken out, one unit still moves the attribute's own place by one deviation.
-        along = float(vector @ row.vector)
-        return row.std / along
-    if unit == "max":
-        return row.largest
-    return row.raw / float((vector * space.variances.sqrt()).norm())
+    return left
 
 
 def _placed(row: Direction, before: Point, after: Point) -> Placed:

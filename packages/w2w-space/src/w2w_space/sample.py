@@ -138,10 +138,10 @@ def _conditioned(z: Tensor, condition: Mapping[str, float], directions: Directio
     if directions is None:
         raise UserError("`condition` needs `directions`; find them in this space first")
     rows = [directions[name] for name in condition]
-    units = torch.stack([row.vector for row in rows])
+    axes = torch.stack([row.axis for row in rows])
     wanted = torch.tensor([place * row.std for place, row in zip(condition.values(), rows, strict=True)]).double()
     # The shortest move that puts all of them where they should be, where directions are correlated too.
-    return (z.double() + (wanted - z.double() @ units.T) @ torch.linalg.pinv(units).T).float()
+    return (z.double() + (wanted - z.double() @ axes.T) @ torch.linalg.pinv(axes).T).float()
 
 
 def _gaussian(space: WeightSpace, count: int, generator: torch.Generator) -> Tensor:

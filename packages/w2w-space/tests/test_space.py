@@ -1,5 +1,7 @@
 """The space against scikit-learn, planted populations, and random gauges."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,8 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from diffcore.errors import UserError
+from diffcore.run import Run, RunMap
+from diffcore.testing.distributed import run_forked
 from w2w_space.diagnose import cross_fitted, nearest_among_members, nearest_members, real_components
 from w2w_space.gauge import Gauge, balanced, find_reference, joined, rotations
 from w2w_space.layout import Layout
@@ -49,6 +53,33 @@ def test_the_space_is_scikit_learns(solver, block_size):
     signs = torch.sign((coefficients[:, :count] * ours.members[:, :count]).sum(0))
     torch.testing.assert_close(ours.members[:, :count].double(), coefficients[:, :count] * signs, atol=2e-3, rtol=0)
     assert about(ours)["components"] == 12
+
+
+@pytest.mark.parametrize("solver", ["gram", "iterative"])
+def test_parts_and_processes_give_the_space_of_one(solver, tmp_path: Path):
+    """Oracle 4: whatever the blocks and parts, on one process and on two."""
+    from lightning.fabric import Fabric
+    from lightning.fabric.plugins.environments import LightningEnvironment
+
+    population = toy(members=30).gauged
+    settings = {"solver": solver, "num_components": 5, "block_size": 150}
+    alone = WeightSpace.build(population, **settings)
+    parted = WeightSpace.build(population, **settings, parts=3)
+    Run.open(tmp_path / "both", command="t", config={}).close()
+
+    def on_rank(rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp", plugins=[LightningEnvironment()])
+        fabric.launch()
+        with Run.open(tmp_path / "both", command="t", config={}) as run:
+            space = WeightSpace.build(population, **settings, parts=2, map=RunMap(run, fabric))
+        return space.components, space.members, space.mean
+
+    for components, members, mean in [(parted.components, parted.members, parted.mean), *run_forked(on_rank)]:
+        assert angles(components, alone.components).max() < 1e-4
+        torch.testing.assert_close(members, alone.members, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(mean, alone.mean)
+    assert parted.fit.alignment == alone.fit.alignment
+    assert parted.fit.total_variance == pytest.approx(alone.fit.total_variance)
 
 
 def test_coordinates_of_members_are_white_and_lead_back():

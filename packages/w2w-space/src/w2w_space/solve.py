@@ -17,8 +17,6 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
 Solver = Literal["gram", "iterative"]
-Blocks = Callable[[], Iterable[Tensor]]
-"""Goes through the column blocks of Z once; each block has all rows."""
 DENSE_UP_TO = 5000
 """Number of members up to which all eigenvectors are computed."""
 GRAM_UP_TO = 20_000
@@ -65,49 +63,37 @@ def leading(inner: Float64[Tensor, "n n"], count: int) -> tuple[Float64[Tensor, 
 
 
 def leading_iteratively(
-    blocks: Blocks, members: int, count: int, device: torch.device | str = "cpu"
+    multiplied: Callable[[Float64[Tensor, "n k"]], Float64[Tensor, "n k"]], members: int, count: int
 ) -> tuple[Float64[Tensor, " m"], Float64[Tensor, "n m"]]:
-    """Returns the same as `leading`, without the matrix of inner products, by subspace iteration over the blocks.
+    """Returns the same as `leading`, without the matrix of inner products, by subspace iteration.
 
     Exact where the spectrum falls off behind the last component; on a flat tail the last components turn within their
     equals, as those of any randomised solver do.
 
     Args:
-        blocks: Column blocks of the matrix.
+        multiplied: Function that returns K Q, the inner products times a matrix.
         members: Number of rows.
         count: Number of eigenvalues.
-        device: Device that computes.
     """
     width = min(members, int(count * _OVERSAMPLED) + 10)
     generator = torch.Generator().manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(members, width, generator=generator, dtype=torch.float64)).Q.to(device)
-    image = basis
-    for _ in range(_PASSES):
+    basis = torch.linalg.qr(torch.randn(members, width, generator=generator, dtype=torch.float64)).Q
+    image = multiplied(basis)
+    for _ in range(_PASSES - 1):
         basis = torch.linalg.qr(image).Q
-        image = torch.zeros_like(basis)
-        small = basis.float()
-        for block in blocks():
-            image += (block @ (block.T @ small)).double()
+        image = multiplied(basis)
     values, turned = torch.linalg.eigh((basis.T @ image + image.T @ basis) / 2)
     values, vectors = values.flip(0)[:count], basis @ turned.flip(1)[:, :count]
     kept = int((values > members * torch.finfo(torch.float32).eps * values[:1]).sum())
     return values[:kept], vectors[:, :kept]
 
 
-def components(
-    blocks: Iterable[Float[Tensor, "n _"]], values: Float64[Tensor, " m"], vectors: Float64[Tensor, "n m"]
-) -> tuple[Float[Tensor, "m d"], Float64[Tensor, " m"]]:
-    """Returns the principal components V^T, and the sign that each eigenvector must be multiplied by.
-
-    The entry of largest magnitude of each component is positive, so that two computations agree.
+def signed(components: Float[Tensor, "m d"]) -> tuple[Float[Tensor, "m d"], Float[Tensor, " m"]]:
+    """Returns components whose entry of largest magnitude is positive, so that two computations agree, and the signs.
 
     Args:
-        blocks: Column blocks of the matrix.
-        values: Eigenvalues of the inner products.
-        vectors: Their eigenvectors.
+        components: Components with whatever signs; they are changed in place.
     """
-    weights = (vectors / values.sqrt()).float()
-    found = torch.cat([weights.T @ block for block in blocks], 1)
-    largest = found.abs().argmax(1, keepdim=True)
-    signs = torch.where(found.gather(1, largest) < 0, -1.0, 1.0)
-    return found.mul_(signs), signs[:, 0].double()
+    largest = components.abs().argmax(1, keepdim=True)
+    signs = torch.where(components.gather(1, largest) < 0, -1.0, 1.0).to(components)
+    return components.mul_(signs), signs[:, 0]

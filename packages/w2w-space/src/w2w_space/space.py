@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Float64
@@ -21,14 +21,16 @@ from torch import Tensor
 from diffcore.adapters import Adapter
 from diffcore.digests import digest_of_values
 from diffcore.errors import UserError
+from diffcore.units import Map, each_unit
 from w2w_space import gauge as gauges
 from w2w_space.gauge import Gauge, GaugeKind
 from w2w_space.layout import Layout
 from w2w_space.population import Population, vector_of
 from w2w_space.products import relative_distance
-from w2w_space.solve import GRAM_UP_TO, Solver, components, gram, leading, leading_iteratively
+from w2w_space.solve import GRAM_UP_TO, Solver, gram, leading, leading_iteratively, signed
 
 Scaling = Literal["standard", "module", "none"]
+Part = tuple[range, ...]
 FEWEST = 3
 """Fewest members that span a space."""
 
@@ -111,6 +113,8 @@ class WeightSpace:
         num_components: int | None = None,
         solver: Solver | None = None,
         block_size: int = 8192,
+        parts: int = 1,
+        map: Map = each_unit,
     ) -> "WeightSpace":
         """Returns the space of a population, from two passes over its vectors.
 
@@ -123,6 +127,8 @@ class WeightSpace:
             solver: "gram" holds the inner products of all pairs of members, "iterative" does not; by default the first
                 up to 20 000 members.
             block_size: Numbers per vector that are read at a time.
+            parts: Number of parts of the columns that `map` may keep or share among processes.
+            map: Goes through the parts; see `diffcore.units.Map`.
 
         Raises:
             UserError: There are fewer than three members, all members are equal, or values are not finite.
@@ -143,25 +149,53 @@ class WeightSpace:
         if count < 1:
             raise UserError(f"`num_components` is {num_components}; give at least 1")
         solver = solver or ("gram" if n <= GRAM_UP_TO else "iterative")
-        standard = _Standardised(population, gauge, scaling, block_size)
+        columns = _Columns(
+            population, gauge, scaling, torch.zeros(layout.size), torch.zeros(layout.size), torch.ones(layout.size)
+        )
+        shared = _parts(layout.blocks(block_size), parts)
+        word = f"space {gauge} {scaling} {count} {block_size}"
+        first = map(lambda unit: [columns.first(part) for part in unit], shared, name=f"{word} first", kind=Tensor)
+        inner, facts = zip(*(columns.take(*pair) for pair in zip(shared, first, strict=True)), strict=True)
         if solver == "gram":
-            values, vectors = leading(gram(standard.first(), n), count)
+            values, vectors = leading(torch.stack(inner).sum(0), count)
         else:
-            for _ in standard.first():
-                pass
-            values, vectors = leading_iteratively(standard.again, n, count)
+
+            def multiplied(basis: Tensor) -> Tensor:
+                small = basis.float()
+
+                def work(unit: list[Part]) -> list[Tensor]:
+                    return [
+                        torch.stack([z @ (z.T @ small) for z in columns.again(part)]).double().sum(0) for part in unit
+                    ]
+
+                found = map(work, shared, name=f"{word} {digest_of_values(basis.sum(0).tolist())[:16]}", kind=Tensor)
+                return torch.stack(found).sum(0)
+
+            values, vectors = leading_iteratively(multiplied, n, count)
         if len(values) == 0:
             raise UserError("all adapters are equal: they span no space")
-        found, signs = components(standard.again(), values, vectors)
+        weights = (vectors / values.sqrt()).float()
+
+        def directions(unit: list[Part]) -> list[Tensor]:
+            return [torch.cat([weights.T @ block for block in columns.again(part)], 1) for part in unit]
+
+        found, signs = signed(torch.cat(map(directions, shared, name=f"{word} {solver} components", kind=Tensor), 1))
         return cls(
-            Gauge(layout, standard.reference, gauge),
-            standard.mean,
-            standard.scale,
+            Gauge(layout, columns.reference, gauge),
+            columns.mean,
+            columns.scale,
             found,
             values / (n - 1),
-            standard.fit(solver),
+            Fit(
+                solver,
+                scaling,
+                sum(part.variance for part in facts),
+                sum(part.constant for part in facts),
+                float(columns.scale.max() / columns.scale.min()),
+                tuple(row for part in facts for row in part.alignment),
+            ),
             population.names,
-            (vectors * signs * math.sqrt(n - 1)).float(),
+            (vectors * signs.double() * math.sqrt(n - 1)).float(),
         )
 
     @property
@@ -318,87 +352,126 @@ class Point:
         return self.moved(other.z)
 
 
-class _Standardised:
-    """Goes through the columns of Z block by block; the first time, it finds gauge, mean and scale on the way."""
+@dataclass
+class _Columns:
+    """The columns of Z, block by block: the first pass finds gauge, mean and scale on the way, later ones take them.
 
-    def __init__(self, population: Population, gauge: GaugeKind, scaling: Scaling, block_size: int) -> None:
-        layout = population.layout
-        self._population, self._gauge = population, gauge
-        self._scaling: Scaling = scaling
-        self._blocks = layout.blocks(block_size)
-        self.reference = torch.zeros(layout.size)
-        self.mean, self.scale = torch.zeros(layout.size), torch.ones(layout.size)
-        self._variance, self._constant, self._alignment = 0.0, 0, list[Alignment]()
+    A part is a tuple of blocks, a block a range of modules.
+    """
 
-    def first(self) -> Iterator[Tensor]:
-        """Yields the blocks, and keeps the gauge's reference, the mean and the scale of each."""
-        layout = self._population.layout
-        for modules in self._blocks:
-            span = layout.span(modules)
-            block = self._block(modules, find=True)
+    population: Population
+    gauge: GaugeKind
+    scaling: Scaling
+    reference: Tensor
+    mean: Tensor
+    scale: Tensor
+
+    def first(self, part: Part) -> Float64[Tensor, " _"]:
+        """Returns what the first pass finds in a part, in one vector that `take` reads.
+
+        Args:
+            part: Blocks of the part.
+        """
+        n = len(self.population)
+        inner, found = torch.zeros(n, n, dtype=torch.float64), []
+        for modules in part:
+            block, reference, facts = self._gauged(modules, find=True)
             mean = block.double().mean(0)
             block -= mean.float()
-            variances = block.double().square().sum(0) / (len(block) - 1)
+            variances = block.double().square().sum(0) / (n - 1)
             # Numbers that never move have rounding errors for a deviation, and are left as they are.
             still = variances <= (1e-7 * mean).square()
-            scale = self._scales(variances, modules).masked_fill(still, 1.0).float()
-            block /= scale
-            self.mean[span], self.scale[span] = mean.float(), scale
-            self._variance += float((variances / scale.double().square()).sum())
-            self._constant += int(still.sum())
-            yield block
+            scale = self._scales(variances, modules).masked_fill(still, 1.0).float().double()
+            inner += gram([block.div_(scale.float())], n)
+            kept = (variances / scale.square()).masked_fill(still, 0.0)
+            found += [reference.double(), mean, scale, kept, still.double(), facts.double().flatten()]
+        return torch.cat([inner.flatten(), *found])
 
-    def again(self) -> Iterator[Tensor]:
-        """Yields the blocks once more."""
-        for modules in self._blocks:
-            span = self._population.layout.span(modules)
-            yield self._block(modules, find=False).sub_(self.mean[span]).div_(self.scale[span])
+    def take(self, part: Part, flat: Float64[Tensor, " _"]) -> tuple[Float64[Tensor, "n n"], "_Facts"]:
+        """Keeps gauge, mean and scale of a part, and returns its inner products and what is told of it.
 
-    def fit(self, solver: Solver) -> Fit:
-        """Returns what was found on the way."""
-        ratio = float(self.scale.max() / self.scale.min())
-        return Fit(solver, self._scaling, self._variance, self._constant, ratio, tuple(self._alignment))
+        Args:
+            part: Blocks of the part.
+            flat: Vector that `first` returned.
+        """
+        n, layout = len(self.population), self.population.layout
+        inner, rest = flat.split([n * n, len(flat) - n * n])
+        variance, constant, alignment = 0.0, 0, list[Alignment]()
+        for modules in part:
+            span = layout.span(modules)
+            size = span.stop - span.start
+            *vectors, facts, rest = rest.split([size] * 5 + [3 * len(modules), len(rest) - 5 * size - 3 * len(modules)])
+            self.reference[span], self.mean[span], self.scale[span] = (vector.float() for vector in vectors[:3])
+            variance, constant = variance + float(vectors[3].sum()), constant + int(vectors[4].sum())
+            for place, (flipped, ties, zero) in zip(modules, facts.view(-1, 3).tolist(), strict=True):
+                alignment.append(Alignment(layout.modules[place], flipped, int(ties), int(zero)))
+        return inner.view(n, n), _Facts(variance, constant, alignment if self.gauge == "canonical" else [])
+
+    def again(self, part: Part) -> Iterator[Tensor]:
+        """Yields the blocks of a part once gauge, mean and scale are known.
+
+        Args:
+            part: Blocks of the part.
+        """
+        for modules in part:
+            span = self.population.layout.span(modules)
+            yield self._gauged(modules, find=False)[0].sub_(self.mean[span]).div_(self.scale[span])
 
     def _scales(self, variances: Tensor, modules: range) -> Tensor:
-        if self._scaling == "none":
+        if self.scaling == "none":
             return torch.ones_like(variances)
-        if self._scaling == "standard":
+        if self.scaling == "standard":
             return variances.sqrt()
-        layout, start = self._population.layout, self._population.layout.spans[modules[0]].start
+        layout, start = self.population.layout, self.population.layout.spans[modules[0]].start
         spans = [layout.spans[place] for place in modules]
         parts = [variances[span.start - start : span.stop - start] for span in spans]
         return torch.cat([part.mean().sqrt().expand(len(part)) for part in parts])
 
-    def _block(self, modules: range, *, find: bool) -> Tensor:
-        """Returns the vectors of some modules in the gauge of the space."""
-        layout = self._population.layout
-        block = self._population.vectors.columns(layout.span(modules)).clone()
+    def _gauged(self, modules: range, *, find: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the vectors of some modules in the gauge, its reference, and for each module what it found."""
+        layout, span = self.population.layout, self.population.layout.span(modules)
+        block = self.population.vectors.columns(span).clone()
         if find and not bool(block.isfinite().all()):
             row = int((~block.isfinite()).any(1).nonzero()[0])
-            raise UserError(f"the vector of {self._population.names[row]!r} has values that are NaN or infinite")
-        if self._gauge == "raw":
-            return block
-        parts, start = [], layout.spans[modules[0]].start
-        for place in modules:
-            span = layout.spans[place]
-            joint = gauges.balanced(layout, block[:, span.start - start : span.stop - start], place)
-            if find:
-                reference = gauges.find_reference(joint)
-                self.reference[span] = gauges.apart(layout, reference[None], place)[0]
-            else:
-                reference = gauges.joined(layout, self.reference[None, span], place)[0]
+            raise UserError(f"the vector of {self.population.names[row]!r} has values that are NaN or infinite")
+        facts = torch.zeros(len(modules), 3)
+        if self.gauge == "raw":
+            return block, torch.zeros(block.shape[1]), facts
+        if not find:
+            return Gauge(layout, self.reference).of_modules(block, modules), self.reference[span], facts
+        parts, references = [], []
+        for number, place in enumerate(modules):
+            own = slice(layout.spans[place].start - span.start, layout.spans[place].stop - span.start)
+            joint = gauges.balanced(layout, block[:, own], place)
+            reference = gauges.find_reference(joint)
             turns = gauges.rotations(joint, reference)
-            if find:
-                self._alignment.append(_alignment(layout.modules[place], turns))
             parts.append(gauges.apart(layout, joint @ turns.matrices, place))
-        return torch.cat(parts, 1)
+            references.append(gauges.apart(layout, reference[None], place)[0])
+            facts[number] = torch.tensor([_flipped(turns), float(turns.ties.sum()), float(turns.zero.sum())])
+        return torch.cat(parts, 1), torch.cat(references), facts
 
 
-def _alignment(module: str, turns: gauges.Rotations) -> Alignment:
+class _Facts(NamedTuple):
+    """What the first pass tells of a part: variance, number of constant coordinates, and the gauge's work."""
+
+    variance: float
+    constant: int
+    alignment: list[Alignment]
+
+
+def _parts(blocks: list[range], count: int) -> list[Part]:
+    """Returns the blocks in so many parts of about the same number."""
+    size = -(-len(blocks) // max(count, 1))
+    return [tuple(blocks[start : start + size]) for start in range(0, len(blocks), size)]
+
+
+def _flipped(turns: gauges.Rotations) -> float:
+    """Returns the share of the members on the smaller side of a sign; 0 for higher ranks."""
     live = ~turns.zero
-    turned = (turns.matrices[:, 0, 0] < 0) & live if turns.matrices.shape[1] == 1 else torch.zeros_like(live)
-    share = float(turned.sum()) / max(int(live.sum()), 1)
-    return Alignment(module, min(share, 1 - share), int(turns.ties.sum()), int(turns.zero.sum()))
+    if turns.matrices.shape[1] > 1:
+        return 0.0
+    share = float(((turns.matrices[:, 0, 0] < 0) & live).sum()) / max(int(live.sum()), 1)
+    return min(share, 1 - share)
 
 
 def about(space: WeightSpace) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import logging
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -126,7 +126,7 @@ def import_adapters(
     strict: bool = False,
     largest_loss: float = LARGEST_LOSS,
     dtype: Precision = "float32",
-    on_file: Callable[[Path], None] | None = None,
+    track: Callable[[Sequence[Path]], Iterable[Path]] = iter,
 ) -> PopulationFolder:
     """Returns a population of adapter files, once it is on disk; the same call goes on where it stopped.
 
@@ -141,7 +141,7 @@ def import_adapters(
         strict: Whether a file that is left out is an error.
         largest_loss: Relative loss by the rank, in the Frobenius norm, above which a file is left out.
         dtype: Type of the stored numbers.
-        on_file: Called with each file before it is read.
+        track: Goes through the files, and may show how far they are read.
 
     Raises:
         UserError: No file fits; where `strict`, one does not; or the folder holds a population with other settings.
@@ -156,7 +156,7 @@ def import_adapters(
     else:
         plan = plan_import(paths, base, rank=rank, modules=modules, convolutions=convolutions, strict=strict)
         there = PopulationFolder.create(folder, plan.layout, base, dtype=dtype, settings=settings)
-    return add(there, paths, strict=strict, largest_loss=largest_loss, on_file=on_file)
+    return add(there, paths, strict=strict, largest_loss=largest_loss, track=track)
 
 
 def add(
@@ -165,7 +165,7 @@ def add(
     *,
     strict: bool = False,
     largest_loss: float = LARGEST_LOSS,
-    on_file: Callable[[Path], None] | None = None,
+    track: Callable[[Sequence[Path]], Iterable[Path]] = iter,
 ) -> PopulationFolder:
     """Returns a population with more files, in the layout that it has; files that are members are passed over.
 
@@ -174,7 +174,7 @@ def add(
         paths: Files, or folders in PEFT's layout.
         strict: Whether a file that is left out is an error.
         largest_loss: Relative loss by the rank above which a file is left out.
-        on_file: Called with each file before it is read.
+        track: Goes through the files, and may show how far they are read.
 
     Raises:
         UserError: Where `strict`, a file that is left out.
@@ -192,9 +192,7 @@ def add(
         for done in (members, vectors, skipped):
             done.clear()
 
-    for path in map(Path, paths):
-        if on_file is not None:
-            on_file(path)
+    for path in track([Path(path) for path in paths]):
         try:
             digest = _digest(path)
             if (path.as_posix(), digest) in known:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from cyclopts import App
 from PIL import Image
 
+from diffcore.adapters import Adapter, write_adapter
 from diffcore.cli import main
 from diffcore.data import load_images
 from diffcore.run import Run
@@ -23,6 +25,7 @@ APPS = {
     "diffusion-featsel": "diffusion_featsel.app.cli",
     "immiscible-noise": "immiscible_noise.app.cli",
     "nemo-localize": "nemo_localize.app.cli",
+    "w2w-space": "w2w_space.app.cli",
 }
 FEATURE = "up-level1-repeat0-res-out"
 # What each such command needs at least; a command that is not here fails the test that walks them.
@@ -72,6 +75,8 @@ WORDS = {
     ],
     "nemo-localize audit": ["model", "captions.txt", "--references", "controls.txt"],
     "nemo-localize export": ["model", "neurons.json"],
+    "w2w-space import": ["loras", "--model", "model", "--out", "imported"],
+    "w2w-space build": ["population"],
 }
 
 
@@ -112,6 +117,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "captions.txt").write_text("\n".join(f"a {word}" for word in words[:4]))
     (folder / "controls.txt").write_text("\n".join(f"the {word}" for word in words))
     layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"
+    for seed in range(3):
+        factors = torch.full((1, 32), seed + 1.0), torch.randn(32, 1, generator=torch.Generator().manual_seed(seed))
+        (folder / "loras").mkdir(exist_ok=True)
+        write_adapter(Adapter.from_factors({layer: factors}), folder / "loras" / f"{seed}.safetensors")
     (folder / "neurons.json").write_text(f'{{"{layer}": [1, 2]}}')
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -119,6 +128,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for words in (
             ["nemo-localize", "statistics", "model", "controls.txt", "--out", "statistics"],
             ["nemo-localize", "calibrate", "model", "controls.txt", "--out", "calibrated", *few],
+            ["w2w-space", "import", "loras", "--model", "model", "--out", "population"],
             ["diffusion-featsel", "score", "model", "images", "--filter", "none", "--out", "scored"],
             ["diffusion-featsel", "extract", "model", "images", "--features", FEATURE, "--out", "extracted"],
         ):

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffcore.adapters import LowRank
+from diffcore.adapters import Adapter, LowRank
+from diffcore.adapters.keys import BACKBONE
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,31 @@ def at_rank(change: LowRank, rank: int) -> tuple[LowRank, RankLoss]:
     energy = values.square()
     cut = _change(root[:, None] * (q_down @ right[:rank].T).T, (q_up @ left[:, :rank]) * root, change)
     return cut, RankLoss(float(energy[rank:].sum()), float(energy.sum()))
+
+
+def adapter_at_rank(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, RankLoss]]:
+    """Returns an adapter with every change at one rank, those of text encoders too, and the loss of each module.
+
+    Args:
+        adapter: Adapter of any ranks.
+        rank: Rank of the result; smaller changes are padded with zeros.
+
+    Raises:
+        ValueError: The rank is below 1.
+
+    Example:
+        >>> change = LowRank(torch.eye(3), torch.diag(torch.tensor([3.0, 4.0, 0.0])), alpha=3.0)
+        >>> cut, losses = adapter_at_rank(Adapter({"to_q": change}), 2)
+        >>> cut.modules["to_q"].rank, losses["to_q"].relative
+        (2, 0.0)
+    """
+    parts: dict[str, dict[str, LowRank]] = {}
+    losses = {}
+    for component, module, change in adapter:
+        cut, loss = at_rank(change, rank)
+        parts.setdefault(component, {})[module] = cut
+        losses[module if component == BACKBONE else f"{component}: {module}"] = loss
+    return Adapter(parts.pop(BACKBONE, {}), parts, adapter.backbone, adapter.name), losses
 
 
 def _change(down: Tensor, up: Tensor, like: LowRank) -> LowRank:

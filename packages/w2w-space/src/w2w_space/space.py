@@ -8,6 +8,7 @@ Coordinates are given in standard deviations, z = beta / sigma, where sigma_k^2 
 coefficients beta_k: in z the members are a round cloud, and lengths and directions mean the same along every component.
 """
 
+import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from diffcore.adapters import Adapter
-from diffcore.digests import digest_of_values
+from diffcore.digests import add_tensors, digest_of_values
 from diffcore.errors import UserError
 from diffcore.units import Map, each_unit
 from w2w_space import gauge as gauges
@@ -58,7 +59,7 @@ class Fit:
     """How a space was computed.
 
     Attributes:
-        solver: Way to the eigenvectors.
+        solver: Way to the eigenvectors; "published" for spaces that were read from the authors' files.
         scaling: What vectors were divided by: each number's standard deviation, its module's, or nothing.
         total_variance: Sum of the variances of all components, those left out included.
         constant: Number of coordinates that are the same in all members.
@@ -66,7 +67,7 @@ class Fit:
         alignment: What the gauge found in each module; empty for a raw gauge.
     """
 
-    solver: Solver
+    solver: Solver | Literal["published"]
     scaling: Scaling
     total_variance: float
     constant: int
@@ -216,9 +217,12 @@ class WeightSpace:
     @cached_property
     def fingerprint(self) -> str:
         """Digest of what gives coordinates their meaning: points and directions of another space are refused by it."""
-        parts = [self.layout.to_json(), self.gauge.kind, self.variances.tolist()]
-        parts += [[float(x.double().sum()), float(x.double().square().sum())] for x in (self.mean, self.scale)]
-        return digest_of_values([*parts, self.components.double().sum(1).tolist()])
+        # Half precision is what files keep of the components, and its sums are exact, on any machine.
+        told = {"components": self.components.half().double().sum(1), "variances": self.variances}
+        told |= {"mean": self.mean, "scale": self.scale, "reference": self.gauge.reference}
+        digest = hashlib.sha256(digest_of_values([self.layout.to_json(), self.gauge.kind]).encode())
+        add_tensors(digest, told)
+        return digest.hexdigest()
 
     def truncated(self, num_components: int) -> "WeightSpace":
         """Returns the space of the first components alone.

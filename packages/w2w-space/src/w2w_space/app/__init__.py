@@ -1,0 +1,1 @@
+"""The harness of w2w-space: command line, reports, demo and benchmark."""

@@ -1,0 +1,211 @@
+"""The commands on adapters of other tools: import, convert, info."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from diffcore.cli import Flag, emit
+from diffcore.errors import UserError, printable
+from w2w_space.app.options import BaseModel, FormatName, Overwrite, PrecisionName, Reading
+
+if TYPE_CHECKING:
+    from w2w_space.files.population import PopulationFolder
+
+
+def import_(
+    sources: tuple[Path, ...],
+    *,
+    out: Path,
+    authors: Flag = False,
+    allow_pickle: Flag = False,
+    num_components: int | None = None,
+    precision: Literal["float32", "float16"] = "float32",
+    reading: Reading = Reading(),
+    dry_run: Flag = False,
+    json: Flag = False,
+) -> int:
+    """Bring LoRA files of any layout into one population, or the authors' published files into a space.
+
+    Shortest form: w2w-space import LORAS --out POPULATION
+
+    The same command again adds what is new. A file that cannot be a member is named with the reason, and left out.
+
+    Args:
+        sources: LoRA files, folders in PEFT's layout, or folders that hold such; with --authors, the authors' folder.
+        out: Folder of the population, new or begun before; with --authors, that of the space.
+        authors: Read mean.pt, std.pt, V.pt and weight_dimensions.pt of the paper's authors.
+        allow_pickle: Read pickles, which the authors' files are, as tensors alone.
+        num_components: Largest number of components that are read of the authors' files.
+        precision: Precision of the stored numbers; with --authors, of the components.
+        dry_run: Print what would be done and written, and do nothing.
+        json: Print the result as one JSON object.
+    """
+    if authors:
+        return _import_authors(sources, out, allow_pickle, num_components, precision, dry_run, json)
+    from w2w_space.app.inputs import about_plan, adapters_at, imported, planned
+
+    paths = adapters_at(sources)
+    base, plan = planned(paths, reading)
+    if dry_run:
+        emit({**about_plan(paths, base, plan), "writes": out}, json)
+        return 0
+    found = imported(out, paths, base, reading, dtype=precision)
+    told = about_population(found)
+    emit(told if json else {name: value for name, value in told.items() if name != "skipped"}, json)
+    return 0
+
+
+def _import_authors(
+    sources: tuple[Path, ...],
+    out: Path,
+    allow_pickle: bool,
+    num_components: int | None,
+    precision: Literal["float32", "float16"],
+    dry_run: bool,
+    json: bool,
+) -> int:
+    from w2w_space.files.authors import import_authors
+    from w2w_space.files.space import FILE, save_space
+    from w2w_space.space import about
+
+    if len(sources) != 1:
+        raise UserError(f"there are {len(sources)} `sources`; with --authors, give the one folder of their files")
+    if dry_run:
+        emit({"reads": sources[0], "writes": out / FILE}, json)
+        return 0
+    space = import_authors(sources[0], allow_pickle=allow_pickle, num_components=num_components)
+    path = out if out.suffix == ".safetensors" else out / FILE
+    emit({"space": save_space(space, path, dtype=precision), **about(space)}, json)
+    return 0
+
+
+def convert(
+    file: Path,
+    out: Path,
+    *,
+    format: FormatName = "diffusers",
+    rank: int | None = None,
+    dtype: PrecisionName | None = None,
+    model: BaseModel = None,
+    overwrite: Overwrite = False,
+    json: Flag = False,
+) -> int:
+    """Write a LoRA in another layout or at another rank, so that every tool applies it at its strength.
+
+    Shortest form: w2w-space convert FILE OUT.safetensors --rank 8
+
+    Alpha is folded into the factors. With a rank, the nearest change of that rank is written, and what is lost is told.
+
+    Args:
+        file: Safetensors file, or folder in PEFT's layout.
+        out: File to write, ending in .safetensors; for peft a folder.
+        format: Use diffusers for load_lora_weights, kohya for web UIs, peft for PeftModel.from_pretrained.
+        rank: Rank of every module; by default the largest that the file has.
+        dtype: Precision to write; by default the source's where it is exact, else float32.
+        json: Print the result as one JSON object, with the loss of every module.
+    """
+    import torch
+
+    from diffcore.adapters import read_adapter, write_adapter
+    from w2w_space.app.inputs import base_for
+    from w2w_space.files.export import largest_error
+    from w2w_space.ranks import adapter_at_rank
+
+    if rank is not None and rank < 1:
+        raise UserError(f"`rank` is {rank}; give at least 1")
+    base = base_for([file], model)
+    adapter = read_adapter(file, base)
+    losses = {}
+    if rank is not None:
+        adapter, losses = adapter_at_rank(adapter, rank)
+    chosen = None if dtype is None else getattr(torch, dtype)
+    written = write_adapter(adapter, out, format=format, dtype=chosen, base=base, overwrite=overwrite)
+    error = largest_error(adapter, read_adapter(written, base))
+    told: dict[str, Any] = {"written": written, "format": format, "base": base.name, "modules": len(list(adapter))}
+    told |= {"largest_rounding_error": error}
+    if losses:
+        whole = (sum(x.lost for x in losses.values()) / sum(x.total for x in losses.values())) ** 0.5
+        worst = max(losses, key=lambda name: losses[name].relative)
+        told |= {"rank": rank, "loss": whole, "worst_loss": losses[worst].relative, "worst_module": worst}
+    if json and losses:
+        told["losses"] = {name: loss.relative for name, loss in losses.items()}
+    emit(told, json)
+    return 0
+
+
+def info(thing: Path, *, model: BaseModel = None, json: Flag = False) -> int:
+    """Describe a space, a population, a point, or a LoRA file: layout, rank, alpha, modules, and what it was made for.
+
+    Shortest form: w2w-space info FILE
+
+    Args:
+        thing: Space file or folder, folder of a population, point, or adapter.
+        json: Print one JSON object, with all that is known.
+    """
+    from w2w_space.app.inputs import is_population
+    from w2w_space.files.points import is_point
+    from w2w_space.files.space import details_of_space, is_space, load_space
+
+    if is_space(thing):
+        from w2w_space.space import about
+
+        told = details_of_space(thing)
+        more = {"made_by": told["produced_by"], "base": told["base"]["name"], "fingerprint": told["fingerprint"][:16]}
+        emit({"kind": "space", **about(load_space(thing)), **more}, json)
+    elif is_population(thing):
+        from w2w_space.files.population import PopulationFolder
+
+        found = PopulationFolder.open(thing)
+        told = about_population(found) | {"problems": found.verify()}
+        emit(told if json else {name: value for name, value in told.items() if name != "skipped"}, json)
+        return 1 if told["problems"] else 0
+    elif is_point(thing):
+        from diffcore.io import artifact
+
+        fields = artifact.check(thing)
+        emit({"kind": "point"} | {name: fields[name] for name in ("name", "space", "residual", "created")}, json)
+    else:
+        _emit_adapter(thing, model, json)
+    return 0
+
+
+def about_population(found: "PopulationFolder") -> dict[str, Any]:
+    """Returns the facts of a population for people.
+
+    Args:
+        found: Population as it is on disk.
+    """
+    losses = sorted((member.loss, member.name) for member in found.members)
+    silent = [member.name for member in found.members if any("alpha" in note for note in member.notes)]
+    return {
+        "kind": "population",
+        "folder": found.folder,
+        "members": len(found),
+        "left_out": len(found.skipped),
+        "base": found.base.name,
+        "rank": found.layout.rank,
+        "modules": len(found.layout.modules),
+        "numbers": found.layout.size,
+        "median_loss_by_rank": losses[len(losses) // 2][0] if losses else None,
+        "worst_loss_by_rank": losses[-1][0] if losses else None,
+        "worst_member": losses[-1][1] if losses and losses[-1][0] > 0 else None,
+        "largest_share_in_other_modules": max((member.dropped for member in found.members), default=None),
+        "without_stated_alpha": len(silent),
+        "skipped": [{"file": line.source, "reason": line.reason} for line in found.skipped],
+    }
+
+
+def _emit_adapter(path: Path, model: str | None, json: bool) -> None:
+    from diffcore.models import resolve
+    from diffcore.models.describe_adapter import describe_adapter
+    from w2w_space.files.trigger_words import trigger_words
+
+    if not path.exists():
+        raise UserError(f"{printable(path, 300)} does not exist; give a space, a population, a point, or an adapter")
+    told = {"kind": "adapter", **describe_adapter(path, None if model is None else resolve(model))}
+    told["trigger_words"] = trigger_words(path)
+    if not json:
+        told = {name: value for name, value in told.items() if name not in ("changes", "misfit")}
+        for name in ("ranks", "alphas"):
+            told[name] = ", ".join(f"{value} ({count} modules)" for value, count in told[name].items())
+        told["fits"] = ", ".join(told["fits"]) or "none of sd15, sd21, sdxl; name a base with --model"
+    emit(told, json)

@@ -1,0 +1,109 @@
+"""The commands that make a space: build."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from diffcore.cli import Job, Output
+from w2w_space.app.options import Reading
+
+if TYPE_CHECKING:
+    from diffcore.run import Run, RunMap
+    from w2w_space.files.population import PopulationFolder
+
+
+def build(
+    sources: tuple[Path, ...],
+    *,
+    gauge: Literal["canonical", "raw"] = "canonical",
+    scaling: Literal["standard", "module", "none"] = "standard",
+    num_components: int | None = None,
+    solver: Literal["gram", "iterative"] | None = None,
+    members: Annotated[bool, Parameter(negative="--no-members")] = True,
+    precision: Literal["float16", "float32"] = "float16",
+    reading: Reading = Reading(),
+    output: Output = Output(),
+) -> int:
+    """Fit the linear space over a population, or over LoRA files of any layout, and say how good it is.
+
+    Shortest form: w2w-space build POPULATION
+
+    RUN/space.safetensors is what the other commands take.
+
+    Args:
+        sources: Folder of one population, or LoRA files and folders with such.
+        gauge: Use canonical to remove the freedom of the factors, raw for vectors as they are (published code).
+        scaling: Divide each number by its standard deviation (paper), each module by its own, or nothing.
+        num_components: Largest number of components; by default all that the members span.
+        solver: Way to the components: gram holds all inner products of members (up to 20 000 of them), iterative not.
+        members: Keep the members' names and coordinates; without them nobody can get the members back.
+        precision: Precision of the stored components.
+    """
+    from diffcore.errors import UserError
+    from w2w_space.app.inputs import about_plan, adapters_at, digest_of_files, imported, is_population, planned
+    from w2w_space.app.report import save_space_parts, write_page
+    from w2w_space.files.population import MEMBERS, PopulationFolder
+    from w2w_space.files.space import save_space
+    from w2w_space.space import WeightSpace
+
+    if num_components is not None and num_components < 1:
+        raise UserError(f"`num_components` is {num_components}; give at least 1")
+    stored = PopulationFolder.open(sources[0]) if len(sources) == 1 and is_population(sources[0]) else None
+    paths = [] if stored is not None else adapters_at(sources)
+    options = {
+        **{"sources": list(sources), "gauge": gauge, "scaling": scaling, "num_components": num_components},
+        **{"solver": solver, "members": members, "precision": precision, **asdict(reading)},
+    }
+
+    def compute(run: "Run", map: "RunMap") -> dict[str, Any]:
+        found = stored or imported(run.folder / "population", paths, planned(paths, reading)[0], reading)
+        space = WeightSpace.build(
+            found.population(), gauge=gauge, scaling=scaling, num_components=num_components, solver=solver
+        )
+        save_space(space, run.folder / "space.safetensors", base=found.base, dtype=precision, members=members)
+        save_space_parts(run, space)
+        if members:
+            _keep_members(run, found)
+        elif stored is None:
+            _forget(run.folder / "population")
+        return _summary(space, len(found.skipped))
+
+    def plan() -> dict[str, Any]:
+        if stored is None:
+            return about_plan(paths, *planned(paths, reading))
+        return {"members": len(stored), "rank": stored.layout.rank, "numbers": stored.layout.size}
+
+    read = [stored.folder / MEMBERS] if stored is not None else paths
+    folder = output.out or Path("runs") / f"build-{sources[0].stem}"
+    job = Job("w2w-space build", folder, output, options, {"adapters": digest_of_files(read)})
+    return job(compute, plan=plan, report=write_page)
+
+
+def _keep_members(run: "Run", found: "PopulationFolder") -> None:
+    rows = [
+        {"member": m.name, "rank": m.rank, "loss": m.loss, "in other modules": m.dropped, "file": Path(m.source).name}
+        for m in found.members
+    ]
+    run.table("members", rows)
+    if found.skipped:
+        skipped = [{"file": Path(line.source).name, "reason": line.reason} for line in found.skipped]
+        run.keep_table("skipped", skipped, "Files that are no members.")
+
+
+def _forget(folder: Path) -> None:
+    """Deletes the members of a space that shall not tell them."""
+    import shutil
+
+    from diffcore.io import files
+
+    with files.explained(folder):
+        shutil.rmtree(folder)
+
+
+def _summary(space: Any, skipped: int) -> dict[str, Any]:
+    from w2w_space.app.report import answer_of
+    from w2w_space.space import about
+
+    return {"answer": answer_of(space), **about(space), "left_out": skipped, "fingerprint": space.fingerprint[:16]}

@@ -1,0 +1,149 @@
+"""The commands that turn adapters into points, and points into adapters: project, export."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from diffcore.cli import Flag, emit
+from diffcore.errors import UserError
+from w2w_space.app.options import BaseModel, FormatName, Overwrite, PrecisionName, SpacePath, Subject
+
+if TYPE_CHECKING:
+    from w2w_space.space import Point, WeightSpace
+
+_NEAREST, _SHOWN = 3, 5
+
+
+def project(
+    space: SpacePath,
+    adapter: Path,
+    *,
+    unshrink: Flag = False,
+    out: Path | None = None,
+    model: BaseModel = None,
+    json: Flag = False,
+) -> int:
+    """Find the point of a space that is nearest to an adapter: its coordinates, and what the space does not hold.
+
+    Shortest form: w2w-space project SPACE ADAPTER
+
+    Args:
+        adapter: LoRA file, or folder in PEFT's layout.
+        unshrink: Lengthen the coordinates, which of adapters that were not in the fit are too short.
+        out: File to write the point to, ending in .safetensors.
+        json: Print the result as one JSON object, with all coordinates and the residual of every module.
+    """
+    from w2w_space.app.inputs import adapter_of
+    from w2w_space.files.points import save_point
+    from w2w_space.files.space import load_space
+
+    loaded = load_space(space)
+    read = adapter_of(adapter, loaded, space, model)
+    point = loaded.project(read, unshrink=unshrink)
+    # What other ranks lose is part of what the space does not hold: compared is the file, not its vector.
+    changes = point.adapter().modules
+    residuals = {name: change.relative_error(changes[name]) for name, change in read.modules.items() if name in changes}
+    told = {**about_point(point), "residual": point.residual}
+    worst = max(residuals, key=lambda name: residuals[name])
+    told |= {"worst_module": worst, "worst_residual": residuals[worst]}
+    told["modules_outside"] = len(set(read.modules) - set(changes))
+    if json:
+        told |= {"coordinates": point.z.tolist(), "residuals": residuals}
+    if out is not None:
+        if out.suffix != ".safetensors":
+            raise UserError(f"`out` is {str(out)!r}; name a file that ends in .safetensors")
+        told["point"] = save_point(point, out, name=adapter.stem, source=adapter.name)
+    emit(told, json)
+    return 0
+
+
+def about_point(point: "Point") -> dict[str, Any]:
+    """Returns where a point lies: its length, its largest coordinates, and the members that are nearest to it.
+
+    Args:
+        point: Point of a space.
+    """
+    space = point.space
+    largest = point.z.abs().argsort(descending=True)[:_SHOWN].tolist()
+    return {
+        "distance_from_mean": point.length,
+        "usual_distance": _usual(space),
+        "largest_coordinates": [f"{place + 1}: {float(point.z[place]):+.2f}" for place in largest],
+        "nearest_members": _nearest(point),
+    }
+
+
+def _usual(space: "WeightSpace") -> float:
+    """Returns the root mean square length of members, in standard deviations."""
+    n = len(space.names)
+    return (space.num_components * ((n - 1) / n if n else 1.0)) ** 0.5
+
+
+def _nearest(point: "Point") -> list[str]:
+    space = point.space
+    if not space.names:
+        return []
+    distances = (space.members.double() - point.z.double()).norm(dim=1)
+    nearest = distances.argsort()[:_NEAREST].tolist()
+    return [f"{space.names[place]} ({float(distances[place]):.2f})" for place in nearest]
+
+
+def export(
+    space: SpacePath,
+    subject: Subject,
+    out: Path,
+    *,
+    format: FormatName = "diffusers",
+    dtype: PrecisionName | None = None,
+    merge: str | None = None,
+    weight: float = 1.0,
+    unshrink: Flag = False,
+    model: BaseModel = None,
+    card: Annotated[bool, Parameter(negative="--no-card")] = True,
+    overwrite: Overwrite = False,
+    json: Flag = False,
+) -> int:
+    """Write a point of a space as a LoRA that every tool applies at its strength, or merged into its model.
+
+    Shortest form: w2w-space export SPACE SUBJECT OUT.safetensors
+
+    What is written is read back and compared.
+
+    Args:
+        out: File to write, ending in .safetensors; for peft and with --merge a folder.
+        format: Use diffusers for load_lora_weights, kohya for web UIs, peft for PeftModel.from_pretrained.
+        dtype: Precision to write; by default float16 where it holds the numbers.
+        merge: Model that the point is merged into; its whole checkpoint is written.
+        weight: Strength of the change in the merged model.
+        unshrink: Lengthen the coordinates of an adapter that was not in the fit.
+        card: Write a page beside the adapter that says what it is.
+        json: Print the result as one JSON object.
+    """
+    import torch
+
+    from w2w_space.app.inputs import subject as subject_of
+    from w2w_space.files.export import export_point, merge_point
+    from w2w_space.files.space import base_of_space, load_space
+
+    loaded = load_space(space)
+    point = subject_of(subject, loaded, space, model=model, unshrink=unshrink)
+    if merge is not None:
+        from diffcore.models import load
+        from diffcore.runtime import Runtime
+
+        emit({"written": merge_point(load(merge, Runtime(device="cpu")), point, out, weight=weight)}, json)
+        return 0
+    base = base_of_space(space)
+    written = export_point(
+        point,
+        out,
+        format=format,
+        dtype=None if dtype is None else getattr(torch, dtype),
+        base=base,
+        overwrite=overwrite,
+        card={"subject": Path(subject).stem, "base": base.name} if card else None,
+    )
+    told = {"written": written.path, "precision": str(written.dtype).removeprefix("torch.")}
+    emit({**told, "largest_rounding_error": written.error, "card": written.card, **about_point(point)}, json)
+    return 0

@@ -1,0 +1,49 @@
+"""The options that commands share, each described once."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from diffcore.errors import UserError
+
+BaseModel = Annotated[
+    str | None,
+    Parameter(help="Base model of the adapters: pipeline folder, safetensors file, or zoo:NAME; else a known family."),
+]
+SpacePath = Annotated[Path, Parameter(help="Space: the run folder of build, or a space file.")]
+Subject = Annotated[
+    str, Parameter(help="What is taken: a member's name, a point file, an adapter (it is projected), or 'mean'.")
+]
+FormatName = Literal["diffusers", "kohya", "peft"]
+PrecisionName = Literal["float32", "float16", "bfloat16"]
+Overwrite = Annotated[bool, Parameter(negative="", help="Replace an adapter that exists already.")]
+
+
+@Parameter(name="*", group="Reading adapters", negative="")
+@dataclass(frozen=True)
+class Reading:
+    """How adapters are brought to one layout.
+
+    Attributes:
+        model: Base model of the adapters: pipeline folder, safetensors file, or zoo:NAME; else a known family.
+        rank: Rank of all; by default the commonest one of their modules.
+        modules: Take the modules that all adapters change, or those that any does (zeros where one does not).
+        convolutions: Take changes of convolutions too.
+        largest_loss: Relative loss by the rank above which an adapter is left out.
+        strict: End with an error where an adapter would be left out.
+    """
+
+    model: str | None = None
+    rank: int | None = None
+    modules: Literal["intersection", "union"] = "intersection"
+    convolutions: bool = False
+    largest_loss: float = 0.5
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise UserError(f"`rank` is {self.rank}; give at least 1")
+        if not 0 <= self.largest_loss <= 1:
+            raise UserError(f"`largest_loss` is {self.largest_loss}; give 0 to 1")

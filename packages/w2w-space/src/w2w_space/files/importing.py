@@ -1,0 +1,361 @@
+"""Adapters of other tools brought into one population: each file is read, or named and left out with the reason.
+
+The members' vectors have one layout. It is fixed when the population is made, from the headers of all files: the
+commonest rank, and the modules that all files change, or that any does. A file is left out where it is damaged, is no
+LoRA of the base model, changes no module of the layout, loses too much at the layout's rank, or repeats a member: two
+adapters are one where the Frobenius norm of the difference of their changes is below a thousandth of that of the first,
+whatever their factors. Random projections p^T (B A) q of the changes find the pairs that are worth that comparison.
+"""
+
+import logging
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffcore.adapters import Adapter, AdapterFile, Base, LowRank, read_adapter, scan_adapter
+from diffcore.adapters.keys import BACKBONE
+from diffcore.adapters.read import place
+from diffcore.adapters.scan import DIFFUSERS_WEIGHTS, PEFT_WEIGHTS
+from diffcore.digests import digest_of_values
+from diffcore.errors import IncompatibleModelError, UserError, printable
+from diffcore.io import files
+from w2w_space.files.population import FILE as POPULATION
+from w2w_space.files.population import SHARD_ROWS, Member, PopulationFolder, Precision, Skipped
+from w2w_space.layout import Layout, Shape
+from w2w_space.population import vector_of
+from w2w_space.products import relative_distance
+
+_LOG = logging.getLogger("diffcore.w2w_space")
+Modules = Literal["intersection", "union"]
+SAME = 1e-3
+"""Relative distance of two changes below which they are one adapter."""
+LARGEST_LOSS = 0.5
+"""Relative loss by the rank above which a file is left out."""
+_TEXT_ALONE = "changes text encoders alone, which are not part of a space"
+_PROBES = 8
+_NEAR = 10 * SAME  # distance of two sketches, relative to the norm, beyond which their adapters are not the same
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The layout that suits some files, from their headers alone.
+
+    Attributes:
+        layout: Table of the vectors.
+        fitting: Files that can be read.
+        skipped: Files that cannot, with the reason.
+        ranks: Number of modules of each rank.
+        convolutions: Number of changed convolutions that are left out.
+    """
+
+    layout: Layout
+    fitting: tuple[Path, ...]
+    skipped: tuple[Skipped, ...]
+    ranks: dict[int, int]
+    convolutions: int
+
+
+def plan_import(
+    paths: Sequence[Path | str],
+    base: Base,
+    *,
+    rank: int | None = None,
+    modules: Modules = "intersection",
+    convolutions: bool = False,
+    strict: bool = False,
+) -> Plan:
+    """Returns the layout of a population of adapter files, after a check of their headers.
+
+    Args:
+        paths: Files, or folders in PEFT's layout.
+        base: Model that they are adapters of.
+        rank: Rank of all; by default the commonest one of their modules, the smaller where two are as common.
+        modules: "intersection" takes the modules that all files change, "union" those that any changes.
+        convolutions: Whether changes of convolutions are taken too.
+        strict: Whether a file that does not fit is an error.
+
+    Raises:
+        UserError: No file fits, or, where `strict`, one does not.
+        IncompatibleModelError: No module is changed by all files.
+    """
+    fitting, skipped, changed = list[Path](), list[Skipped](), list[set[str]]()
+    ranks, left_out, shapes = Counter[int](), set[str](), dict[str, Shape]()
+    for path in map(Path, paths):
+        try:
+            found = _quietly(scan_adapter, path)
+            names = _modules(found, base)
+        except UserError as error:
+            if strict:
+                raise
+            skipped.append(Skipped(path.as_posix(), str(error)))
+            continue
+        plain = {name: r for name, r in names.items() if convolutions or len(base.shapes[BACKBONE][name]) == 2}
+        left_out |= set(names) - set(plain)
+        ranks.update(plain.values())
+        fitting.append(path)
+        changed.append(set(plain))
+        shapes |= {name: base.shapes[BACKBONE][name] for name in plain}
+    if not fitting:
+        raise UserError(f"none of {len(paths)} files is an adapter of {printable(base.name)}{_first(skipped)}")
+    chosen = set[str]().union(*changed) if modules == "union" else set.intersection(*changed)
+    if not chosen:
+        raise IncompatibleModelError(
+            f"no module is changed by all {len(fitting)} adapters; pass `modules`='union', or leave some files out"
+        )
+    rank = rank or max(sorted(ranks), key=lambda r: ranks[r])
+    layout = Layout.of({name: shapes[name] for name in chosen}, rank, base.backbone)
+    return Plan(layout, tuple(fitting), tuple(skipped), dict(ranks.most_common()), len(left_out))
+
+
+def import_adapters(
+    folder: Path | str,
+    paths: Sequence[Path | str],
+    base: Base,
+    *,
+    rank: int | None = None,
+    modules: Modules = "intersection",
+    convolutions: bool = False,
+    strict: bool = False,
+    largest_loss: float = LARGEST_LOSS,
+    dtype: Precision = "float32",
+    track: Callable[[Sequence[Path]], Iterable[Path]] = iter,
+) -> PopulationFolder:
+    """Returns a population of adapter files, once it is on disk; the same call goes on where it stopped.
+
+    Args:
+        folder: Place of the population, a new folder or one that the same call began.
+        paths: Files, or folders in PEFT's layout.
+        base: Model that they are adapters of.
+        rank: Rank of all; by default the commonest one of their modules.
+        modules: "intersection" takes the modules that all files change, "union" those that any changes, where a file
+            that does not change one has zeros.
+        convolutions: Whether changes of convolutions are taken too.
+        strict: Whether a file that is left out is an error.
+        largest_loss: Relative loss by the rank, in the Frobenius norm, above which a file is left out.
+        dtype: Type of the stored numbers.
+        track: Goes through the files, and may show how far they are read.
+
+    Raises:
+        UserError: No file fits; where `strict`, one does not; or the folder holds a population with other settings.
+    """
+    settings = {"rank": rank, "modules": modules, "convolutions": convolutions, "largest_loss": largest_loss}
+    if (Path(folder) / POPULATION).exists():
+        there = PopulationFolder.open(folder)
+        if there.facts.get("settings") != settings or there.facts["dtype"] != dtype:
+            raise UserError(
+                f"{printable(folder, 300)} holds a population that was made with other settings; give another `folder`"
+            )
+    else:
+        plan = plan_import(paths, base, rank=rank, modules=modules, convolutions=convolutions, strict=strict)
+        there = PopulationFolder.create(folder, plan.layout, base, dtype=dtype, settings=settings)
+    return add(there, paths, strict=strict, largest_loss=largest_loss, track=track)
+
+
+def add(
+    population: PopulationFolder,
+    paths: Sequence[Path | str],
+    *,
+    strict: bool = False,
+    largest_loss: float = LARGEST_LOSS,
+    track: Callable[[Sequence[Path]], Iterable[Path]] = iter,
+) -> PopulationFolder:
+    """Returns a population with more files, in the layout that it has; files that are members are passed over.
+
+    Args:
+        population: Population as it is on disk.
+        paths: Files, or folders in PEFT's layout.
+        strict: Whether a file that is left out is an error.
+        largest_loss: Relative loss by the rank above which a file is left out.
+        track: Goes through the files, and may show how far they are read.
+
+    Raises:
+        UserError: Where `strict`, a file that is left out.
+    """
+    known = {(member.source, member.sha256) for member in population.members}
+    members, vectors, skipped = list[Member](), list[Tensor](), list[Skipped]()
+    probes = _probes(population.layout)
+    names = set(population.names)
+    sketches = [torch.tensor(member.sketch) for member in population.members]
+
+    def commit() -> None:
+        nonlocal population
+        block = torch.stack(vectors) if vectors else torch.empty(0, population.layout.size)
+        population = population.append(block, members, skipped)
+        for done in (members, vectors, skipped):
+            done.clear()
+
+    for path in track([Path(path) for path in paths]):
+        try:
+            digest = _digest(path)
+            if (path.as_posix(), digest) in known:
+                continue
+            member, vector = _read(path, population, digest, largest_loss)
+            sketch = _sketch(population.layout, vector, probes)
+            if twin := _twin(population, members, vectors, sketches, sketch, vector):
+                raise UserError(f"{printable(path, 300)} is the same adapter as {twin!r}")
+        except UserError as error:
+            _tell(path, str(error), strict)
+            skipped.append(Skipped(path.as_posix(), str(error)))
+            continue
+        name = _free_name(path, names)
+        names.add(name)
+        sketches.append(sketch)
+        members.append(Member(**{**vars(member), "name": name, "sketch": tuple(sketch.tolist())}))
+        vectors.append(vector)
+        if len(members) == SHARD_ROWS:
+            commit()
+    commit()
+    return population
+
+
+def adapter_paths(folder: Path | str) -> list[Path]:
+    """Returns the adapters below a folder: safetensors files, and folders in PEFT's layout in place of their files.
+
+    Args:
+        folder: Folder that is searched, with the folders in it.
+    """
+    found = set[Path]()
+    with files.explained(Path(folder), reading=True):
+        for path in Path(folder).rglob("*.safetensors"):
+            found.add(path.parent if path.name == PEFT_WEIGHTS else path)
+    return sorted(found)
+
+
+def _read(path: Path, population: PopulationFolder, digest: str, largest_loss: float) -> tuple[Member, Tensor]:
+    """Returns a member without its name, and its vector; raises UserError for a file that is left out."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        adapter = read_adapter(path, population.base)
+    notes = [str(warning.message) for warning in told]
+    layout = population.layout
+    if not adapter.modules:
+        raise UserError(f"{printable(path, 300)} {_TEXT_ALONE}")
+    inside = {name: change for name, change in adapter.modules.items() if name in layout.modules}
+    if not inside:
+        raise UserError(f"{printable(path, 300)} changes none of the {len(layout.modules)} modules of the population")
+    if adapter.text_encoders:
+        notes.append(f"changes of {', '.join(sorted(adapter.text_encoders))} are left out")
+    vector, loss = vector_of(Adapter(inside, backbone=adapter.backbone, name=path.stem), layout)
+    if loss.total == 0:
+        raise UserError(f"{printable(path, 300)} changes nothing: all its products are zero")
+    if not bool(vector.isfinite().all()):
+        raise UserError(f"{printable(path, 300)} has changes that are NaN or infinite once alpha is folded in")
+    if loss.relative > largest_loss:
+        raise UserError(
+            f"{printable(path, 300)} loses {loss.relative:.0%} at rank {layout.rank}; pass a larger `rank`, or a "
+            "larger `largest_loss`"
+        )
+    stored = vector.to(population.dtype).float()
+    if not bool(stored.isfinite().all()) or float((stored - vector).norm()) > 0.01 * float(vector.norm()):
+        raise UserError(f"{printable(path, 300)} has numbers that float16 does not hold; pass `dtype`='float32'")
+    outside = sum(_energy(change) for name, change in adapter.modules.items() if name not in layout.modules)
+    member = Member(
+        path.stem,
+        source=path.as_posix(),
+        rank=max(change.rank for change in inside.values()),
+        loss=loss.relative,
+        dropped=outside / (outside + loss.total),
+        sha256=digest,
+        notes=tuple(notes),
+    )
+    return member, vector
+
+
+def _energy(change: LowRank) -> float:
+    """Returns the squared Frobenius norm of a change, without forming it."""
+    down, up = change.down.flatten(1).double(), change.up.double()
+    return (change.alpha / change.rank) ** 2 * float((down @ down.T * (up.T @ up)).sum())
+
+
+def _modules(found: AdapterFile, base: Base) -> dict[str, int]:
+    """Returns the rank of each module of the backbone that a file changes."""
+    places = place(found, base)
+    names = {module: pair.rank for pair, (component, module) in places.items() if component == BACKBONE}
+    if not names:
+        raise UserError(f"{printable(found.path, 300)} {_TEXT_ALONE}")
+    return names
+
+
+def _quietly(scan: Callable[[Path], AdapterFile], path: Path) -> AdapterFile:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # told once, when the file is read
+        return scan(path)
+
+
+def _digest(path: Path) -> str:
+    """Returns the digest of a file's bytes; of a folder's, that of weights and configuration."""
+    if not path.is_dir():
+        return files.sha256(path)
+    names = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".json"))
+    return digest_of_values([files.sha256(p) for p in names])
+
+
+def _free_name(path: Path, taken: set[str]) -> str:
+    """Returns the stem of a file, or more of its path where the stem is taken or says nothing."""
+    name = (
+        path.parent.name if path.name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS) else path.name.removesuffix(".safetensors")
+    )
+    if name in taken and not path.is_dir():
+        name = f"{path.parent.name}/{name}"
+    found, number = name, 2
+    while found in taken:
+        found, number = f"{name}-{number}", number + 1
+    return found
+
+
+def _probes(layout: Layout) -> list[tuple[Tensor, Tensor]]:
+    """Returns random vectors for the inputs and the outputs of each module, the same for one layout at any time."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(side: int) -> Tensor:
+        return torch.randn(_PROBES, side, generator=generator)
+
+    return [(drawn(inputs), drawn(outputs)) for inputs, outputs in layout.sides]
+
+
+def _sketch(layout: Layout, vector: Float[Tensor, " size"], probes: list[tuple[Tensor, Tensor]]) -> Float[Tensor, " _"]:
+    """Returns sums over the modules of p^T B A q for some random p and q, whose mean square is the squared norm."""
+    total = torch.zeros(_PROBES)
+    for module, span in enumerate(layout.spans):
+        down, up = layout.split(vector[span], module)
+        inputs, outputs = probes[module]
+        total += ((inputs @ down.T) * (outputs @ up)).sum(1)
+    return total
+
+
+def _twin(
+    population: PopulationFolder,
+    members: Sequence[Member],
+    vectors: Sequence[Tensor],
+    sketches: Sequence[Tensor],
+    sketch: Tensor,
+    vector: Tensor,
+) -> str | None:
+    """Returns the name of a member, on disk or about to be, whose changes are those of a vector."""
+    if not sketches:
+        return None
+    apart = (torch.stack(list(sketches)) - sketch).abs().amax(1)
+    for near in (apart <= _NEAR * float(sketch.norm()) / math.sqrt(_PROBES)).nonzero()[:, 0].tolist():
+        stored = near < len(population)
+        other = population.rows([near])[0] if stored else vectors[near - len(population)]
+        if relative_distance(population.layout, vector, other) < SAME:
+            return population.names[near] if stored else members[near - len(population)].name
+    return None
+
+
+def _first(skipped: Sequence[Skipped]) -> str:
+    return f"; the first: {skipped[0].reason}" if skipped else "; give files that end in .safetensors"
+
+
+def _tell(path: Path, reason: str, strict: bool) -> None:
+    if strict:
+        raise UserError(f"{reason} (`strict` allows no file to be left out)")
+    _LOG.warning("left out: %s", reason)

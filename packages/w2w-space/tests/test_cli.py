@@ -1,0 +1,269 @@
+"""Every command in-process: from LoRA files to a space, its points, and files of other tools; bad input is told."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from diffcore.adapters import Adapter, LowRank, read_adapter, write_adapter
+from diffcore.cli import main
+from diffcore.models import load
+from diffcore.models.bases import base_on_disk
+from diffcore.runtime import Runtime
+from diffcore.testing import tiny
+from w2w_space.app.bench import cases, sd15_layout
+from w2w_space.app.cli import app
+from w2w_space.files.points import load_point
+from w2w_space.files.space import load_space
+
+TARGETS = ("attn1.to_q", "attn1.to_v", "attn2.to_q", "attn2.to_v")
+MEMBERS = 6
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder with a model, adapters of it, a population and a space, which is the current folder while tests run.
+
+    Attributes:
+        folder: The folder.
+        capsys: Output of the commands.
+    """
+
+    folder: Path
+    capsys: pytest.CaptureFixture[str]
+
+    def __call__(self, *tokens: str | Path, code: int = 0) -> tuple[str, str]:
+        """Runs a command, checks its exit code, and returns what it prints and what it tells."""
+        self.capsys.readouterr()
+        found = main(app, [str(token) for token in tokens])
+        out, err = self.capsys.readouterr()
+        assert found == code, err
+        return out, err
+
+    def json(self, *tokens: str | Path, code: int = 0) -> dict:
+        return json.loads(self(*tokens, "--json", code=code)[0])
+
+
+def drawn(shapes: dict[str, tuple[int, ...]], seed: int, rank: int = 1) -> Adapter:
+    g = torch.Generator().manual_seed(seed)
+    factors = {
+        name: LowRank(torch.randn(rank, i, generator=g) * 0.3, torch.randn(o, rank, generator=g) * 0.3, float(rank))
+        for name, (o, i) in shapes.items()
+    }
+    return Adapter(factors, name=f"a{seed}")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("w2w")
+    pipe = tiny.pipeline("sd15")
+    pipe.save_pretrained(folder / "model")
+    shapes = {n: tuple(m.weight.shape) for n, m in pipe.unet.named_modules() if n.endswith(TARGETS)}
+    (folder / "loras").mkdir()
+    for seed in range(MEMBERS):
+        layout = ("diffusers", "kohya", "peft")[seed % 3]
+        name = f"m{seed}" if layout == "peft" else f"m{seed}.safetensors"
+        write_adapter(drawn(shapes, seed), folder / "loras" / name, format=layout)
+    (folder / "loras" / "noise.safetensors").write_bytes(b"noise")
+    write_adapter(drawn(shapes, 100, rank=3), folder / "new.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(app, ["import", "loras", "--model", "model", "--out", "pop"]) == 0
+        assert main(app, ["build", "pop", "--out", "space", "--precision", "float32"]) == 0
+    return folder
+
+
+@pytest.fixture
+def place(made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Place:
+    monkeypatch.chdir(made)
+    return Place(made, capsys)
+
+
+def test_an_import_names_what_it_leaves_out(place: Place):
+    told = place.json("import", "loras", "--model", "model", "--out", "pop")
+    assert (told["members"], told["left_out"], told["rank"], told["modules"]) == (MEMBERS, 1, 1, 16)
+    assert "noise.safetensors" in told["skipped"][0]["file"]
+    _, err = place("import", "loras", "--model", "model", "--out", "strict", "--strict", code=2)
+    assert "noise.safetensors is not a safetensors file" in err
+    plan = place.json("import", "loras", "--model", "model", "--out", "planned", "--dry-run")
+    assert (plan["fitting"], plan["left_out"], plan["numbers"]) == (MEMBERS, 1, told["numbers"])
+    assert not Path("planned").exists()
+    _, err = place("import", "loras/m0.safetensors", "--out", "other", code=2)
+    assert "name its base model with --model" in err
+
+
+def test_a_space_of_a_population_or_of_its_files_is_the_same(place: Place):
+    place("build", "loras", "--model", "model", "--out", "direct", "--precision", "float32")
+    one, other = load_space(Path("space")), load_space(Path("direct"))
+    assert one.names == other.names
+    assert torch.equal(one.components, other.components)
+    page = Path("space/report.html").read_text()
+    assert "How the factors were aligned" in page
+    assert "5 components" in page
+    assert Path("space/tables/spectrum.csv").read_text().count("\n") == MEMBERS
+    assert "noise.safetensors" in Path("direct/report.html").read_text()
+    told = place.json("build", "pop", "--out", "space", "--precision", "float32")
+    assert told["members"] == MEMBERS
+    _, err = place("build", "pop", "--out", "space", "--scaling", "none", code=2)
+    assert "scaling" in err
+    place("report", "space")
+
+
+def test_a_space_without_members_leaves_nothing_of_them(place: Place):
+    place("build", "loras", "--model", "model", "--out", "private", "--no-members", "--num-components", "3")
+    files = [path for path in Path("private").rglob("*") if path.is_file()]
+    assert not any(b"m1" in path.read_bytes() and path.suffix == ".csv" for path in files)
+    assert not Path("private/population").exists()
+    assert load_space(Path("private")).names == ()
+    assert load_space(Path("private")).num_components == 3
+    assert "written without" in place("export", "private", "m1", "x.safetensors", code=2)[1]
+
+
+def test_a_member_projects_to_itself(place: Place):
+    told = place.json("project", "space", "loras/m1.safetensors", "--out", "m1-point.safetensors")
+    assert told["residual"] < 1e-3
+    assert told["nearest_members"][0].startswith("m1 (0.0")
+    space = load_space(Path("space"))
+    assert torch.allclose(torch.tensor(told["coordinates"]), space.member("m1").z, atol=1e-3)
+    assert torch.equal(load_point("m1-point.safetensors", space).z, torch.tensor(told["coordinates"]))
+    lost = place.json("project", "space", "new.safetensors")
+    assert lost["residual"] > 0.5
+    assert lost["worst_residual"] > 0.5
+    assert place.json("info", "m1-point.safetensors")["kind"] == "point"
+
+
+@pytest.mark.parametrize(
+    ("subject", "name", "format"),
+    [
+        ("m2", "a.safetensors", "diffusers"),
+        ("m1-point.safetensors", "b.safetensors", "kohya"),
+        ("loras/m3.safetensors", "c", "peft"),
+        ("mean", "d.safetensors", "diffusers"),
+    ],
+)
+def test_a_point_is_exported_in_any_layout(place: Place, subject: str, name: str, format: str):
+    if subject.startswith("m1"):
+        place("project", "space", "loras/m1.safetensors", "--out", subject)
+    told = place.json("export", "space", subject, name, "--format", format)
+    assert told["precision"] == "float16"
+    assert told["largest_rounding_error"] < 2e-3
+    assert Path(told["card"]).exists()
+    read = read_adapter(name, base_on_disk(Path("model")))
+    if subject != "mean":
+        member = Path("loras") / {"m2": "m2", "b.safetensors": "m1.safetensors", "c": "m3.safetensors"}.get(
+            subject if subject == "m2" else name, ""
+        )
+        for module, change in read_adapter(member, base_on_disk(Path("model"))).modules.items():
+            assert change.relative_error(read.modules[module]) < 5e-3
+    _, err = place("export", "space", subject, name, "--format", format, code=2)
+    assert "there already" in err
+    assert "--overwrite" in err
+
+
+def test_a_point_is_merged_into_its_model(place: Place):
+    place("export", "space", "m0", "merged", "--merge", "model", "--weight", "0.5")
+    merged = load("merged", Runtime(device="cpu")).backbone.state_dict()
+    plain = load("model", Runtime(device="cpu")).backbone.state_dict()
+    change = read_adapter("loras/m0.safetensors", base_on_disk(Path("model"))).modules
+    name = next(iter(change))
+    difference = merged[f"{name}.weight"] - plain[f"{name}.weight"]
+    assert torch.allclose(difference, 0.5 * change[name].delta(), atol=1e-4)
+    assert not torch.allclose(difference, torch.zeros(()), atol=1e-4)
+
+
+def test_convert_tells_what_a_smaller_rank_loses(place: Place):
+    told = place.json("convert", "new.safetensors", "two.safetensors", "--rank", "2", "--model", "model")
+    base = base_on_disk(Path("model"))
+    before, after = read_adapter("new.safetensors", base).modules, read_adapter("two.safetensors", base).modules
+    lost = sum(float((c.delta() - after[n].delta()).square().sum()) for n, c in before.items())
+    total = sum(float(c.delta().square().sum()) for c in before.values())
+    assert told["loss"] == pytest.approx((lost / total) ** 0.5, rel=1e-3)
+    worst = told["worst_module"]
+    assert before[worst].relative_error(after[worst]) == pytest.approx(told["losses"][worst], rel=1e-3)
+    assert {change.rank for change in after.values()} == {2}
+    whole = place.json("convert", "new.safetensors", "folder", "--format", "peft", "--model", "model")
+    assert whole["largest_rounding_error"] < 1e-12
+    assert "loss" not in whole
+    _, err = place("convert", "new.safetensors", "x.safetensors", "--rank", "0", "--model", "model", code=2)
+    assert "--rank is 0" in err
+
+
+def test_info_knows_what_it_looks_at(place: Place):
+    space = place.json("info", "space")
+    assert (space["kind"], space["components"], space["members"], space["base"]) == ("space", 5, MEMBERS, "model")
+    assert place.json("info", "space/space.safetensors") == space
+    population = place.json("info", "pop")
+    assert (population["kind"], population["problems"]) == ("population", [])
+    adapter = place.json("info", "new.safetensors", "--model", "model")
+    assert (adapter["kind"], adapter["layout"], adapter["ranks"]) == ("adapter", "diffusers", {"3": 16})
+    assert place("info", "loras/m1.safetensors")[0].count("kohya") == 1
+    assert "does not exist" in place("info", "nothing.safetensors", code=2)[1]
+    tagged = load_file("loras/m1.safetensors")
+    tags = json.dumps({"10_sks": {"sks person": 10, "hat": 3}, "reg": {"hat": 9}})
+    save_file(tagged, "tagged.safetensors", metadata={"ss_tag_frequency": tags})
+    assert place.json("info", "tagged.safetensors")["trigger_words"] == ["hat", "sks person"]
+
+
+def test_a_damaged_population_is_told(place: Place):
+    place("import", "loras", "--model", "model", "--out", "damaged")
+    shard = next(Path("damaged/shards").glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(bytes(data))
+    told = place.json("info", "damaged", code=1)
+    assert "does not match the sum" in told["problems"][0]
+
+
+def test_the_authors_files_become_a_space(place: Place):
+    folder = Path("authors")
+    folder.mkdir(exist_ok=True)
+    x = torch.randn(6, 7)
+    z = (x - x.mean(0)) / x.std(0)
+    v = torch.linalg.svd(z, full_matrices=False).Vh.T[:, :4].contiguous()
+    stem = "base_model.model.mid.attn1.to_q.lora_"
+    table = {f"{stem}A.identity1.weight": [(4,), (1, 4)], f"{stem}B.identity1.weight": [(3,), (3, 1)]}
+    tensors = {"mean": x.mean(0), "std": x.std(0), "V": v, "proj_1000pc": z @ v, "weight_dimensions": table}
+    for name, value in tensors.items():
+        torch.save(value, folder / f"{name}.pt")
+    assert "--allow-pickle" in place("import", "authors", "--authors", "--out", "published", code=2)[1]
+    words = ("import", "authors", "--authors", "--allow-pickle", "--out", "published")
+    assert place.json(*words, "--dry-run")["writes"] == "published/space.safetensors"
+    assert place.json(*words)["components"] == 4
+    assert place.json("info", "published")["solver"] == "published"
+
+
+def test_the_demo_shows_what_the_gauge_is_for(place: Place):
+    told = place.json("demo", "--out", "demo")
+    assert told["held"]
+    assert told["error_canonical"] < 0.1
+    assert told["error_raw"] > 0.5
+    assert "canonical factors" not in place("report", "demo")[0]
+    assert Path("demo/figures/gauge.png").exists()
+    assert place.json("demo", "--out", "demo") == told
+
+
+def test_the_benchmark_compares_equals():
+    """The cases at full size are for `bench`; here both sides must agree on small ones."""
+    found = cases(smoke=True)
+    assert found[0].goal == 6.0
+    for case in found:
+        ours, reference = case.ours(), case.reference()
+        assert case.agree(ours, reference), case.name
+    assert sd15_layout().size == 99_648
+    assert len(sd15_layout().modules) == 64
+
+
+def test_an_adapter_of_a_family_needs_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    shapes = {f"mid_block.attentions.0.transformer_blocks.0.attn1.to_{x}": (1280, 1280) for x in "qv"}
+    shapes["mid_block.attentions.0.transformer_blocks.0.attn2.to_v"] = (1280, 768)
+    for seed in range(3):
+        write_adapter(drawn(shapes, seed), tmp_path / f"{seed}.safetensors")
+    here = Place(tmp_path, capsys)
+    assert here.json("import", tmp_path, "--out", tmp_path / "pop")["base"] == "sd15"
+    here("build", tmp_path / "pop", "--out", tmp_path / "run")
+    more = shapes | {"mid_block.attentions.0.transformer_blocks.0.attn2.to_k": (1280, 768)}
+    write_adapter(drawn(more, 9), tmp_path / "more.safetensors")
+    assert here.json("project", tmp_path / "run", tmp_path / "more.safetensors")["modules_outside"] == 1

@@ -1,0 +1,211 @@
+"""The pictures of one subject, and the noisy batches and denoising errors that training and inversion share.
+
+The error of a row is the mean over the mask of (o - target)^2, where o is the network's output for
+x_t = alpha x0 + sigma noise, and the target is the noise, x0, velocity or flow, as the model predicts.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from diffcore.denoiser import NetworkDenoiser
+from diffcore.digests import add_tensors
+from diffcore.noise import philox_normal, philox_uniform
+from diffcore.train.timesteps import TimeSampler
+from w2w_space.recipe import member_rows
+
+_PICTURES, _TIMES, _NOISE = 2, 3, 4  # streams of the draws; training and evaluation differ by an offset
+EVALUATION = 16
+"""Offset of the streams from which fixed pairs of timestep and noise come, which no training sees."""
+
+
+@dataclass(frozen=True, eq=False)
+class Instance:
+    """One subject: its pictures as clean samples, and what the model is told about each.
+
+    Attributes:
+        name: Name of the subject, on which its random draws depend.
+        x0: Clean samples of its pictures in the model's space, such as latents, one row per picture.
+        condition: Class labels or text states, one row per picture, or a single row for all.
+        mask: Weights in [0, 1] of the places that count in the loss, one row per picture; None counts all alike.
+
+    Raises:
+        ValueError: There is no picture, rows do not fit, or a mask is empty or leaves [0, 1].
+
+    Example:
+        >>> digits = Instance("a", torch.zeros(10, 1, 8, 8), {"class_labels": torch.arange(10)})
+        >>> len(digits)
+        10
+    """
+
+    name: str
+    x0: Float[Tensor, "k c h w"]
+    condition: Mapping[str, Tensor] = field(default_factory=dict)
+    mask: Float[Tensor, "k 1 h w"] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.x0) == 0:
+            raise ValueError(f"{self.name!r} has no pictures; give at least one row of `x0`")
+        for key, value in self.condition.items():
+            if len(value) not in (1, len(self.x0)):
+                raise ValueError(
+                    f"{key!r} of {self.name!r} has {len(value)} rows for {len(self.x0)} pictures; give one or as many"
+                )
+        if self.mask is not None:
+            if not bool(((self.mask >= 0) & (self.mask <= 1)).all()):
+                raise ValueError(f"`mask` of {self.name!r} has values outside 0 to 1; divide bytes by 255")
+            if bool((self.mask.flatten(1).sum(1) == 0).any()):
+                raise ValueError(f"`mask` of {self.name!r} is empty for a picture; mark the places that count")
+
+    def __len__(self) -> int:
+        return len(self.x0)
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of pictures, conditions and masks."""
+        digest = hashlib.sha256()
+        add_tensors(digest, {"x0": self.x0, **self.condition} | ({} if self.mask is None else {"mask": self.mask}))
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True, eq=False)
+class NoisyBatch:
+    """Clean samples with the noise and the timesteps of each row, group by group.
+
+    Attributes:
+        x0: Clean samples of the rows.
+        t: Timestep of each row.
+        noise: Unit normal noise of each row.
+        condition: What the model is told about each row.
+        mask: Weights of the places of each row; None counts all alike.
+    """
+
+    x0: Float[Tensor, "b c h w"]
+    t: Float[Tensor, " b"]
+    noise: Float[Tensor, "b c h w"]
+    condition: Mapping[str, Tensor]
+    mask: Float[Tensor, "b 1 h w"] | None
+
+    def errors(self, denoiser: NetworkDenoiser) -> Float[Tensor, " b"]:
+        """Returns the error of each row: the mean of its squared differences over the mask.
+
+        Args:
+            denoiser: Network with its schedule and prediction type.
+        """
+        prediction = denoiser(denoiser.schedule.add_noise(self.x0, self.noise, self.t), self.t, self.condition)
+        target = prediction.target(self.x0, self.noise)
+        squared = (prediction.output.to(target.dtype) - target).square().mean(1, keepdim=True)
+        if self.mask is None:
+            return squared.flatten(1).mean(1)
+        return (self.mask * squared).flatten(1).sum(1) / self.mask.flatten(1).sum(1)
+
+    def rows(self, index: Int[Tensor, " n"]) -> "NoisyBatch":
+        """Returns some of the rows.
+
+        Args:
+            index: Places of the rows in the batch.
+        """
+        condition = {key: value[index] for key, value in self.condition.items()}
+        mask = None if self.mask is None else self.mask[index]
+        return NoisyBatch(self.x0[index], self.t[index], self.noise[index], condition, mask)
+
+
+class Deck:
+    """Deals noisy pictures of several subjects, so many rows for each; what one gets depends on its name alone.
+
+    Pictures come in random order, all once before one comes again. Timesteps are stratified: one in each of as many
+    equal slices of the distribution as a subject has rows. With antithetic noise, every second row has the noise of the
+    row before with the opposite sign.
+
+    Args:
+        instances: Subjects, the first one's rows first.
+        time_sampler: Distribution of the timesteps.
+        seed: Seed of all draws.
+        antithetic: Whether noise comes in pairs of opposite signs.
+        like: Tensor whose device and precision the batches take.
+    """
+
+    def __init__(
+        self,
+        instances: Sequence[Instance],
+        time_sampler: TimeSampler,
+        *,
+        seed: int,
+        antithetic: bool,
+        like: Tensor,
+    ) -> None:
+        self._time_sampler, self._seed, self._antithetic = time_sampler, seed, antithetic
+        self._x0 = torch.cat([each.x0 for each in instances]).to(like)
+        counts = torch.tensor([len(each) for each in instances])
+        firsts = counts.cumsum(0) - counts
+        self._counts, self._firsts = counts.to(like.device), firsts.to(like.device)
+        self._rows = member_rows([each.name for each in instances]).to(like.device)
+        keys = list(instances[0].condition)
+        self._condition = {
+            key: torch.cat(
+                [each.condition[key].expand(len(each), *each.condition[key].shape[1:]) for each in instances]
+            )
+            for key in keys
+        }
+        self._condition = {
+            key: value.to(like) if value.is_floating_point() else value.to(like.device)
+            for key, value in self._condition.items()
+        }
+        self._mask = None
+        if any(each.mask is not None for each in instances):
+            masks = [torch.ones_like(each.x0[:, :1]) if each.mask is None else each.mask for each in instances]
+            self._mask = torch.cat(masks).to(like)
+        self._longest = int(counts.max())
+
+    def deal(self, size: int, step: int, *, evaluation: bool = False) -> NoisyBatch:
+        """Returns rows of all subjects, those of one after those of another.
+
+        Args:
+            size: Number of rows of each subject.
+            step: Number of the draw; the same one gives the same rows.
+            evaluation: Whether to draw from streams apart from those of training.
+        """
+        offset = EVALUATION if evaluation else 0
+        places = torch.arange(size + self._longest, device=self._rows.device)
+        # A random number in each round through the pictures, so that sorting keeps the rounds in order.
+        rounds = (places[None] // self._counts[:, None]).double()
+        u = philox_uniform(self._seed, self._rows, (len(places),), step=step, stream=_PICTURES + offset)
+        chosen = (rounds + u).argsort(1)[:, :size] % self._counts[:, None] + self._firsts[:, None]
+        index = chosen.flatten()
+        x0 = self._x0[index]
+        return NoisyBatch(
+            x0,
+            self._times(size, step, offset).to(x0),
+            self._noise(size, step, offset).to(x0).flatten(0, 1),
+            {key: value[index] for key, value in self._condition.items()},
+            None if self._mask is None else self._mask[index],
+        )
+
+    def _times(self, size: int, step: int, offset: int) -> Float[Tensor, " rows"]:
+        u = philox_uniform(self._seed, self._rows, (size,), step=step, stream=_TIMES + offset)
+        slices = torch.arange(size, device=u.device)
+        u = ((slices + u) / size).clamp(max=1 - torch.finfo(u.dtype).eps / 2)
+        return self._time_sampler(u.flatten())
+
+    def _noise(self, size: int, step: int, offset: int) -> Float[Tensor, "n size c h w"]:
+        drawn = -(-size // 2) if self._antithetic else size
+        shape = (drawn, *self._x0.shape[1:])
+        noise = philox_normal(self._seed, self._rows, shape, step=step, stream=_NOISE + offset)
+        if not self._antithetic:
+            return noise
+        return torch.stack([noise, -noise], 2).flatten(1, 2)[:, :size]
+
+
+def group_means(errors: Float[Tensor, " rows"], groups: int) -> Float[Tensor, " groups"]:
+    """Returns the mean error of each of the groups of rows that follow one another.
+
+    Args:
+        errors: Error of each row.
+        groups: Number of groups, of as many rows each.
+    """
+    return errors.view(groups, -1).mean(1)

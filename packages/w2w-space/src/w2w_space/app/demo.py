@@ -1,8 +1,8 @@
-"""The demo: adapters with a few things in common, written with factors of their own, in both gauges.
+"""The demo: 160 adapters of handwritten digits, one style each, become a space that is sampled, edited and inverted.
 
-Each adapter is B A per module, where B and A are affine functions of six latent numbers (specification, section 3.2),
-and is then written with random factors B G^-1 and G A: the same changes, other vectors. Spaces of raw vectors and of
-vectors in the canonical gauge are fitted to most of them, and the others are projected.
+The base model draws digits in all styles, an adapter in one; a style is five numbers, which an oracle reads off a
+picture. So every claim can be checked against numbers that are known exactly. Nothing is trained: the adapters come
+with the package, once with one initial A for all and once with an A of each one's own.
 """
 
 from dataclasses import dataclass
@@ -12,104 +12,205 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffcore.models import DiffusionModel
 from diffcore.run import Run
 from diffcore.runtime import Runtime
+from diffcore.zoo.digits.data import STYLES
 from w2w_space.app.report import save_space_parts, write_page
+from w2w_space.diagnose import cross_fitted, real_components
+from w2w_space.directions import Directions, find_directions
+from w2w_space.edit import edit
 from w2w_space.gauge import GaugeKind
+from w2w_space.labels import Labels
 from w2w_space.layout import Layout
-from w2w_space.population import Population, Stacked
-from w2w_space.products import relative_distance
-from w2w_space.space import WeightSpace
+from w2w_space.population import Population
+from w2w_space.sample import sample
+from w2w_space.space import Point, WeightSpace
+from w2w_space.styles import load_base, load_styles, read_styles, render_members
 
-_LATENTS, _NOISE, _HELD_OUT = 6, 0.02, 40
-_COMPONENTS = (1, 2, 3, 4, 6, 8, 12, 20)
+_FITTED, _COMPONENTS, _SHOWN_DIGIT = 128, 20, 3
+_CLEAR = (0.5, -0.5, 0.0, 0.0, 0.0)
+_STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)
+_LOOKED_AT = (1, 2, 3, 5, 8, 12, 20, 35, 60)
 _GAUGES: tuple[GaugeKind, ...] = ("raw", "canonical")
 
 
-@dataclass(frozen=True)
-class _Size:
-    members: int
-    modules: int
-    rank: int
-
-
-_SHORT, _FULL = _Size(200, 3, 1), _Size(600, 12, 2)
-
-
 def run_demo(out: Path, *, full: bool = False) -> dict[str, Any]:
-    """Fits both spaces and projects what they have not seen; returns the result, which `result.json` repeats.
+    """Builds the space, samples, edits and inverts; returns the result, which `result.json` repeats.
 
     Args:
         out: Run folder; a finished demo is only read.
-        full: Take more adapters and modules, and rank 2.
+        full: Draw more samples, and edit more subjects.
     """
     Runtime(device="cpu").apply_threads()
-    with Run.open(out, command="w2w-space demo", config={"full": full, "seed": 0}, inputs={}) as run:
+    model = load_base()
+    inputs = {model.name: model.fingerprint}
+    with Run.open(out, command="w2w-space demo", config={"full": full, "seed": 0}, inputs=inputs) as run:
         if run.finished:
             return run.result
-        result = _compared(run, _FULL if full else _SHORT)
+        result = _toured(run, model, full=full)
         run.finish(result)
         write_page(run)
         return result
 
 
-def planted(layout: Layout, members: int, *, seed: int = 0) -> Tensor:
-    """Returns vectors of adapters whose factors are affine functions of latent numbers, each in a gauge of its own.
-
-    Args:
-        layout: Table of the vectors.
-        members: Number of adapters that are drawn.
-        seed: Seed of all random numbers.
-    """
-    g = torch.Generator().manual_seed(seed)
-    latents = torch.randn(members, _LATENTS, generator=g)
-    center, slopes = torch.randn(layout.size, generator=g), torch.randn(_LATENTS, layout.size, generator=g)
-    vectors = center + 0.3 * latents @ slopes + _NOISE * torch.randn(members, layout.size, generator=g)
-    for module, span in enumerate(layout.spans):
-        down, up = layout.split(vectors[:, span], module)
-        # Far from singular, of either orientation.
-        turn = torch.linalg.qr(torch.randn(members, layout.rank, layout.rank, generator=g)).Q
-        turn = turn * (1 + torch.rand(members, 1, 1, generator=g)) * torch.randn(members, 1, 1, generator=g).sign()
-        parts = [(turn @ down).flatten(1), (up @ torch.linalg.inv(turn)).flatten(1)]
-        vectors[:, span] = torch.cat(parts, 1)
-    return vectors
-
-
-def _compared(run: Run, size: _Size) -> dict[str, Any]:
-    layout = Layout.of({f"block.{i}.attn.to_q": (64, 48) for i in range(size.modules)}, rank=size.rank)
-    vectors = planted(layout, size.members + _HELD_OUT)
-    names = tuple(f"adapter {place}" for place in range(size.members))
-    population = Population(layout, names, Stacked(vectors[: size.members]))
-    new = vectors[size.members :]
-    spaces = {gauge: WeightSpace.build(population, gauge=gauge) for gauge in _GAUGES}
-    errors = {gauge: [_error(space.truncated(m), new) for m in _COMPONENTS] for gauge, space in spaces.items()}
-    run.save(
-        "gauge",
-        {},
-        components=list(_COMPONENTS),
-        errors={f"{gauge} factors": values for gauge, values in errors.items()},
-        caption=f"{size.members} adapters of rank {size.rank} with {size.modules} modules, made from {_LATENTS} latent "
-        f"numbers and written with random factors; mean over {_HELD_OUT} adapters that were not in the fit.",
-    )
-    rows = [
-        {"components": m, **{gauge: round(errors[gauge][place], 3) for gauge in _GAUGES}}
-        for place, m in enumerate(_COMPONENTS)
-    ]
-    run.keep_table("gauge", rows, "Error of the projected change, relative to the change.")
-    save_space_parts(run, spaces["canonical"])
-    place = _COMPONENTS.index(_LATENTS)
-    raw, canonical = errors["raw"][place], errors["canonical"][place]
+def _toured(run: Run, model: DiffusionModel, *, full: bool) -> dict[str, Any]:
+    population, styles = load_styles()
+    fitted = population.subset(range(_FITTED))
+    whole = WeightSpace.build(fitted)
+    real, _ = real_components(fitted, whole)
+    space, shrinkage = cross_fitted(whole, num_components=_COMPONENTS)
+    save_space_parts(run, whole)
+    r2 = _keep_gauge(run, population, styles)
+    write_page(run)
+    _keep_samples(run, model, space, count=12 if full else 6)
+    # A new subject of bright ink on dark ground, in which every change shows.
+    clear = int((styles[_FITTED:] - torch.tensor(_CLEAR)).norm(dim=1).argmin()) + _FITTED
+    subject = space.project(population.layout.adapter(population.vectors.rows([clear])[0]), unshrink=True)
+    directions = find_directions(space, Labels(STYLES, styles[:_FITTED].double()))
+    effects = _keep_sliders(run, model, subject, directions)
+    shared, own = min(r2["shared A, canonical"]), max(r2["own A, raw"])
     return {
-        "answer": f"With {_LATENTS} components, the canonical gauge gives new adapters back to within {canonical:.0%}; "
-        f"without it, {raw:.0%} of each is lost.",
-        "components": _LATENTS,
-        "error_canonical": canonical,
-        "error_raw": raw,
-        "held": canonical < 0.2 < 0.5 < raw,
+        "answer": f"{_COMPONENTS} components of {_FITTED} adapters tell the five style numbers of new adapters (R² of "
+        f"{shared:.2f} and more), and sliders move them one by one. From factors as they were written, adapters with "
+        f"an initial A of their own tell nothing (R² of {own:.2f} at most); the canonical gauge gets "
+        f"{min(r2['own A, canonical']):.2f} to {max(r2['own A, canonical']):.2f}.",
+        "components": _COMPONENTS,
+        "more_than_chance": real,
+        "shrinkage": space.shrinkage,
+        "shrinkage_by_components": dict(zip(map(str, shrinkage.components), shrinkage.ratios, strict=True)),
+        "r2": r2,
+        "effects": effects,
+        "held": shared >= 0.7 and own <= 0.1,
     }
 
 
-def _error(space: WeightSpace, vectors: Tensor) -> float:
-    back = space.vectors(space.coordinates(vectors))
-    apart = [relative_distance(space.layout, one, other) for one, other in zip(vectors, back, strict=True)]
-    return sum(apart) / len(apart)
+def _keep_gauge(run: Run, population: Population, styles: Tensor) -> dict[str, list[float]]:
+    """Keeps how well styles of new adapters are told, with and without the gauge; returns it at the demo's size."""
+    curves, found = {}, {}
+    for start, members in (("shared A", population), ("own A", load_styles(own=True)[0])):
+        for gauge in _GAUGES:
+            space = WeightSpace.build(members.subset(range(_FITTED)), gauge=gauge)
+            new = members.vectors.rows(range(_FITTED, len(members)))
+            told = {m: _told(space.truncated(m), new, styles) for m in _LOOKED_AT}
+            curves[f"{start}, {gauge}"] = [max(float(told[m].mean()), -0.2) for m in _LOOKED_AT]
+            found[f"{start}, {gauge}"] = [round(value, 3) for value in told[_COMPONENTS].tolist()]
+    run.save(
+        "gauge",
+        {},
+        components=list(_LOOKED_AT),
+        errors=curves,
+        y_label="R² of the styles of new adapters",
+        caption=f"How well a linear map reads the five style numbers of {len(styles) - _FITTED} new adapters from "
+        f"their coordinates, mean of five; fitted to {_FITTED} members. A member with an initial A of its own writes "
+        "its change with factors of its own: a space of raw factors sees nothing else.",
+    )
+    rows = [{"adapters": name, **dict(zip(STYLES, values, strict=True))} for name, values in found.items()]
+    run.keep_table("gauge", rows, f"R² of each style number of new adapters, from {_COMPONENTS} components.")
+    return found
+
+
+def _told(space: WeightSpace, new: Tensor, styles: Tensor) -> Tensor:
+    """Returns R² of the styles of adapters that were not in the fit, read from coordinates by least squares."""
+    known, wanted = styles[:_FITTED].double(), styles[_FITTED:].double()
+    members, z = (torch.cat([x, torch.ones(len(x), 1)], 1).double() for x in (space.members, space.coordinates(new)))
+    found = z @ torch.linalg.lstsq(members, known).solution
+    return 1 - (found - wanted).square().sum(0) / (wanted - wanted.mean(0)).square().sum(0)
+
+
+def _keep_samples(run: Run, model: DiffusionModel, space: WeightSpace, *, count: int) -> None:
+    """Keeps new adapters and the members that are nearest to them, as pictures."""
+    drawn = sample(space, count)
+    points = [point for one in drawn for point in (one.point, space.member(one.nearest))]
+    pictures = _pictures(model, space.layout, points)
+    labels = [label for one in drawn for label in (f"sample, {one.distance:.1f} sd from", one.nearest)]
+    copies = sum(one.near_copy for one in drawn)
+    run.save(
+        "samples",
+        {"pictures": pictures},
+        labels=labels,
+        caption=f"{count} new adapters, each above the member that is nearest to it; {copies or 'none'} of them nearer "
+        "to it than 99 % of the members are to one another. Ten digits each, from the same noise.",
+    )
+
+
+@dataclass(frozen=True)
+class _Slider:
+    """Style numbers that the oracle reads along one direction.
+
+    Attributes:
+        read: One row per strength, one column per style number.
+        own: Column of the direction's own style number.
+    """
+
+    read: Tensor
+    own: int
+
+    @property
+    def effect(self) -> float:
+        """Change of the own number from one end to the other."""
+        return float(self.read[-1, self.own] - self.read[0, self.own])
+
+    @property
+    def leak(self) -> float:
+        """Largest change of another number from one end to the other."""
+        change = (self.read[-1] - self.read[0]).abs()
+        change[self.own] = 0
+        return float(change.max())
+
+
+def _keep_sliders(
+    run: Run, model: DiffusionModel, subject: Point, directions: Directions
+) -> dict[str, dict[str, float]]:
+    """Keeps each attribute's slider as pictures and as what the oracle reads; returns effects and leaks."""
+    layout, found, curves, pictures = subject.space.layout, dict[str, dict[str, float]](), {}, []
+    for own, name in enumerate(STYLES):
+        others = [other for other in STYLES if other != name]
+        points = [edit(subject, {name: s}, directions).point for s in _STRENGTHS]
+        kept = [edit(subject, {name: s}, directions, keep=others).point for s in _STRENGTHS]
+        drawn = _pictures(model, layout, [*points, *kept])
+        read = read_styles(2 * drawn - 1)
+        plain, held = (_Slider(part, own) for part in read.split(len(_STRENGTHS)))
+        pictures.append(drawn[: len(_STRENGTHS), _SHOWN_DIGIT])
+        curves[name] = plain.read.T.tolist()
+        found[name] = {
+            "auc": directions[name].auc,
+            "effect": plain.effect,
+            "leak": plain.leak,
+            "effect_keep": held.effect,
+            "leak_keep": held.leak,
+        }
+    rows = [
+        {
+            "slider": name,
+            "correlation": told["auc"],
+            "effect": told["effect"],
+            "leak": told["leak"],
+            "effect, kept": told["effect_keep"],
+            "leak, kept": told["leak_keep"],
+        }
+        for name, told in found.items()
+    ]
+    run.save(
+        "sliders",
+        {"pictures": torch.cat(pictures)},
+        names=list(STYLES),
+        strengths=list(_STRENGTHS),
+        curves=curves,
+        caption="One subject that was not in the fit, moved along each direction; strengths in standard deviations of "
+        "the members.",
+    )
+    run.keep_table(
+        "sliders",
+        rows,
+        f"Effect: change of the own style number, which goes from -1 to 1, from {_STRENGTHS[0]:g} to "
+        f"{_STRENGTHS[-1]:+g} standard deviations, as the oracle reads it off the pictures; leak: largest change of "
+        "another one; kept: with the others' scores held. Correlation: of held-out members' places with their styles.",
+    )
+    return found
+
+
+def _pictures(model: DiffusionModel, layout: Layout, points: list[Point]) -> Tensor:
+    """Returns ten digits of each point, in [0, 1] where they are not brighter or darker than any in the data."""
+    drawn = render_members(model, layout, torch.stack([point.vector for point in points]))
+    return (drawn + 1) / 2

@@ -11,7 +11,7 @@ from w2w_space.space import WeightSpace, about
 
 TITLES = {
     "build": "What do these adapters have in common?",
-    "demo": "One adapter, many factors: what the gauge is for",
+    "demo": "A space of adapters: sampled, edited, and checked against known styles",
 }
 _ANCHORED, _MEANINGLESS = 0.02, 0.2  # shares of turned signs
 _LIMITS = (
@@ -98,10 +98,43 @@ def _add_gauge(report: Report, run: Run) -> None:
         return
     part = run.load("gauge").fields
     series = [Series(label, part["components"], errors) for label, errors in part["errors"].items()]
-    report.section("What is left of adapters that the space has not seen")
-    figure = lines_with_band(series, x_label="components", y_label="relative error of the change")
+    report.section("What the gauge is for")
+    figure = lines_with_band(series, x_label="components", y_label=part["y_label"], log_x=True)
     report.plot("gauge", figure, part["caption"])
     report.kept_table("gauge", "In numbers")
+
+
+def _add_samples(report: Report, run: Run) -> None:
+    if not run.has("samples"):
+        return
+    part = run.load("samples")
+    pictures = part.tensors["pictures"]
+    report.section("New adapters").images(
+        pictures.flatten(0, 1).clamp(0, 1),
+        part.fields["caption"],
+        columns=pictures.shape[1],
+        row_labels=part.fields["labels"],
+    )
+
+
+def _add_sliders(report: Report, run: Run) -> None:
+    if not run.has("sliders"):
+        return
+    part = run.load("sliders")
+    names, strengths = part.fields["names"], part.fields["strengths"]
+    report.section("Sliders").images(
+        part.tensors["pictures"].clamp(0, 1),
+        part.fields["caption"],
+        columns=len(strengths),
+        row_labels=names,
+        column_labels=[f"{strength:+g} sd" if strength else "0" for strength in strengths],
+    )
+    for name in names:
+        curves = part.fields["curves"][name]
+        series = [Series(other, strengths, values) for other, values in zip(names, curves, strict=True)]
+        figure = lines_with_band(series, x_label=f"strength of {name}, sd", y_label="style that the oracle reads")
+        report.plot(f"slider-{name}", figure, f"Style numbers of the pictures along the direction of {name}.")
+    report.kept_table("sliders", "Effects and leaks")
 
 
 def _add_spectrum(report: Report, run: Run) -> None:
@@ -149,5 +182,12 @@ def _add_limits(report: Report, run: Run) -> None:
         report.section("What may not be concluded").points(*_LIMITS)
 
 
-SECTIONS: tuple[Callable[[Report, Run], None], ...] = (_add_gauge, _add_spectrum, _add_tables, _add_limits)
+SECTIONS: tuple[Callable[[Report, Run], None], ...] = (
+    _add_sliders,
+    _add_samples,
+    _add_gauge,
+    _add_spectrum,
+    _add_tables,
+    _add_limits,
+)
 """Parts of the page in their order; each adds nothing where the run does not hold what it shows."""

@@ -207,6 +207,6 @@ class _Batch:
         best = (total * torch.where(norms > 0, norms.rsqrt(), 0.0)[:, None]).flatten(2).argmax(2)
         place = torch.stack([best % grid[1], best // grid[1]], -1).double() + 0.5
         scale = torch.tensor([self.size[1] / grid[1], self.size[0] / grid[0]], dtype=torch.float64, device=place.device)
-        near = (place * scale - 0.5 - self.true).norm(dim=2) <= self.radius[:, None] * (1 + 1e-9)
+        near = (place * scale - 0.5 - self.true).norm(dim=2) <= self.radius.double()[:, None] * (1 + 1e-9)
         number = self.counted.sum(1)
         return ((near & self.counted).sum(1).double() / number)[number > 0]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from diffcore.cli import Flag, emit, main, make_app
 from diffcore.cli.package_commands import add_package_commands
-from w2w_space.app.commands import collect, fit, use
+from w2w_space.app.commands import collect, explore, fit, use
 
 app = make_app(
     "w2w-space",
@@ -15,7 +15,9 @@ app = make_app(
 )
 add_package_commands(app, timed="spaces and projections against whole matrices and single adapters")
 app.command(collect.import_, name="import")
-for command in (collect.convert, collect.info, fit.build, use.project, use.export):
+for command in (collect.convert, collect.info, fit.build, explore.directions, explore.sample, explore.edit):
+    app.command(command)
+for command in (use.project, use.export):
     app.command(command)
 
 
@@ -26,15 +28,15 @@ def run() -> int:
 
 @app.command
 def demo(*, out: Path = Path("runs/demo-w2w-space"), full: Flag = False, json: Flag = False) -> int:
-    """See a space find what many adapters have in common, whatever factors they were written with; a few seconds.
+    """See adapters of known styles become a space that is sampled and edited, with and without the gauge.
 
     Shortest form: w2w-space demo
 
-    Exit code 1 means that the canonical gauge does not hold what it held when this was written.
+    Exit code 1 means that the space does not tell the styles as it did when this was written.
 
     Args:
         out: Run folder of the demo.
-        full: Take more adapters and modules; about half a minute.
+        full: Draw more samples.
         json: Print the result as one JSON object.
     """
     from w2w_space.app.demo import run_demo

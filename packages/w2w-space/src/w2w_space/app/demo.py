@@ -40,7 +40,7 @@ def run_demo(out: Path, *, full: bool = False) -> dict[str, Any]:
 
     Args:
         out: Run folder; a finished demo is only read.
-        full: Draw more samples, and edit more subjects.
+        full: Draw more samples.
     """
     Runtime(device="cpu").apply_threads()
     model = load_base()

@@ -167,3 +167,28 @@ def subject(word: str, space: WeightSpace, place: Path, *, model: str | None = N
         return space.project(adapter_of(path, space, place, model), unshrink=unshrink)
     members = f"the {len(space.names)} members" if space.names else "members, which the space was written without"
     raise UserError(f"{printable(word)} is neither a file nor one of {members}; give a file, a member, or 'mean'")
+
+
+def strengths_of(words: Sequence[str]) -> dict[str, float]:
+    """Returns what words such as age=+1.5 say.
+
+    Args:
+        words: Words of the command line.
+
+    Raises:
+        UserError: A word is not of this form, or an attribute is given twice.
+    """
+    found: dict[str, float] = {}
+    for word in words:
+        name, sign, value = word.rpartition("=")
+        try:
+            strength = float(value)
+        except ValueError:
+            sign = ""
+            strength = 0.0
+        if not sign or not name or not abs(strength) < float("inf"):
+            raise UserError(f"{printable(word)!r} is no attribute with a strength; write age=+1.5")
+        if name in found:
+            raise UserError(f"{printable(name)!r} is given twice; give one strength for each attribute")
+        found[name] = strength
+    return found

@@ -7,9 +7,11 @@ import numpy as np
 
 from diffcore.report import Report, Series, lines_with_band
 from diffcore.run import Run
+from w2w_space.directions import Directions
 from w2w_space.space import WeightSpace, about
 
 TITLES = {
+    "directions": "Which way is each attribute?",
     "build": "What do these adapters have in common?",
     "demo": "A space of adapters: sampled, edited, and checked against known styles",
 }
@@ -44,6 +46,43 @@ def save_space_parts(run: Run, space: WeightSpace) -> None:
             for one in space.fit.alignment
         ]
         run.keep_table("alignment", rows, alignment_in_words(space))
+
+
+def save_directions_parts(run: Run, found: Directions) -> None:
+    """Keeps figures of merit, leaks and cosines of directions for the report.
+
+    Args:
+        run: Run that the report is about.
+        found: Directions of a space.
+    """
+    rows = [
+        {
+            "attribute": row.name,
+            "held out": row.auc,
+            "above": row.counts[0],
+            "not above": row.counts[1],
+            "1 sd": row.std,
+            "largest member, sd": row.largest / row.std,
+        }
+        for row in found.rows
+    ]
+    notes = " ".join(f"{note[:1].upper()}{note[1:]}." for note in found.notes)
+    run.keep_table(
+        "directions",
+        rows,
+        "Held out: area under the ROC curve of members that were left out of the fit (correlation for continuous "
+        f"labels). {notes}".strip(),
+    )
+    names = [row.name for row in found.rows]
+    for word, matrix, caption in (
+        ("leaks", found.leaks(), "Change of each score (column) along each direction (row); 1 is its own direction's."),
+        ("cosines", found.cosines(), "Cosine of each pair of directions, in standard deviations."),
+    ):
+        rows = [
+            {"along": name, **dict(zip(names, map(float, row), strict=True))}
+            for name, row in zip(names, matrix, strict=True)
+        ]
+        run.keep_table(word, rows, caption)
 
 
 def alignment_in_words(space: WeightSpace) -> str:
@@ -173,6 +212,9 @@ def _add_spectrum(report: Report, run: Run) -> None:
 
 
 def _add_tables(report: Report, run: Run) -> None:
+    report.kept_table("directions", "How far each direction can be trusted")
+    report.kept_table("leaks", "What else moves")
+    report.kept_table("cosines", "Directions that point the same way")
     report.kept_table("alignment", "How the factors were aligned")
     report.kept_table("skipped", "Files that were left out")
 

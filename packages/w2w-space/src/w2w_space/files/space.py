@@ -63,6 +63,8 @@ def save_space(
         tensors[f"gauge.{name}"] = space.gauge.reference[span]
     if space.names:
         tensors["members.coefficients"] = space.members
+        if len(space.held_out):
+            tensors["members.held_out"] = space.held_out
     return artifact.save(
         _file(path),
         tensors,
@@ -105,6 +107,7 @@ def load_space(path: Path | str) -> WeightSpace:
         fit,
         tuple(fields["members"]),
         tensors.get("members.coefficients", torch.empty(0, len(components))),
+        tensors.get("members.held_out", torch.empty(0, len(components))),
         fields["shrinkage"],
     )
 

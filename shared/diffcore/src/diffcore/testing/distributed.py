@@ -38,7 +38,7 @@ def run_forked(fn: Callable[[int], T], ranks: int = 2, timeout_seconds: float = 
     """
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
-        pipes = [Pipe(duplex=False) for _ in range(ranks)]
+        pipes = [Pipe() for _ in range(ranks)]
         workers = [
             context.Process(
                 target=_work, args=(fn, rank, Path(folder) / "store", [sender for _, sender in pipes], timeout_seconds)
@@ -67,13 +67,13 @@ def _work(fn: Callable[[int], Any], rank: int, store: Path, pipes: Sequence[Conn
             other.close()  # a pipe ends when its last writer is gone: a killed rank must be its only one
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo")
+    done = False
     try:
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout)
         )
-        answer = ("value", fn(rank))
-        data = pickle.dumps(answer)
-        torch.distributed.barrier()  # no rank leaves while another still talks to it
+        data = pickle.dumps(("value", fn(rank)))
+        done = True
     except BaseException as error:
         error.add_note(f"on rank {rank} of {ranks}:\n{traceback.format_exc()}")
         try:
@@ -82,7 +82,8 @@ def _work(fn: Callable[[int], Any], rank: int, store: Path, pipes: Sequence[Conn
         except Exception:  # an exception that does not pickle still tells its story
             data = pickle.dumps(("error", RankFailedError(f"rank {rank}: {traceback.format_exc()}")))
     pipe.send_bytes(data)
-    pipe.close()
+    if done:
+        pipe.poll(timeout)  # no rank leaves while another still talks to it: the parent says when all have answered
     os._exit(0)  # no atexit handlers, no second report of the parent's test session
 
 
@@ -105,4 +106,6 @@ def _collect(pipes: Sequence[Any], timeout: float) -> list[Any]:
             if kind == "error":
                 raise value
             values[rank] = value
+    for pipe in pipes:
+        pipe.send_bytes(b"all have answered")
     return [values[rank] for rank in range(len(pipes))]

@@ -1,0 +1,191 @@
+"""The commands that move in a space: directions, sample, edit."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from diffcore.cli import Flag, Job, Output, emit
+from diffcore.errors import UserError, printable
+from w2w_space.app.options import BaseModel, FormatName, Overwrite, SpacePath, Subject
+
+if TYPE_CHECKING:
+    from diffcore.run import Run, RunMap
+
+Strengths = Annotated[
+    tuple[str, ...],
+    Parameter(consume_multiple=True, negative="", help="Attributes and strengths, such as age=+1.5 beard=-2."),
+]
+DirectionsPath = Annotated[Path, Parameter(help="Run folder of directions, or its directions.safetensors.")]
+
+
+def directions(
+    space: SpacePath,
+    labels: Path,
+    *,
+    estimator: Literal["conditional", "mean", "normal", "ridge", "logistic"] = "conditional",
+    ridge: float = 1e3,
+    output: Output = Output(),
+) -> int:
+    """Find the directions of attributes from labels of the members, and say how far each can be trusted.
+
+    Shortest form: w2w-space directions SPACE LABELS.csv
+
+    RUN/directions.safetensors is what edit and sample take.
+
+    Args:
+        labels: CSV file of adapter, attribute, value; or of adapter and one column per attribute. Blanks are unknown.
+        estimator: Use conditional for what an attribute adds where the others stay the same, normal for the paper's.
+        ridge: Penalty of the estimator ridge.
+    """
+    from diffcore.io.files import sha256
+    from w2w_space.app.report import save_directions_parts, write_page
+    from w2w_space.directions import find_directions
+    from w2w_space.files.directions import FILE, read_labels, save_directions
+    from w2w_space.files.space import load_space
+
+    loaded = load_space(space)
+    told = read_labels(labels, loaded)
+
+    def compute(run: "Run", map: "RunMap") -> dict[str, Any]:
+        found = find_directions(loaded, told, estimator=estimator, ridge=ridge)
+        save_directions(found, run.folder / FILE, labels=labels.name)
+        save_directions_parts(run, found)
+        best = max(found.rows, key=lambda row: row.auc)
+        return {
+            "answer": f"{len(found.rows)} directions; held-out members are told best along {best.name!r} "
+            f"({best.auc:.2f}).",
+            "merit": {row.name: row.auc for row in found.rows},
+            "notes": list(found.notes),
+        }
+
+    options = {"space": space, "labels": labels, "estimator": estimator, "ridge": ridge}
+    inputs = {"space": loaded.fingerprint, printable(labels.name): sha256(labels)}
+    job = Job("w2w-space directions", output.out or Path("runs") / f"directions-{labels.stem}", output, options, inputs)
+    plan = {"members": len(loaded.names), "attributes": ", ".join(told.attributes)}
+    return job(compute, plan=plan, report=write_page)
+
+
+def sample(
+    space: SpacePath,
+    out: Path,
+    *,
+    num: int = 8,
+    method: Literal["gaussian", "mixture", "bootstrap", "slerp"] = "gaussian",
+    truncation: float = 1.0,
+    condition: Strengths = (),
+    directions: DirectionsPath | None = None,
+    seed: int = 0,
+    format: FormatName = "diffusers",
+    overwrite: Overwrite = False,
+    json: Flag = False,
+) -> int:
+    """Draw new adapters from a space, and tell the member that each is nearest to.
+
+    Shortest form: w2w-space sample SPACE FOLDER
+
+    Exit code 1 means that a sample is nearly a copy of a member.
+
+    Args:
+        out: Folder for the adapters, sample-000.safetensors and so on.
+        num: Number of adapters to draw.
+        method: Use gaussian for independent normals (paper), mixture, bootstrap of members, or slerp between two.
+        truncation: Factor of the distance from the mean; below 1 samples are more usual and less diverse.
+        condition: Places of attributes in standard deviations, such as age=1.5; needs --directions.
+        directions: Run folder of directions, for conditions.
+        seed: Seed of the draws.
+        format: Use diffusers for load_lora_weights, kohya for web UIs, peft for PeftModel.from_pretrained.
+        json: Print the result as one JSON object.
+    """
+    from w2w_space.app.inputs import strengths_of
+    from w2w_space.files.directions import load_directions
+    from w2w_space.files.export import export_point
+    from w2w_space.files.space import base_of_space, load_space
+    from w2w_space.sample import sample as draw
+
+    loaded = load_space(space)
+    known = None if directions is None else load_directions(directions, loaded)
+    wanted = strengths_of(condition)
+    drawn = draw(loaded, num, method=method, truncation=truncation, condition=wanted, directions=known, seed=seed)
+    base, rows = base_of_space(space), []
+    for number, one in enumerate(drawn):
+        path = out / (f"sample-{number:03d}" + ("" if format == "peft" else ".safetensors"))
+        written = export_point(one.point, path, format=format, base=base, overwrite=overwrite)
+        rows.append(
+            {
+                "adapter": written.path.name,
+                "distance_from_mean": round(one.point.length, 2),
+                "percentile": round(one.typical, 1),
+                "nearest": one.nearest or "unknown",
+                "distance": round(one.distance, 2),
+                "near_copy": one.near_copy,
+            }
+        )
+    copies = [row["adapter"] for row in rows if row["near_copy"]]
+    if json:
+        emit({"written": out, "samples": rows, "near_copies": copies}, json)
+    else:
+        shown = {row["adapter"]: f"{row['distance']} sd from {row['nearest']}" for row in rows}
+        emit({**shown, "near_copies": copies, "written": out})
+    return 1 if copies else 0
+
+
+def edit(
+    space: SpacePath,
+    subject: Subject,
+    strengths: Strengths,
+    *,
+    directions: DirectionsPath,
+    out: Path,
+    keep: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
+    unit: Literal["std", "max", "raw"] = "std",
+    metric: Literal["whitened", "euclidean"] = "whitened",
+    orthogonal: Flag = False,
+    max_std: float | None = None,
+    unshrink: Flag = False,
+    format: FormatName = "diffusers",
+    model: BaseModel = None,
+    overwrite: Overwrite = False,
+    json: Flag = False,
+) -> int:
+    """Move a subject along directions, and write the result as a LoRA.
+
+    Shortest form: w2w-space edit SPACE SUBJECT age=+1.5 --directions RUN --out OUT.safetensors
+
+    Exit code 1 means that the result is farther out on an axis than --max-std.
+
+    Args:
+        directions: Run folder of directions, or its directions.safetensors.
+        out: File to write, ending in .safetensors; for peft a folder.
+        keep: Attributes whose scores stay as they are.
+        unit: Strengths in standard deviations of the members, in largest members (paper), or in the estimator's vector.
+        metric: Take kept attributes out by their scores, or by their directions as the paper does.
+        orthogonal: Make several directions orthogonal to one another first.
+        max_std: Largest place on an axis that is moved along, in standard deviations.
+        unshrink: Lengthen the coordinates of an adapter that was not in the fit.
+        format: Use diffusers for load_lora_weights, kohya for web UIs, peft for PeftModel.from_pretrained.
+        json: Print the result as one JSON object.
+    """
+    from w2w_space.app.inputs import strengths_of
+    from w2w_space.app.inputs import subject as subject_of
+    from w2w_space.edit import edit as move
+    from w2w_space.files.directions import load_directions
+    from w2w_space.files.export import export_point
+    from w2w_space.files.space import base_of_space, load_space
+
+    wanted = strengths_of(strengths)
+    if not wanted:
+        raise UserError("there is nothing to move; give `strengths` such as age=+1.5")
+    loaded = load_space(space)
+    known = load_directions(directions, loaded)
+    start = subject_of(subject, loaded, space, model=model, unshrink=unshrink)
+    done = move(start, wanted, known, keep=keep, unit=unit, metric=metric, orthogonal=orthogonal)
+    written = export_point(done.point, out, format=format, base=base_of_space(space), overwrite=overwrite)
+    places = {
+        place.name: f"{place.before:+.2f} -> {place.after:+.2f} sd, percentile {place.percentile:.0f}"
+        for place in done.places
+    }
+    told = {"written": written.path, "places": places, "distance_from_mean": done.length, "warnings": done.warnings}
+    emit(told, json)
+    far = [p.name for p in done.places if p.name in wanted and max_std is not None and abs(p.after) > max_std]
+    return 1 if far else 0

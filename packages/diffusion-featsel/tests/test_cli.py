@@ -4,17 +4,36 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from diffcore.cli import main
+from diffcore.models import DiffusionModel, from_pipeline
 from diffcore.testing import tiny
 from diffcore.testing.distributed import run_forked
 from diffcore.zoo import masks
 from diffusion_featsel.app.cli import app
+from diffusion_featsel.app.inputs import images_at, read_pair_data
+from diffusion_featsel.app.options import Extraction
+from diffusion_featsel.app.scoring import filtered_by
+from diffusion_featsel.correspond import match_pairs
+from diffusion_featsel.extractor import FeatureExtractor
+from diffusion_featsel.files.features import StoredFeatures
+from diffusion_featsel.files.images import ImageList
+from diffusion_featsel.files.ranking import FILE, read_ranking
+from diffusion_featsel.gram import labels_on_grid
+from diffusion_featsel.inventory import inventory
+from diffusion_featsel.keypoints import keypoint_scores
+from diffusion_featsel.match import MatchSettings
+from diffusion_featsel.paper_filter import paper_filter
+from diffusion_featsel.probe import ProbeSettings, probe
+from diffusion_featsel.protocol import Protocol
 from diffusion_featsel.published import against_paper
 
 GOOD = "up-level1-repeat0-res-out"
@@ -91,6 +110,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert main(app, ["extract", "model", "images", "--features", "chosen", GOOD, "--out", "wrong"]) == 2
         assert main(app, ["extract", "model", "images", "--features", "chosen", "--out", "extracted"]) == 0
     return folder
+
+
+@cache
+def model_of() -> DiffusionModel:
+    """Returns the model that commands read from disk."""
+    return from_pipeline(tiny.pipeline("sd15"))
 
 
 @pytest.fixture
@@ -200,6 +225,117 @@ def test_labels_choose_and_every_activation_is_measured_alone(place: Place):
     assert place.json("select", "scored", "96ch", *words, "--out", "runs/pixels")["method"] == "pixels"
     words = ["--labels", "pairs.json", "--task", "correspondence", "--candidates", "2", "--max-size", "1"]
     assert place.json("select", "scored", "96ch", *words, "--out", "runs/points")["method"] == "pairs"
+
+
+def test_a_probe_is_that_of_the_stored_maps_and_of_the_masks_by_name(place: Place):
+    """Some images have no mask, and one mask has no image."""
+    some = place.folder / "runs" / "some"
+    some.mkdir(parents=True)
+    for number in range(4, 16):
+        shutil.copy(place.folder / "masks" / f"{number:02}.png", some)
+    Image.new("L", (8, 8), 1).save(some / "00x.png")
+    stored = StoredFeatures.open(place.folder / "extracted")
+    name = stored.names[-1]
+    words = ["probe", "extracted", some, "--kind", "logistic", "--features", name, "--grid", "8"]
+    found = place.json(*words, "--num-splits", "2", "--num-train", "5", "--seed", "3", "--num-classes", "3")
+    images = [f"{number:02}.png" for number in range(4, 16)]
+    masks = torch.stack([torch.from_numpy(np.asarray(Image.open(some / image))) for image in images]).long()
+    settings = ProbeSettings(grid=(8, 8), num_splits=2, num_train=5, seed=3)
+    features = {name: stored.maps(name, images).float()}
+    expected = probe(features, labels_on_grid(masks, (8, 8)), "logistic", num_classes=3, settings=settings)
+    assert (found["kind"], found["activations"], found["num_splits"]) == ("logistic", [name], 2)
+    assert found["miou"] == pytest.approx(expected.to_json()["miou"])
+    assert found["figure"] == found["miou"]["mean"]
+    kept = json.loads((place.folder / "runs" / "probe-extracted" / "result.json").read_text())
+    assert len(kept["per_class"]) == 3
+
+
+def test_images_of_their_own_proportions_are_extracted_at_the_asked_size(place: Place):
+    odd = place.folder / "runs" / "odd"
+    odd.mkdir(parents=True)
+    for name, size in (("wide", (40, 20)), ("tall", (20, 40))):
+        Image.effect_noise(size, 50).convert("RGB").save(odd / f"{name}.png")
+        Image.new("L", size).save(odd / f"{name}_mask.png")
+    (odd / "images").mkdir()
+    for name in ("wide", "tall"):
+        shutil.move(odd / f"{name}.png", odd / "images")
+    words = ["--features", GOOD, "--mode", "native", "--size", "32", "--out", "runs/native"]
+    place("extract", "model", "runs/odd/images", *words)
+    stored = StoredFeatures.open(place.folder / "runs" / "native")
+    shapes = [tuple(stored.read(GOOD, f"{name}.png").shape[1:]) for name in ("wide", "tall")]
+    assert shapes == [(8, 16), (16, 8)]
+    assert stored.description["protocol"]["size"] == 32
+    for name in ("wide", "tall"):
+        Image.new("L", (8, 8)).save(odd / f"{name}.png")
+        (odd / f"{name}_mask.png").unlink()
+    shutil.rmtree(odd / "images")
+    _, told = place("probe", "runs/native", "runs/odd", code=2)
+    assert "several sizes" in told
+    place("extract", "model", "few", "--features", GOOD, "--size", "32", "--out", "runs/squash")
+    assert StoredFeatures.open(place.folder / "runs" / "squash").read(GOOD, 0).shape[1:] == (16, 16)
+
+
+@pytest.mark.parametrize("protocol", ["ours", "paper"])
+def test_key_points_are_matched_as_the_protocol_says(place: Place, protocol: Literal["ours", "paper"]):
+    names = json.loads((place.folder / "chosen" / "selection.json").read_text())["names"]
+    words = ["evaluate", "model", "pairs.json", "--features", *names, "--protocol", protocol]
+    found = place.json(*words, "--seed", "3", "--out", f"runs/{protocol}")
+    extractor = FeatureExtractor(model_of(), names, protocol=protocol, seed=3)
+    data = read_pair_data("pairs.json")
+    weights = None
+    if protocol == "ours":
+        extractor.calibrate([data.picture(f"images/{number:02}.png") for number in range(5)])
+        weights = {name: 1 / extractor.statistics[name].rms for name in names}
+    points = match_pairs(
+        data.pairs,
+        data.reader(extractor),
+        extractor.usual_size,
+        settings=MatchSettings(protocol="exact" if protocol == "ours" else "paper"),
+        weights=weights,
+        center="pair" if protocol == "ours" else None,
+    )
+    scores = keypoint_scores(data.pairs, points)
+    rows = json.loads((place.folder / "runs" / protocol / "result.json").read_text())["pck"]
+    assert len(rows) == 4
+    for row, form in zip(rows, scores.forms, strict=True):
+        assert [row[f"PCK@{alpha:g}"] for alpha in scores.thresholds] == [one.value for one in form.overall]
+    assert found["figure"] == scores.share("image", "points").value
+
+
+def test_the_papers_filter_keeps_what_is_asked_for(place: Place, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("diffusion_featsel.app.scoring.family_of", lambda names: "sd15")
+    ranking = read_ranking(place.folder / "scored" / FILE)[0]
+    names = [row.name for row in ranking.rows]
+    rule = paper_filter(names, "sd15")
+    listed = inventory(tiny.backbone("sd15"))
+    assert filtered_by("paper", ranking, listed, 16, ()).kept == rule.kept
+    assert rule.dropped[names[0]]
+    found = filtered_by("paper", ranking, listed, 16, (names[0],))
+    assert set(found.kept) == {names[0], *rule.kept}
+    assert found.dropped == {name: reason for name, reason in rule.dropped.items() if name != names[0]}
+    assert filtered_by("none", ranking, listed, 16, ()).kept == tuple(names)
+
+
+def test_images_of_a_ranking_are_spread_over_the_folder(place: Place):
+    listed = ImageList.of(place.folder / "images")
+    extraction = Extraction(size=32, mode="squash")
+    images, _, found = images_at(model_of(), place.folder / "images", extraction, 5)
+    expected = listed.read([listed.images[number] for number in (0, 3, 6, 9, 12)])
+    prepared = Protocol(size=32).prepare(model_of(), [torch.from_numpy(pixels).movedim(2, 0) for pixels in expected])
+    assert torch.equal(images, prepared.images)
+    assert next(row.grid for row in found.rows if row.name == GOOD) == (16, 16)
+
+
+def test_the_reader_of_pairs_gives_each_image_its_own_features(place: Place, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("diffusion_featsel.app.inputs._REMEMBERED", 2)
+    extractor = FeatureExtractor(model_of(), [GOOD])
+    data = read_pair_data("pairs.json")
+    names = [f"images/{number:02}.png" for number in (3, 1, 3, 0)]
+    expected = extractor([data.picture(name) for name in names])[GOOD]
+    reader = data.reader(extractor)
+    for order in ([0, 1, 2, 3], [3, 2], [1, 0]):
+        found = reader([names[place] for place in order])[GOOD]
+        torch.testing.assert_close(found, expected[order], atol=1e-4, rtol=1e-3)
 
 
 def test_files_of_all_kinds_are_read_or_listed(place: Place):

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from diffcore.errors import UserError
-from diffusion_featsel.files.masks import list_masked
+from diffusion_featsel.files.masks import list_masked, masks_alone
 from diffusion_featsel.files.pairs import read_pairs
 from diffusion_featsel.files.spair import read_spair
 
@@ -56,6 +56,7 @@ def test_spair_is_read(tmp_path: Path, listed: str | None) -> None:
     assert (pair.source_size, pair.target_size) == ((366, 500), (360, 480))
     assert pair.target_points.tolist() == [[90, 200], [450.5, 110], [180, 140]]
     assert pair.target_box == (10, 90, 470, 250)
+    assert pair.source_box == (8, 106, 499, 263)
     assert pair.box == (160, 460)
     assert pair.category == "aeroplane"
     assert read_spair(tmp_path, categories={"aeroplane"})[0].source == pair.source
@@ -83,6 +84,26 @@ def test_damaged_annotations_are_named(tmp_path: Path, row: Any, message: str) -
     with pytest.raises(UserError, match=message) as caught:
         read_spair(spair(tmp_path, row))
     assert "aeroplane" in str(caught.value)
+
+
+def test_the_short_list_is_read_where_it_is_asked_for(tmp_path: Path) -> None:
+    root = spair(tmp_path, annotation(), listed=f"{NAME}\n{NAME}")
+    (root / "Layout" / "small").mkdir()
+    (root / "Layout" / "small" / "test.txt").write_text(NAME)
+    assert len(read_spair(root)) == 2
+    assert len(read_spair(root, layout="small")) == 1
+
+
+@pytest.mark.parametrize("listed", ["../secret", "a\\secret", ".secret", "/secret"])
+def test_names_that_lead_elsewhere_are_refused(tmp_path: Path, listed: str) -> None:
+    with pytest.raises(UserError, match="no name of a pair"):
+        read_spair(spair(tmp_path, annotation(), listed=listed))
+
+
+def test_a_list_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffusion_featsel.files.spair._MAX_LIST", 10)
+    with pytest.raises(UserError, match="too large for a list"):
+        read_spair(spair(tmp_path, annotation()))
 
 
 def test_damaged_lists_are_named(tmp_path: Path) -> None:
@@ -134,6 +155,7 @@ def test_pair_lists_are_read(tmp_path: Path) -> None:
         ({"source_points": [[1, 2]]}, "unlike lengths"),
         ({"target_points": None}, "`target_points`"),
         ({"visible": [1, 0]}, "`visible`"),
+        ({"visible": [True]}, "unlike lengths"),
     ],
 )
 def test_damaged_pair_lists_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -141,8 +163,30 @@ def test_damaged_pair_lists_are_named(tmp_path: Path, changes: dict[str, Any], m
         read_pairs(pair_list(tmp_path, **changes))
 
 
-def test_a_file_that_is_no_list_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "pairs.json").write_text("{}")
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_sizes_are_those_of_upright_images(tmp_path: Path, orientation: int) -> None:
+    path = pair_list(tmp_path)
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.new("RGB", (60, 30)).save(tmp_path / "b.jpg", exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(tmp_path / "b.jpg"))
+    assert read_pairs(path)[0].target_size == (upright.height, upright.width)
+
+
+def test_images_may_lie_in_another_folder(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    path = pair_list(tmp_path / "images", target_path="b.jpg")
+    (tmp_path / "list.json").write_bytes(path.read_bytes())
+    (pair,) = read_pairs(tmp_path / "list.json", tmp_path / "images")
+    assert pair.source_size == (40, 50)
+    assert pair.source_box == (0, 0, 20, 30)
+    with pytest.raises(UserError, match="there is no image"):
+        read_pairs(tmp_path / "list.json")
+
+
+@pytest.mark.parametrize("text", ["{}", "[]"])
+def test_a_file_that_is_no_list_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "pairs.json").write_text(text)
     with pytest.raises(UserError, match="no list of pairs"):
         read_pairs(tmp_path / "pairs.json")
 
@@ -164,6 +208,7 @@ def test_masks_are_read_beside_and_apart(tmp_path: Path) -> None:
     assert one.names == ("images/x.png",)
     assert one.without_mask == ("images/y.png",)
     assert two.names == ("x.jpg",)
+    assert two.without_mask == ()
     for found in (one, two):
         assert torch.equal(found.mask(0), torch.from_numpy(classes).long())
         assert found.image(0).shape == (3, 3, 4)
@@ -171,6 +216,59 @@ def test_masks_are_read_beside_and_apart(tmp_path: Path) -> None:
     assert two.labels((1, 2)).tolist() == [[[5, 7]]]
     with pytest.raises(UserError, match=r"x_mask\.png has the class 10; classes are 0 to 9"):
         two.mask(0, num_classes=10)
+
+
+def test_masks_lie_in_the_same_folders_as_images(tmp_path: Path) -> None:
+    for name in ("images/a/x.jpg", "images/b/x.jpg", "masks/a/x.png", "masks/b/x.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (2, 2), 7 if "masks/b" in name else 3).save(tmp_path / name)
+    found = list_masked(tmp_path)
+    assert found.names == ("images/a/x.jpg", "images/b/x.jpg")
+    assert found.masks == ("masks/a/x.png", "masks/b/x.png")
+    assert found.labels((1, 1)).flatten().tolist() == [3, 7]
+    with pytest.raises(UserError, match=r"x\.png has the class 7"):
+        found.labels((1, 1), num_classes=7)
+
+
+def test_all_classes_but_255_must_exist(tmp_path: Path) -> None:
+    Image.new("RGB", (2, 1)).save(tmp_path / "x.png")
+    Image.fromarray(np.array([[255, 4]], np.uint8)).save(tmp_path / "x_mask.png")
+    found = list_masked(tmp_path)
+    assert found.mask(0, num_classes=5).tolist() == [[255, 4]]
+    with pytest.raises(UserError, match="has the class 4"):
+        found.mask(0, num_classes=4)
+    Image.fromarray(np.array([[300, 4]], np.uint16)).save(tmp_path / "x_mask.png")
+    assert found.mask(0).tolist() == [[300, 4]]
+    with pytest.raises(UserError, match="has the class 300"):
+        found.mask(0, num_classes=5)
+
+
+def test_images_and_masks_that_are_too_large_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("L", (4, 3)).save(tmp_path / "x.png")
+    Image.new("L", (4, 3)).save(tmp_path / "x_mask.png")
+    found = list_masked(tmp_path)
+    monkeypatch.setattr("diffusion_featsel.files.masks._MAX_PIXELS", 11)
+    with pytest.raises(UserError, match="more than 11 pixels"):
+        found.mask(0)
+    with pytest.raises(UserError, match=r"x\.png has 4 x 3 pixels; the limit is 11"):
+        found.image(0)
+
+
+def test_a_folder_of_masks_alone_holds_nothing_else(tmp_path: Path) -> None:
+    assert masks_alone(tmp_path / "nowhere") is None
+    assert masks_alone(tmp_path) is None
+    (tmp_path / "a").mkdir()
+    for name in ("a/x.png", "y.png"):
+        Image.new("L", (2, 2), 3).save(tmp_path / name)
+    found = masks_alone(tmp_path)
+    assert found is not None
+    assert found.names == found.masks == ("a/x.png", "y.png")
+    for other in ("z.jpg", "y_mask.png"):
+        Image.new("L", (2, 2)).save(tmp_path / other)
+        assert masks_alone(tmp_path) is None
+        (tmp_path / other).unlink()
+    (tmp_path / "masks").mkdir()
+    assert masks_alone(tmp_path) is None
 
 
 def test_masks_that_are_none_are_refused(tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
 """Features on disk: read back as computed, resumed to the same bytes, and refused where runs would mix."""
 
 import hashlib
+import importlib
 import json
+import zipfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -96,7 +99,10 @@ def test_images_of_any_kind_are_listed_once(tmp_path):
     assert [image.name for image in found.images] == names
     assert dict(found.skipped).keys() == {"h.png", "i.jpg", "j.ppm"}
     assert found.images[0].sha256 == found.images[1].sha256  # upright
-    assert len(found.distinct) == 5  # and from CMYK
+    assert [image.name[0] for image in found.distinct] == list("adefg")  # and from CMYK
+    assert {image.original for image in found.images} == {(6, 8)}
+    with pytest.raises(UserError, match=r"a\.png, has 8 x 6 pixels; the limit is 47"):
+        ImageList.of(tmp_path, max_pixels=47)
     assert found.images[6].notes == ("is animated; the first of its 3 frames is used",)
     read = dict(zip("abcdefg", found.read(found.images), strict=True))
     assert (read["a"] == pixels).all()
@@ -106,9 +112,14 @@ def test_images_of_any_kind_are_listed_once(tmp_path):
     (tmp_path / "a.png").write_bytes((tmp_path / "d.png").read_bytes())
     with pytest.raises(UserError, match=r"a\.png has changed since it was listed"):
         found.read(found.images[:1])
+    with pytest.raises(UserError, match=r"a\.png has changed since it was listed"):
+        found.pictures(found.images[:1])
     with pytest.raises(UserError, match=r"no readable image among 1 files; the first, i\.jpg, is not"):
         ImageList.of(tmp_path / "i.jpg")
     assert [image.name for image in ImageList.of(tmp_path / "d.png").images] == ["d.png"]
+    with zipfile.ZipFile(tmp_path / "all.ZIP", "w") as archive:
+        archive.write(tmp_path / "d.png", "in/d.png")
+    assert [image.name for image in ImageList.of(tmp_path / "all.ZIP").images] == ["in/d.png"]
 
 
 def _turned() -> Image.Exif:
@@ -176,8 +187,11 @@ def test_an_interrupted_extraction_ends_with_the_same_bytes(plan, stored, tmp_pa
 
 
 def test_processes_share_the_shards_to_the_same_bytes(plan, stored, tmp_path):
-    for rank in (1, 0):
-        write_features(tmp_path / "shared", plan, rank=rank, processes=2)
+    write_features(tmp_path / "shared", plan, rank=1, processes=2)
+    assert sorted(path.name for path in tmp_path.rglob("0*")) == ["000001.json", "000001.safetensors"]
+    with pytest.raises(UserError, match="holds an extraction that is not finished"):
+        StoredFeatures.open(tmp_path / "shared")
+    write_features(tmp_path / "shared", plan, rank=0, processes=2)
     assert bytes_of(tmp_path / "shared") == bytes_of(stored.folder)
 
 
@@ -201,10 +215,64 @@ def test_runs_of_other_settings_are_refused(plan, stored, extractor_of, images, 
     assert bytes_of(tmp_path / "mixed") == bytes_of(stored.folder)
     shard = tmp_path / "mixed" / name
     data = bytearray(shard.read_bytes())
+    shard.write_bytes(data[:-1])
+    write_features(tmp_path / "mixed", plan)  # and one that was cut
+    assert bytes_of(tmp_path / "mixed") == bytes_of(stored.folder)
     data[-1] ^= 1
     shard.write_bytes(bytes(data))
     with pytest.raises(CorruptArtifactError, match=r"000000\.safetensors was altered"):
         StoredFeatures.open(tmp_path / "mixed").verify()
+    described = tmp_path / "mixed" / "features.json"
+    described.write_text(described.read_text().replace(SCHEMA, "diffusion-featsel/features@9"))
+    with pytest.raises(CorruptArtifactError, match="features@9"):
+        StoredFeatures.open(tmp_path / "mixed")
+
+
+@pytest.mark.parametrize(
+    ("settings", "lengths"),
+    [
+        ({"batch_size": 1}, [4, 3]),
+        ({"batch_size": 3}, [3, 3, 1]),
+        ({"batch_size": 5}, [4, 3]),
+        ({"batch_size": 1, "shard_bytes": SHARD - 1}, [3, 3, 1]),
+        ({"batch_size": 1, "storage": "float32"}, [2, 2, 2, 1]),
+    ],
+)
+def test_shards_hold_whole_batches_where_they_can(extractor_of, images, settings, lengths):
+    plan = plan_features(extractor_of(), images, **{"shard_bytes": SHARD} | settings)
+    assert [len(shard) for shard in plan.shards] == lengths
+
+
+def test_a_plan_depends_on_names_and_pixels_of_images_and_on_the_model(extractor_of, plan, folder, model, tmp_path):
+    assert plan.description["model"]["fingerprint"] == model.fingerprint
+    found = []
+    for name, source in (("0.png", "0.png"), ("0.png", "0.png"), ("0.png", "1.png"), ("1.png", "0.png")):
+        path = tmp_path / str(len(found)) / name
+        path.parent.mkdir()
+        path.write_bytes((folder / source).read_bytes())
+        found.append(plan_features(extractor_of(), ImageList.of(path)).fingerprint)
+    assert found[0] == found[1]
+    assert len(set(found)) == 3
+
+
+def test_images_that_fail_are_named_and_not_in_the_index(plan, tmp_path, monkeypatch):
+    """The second image of every batch fails, and the second batch holds numbers that need bfloat16."""
+    module = importlib.import_module("diffusion_featsel.files.features")
+
+    def partly(*args, **kwargs):
+        for number, found in enumerate(extract(*args, **kwargs)):
+            kept = {
+                name: maps[:1].to(torch.bfloat16 if number else maps.dtype) for name, maps in found.features.items()
+            }
+            failed = {1: "is NaN"} if len(found.rows) > 1 else {}
+            yield replace(found, features=kept, rows=(0,), failed=failed)
+
+    monkeypatch.setattr(module, "extract", partly)
+    found = StoredFeatures.open(write_features(tmp_path / "partly", plan))
+    assert found.failed == dict.fromkeys(("1.png", "3.png", "5.png"), "is NaN")
+    assert found.images == ("0.png", "2.png", "4.png", "6.png")
+    assert found.read(FINE, "0.png").dtype == torch.bfloat16
+    assert found.index[1]["row"] == 1
 
 
 def test_kept_latents_change_nothing(plan, stored, extractor_of, images, tmp_path, model, monkeypatch):
@@ -234,9 +302,25 @@ def test_latents_are_kept_apart_by_autoencoder_and_protocol(model, tmp_path):
     assert kept.get([1], (32, 16)) is None
     for other in (Protocol(mode="crop"), Protocol(sample=True), Protocol.paper()):
         assert LatentFolder(tmp_path, model, other).get([1], (16, 16)) is None
+    drawn, paper = (LatentFolder(tmp_path, model, protocol) for protocol in (Protocol(sample=True), Protocol.paper()))
+    mean, std = torch.rand(1, 4, 8, 8), torch.rand(1, 4, 8, 8)
+    drawn.put([1], (16, 16), mean, std)
+    assert paper.get([1], (16, 16)) is None
+    found, mode = drawn.get([1], (16, 16)), kept.get([1], (16, 16))
+    assert found is not None
+    assert mode is not None
+    assert torch.equal(found[0], mean)
+    assert torch.equal(found[1], std)
+    assert not mode[1].any()
+    for whole in tmp_path.rglob("*1.safetensors"):
+        if "posterior" in str(whole):
+            whole.write_bytes(next(tmp_path.rglob("*-mode/**/*1.safetensors")).read_bytes())
+    assert drawn.get([1], (16, 16)) is None
     pipe = tiny.pipeline("sd15", 1)
-    assert codec_fingerprint(from_pipeline(pipe)) != codec_fingerprint(model)
-    path = next(tmp_path.rglob("*1.safetensors"))
+    fingerprints = {codec_fingerprint(model), codec_fingerprint(from_pipeline(pipe))}
+    pipe.vae.register_to_config(scaling_factor=0.5)
+    assert len(fingerprints | {codec_fingerprint(from_pipeline(pipe))}) == 3
+    path = next(tmp_path.rglob("*-mode/**/*1.safetensors"))
     path.write_bytes(path.read_bytes()[:-4])
     assert kept.get([1], (16, 16)) is None
     with pytest.raises(UserError, match="has no autoencoder"):
@@ -264,16 +348,16 @@ def test_features_can_be_projected_and_the_basis_is_stored(extractor_of, images,
 
 
 def test_each_image_may_have_its_prompt(extractor_of, images, tmp_path):
-    prompts = {image.name: "a cat" for image in images.images} | {"same-as-1.tiff": "a dog", "4.png": "a dog"}
+    prompts = {image.name: "a dog" for image in images.images} | {"same-as-1.tiff": "a cat", "4.png": "a cat"}
     plan = plan_features(extractor_of(), images, prompts=prompts, batch_size=2)
     found = StoredFeatures.open(write_features(tmp_path / "prompts", plan))
     assert found.description["prompts"] == ["a cat", "a dog"]
     by_name = {row["image"]: row for row in found.index}
-    assert by_name["4.png"]["prompt"] == 1
+    assert (by_name["3.png"]["prompt"], by_name["4.png"]["prompt"]) == (1, 0)
     assert by_name["same-as-1.tiff"]["row"] != by_name["1.png"]["row"]
     assert by_name["same-as-3.bmp"]["row"] == by_name["3.png"]["row"]
-    dog = extractor_of(prompt="a dog")(images.read(images.images[4:5]))[FINE]
-    torch.testing.assert_close(found.read(FINE, "4.png").float(), dog[0], atol=2e-3, rtol=2e-3)
+    cat = extractor_of(prompt="a cat")(images.read(images.images[4:5]))[FINE]
+    torch.testing.assert_close(found.read(FINE, "4.png").float(), cat[0], atol=2e-3, rtol=2e-3)
     with pytest.raises(UserError, match=r"8 images have no prompt, such as 1\.png"):
         plan_features(extractor_of(), images, prompts={"0.png": ""})
 
@@ -284,6 +368,11 @@ def test_images_of_their_own_proportions_share_shards_by_size(extractor_of, imag
     assert found.read(FINE, "0.png").shape == (64, 10, 8)
     assert found.read(FINE, "6.png").shape == (64, 10, 12)
     assert found.description["size"] is None
+    wide = ImageList.of(images.source.files.path / "0.png")
+    one = 64 * (10 * 8 + 5 * 4) * 2
+    assert len(plan_features(extractor_of(mode="native"), wide, shard_bytes=one + 4096).shards) == 1
+    with pytest.raises(UserError, match=f"one image take {one:,} bytes"):
+        plan_features(extractor_of(mode="native"), wide, shard_bytes=one + 4095)
 
 
 def test_the_published_protocol_reads_files_in_their_own_mode(model, tmp_path):

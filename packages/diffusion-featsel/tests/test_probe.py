@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from diffusion_featsel.gram import GramAccumulator, labels_on_grid
+from diffusion_featsel.gram import GramAccumulator, labels_on_grid, on_grid
 from diffusion_featsel.heads import fit_logistic, nearest_votes, pixels_of
-from diffusion_featsel.probe import Kind, ProbeSettings, Spread, pooled_features, probe, probe_images
-from diffusion_featsel.ridge import LinearHead, fit_ridge
-from diffusion_featsel.segmentation import boundary_region, segmentation_scores
-from diffusion_featsel.splits import image_splits
+from diffusion_featsel.probe import Kind, ProbeResult, ProbeSettings, Spread, pooled_features, probe, probe_images
+from diffusion_featsel.ridge import STRENGTHS, LinearHead, fit_ridge
+from diffusion_featsel.segmentation import SegmentationScores, boundary_region, segmentation_scores
+from diffusion_featsel.splits import Split, image_splits
 
 
 def scene(num_images: int = 9, noise: float = 1.0, classes: int = 3) -> tuple[dict[str, Tensor], Tensor]:
@@ -106,11 +106,81 @@ def test_probes_read_what_is_there(kind: Kind) -> None:
 
 
 def test_few_pieces_stand_in_for_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, pieces = importlib.import_module("diffusion_featsel.probe"), []
+
+    def accumulator(*args: Any) -> GramAccumulator:
+        pieces.append(args[3])
+        return GramAccumulator(*args)
+
+    monkeypatch.setattr(module, "GramAccumulator", accumulator)
     features, labels = scene()
     settings = ProbeSettings(grid=(16, 16), num_splits=1)
     whole = probe(features, labels, settings=settings)
-    monkeypatch.setattr(importlib.import_module("diffusion_featsel.probe"), "_PIECES_BYTES", 1)
+    monkeypatch.setattr(module, "_PIECES_BYTES", 1)
     assert probe(features, labels, settings=settings).miou.mean == pytest.approx(whole.miou.mean, abs=0.02)
+    assert pieces == [6, 5]
+    one = probe(features, labels, settings=ProbeSettings(grid=(16, 16), num_splits=2, num_train=1))
+    assert one.strengths == (STRENGTHS[2],) * 2  # a single image leaves nothing to choose the strength by
+
+
+@pytest.mark.parametrize("kind", ["logistic", "knn"])
+def test_settings_of_a_probe_are_those_of_its_parts(kind: Kind) -> None:
+    features, labels = scene(noise=0.7)
+    features["constant"] = torch.full((9, 1, 4, 4), 3.0)
+    settings = ProbeSettings(
+        (16, 16), 2, 4, seed=3, neighbours=5, temperature=0.5, pixels_per_image=40, balanced=True, decay=0.3,
+        iterations=2,
+    )  # fmt: skip
+    maps, classes = on_grid({name: features[name] for name in "ab"}, (16, 16)), labels_on_grid(labels, (16, 16))
+    found = probe(features, labels, kind, settings=settings)
+    assert found.splits == image_splits(classes, 3, num_train=4, num_splits=2, seed=3)
+    for number, (split, scores) in enumerate(zip(found.splits, found.scores, strict=True)):
+        train, rows = list(split.train), maps[list(split.test)].movedim(1, 3)
+        x, y = pixels_of(maps[train], classes[train])
+        mean, deviation = x.mean(0), x.std(0, unbiased=False)
+        if kind == "knn":
+            generator = torch.Generator().manual_seed(3000 + number)
+            some, y = pixels_of(maps[train], classes[train], 40, True, generator)
+            votes = nearest_votes((some - mean) / deviation, y, (rows - mean) / deviation, 3, 5, 0.5)
+        else:
+            sums = GramAccumulator({"all": maps.shape[1]}, 3, (16, 16), 4)
+            sums.update({"all": maps[train]}, classes[train])
+            votes = fit_logistic(x, y, fit_ridge(sums.compute()), 0.3, 2)(rows)
+        expected = segmentation_scores(votes.argmax(-1), classes[list(split.test)], 3)
+        assert scores.miou == pytest.approx(expected.miou, abs=2e-3)
+    assert len(found.strengths) == (2 if kind == "logistic" else 0)
+
+
+@pytest.mark.parametrize("kind", ["logistic", "knn"])
+def test_settings_of_a_probe_of_images_are_those_of_its_parts(kind: Literal["logistic", "knn"]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(3).repeat(12)
+    x = F.one_hot(labels) + 0.7 * torch.randn(36, 3, generator=generator)
+    features = {"a": x[:, :, None, None], "constant": torch.ones(36, 2, 1, 1)}
+    settings = ProbeSettings(num_splits=3, num_train=12, seed=3, neighbours=2, temperature=0.5, decay=1.0, iterations=3)
+    found = probe_images(features, labels, kind, settings=settings)
+    assert found.splits == image_splits(labels, 3, num_train=12, num_splits=3, seed=3)
+    for split, accuracy in zip(found.splits, found.accuracies, strict=True):
+        train, test = list(split.train), list(split.test)
+        z = (x - x[train].mean(0)) / x[train].std(0, unbiased=False)
+        if kind == "knn":
+            votes = nearest_votes(z[train], labels[train], z[test], 3, 2, 0.5)
+        else:
+            votes = fit_logistic(z[train], labels[train], LinearHead(torch.zeros(3, 3), torch.zeros(3)), 1.0, 3)(
+                z[test]
+            )
+        assert accuracy == pytest.approx(float((votes.argmax(1) == labels[test]).double().mean()), abs=0.01)
+    many = ProbeSettings(num_splits=1, num_train=12, neighbours=1000)
+    assert probe_images(features, labels, kind, settings=many).accuracy.mean > 0.3
+
+
+def test_figures_are_means_over_the_splits_that_have_them() -> None:
+    scores = SegmentationScores(0.5, 0.6, (0.5, math.nan), 0.3), SegmentationScores(0.7, 0.9, (0.7, 0.2), 0.4)
+    told = ProbeResult("ridge", scores, (Split((0,), (1,)), Split((1,), (0,), (1,))), (1.0, 0.1)).to_json()
+    assert told.pop("per_class") == pytest.approx([0.6, 0.2])
+    means = {name: told.pop(name)["mean"] for name in ("miou", "pixel_accuracy", "boundary_iou")}
+    assert means == pytest.approx({"miou": 0.6, "pixel_accuracy": 0.75, "boundary_iou": 0.35})
+    assert told == {"kind": "ridge", "strengths": [1.0, 0.1], "num_splits": 2, "missing": [[], [1]]}
 
 
 def test_miou_equals_torchmetrics_where_all_classes_occur() -> None:

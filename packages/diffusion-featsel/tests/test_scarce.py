@@ -1,5 +1,7 @@
 """Ten networks side by side are ten networks one after the other, and vote as scipy counts."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,8 @@ from diffusion_featsel.gram import labels_on_grid
 from diffusion_featsel.interpolation import centres, values_at
 from diffusion_featsel.probe import ProbeSettings, probe
 from diffusion_featsel.scarce import Ensemble, ScarceSettings, fit_ensemble, most_frequent, vote, without_rare
+from diffusion_featsel.segmentation import segmentation_scores
+from diffusion_featsel.splits import image_splits
 
 SETTINGS = ScarceSettings(grid=(8, 6), num_networks=3, max_epochs=9, first_watched=2, patience=3, rare=2, batch_size=16)
 
@@ -87,6 +91,7 @@ def test_the_first_weights_and_shapes_are_the_papers() -> None:
     assert [tuple(p.shape[1:]) for p in many.parameters[:6:2]] == [(40, 256), (256, 128), (128, 30)]
     assert few.parameters[0].std().item() == pytest.approx(0.02, rel=0.02)
     assert not bool(few.parameters[1].any())
+    assert ScarceSettings() == ScarceSettings((256, 256), 10, 1e-3, 64, 100, 4, 50, 20, 0)
 
 
 def test_the_vote_is_the_mode_of_scipy() -> None:
@@ -117,6 +122,7 @@ def test_rare_classes_do_not_train() -> None:
     kept = without_rare(classes, 2, 3)
     assert int(kept[0, 0, 0]) == 255
     assert torch.equal(kept[1], classes[1])
+    assert torch.equal(without_rare(classes, 2, 5)[1], classes[1])  # five are not fewer than five
 
 
 def test_the_probe_trains_and_votes() -> None:
@@ -126,5 +132,28 @@ def test_the_probe_trains_and_votes() -> None:
     found = probe(features, labels, "mlp-ensemble", settings=ProbeSettings(num_splits=2, scarce=SETTINGS))
     assert len(found.scores) == 2
     assert found.pixel_accuracy.mean > 0.5
-    with pytest.raises(ValueError, match="fewer than one batch"):
-        fit_ensemble(features, torch.full_like(labels, 255), 3, SETTINGS)
+    seeded = replace(SETTINGS, seed=3, max_epochs=2)
+    found = probe(features, labels, "mlp-ensemble", settings=ProbeSettings(num_splits=1, num_train=2, scarce=seeded))
+    classes = labels_on_grid(labels, SETTINGS.grid)
+    assert found.splits == image_splits(classes, 3, num_train=2, num_splits=1, seed=3)
+    train, test = list(found.splits[0].train), list(found.splits[0].test)
+    networks = fit_ensemble({name: maps[train] for name, maps in features.items()}, labels[train], 3, seeded)
+    voted = vote(networks, {name: maps[test] for name, maps in features.items()}, SETTINGS.grid)
+    expected = segmentation_scores(voted.classes, classes[test], 3)
+    assert found.pixel_accuracy.mean == pytest.approx(expected.pixel_accuracy, abs=0.01)
+
+
+def test_one_batch_is_enough_and_the_seed_decides() -> None:
+    features, labels = data()
+    labels[0], labels[1:] = 0, 255
+    labels[0, :, 2:] = 255
+    found = [
+        fit_ensemble(features, labels, 3, replace(SETTINGS, max_epochs=1, seed=seed)).parameters[4]
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    labels[0, 0, 0] = 255
+    features = {name: maps[:1] for name, maps in features.items()}
+    with pytest.raises(ValueError, match="15 labelled pixels, fewer than one batch of 16"):
+        fit_ensemble(features, labels[:1], 3, SETTINGS)

@@ -1,6 +1,7 @@
 """Planted sets are found: complementary halves first, copies never; budgets and ladders hold."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from diffusion_featsel.labelled import (
     explained,
 )
 from diffusion_featsel.match import match_points
-from diffusion_featsel.search import Search
+from diffusion_featsel.search import Search, Step
 from diffusion_featsel.select import SelectSettings, select
 from diffusion_featsel.selection import Selection
 
@@ -103,6 +104,33 @@ def test_fold_values_are_those_of_refitting() -> None:
             float(((predicted == c) & (true == c)).sum() / ((predicted == c) | (true == c)).sum()) for c in range(4)
         ]
         assert float(values[fold]) == pytest.approx(np.mean(ious))
+
+
+def test_classes_that_a_fold_lacks_do_not_count() -> None:
+    features, labels = planted(0, num_images=10)
+    channels = {"left": 4}
+    values = []
+    for num_classes in (4, 6):
+        sums = LabelledPixelsAccumulator(channels, num_classes, (8, 8))
+        sums.update(features, labels)
+        values.append(sums.compute().fold_values(["left"], 1e-2))
+    torch.testing.assert_close(values[0], values[1])
+
+
+def test_some_pixels_of_each_image_are_kept_at_random() -> None:
+    features, labels = planted(0, num_images=10)
+    kept = []
+    for seed in (0, 0, 1):
+        sums = LabelledPixelsAccumulator({"left": 4}, 4, (8, 8), num_folds=3, pixels_per_image=16, seed=seed)
+        sums.update(features, labels)
+        kept.append(sums.compute().rows)
+    assert [len(rows) for rows in kept[0]] == [64, 48, 48]
+    assert torch.equal(kept[0][0], kept[1][0])
+    assert not torch.equal(kept[0][0], kept[2][0])
+    few = LabelledPixelsAccumulator({"left": 4}, 4, (8, 8))
+    few.update({"left": features["left"][:4]}, labels[:4])
+    with pytest.raises(ValueError, match="4 images for 5 folds"):
+        few.compute()
 
 
 def draws(features: dict[str, Tensor], noise: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -227,6 +255,114 @@ def test_budgets_in_all_units() -> None:
         select(candidates, "1MiB", scores={})
 
 
+@pytest.mark.parametrize(
+    ("text", "limit", "shown"),
+    [
+        ("3B", 3, "0.00293KiB"),
+        ("2kB", 2000, "1.95KiB"),
+        ("2 KiB", 2048, "2KiB"),
+        (".5MiB", 2**19, "0.5MiB"),
+        ("1MB", 10**6, "0.954MiB"),
+        ("1GB", 10**9, "954MiB"),
+        ("1.5GiB", 1.5 * 2**30, "1.54e+03MiB"),
+        ("3520ch", 3520, "3520ch"),
+        ("flops:.625", 0.625, "flops:0.625"),
+        ("flops:1", 1, "flops:1"),
+    ],
+)
+def test_budgets_are_read_and_shown(text: str, limit: float, shown: str) -> None:
+    budget = Budget.of(text)
+    assert budget.limit == limit
+    assert budget.shown(budget.limit) == shown
+    with pytest.raises(UserError, match="`budget`"):
+        Budget.of("flops:0")
+
+
+def chosen_by(worth: dict[str, Any], candidates: dict[str, Activation], budget: str, **settings: Any) -> list[Step]:
+    """Returns the steps of a greedy search; a set is worth what is listed, or else the sum over its members."""
+
+    def value(names: tuple[str, ...]) -> Tensor:
+        found = worth.get("".join(names), sum(worth.get(name, 0.0) for name in names))
+        return torch.as_tensor(found, dtype=torch.float64).flatten()
+
+    return Search(candidates, Budget.of(budget), value, SelectSettings(**settings)).greedy()
+
+
+def names_of(steps: list[Step]) -> str:
+    return "".join(step.name for step in steps)
+
+
+def test_the_better_of_gain_and_gain_per_cost_is_taken() -> None:
+    sizes = {"a": 10, "b": 3, "c": 3, "d": 3}
+    candidates = {name: activation(name, channels=size) for name, size in sizes.items()}
+    assert names_of(chosen_by({"a": 10.0, "b": 5.0, "c": 4.5, "d": 4.0}, candidates, "10ch")) == "bcd"
+    assert names_of(chosen_by({"a": 10.0, "b": 4.0, "c": 0.0, "d": 0.0}, candidates, "10ch")) == "a"
+
+
+def test_what_costs_next_to_nothing_is_not_taken_for_that() -> None:
+    candidates = {"a": activation("a", channels=1), "b": activation("b", channels=5)}
+    assert names_of(chosen_by({"a": 1.0, "b": 3.0}, candidates, "1000ch")) == "ba"
+
+
+def test_a_step_must_exceed_its_standard_error_to_be_taken_and_to_be_kept() -> None:
+    candidates = {name: activation(name) for name in "abc"}
+    base, sure, unsure = torch.ones(4), torch.tensor([0.0, 0.0, 0.2, 0.2]), torch.tensor([-0.3, -0.3, 0.5, 0.3])
+    steps = chosen_by({"a": base, "b": 0 * base, "c": 0 * base, "ab": base + sure}, candidates, "8ch")
+    assert names_of(steps) == "ab"
+    assert steps[1].gain == pytest.approx(0.1)
+    assert steps[1].standard_error == pytest.approx(float(sure.std()) / 2)
+    worth = {"a": base, "b": 0 * base, "c": 0 * base, "ab": base + unsure, "ac": base, "abc": 3 * base}
+    assert names_of(chosen_by(worth, candidates, "12ch")) == "a"
+    for loss, expected in ((sure, "abc"), (unsure, "bc"), (0 * base, "bc"), (sure - 0.11, "bc")):
+        worth = {"a": base, "b": 0 * base, "c": 0 * base, "ab": 2 * base, "ac": base}
+        worth |= {"bc": 3 * base - loss, "abc": 3 * base}
+        assert names_of(chosen_by(worth, candidates, "12ch")) == expected
+
+
+def test_the_missing_half_of_the_ladder_is_taken_and_kept_without_a_gain() -> None:
+    candidates = {"a": activation("a", grid=16), "b": activation("b", grid=8)}
+    for gain in (0.0, -0.2):
+        assert sorted(names_of(chosen_by({"a": 1.0, "b": gain}, candidates, "8ch"))) == ["a", "b"]
+    assert names_of(chosen_by({"a": 1.0, "b": 0.0}, candidates, "8ch", ladder=False)) == "a"
+
+
+def test_the_lower_half_of_the_resolutions_is_coarse() -> None:
+    candidates = {"a": activation("a", grid=8), "b": activation("b", grid=16), "c": activation("c", grid=32)}
+    assert select(candidates, "8ch", scores={"a": 0.9, "b": 0.8, "c": 0.1}).names == ("a", "b")
+    assert select(candidates, "8ch", scores={"b": 0.9, "c": 0.8, "a": 0.1}).names == ("b", "a")
+
+
+def test_the_largest_size_holds_for_the_set_and_for_random_ones() -> None:
+    candidates = {name: activation(name, grid=8 if name == "a" else 16) for name in "abcde"}
+    scores = {"a": 0.1, "b": 0.9, "c": 0.8, "d": 0.7, "e": 0.6}
+    found = select(candidates, "1MiB", scores=scores, settings=SelectSettings(max_size=2))
+    assert found.names == ("b", "a")
+    assert found.details["costs"]["b"] == {"channels": 4, "bytes": 4 * 16 * 16 * 2, "flops": 0.5}
+    assert [step["cost"] for step in found.details["steps"]] == [4 * 16 * 16 * 2, 4 * 8 * 8 * 2]
+    assert found.details["baselines"]["random"]["best"] == pytest.approx(0.85)
+    wide = candidates | {"a": activation("a", channels=100, grid=8), "f": activation("f", grid=8)}
+    one = select(wide, "100ch", scores=scores | {"a": 1.0, "f": 0.2}, settings=SelectSettings(max_size=1))
+    assert one.names == ("a",)
+    assert len(one.details["baselines"]["random"]["values"]) == 20
+    assert max(one.details["baselines"]["random"]["values"]) <= 1
+    dear = select(wide, "99ch", scores=scores | {"a": 1.0})
+    assert dear.details["baselines"]["best single"]["names"] == ["b"]
+
+
+def test_the_threshold_of_a_copy_is_a_copy() -> None:
+    candidates = {name: activation(name) for name in "abc"}
+    matrix = torch.eye(3)
+    matrix[0, 1] = matrix[1, 0] = 0.5
+    found = select(
+        candidates,
+        "8ch",
+        scores={"a": 0.9, "b": 0.8, "c": 0.7},
+        alignment=Alignment(tuple("abc"), matrix),
+        settings=SelectSettings(redundancy=0.5),
+    )
+    assert found.names == ("a", "c")
+
+
 def test_exactly_one_kind_of_evidence() -> None:
     candidates = {"a": activation("a")}
     content = ContentAndNoise({"a": 4}, torch.eye(4).double(), torch.eye(4).double())
@@ -309,6 +445,46 @@ def test_pairs_are_matched_from_sums_and_choose_the_set() -> None:
     candidates = {name: activation(name) for name in source}
     chosen = select(candidates, "12ch", pairs=table)
     assert set(chosen.names) == {"left", "right"}
+
+
+def unique(height: int, width: int) -> Tensor:
+    """Returns a map on which each cell has a channel of its own."""
+    return torch.eye(height * width).view(1, height * width, height, width)
+
+
+@pytest.mark.parametrize(("radius", "right"), [(5.0, 1.0), (4.99, 0.0)])
+def test_a_point_at_the_radius_is_found(radius: float, right: float) -> None:
+    table = LabelledPairs((6, 9))
+    points = torch.tensor([[[2.0, 1.0], [7.0, 5.0]]])
+    true = points + torch.tensor([[[3.0, 4.0], [4.0, -3.0]]])
+    maps = {"a": unique(6, 9)}
+    for counted in (None, torch.zeros(1, 2, dtype=torch.bool)):
+        table.update(maps, maps, points, true, size=(6, 9), radius=torch.tensor([radius]), counted=counted)
+    # The second pair has no point that counts.
+    assert table.pair_values(["a"]).tolist() == [right]
+
+
+def test_places_of_a_wide_grid_are_scaled_to_pixels() -> None:
+    table = LabelledPairs((6, 9))
+    points = torch.tensor([[[21.5, 7.0], [1.5, 13.0]]])  # centres of cells
+    maps = {"a": unique(6, 9)}
+    for offset in (0.0, 1.2):
+        table.update(maps, maps, points, points + offset, size=(18, 36), radius=torch.tensor([1.5]))
+    assert table.pair_values(["a"]).tolist() == [1.0, 0.0]
+
+
+def test_weights_are_factors_of_the_activations() -> None:
+    generator = torch.Generator().manual_seed(0)
+    source, target = ({name: torch.randn(8, 3, 8, 8, generator=generator) for name in "ab"} for _ in range(2))
+    points = torch.rand(8, 40, 2, generator=generator) * 16 - 0.5
+    values = []
+    for weights, factor in (({"a": 3.0}, 1.0), ({}, 3.0), ({}, 1.0)):
+        table = LabelledPairs((16, 16), weights)
+        first, second = ({"a": factor * maps["a"], "b": maps["b"]} for maps in (source, target))
+        table.update(first, second, points, points, size=(16, 16), radius=torch.full((8,), 4.0))
+        values.append(table.pair_values(["a", "b"]))
+    torch.testing.assert_close(values[0], values[1])
+    assert not torch.equal(values[0], values[2])
 
 
 def test_the_matrix_is_ordered_by_likeness() -> None:

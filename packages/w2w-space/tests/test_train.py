@@ -80,7 +80,8 @@ def test_a_bank_refuses_what_it_would_leave_unchanged():
     two = torch.zeros(2, layout.size)
     with bank(model.backbone, layout, two), pytest.raises(ValueError, match="3 rows, which 2 adapters"):
         model.denoiser(x_t, t, cond)
-    model.backbone.fuse_qkv_projections()
+    network: Any = model.backbone
+    network.fuse_qkv_projections()
     with pytest.raises(IncompatibleModelError, match="fused"):
         enter(model.backbone, layout)
     compiled: Any = torch.compile(nn.Sequential(nn.Linear(2, 2)))

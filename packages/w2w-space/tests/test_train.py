@@ -13,7 +13,7 @@ from diffcore.models import DiffusionModel
 from diffcore.testing import tiny
 from diffcore.train.timesteps import uniform_timesteps
 from w2w_space.bank import bank
-from w2w_space.instance import Deck, Instance
+from w2w_space.instance import Deck, Instance, denoising_errors
 from w2w_space.layout import Layout
 from w2w_space.recipe import Recipe, initial_vectors, layout_for
 from w2w_space.train_population import Trained, population_of, train_population
@@ -80,11 +80,13 @@ def test_a_bank_refuses_what_it_would_leave_unchanged():
     two = torch.zeros(2, layout.size)
     with bank(model.backbone, layout, two), pytest.raises(ValueError, match="3 rows, which 2 adapters"):
         model.denoiser(x_t, t, cond)
-    model.backbone.fuse_qkv_projections()
+    network: Any = model.backbone
+    network.fuse_qkv_projections()
     with pytest.raises(IncompatibleModelError, match="fused"):
         enter(model.backbone, layout)
+    compiled: Any = torch.compile(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(IncompatibleModelError, match="compiled"):
-        enter(torch.compile(nn.Sequential(nn.Linear(2, 2))), Layout.of({"0": (2, 2)}, 1))
+        enter(compiled, Layout.of({"0": (2, 2)}, 1))
 
 
 def enter(network: Any, layout: Layout) -> None:
@@ -221,8 +223,8 @@ def test_masks_weigh_places_and_prompts_are_shared():
     masked = Deck([replace(person, mask=mask)], sampler, seed=0, antithetic=True, like=like).deal(4, 0)
     x_t = model.denoiser.schedule.add_noise(plain.x0, plain.noise, plain.t)
     squared = (model.denoiser(x_t, plain.t, plain.condition).output - plain.noise).square()
-    assert torch.allclose(plain.errors(model.denoiser), squared.flatten(1).mean(1))
-    assert torch.allclose(masked.errors(model.denoiser), squared[..., :4].flatten(1).mean(1))
+    assert torch.allclose(denoising_errors(model.denoiser, plain), squared.flatten(1).mean(1))
+    assert torch.allclose(denoising_errors(model.denoiser, masked), squared[..., :4].flatten(1).mean(1))
     assert torch.equal(plain.noise[0], -plain.noise[1])
     assert (plain.t // 250).tolist() == [0, 1, 2, 3]
 

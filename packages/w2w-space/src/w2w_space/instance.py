@@ -5,7 +5,7 @@ x_t = alpha x0 + sigma noise, and the target is the noise, x0, velocity or flow,
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffcore.denoiser import NetworkDenoiser
 from diffcore.digests import add_tensors
+from diffcore.errors import UserError
 from diffcore.noise import philox_normal, philox_uniform
 from diffcore.train.timesteps import TimeSampler
 from w2w_space.recipe import member_rows
@@ -91,18 +92,24 @@ class NoisyBatch:
     condition: Mapping[str, Tensor]
     mask: Float[Tensor, "b 1 h w"] | None
 
-    def errors(self, denoiser: NetworkDenoiser) -> Float[Tensor, " b"]:
-        """Returns the error of each row: the mean of its squared differences over the mask.
+    def x_t(self, denoiser: NetworkDenoiser) -> Float[Tensor, "b c h w"]:
+        """Returns the noisy samples.
 
         Args:
-            denoiser: Network with its schedule and prediction type.
+            denoiser: Network whose schedule adds the noise.
         """
-        prediction = denoiser(denoiser.schedule.add_noise(self.x0, self.noise, self.t), self.t, self.condition)
-        target = prediction.target(self.x0, self.noise)
-        squared = (prediction.output.to(target.dtype) - target).square().mean(1, keepdim=True)
+        return denoiser.schedule.add_noise(self.x0, self.noise, self.t)
+
+    def masked_means(self, values: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
+        """Returns the mean of each row's values over its mask, by which places count.
+
+        Args:
+            values: Values of each place and channel.
+        """
+        values = values.mean(1, keepdim=True)
         if self.mask is None:
-            return squared.flatten(1).mean(1)
-        return (self.mask * squared).flatten(1).sum(1) / self.mask.flatten(1).sum(1)
+            return values.flatten(1).mean(1)
+        return (self.mask * values).flatten(1).sum(1) / self.mask.flatten(1).sum(1)
 
     def rows(self, index: Int[Tensor, " n"]) -> "NoisyBatch":
         """Returns some of the rows.
@@ -162,6 +169,9 @@ class Deck:
             self._mask = torch.cat(masks).to(like)
         self._longest = int(counts.max())
 
+    def __len__(self) -> int:
+        return len(self._rows)
+
     def deal(self, size: int, step: int, *, evaluation: bool = False) -> NoisyBatch:
         """Returns rows of all subjects, those of one after those of another.
 
@@ -199,6 +209,72 @@ class Deck:
         if not self._antithetic:
             return noise
         return torch.stack([noise, -noise], 2).flatten(1, 2)[:, :size]
+
+
+def instances_by_name(instances: Sequence[Instance]) -> dict[str, Instance]:
+    """Returns subjects by name, after a look at whether they can share a batch.
+
+    Args:
+        instances: Subjects in their order.
+
+    Raises:
+        UserError: There is none, two have one name, or their conditions or sizes differ.
+    """
+    if not instances:
+        raise UserError("there are no instances; give at least one")
+    by_name = {each.name: each for each in instances}
+    if len(by_name) < len(instances):
+        names = [each.name for each in instances]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"two instances are called {twice!r}; give each a name of its own")
+    first = instances[0]
+    for each in instances:
+        if set(each.condition) != set(first.condition) or each.x0.shape[1:] != first.x0.shape[1:]:
+            raise UserError(
+                f"{each.name!r} has other conditions or picture sizes than {first.name!r}; prepare all alike"
+            )
+    return by_name
+
+
+@torch.no_grad()
+def held_out_loss(
+    denoiser: NetworkDenoiser,
+    deck: "Deck",
+    *,
+    num_pairs: int,
+    at_once: int,
+    errors: "Errors | None" = None,
+) -> Float[Tensor, " n"]:
+    """Returns each subject's mean error on fixed pairs of timestep and noise, a few rows of all subjects at a time.
+
+    Args:
+        denoiser: Network, with the subjects' adapters attached or without.
+        deck: Deck of the subjects' pictures.
+        num_pairs: Number of pairs for each subject.
+        at_once: Number of rows of each subject in a forward pass.
+        errors: Function that returns the error of each row; by default the denoising error.
+    """
+    batch, n = deck.deal(num_pairs, 0, evaluation=True), len(deck)
+    places = torch.arange(n * num_pairs, device=batch.t.device).view(n, num_pairs)
+    measure = errors or denoising_errors
+    parts = [measure(denoiser, batch.rows(part.flatten())).view(n, -1) for part in places.split(at_once, 1)]
+    return torch.cat(parts, 1).mean(1)
+
+
+def denoising_errors(denoiser: NetworkDenoiser, batch: NoisyBatch) -> Float[Tensor, " b"]:
+    """Returns the error of each row: the mean of its squared differences to the regression target, over the mask.
+
+    Args:
+        denoiser: Network with its schedule and prediction type.
+        batch: Noisy rows with their conditions.
+    """
+    prediction = denoiser(batch.x_t(denoiser), batch.t, batch.condition)
+    target = prediction.target(batch.x0, batch.noise)
+    return batch.masked_means((prediction.output.to(target.dtype) - target).square())
+
+
+Errors = Callable[[NetworkDenoiser, NoisyBatch], Tensor]
+"""Function of the denoiser, with adapters attached, and noisy rows that returns the error of each row."""
 
 
 def group_means(errors: Float[Tensor, " rows"], groups: int) -> Float[Tensor, " groups"]:

@@ -6,6 +6,7 @@ of equal slices once, in an order of its own, so that half of the members lie on
 five numbers off a picture.
 """
 
+from dataclasses import replace
 from importlib.resources import as_file, files
 
 import torch
@@ -100,8 +101,6 @@ def train_styles(
         group_size: Number of members that are trained together.
         map: Map over members that may keep what is finished.
     """
-    from dataclasses import replace
-
     styles = style_labels(count)
     recipe = replace(RECIPE, init="own") if own else RECIPE
     return train_population(model, style_instances(styles), recipe, group_size=group_size, map=map), styles

@@ -22,7 +22,7 @@ from diffcore.train import rise_and_fall
 from diffcore.train.timesteps import default_time_sampler
 from diffcore.units import Map, each_unit
 from w2w_space.bank import bank
-from w2w_space.instance import Deck, Instance, group_means
+from w2w_space.instance import Deck, Instance, denoising_errors, group_means, held_out_loss, instances_by_name
 from w2w_space.layout import Layout
 from w2w_space.population import Population, Stacked
 from w2w_space.recipe import Recipe, initial_vectors, layout_for, up_numbers
@@ -65,6 +65,7 @@ def train_population(
     instances: Sequence[Instance],
     recipe: Recipe,
     *,
+    layout: Layout | None = None,
     rates: Sequence[float] | None = None,
     group_size: int = 16,
     num_pairs: int = 32,
@@ -79,6 +80,7 @@ def train_population(
         model: Base model, whose weights stay as they are.
         instances: Subjects with their pictures, each of another name.
         recipe: Recipe of all members.
+        layout: Table of the vectors; by default that of the recipe's targets in sorted order.
         rates: Factor of the learning rate for each member; by default 1 for all.
         group_size: Number of members that are trained together; it bounds the memory and changes no result.
         num_pairs: Number of pairs of timestep and noise on which each member's loss is measured in the end.
@@ -99,9 +101,9 @@ def train_population(
         >>> [member.name for member in train_population(model, people, recipe)]
         ['a', 'b']
     """
-    by_name = _checked(instances)
+    by_name = instances_by_name(instances)
     factors = dict(zip(by_name, [1.0] * len(by_name) if rates is None else rates, strict=True))
-    layout = layout_for(model, recipe.targets, recipe.rank)
+    layout = layout or layout_for(model, recipe.targets, recipe.rank)
     word = f"{recipe.digest[:16]}-{model.fingerprint[:16]}-{num_pairs}"
 
     def work(unit: list[tuple[str, str, float]]) -> list[Tensor]:
@@ -183,25 +185,16 @@ def _train(
     for step in range(recipe.steps):
         batch = deck.deal(recipe.batch_size, step)
         with bank(model.backbone, layout, vectors * scales):
-            losses = group_means(batch.errors(denoiser), n)
+            losses = group_means(denoising_errors(denoiser, batch), n)
             (gradient,) = torch.autograd.grad(losses.sum(), vectors)
         history.append(losses.detach())
         optimizer.param_groups[0]["lr"] = recipe.learning_rate * factor(step)
         descend(vectors, gradient, optimizer, clip=recipe.clip, rates=rows)
     found = vectors.detach() * scales
     with bank(model.backbone, layout, found):
-        loss = _held_out(model, deck, n, num_pairs, recipe.batch_size)
-    base = _held_out(model, deck, n, num_pairs, recipe.batch_size)
+        loss = held_out_loss(denoiser, deck, num_pairs=num_pairs, at_once=recipe.batch_size)
+    base = held_out_loss(denoiser, deck, num_pairs=num_pairs, at_once=recipe.batch_size)
     return list(torch.cat([found, loss[:, None], base[:, None], torch.stack(history, 1)], 1).cpu())
-
-
-@torch.no_grad()
-def _held_out(model: DiffusionModel, deck: Deck, n: int, num_pairs: int, at_once: int) -> Float[Tensor, " n"]:
-    """Returns each member's mean loss on fixed pairs, a few rows of all members at a time."""
-    batch = deck.deal(num_pairs, 0, evaluation=True)
-    places = torch.arange(n * num_pairs, device=batch.t.device).view(n, num_pairs)
-    parts = [batch.rows(part.flatten()).errors(model.denoiser).view(n, -1) for part in places.split(at_once, 1)]
-    return torch.cat(parts, 1).mean(1)
 
 
 def _unpacked(item: tuple[str, str, float], row: Tensor, layout: Layout) -> Trained:
@@ -211,20 +204,3 @@ def _unpacked(item: tuple[str, str, float], row: Tensor, layout: Layout) -> Trai
         row[layout.size + 2 :],
     )
     return Trained(item[0], vector, loss, base, history, item[2])
-
-
-def _checked(instances: Sequence[Instance]) -> dict[str, Instance]:
-    if not instances:
-        raise UserError("there are no instances to train on; give at least one")
-    by_name = {each.name: each for each in instances}
-    if len(by_name) < len(instances):
-        names = [each.name for each in instances]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"two instances are called {twice!r}; give each a name of its own")
-    first = instances[0]
-    for each in instances:
-        if set(each.condition) != set(first.condition) or each.x0.shape[1:] != first.x0.shape[1:]:
-            raise UserError(
-                f"{each.name!r} has other conditions or picture sizes than {first.name!r}; prepare all alike"
-            )
-    return by_name

@@ -207,6 +207,18 @@ def test_info_knows_what_it_looks_at(place: Place):
     assert place.json("info", "tagged.safetensors")["trigger_words"] == ["hat", "sks person"]
 
 
+def test_a_population_tells_on_what_its_members_were_trained(place: Place):
+    tensors = load_file("loras/m1.safetensors")
+    for name, version in (("x", "sd_v1"), ("y", "sd_v2")):
+        changed = {key: value * (2.0 if name == "y" else 1.0) for key, value in tensors.items() if "alpha" not in key}
+        save_file(changed, f"{name}.safetensors", metadata={"ss_base_model_version": version})
+    told = place.json(
+        "import", "x.safetensors", "y.safetensors", "loras/m0.safetensors", "--model", "model", "--out", "3"
+    )
+    assert told["trained_on"] == {"sd_v1": 1, "sd_v2": 1, "not stated": 1}
+    assert told["without_stated_alpha"] == 2
+
+
 def test_a_damaged_population_is_told(place: Place):
     place("import", "loras", "--model", "model", "--out", "damaged")
     shard = next(Path("damaged/shards").glob("*.safetensors"))

@@ -27,6 +27,7 @@ from diffcore.adapters.scan import DIFFUSERS_WEIGHTS, PEFT_WEIGHTS
 from diffcore.digests import digest_of_values
 from diffcore.errors import IncompatibleModelError, UserError, printable
 from diffcore.io import files
+from diffcore.io.tensorfile import read_header
 from w2w_space.files.population import FILE as POPULATION
 from w2w_space.files.population import SHARD_ROWS, Member, PopulationFolder, Precision, Skipped
 from w2w_space.layout import Layout, Shape
@@ -40,6 +41,7 @@ SAME = 1e-3
 LARGEST_LOSS = 0.5
 """Relative loss by the rank above which a file is left out."""
 _TEXT_ALONE = "changes text encoders alone, which are not part of a space"
+_CLAIMS = ("ss_base_model_version", "ss_sd_model_name")
 _PROBES = 8
 _NEAR = 10 * SAME  # distance of two sketches, relative to the norm, beyond which their adapters are not the same
 
@@ -264,9 +266,18 @@ def _read(path: Path, population: PopulationFolder, digest: str, largest_loss: f
         loss=loss.relative,
         dropped=outside / (outside + loss.total),
         sha256=digest,
+        trained_on=_trained_on(path),
         notes=tuple(notes),
     )
     return member, vector
+
+
+def _trained_on(path: Path) -> str:
+    """Returns the base model that an adapter names in its header, which is told and never opened."""
+    names = (path / name for name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS))
+    weights = next((file for file in names if file.is_file()), path) if path.is_dir() else path
+    told = read_header(weights).metadata
+    return ", ".join(printable(told[key]) for key in _CLAIMS if key in told)
 
 
 def _energy(change: LowRank) -> float:

@@ -49,6 +49,7 @@ class Member:
         dropped: Share of its squared norm in modules that the population leaves out.
         sha256: Digest of its file.
         sketch: Numbers that tell whether its changes may be those of another member, whatever the gauge.
+        trained_on: Base model that the file itself names, such as "sd_v1"; empty where it names none.
         notes: Remarks of the reader, such as that no alpha was stated.
         shard: Number of the shard that holds the vector.
         row: Row of the vector in the shard.
@@ -61,6 +62,7 @@ class Member:
     dropped: float = 0.0
     sha256: str = ""
     sketch: tuple[float, ...] = ()
+    trained_on: str = ""
     notes: tuple[str, ...] = ()
     shard: int = -1
     row: int = -1

@@ -1,5 +1,6 @@
 """The commands on adapters of other tools: import, convert, info."""
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -175,6 +176,7 @@ def about_population(found: "PopulationFolder") -> dict[str, Any]:
         found: Population as it is on disk.
     """
     losses = sorted((member.loss, member.name) for member in found.members)
+    trained_on = Counter(member.trained_on for member in found.members)
     silent = [member.name for member in found.members if any("alpha" in note for note in member.notes)]
     return {
         "kind": "population",
@@ -190,6 +192,7 @@ def about_population(found: "PopulationFolder") -> dict[str, Any]:
         "worst_member": losses[-1][1] if losses and losses[-1][0] > 0 else None,
         "largest_share_in_other_modules": max((member.dropped for member in found.members), default=None),
         "without_stated_alpha": len(silent),
+        "trained_on": {name or "not stated": count for name, count in trained_on.most_common()},
         "skipped": [{"file": line.source, "reason": line.reason} for line in found.skipped],
     }
 

@@ -61,7 +61,7 @@ def cross_fitted(
         True
     """
     n = len(space.members)
-    if space.num_components < min(n - 1, space.layout.size - space.fit.constant) or not n:
+    if not n or float(space.variances.sum()) < 0.999 * space.fit.total_variance:
         raise UserError(
             f"the space has {space.num_components} components of {n} members; build it with all that they span, and "
             "take fewer here"
@@ -121,6 +121,52 @@ def real_components(
     limits = torch.linalg.eigvalsh(totals).flip(1).clamp(min=0).amax(0) / (n - 1)
     above = space.variances > limits[: space.num_components]
     return int(above.long().cumprod(0).sum()), limits
+
+
+@dataclass(frozen=True, eq=False)
+class Diagnosis:
+    """A space of as many components as there is reason for, and what speaks for that number.
+
+    Attributes:
+        space: Space of these components, with held-out coordinates and shrinkage.
+        real: Number of components that vary more than chance.
+        limits: Largest variance of chance at each place.
+        variances: Variances of all components that the members span.
+        shrinkage: Length of held-out coordinates by number of components.
+    """
+
+    space: WeightSpace
+    real: int
+    limits: Float64[Tensor, " n"]
+    variances: Float64[Tensor, " _"]
+    shrinkage: Shrinkage
+
+
+def diagnosed(population: Population, space: WeightSpace, *, num_components: int | None = None) -> Diagnosis:
+    """Returns a space cut to the components that are more than chance (specification, section 3.6).
+
+    With as many components as members, all members are equally far from one another, directions follow the members'
+    noise, and every draw looks like a copy.
+
+    Args:
+        population: Population that the space was built from.
+        space: Space with all components that its members span.
+        num_components: Number of components to keep instead; as many as there are, where it is larger.
+
+    Example:
+        >>> from w2w_space.layout import Layout
+        >>> from w2w_space.population import Stacked
+        >>> layout, g = Layout.of({"to_q": (20, 20)}, rank=1), torch.Generator().manual_seed(0)
+        >>> matrix = 3 * torch.randn(40, 2, generator=g) @ torch.randn(2, 40, generator=g)
+        >>> names = tuple(str(i) for i in range(40))
+        >>> population = Population(layout, names, Stacked(matrix + torch.randn(40, 40, generator=g)))
+        >>> diagnosed(population, WeightSpace.build(population, gauge="raw")).space.num_components
+        2
+    """
+    real, limits = real_components(population, space)
+    count = min(num_components or max(real, 1), space.num_components)
+    kept, shrinkage = cross_fitted(space, num_components=count, folds=min(5, len(space.members)))
+    return Diagnosis(kept, real, limits, space.variances, shrinkage)
 
 
 def nearest_members(

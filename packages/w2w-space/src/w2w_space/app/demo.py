@@ -21,15 +21,18 @@ from w2w_space.diagnose import cross_fitted, real_components
 from w2w_space.directions import Directions, find_directions
 from w2w_space.edit import edit
 from w2w_space.gauge import GaugeKind
+from w2w_space.instance import Instance
+from w2w_space.invert import InversionSettings, invert
 from w2w_space.labels import Labels
 from w2w_space.layout import Layout
 from w2w_space.population import Population
 from w2w_space.sample import sample
 from w2w_space.space import Point, WeightSpace
-from w2w_space.styles import load_base, load_styles, read_styles, render_members
+from w2w_space.styles import load_base, load_styles, read_styles, render_members, style_instances
 
 _FITTED, _COMPONENTS, _SHOWN_DIGIT = 128, 20, 3
 _CLEAR = (0.5, -0.5, 0.0, 0.0, 0.0)
+_INVERTED = 50
 _STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 _LOOKED_AT = (1, 2, 3, 5, 8, 12, 20, 35, 60)
 _GAUGES: tuple[GaugeKind, ...] = ("raw", "canonical")
@@ -69,6 +72,7 @@ def _toured(run: Run, model: DiffusionModel, *, full: bool) -> dict[str, Any]:
     subject = space.project(population.layout.adapter(population.vectors.rows([clear])[0]), unshrink=True)
     directions = find_directions(space, Labels(STYLES, styles[:_FITTED].double()))
     effects = _keep_sliders(run, model, subject, directions)
+    inverted = _keep_inversion(run, model, whole.truncated(_INVERTED), styles, full=full)
     shared, own = min(r2["shared A, canonical"]), max(r2["own A, raw"])
     return {
         "answer": f"{_COMPONENTS} components of {_FITTED} adapters tell the five style numbers of new adapters (R² of "
@@ -81,6 +85,7 @@ def _toured(run: Run, model: DiffusionModel, *, full: bool) -> dict[str, Any]:
         "shrinkage_by_components": dict(zip(map(str, shrinkage.components), shrinkage.ratios, strict=True)),
         "r2": r2,
         "effects": effects,
+        "inversion": inverted,
         "held": shared >= 0.7 and own <= 0.1,
     }
 
@@ -208,6 +213,41 @@ def _keep_sliders(
         "another one; kept: with the others' scores held. Correlation: of held-out members' places with their styles.",
     )
     return found
+
+
+def _keep_inversion(
+    run: Run, model: DiffusionModel, space: WeightSpace, styles: Tensor, *, full: bool
+) -> dict[str, float]:
+    """Keeps what adapters draw that were found from one picture each, of styles that no member has."""
+    wanted = styles[_FITTED:][: 32 if full else 8]
+    subjects = []
+    for place, made in enumerate(style_instances(wanted, seed=1)):
+        digit = place % 10
+        subjects.append(Instance(made.name, made.x0[digit : digit + 1], {"class_labels": torch.tensor([digit])}))
+    settings = InversionSettings(num_components=space.num_components, steps=100, batch_size=8, prior=0.0)
+    found = invert(space, model, subjects, settings)
+    drawn = _pictures(model, space.layout, list(found.points))
+    read, usual = read_styles(2 * drawn - 1), read_styles(2 * _pictures(model, space.layout, [space.point()]) - 1)
+    digits = [int(subject.condition["class_labels"]) for subject in subjects[:8]]
+    shown = [
+        torch.stack([(subject.x0[0] + 1) / 2 for subject in subjects[:8]]),
+        torch.stack([drawn[place, digit] for place, digit in enumerate(digits)]),
+        torch.stack([drawn[place, (digit + 3) % 10] for place, digit in enumerate(digits)]),
+    ]
+    errors = {
+        "rmse": float((read - wanted).square().mean().sqrt()),
+        "rmse_of_mean": float((usual - wanted).square().mean().sqrt()),
+    }
+    run.save(
+        "inversion",
+        {"pictures": torch.cat(shown)},
+        labels=["the one picture", "drawn by the found adapter", "another digit by it"],
+        columns=len(digits),
+        caption=f"One picture each of {len(wanted)} styles that no member has. The style numbers of what the found "
+        f"adapters draw are off by {errors['rmse']:.2f} (root mean square over all ten digits); those of the mean "
+        f"adapter by {errors['rmse_of_mean']:.2f}.",
+    )
+    return errors
 
 
 def _pictures(model: DiffusionModel, layout: Layout, points: list[Point]) -> Tensor:

@@ -156,6 +156,18 @@ def _add_samples(report: Report, run: Run) -> None:
     )
 
 
+def _add_inversion(report: Report, run: Run) -> None:
+    if not run.has("inversion"):
+        return
+    part = run.load("inversion")
+    report.section("One picture becomes an adapter").images(
+        part.tensors["pictures"].clamp(0, 1),
+        part.fields["caption"],
+        columns=part.fields["columns"],
+        row_labels=part.fields["labels"],
+    )
+
+
 def _add_sliders(report: Report, run: Run) -> None:
     if not run.has("sliders"):
         return
@@ -226,6 +238,7 @@ def _add_limits(report: Report, run: Run) -> None:
 
 SECTIONS: tuple[Callable[[Report, Run], None], ...] = (
     _add_sliders,
+    _add_inversion,
     _add_samples,
     _add_gauge,
     _add_spectrum,

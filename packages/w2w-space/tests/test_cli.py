@@ -18,6 +18,7 @@ from w2w_space.app.bench import cases, sd15_layout
 from w2w_space.app.cli import app
 from w2w_space.files.points import load_point
 from w2w_space.files.space import load_space
+from w2w_space.space import Point
 
 TARGETS = ("attn1.to_q", "attn1.to_v", "attn2.to_q", "attn2.to_v")
 MEMBERS = 6
@@ -172,6 +173,25 @@ def test_a_point_is_merged_into_its_model(place: Place):
     difference = merged[f"{name}.weight"] - plain[f"{name}.weight"]
     assert torch.allclose(difference, 0.5 * change[name].delta(), atol=1e-4)
     assert not torch.allclose(difference, torch.zeros(()), atol=1e-4)
+
+
+def test_diffusers_shows_what_was_exported(place: Place, monkeypatch: pytest.MonkeyPatch):
+    told = place.json("export", "space", "m0", "shown.safetensors", "--verify", "model")
+    assert told["effect"] > 1e-4
+    assert told["error_in_diffusers"] < 5e-3
+    again = place.json("export", "space", "m0", "shown.safetensors", "--verify", "model", "--overwrite")
+    assert again["error_in_diffusers"] == told["error_in_diffusers"]
+    _, err = place("export", "space", "m0", "p", "--format", "peft", "--verify", "model", code=2)
+    assert "--verify loads files in the layout of diffusers" in err
+    # A file of another strength than the point's is noticed.
+    real = Point.adapter
+    monkeypatch.setattr(Point, "adapter", lambda self, name="point": scaled(real(self, name)))
+    told = place.json("export", "space", "m0", "weak.safetensors", "--verify", "model", code=1)
+    assert told["error_in_diffusers"] > 0.5
+
+
+def scaled(adapter: Adapter) -> Adapter:
+    return Adapter({n: LowRank(c.down, c.up * 3, c.alpha) for n, c in adapter.modules.items()}, name=adapter.name)
 
 
 def test_convert_tells_what_a_smaller_rank_loses(place: Place):

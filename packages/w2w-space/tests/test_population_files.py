@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from diffcore.adapters import Adapter, Base, LowRank, write_adapter
 from diffcore.adapters.keys import BACKBONE
 from diffcore.errors import CorruptArtifactError, IncompatibleModelError, MachineError, UserError
-from diffcore.io import files
+from diffcore.io import artifact, files
 from w2w_space.files import population as stored
 from w2w_space.files.importing import adapter_paths, add, import_adapters, plan_import
 from w2w_space.files.population import Member, PopulationFolder
@@ -160,6 +160,13 @@ def test_equal_stems_get_names_of_their_own(write, tmp_path: Path):
     paths = [write(drawn(seed), place) for seed, place in enumerate(places)]
     write(drawn(7), "bob", "peft")
     assert adapter_paths(tmp_path) == sorted([*paths, tmp_path / "bob"])
+    paths[0].with_suffix(".json").write_text("{}")  # notes of another tool
+    artifact.save(tmp_path / "point.safetensors", {"coefficients": torch.zeros(2)}, schema="w2w-space/point@1")
+    (tmp_path / "run" / "parts").mkdir(parents=True)
+    (tmp_path / "run" / "run.json").write_text("{}")
+    save_file({"x": torch.zeros(2)}, tmp_path / "run" / "parts" / "a.safetensors")
+    import_adapters(tmp_path / "other", paths[:1], BASE)
+    assert adapter_paths(tmp_path) == sorted([*paths, tmp_path / "bob"])
     found = import_adapters(tmp_path / "pop", [*paths, tmp_path / "bob"], BASE)
     assert found.names == ("lora", "y/lora", "anna", "bob")
 
@@ -304,3 +311,12 @@ def test_the_reader_tells_what_it_took_for_granted(tmp_path: Path):
     assert float(product_gram(found.layout, found.rows([0]))) == pytest.approx(
         float(change.delta(torch.float64).square().sum()), rel=1e-6
     )
+
+
+def test_links_and_names_of_any_script_are_read(write, tmp_path: Path):
+    path = write(drawn(0), "Žofie 花子.safetensors")
+    (tmp_path / "link.safetensors").symlink_to(write(drawn(1), "target.safetensors"))
+    found = import_adapters(tmp_path / "pop", [path, tmp_path / "link.safetensors"], BASE)
+    assert PopulationFolder.open(tmp_path / "pop").names == found.names == ("Žofie 花子", "link")
+    assert len(add(found, [path])) == 2
+    assert not add(found, [path]).skipped

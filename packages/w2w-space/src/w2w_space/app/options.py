@@ -12,6 +12,10 @@ BaseModel = Annotated[
     str | None,
     Parameter(help="Base model of the adapters: pipeline folder, safetensors file, or zoo:NAME; else a known family."),
 ]
+Sources = Annotated[
+    tuple[Path, ...],
+    Parameter(negative="", help="LoRA files, folders in PEFT's layout, or folders that hold such."),
+]
 SpacePath = Annotated[Path, Parameter(help="Space: the run folder of build, or a space file.")]
 Subject = Annotated[
     str, Parameter(help="What is taken: a member's name, a point file, an adapter (it is projected), or 'mean'.")

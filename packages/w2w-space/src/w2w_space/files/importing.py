@@ -221,14 +221,30 @@ def add(
 def adapter_paths(folder: Path | str) -> list[Path]:
     """Returns the adapters below a folder: safetensors files, and folders in PEFT's layout in place of their files.
 
+    Runs, populations, spaces and points of ours that lie among them are passed over.
+
     Args:
         folder: Folder that is searched, with the folders in it.
     """
-    found = set[Path]()
-    with files.explained(Path(folder), reading=True):
-        for path in Path(folder).rglob("*.safetensors"):
+    folder, found = Path(folder), set[Path]()
+    with files.explained(folder, reading=True):
+        below = sorted(folder.rglob("*.safetensors"))
+        parents = {parent for path in below for parent in path.parents if folder in parent.parents}
+        ours = {parent for parent in parents if any((parent / name).is_file() for name in ("run.json", POPULATION))}
+    for path in below:
+        if not ours.intersection(path.parents) and not _is_ours(path):
             found.add(path.parent if path.name == PEFT_WEIGHTS else path)
     return sorted(found)
+
+
+def _is_ours(path: Path) -> bool:
+    """Returns whether a file is an artefact of ours, which has a sidecar; other tools keep notes in such files too."""
+    if not path.with_suffix(".json").is_file():
+        return False
+    try:
+        return read_header(path).metadata.get("schema", "").startswith("w2w-space/")
+    except UserError:
+        return False
 
 
 def _read(path: Path, population: PopulationFolder, digest: str, largest_loss: float) -> tuple[Member, Tensor]:

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from diffcore.cli import Flag, emit
 from diffcore.errors import UserError, printable
-from w2w_space.app.options import BaseModel, FormatName, Overwrite, PrecisionName, Reading
+from w2w_space.app.options import BaseModel, FormatName, Overwrite, PrecisionName, Reading, Sources
 
 if TYPE_CHECKING:
     from w2w_space.files.population import PopulationFolder
 
 
 def import_(
-    sources: tuple[Path, ...],
+    sources: Sources,
     *,
     out: Path,
     authors: Flag = False,
@@ -31,9 +31,8 @@ def import_(
     The same command again adds what is new. A file that cannot be a member is named with the reason, and left out.
 
     Args:
-        sources: LoRA files, folders in PEFT's layout, or folders that hold such; with --authors, the authors' folder.
         out: Folder of the population, new or begun before; with --authors, that of the space.
-        authors: Read mean.pt, std.pt, V.pt and weight_dimensions.pt of the paper's authors.
+        authors: Take SOURCES for the folder of the authors' mean.pt, std.pt, V.pt and weight_dimensions.pt.
         allow_pickle: Read pickles, which the authors' files are, as tensors alone.
         num_components: Largest number of components that are read of the authors' files.
         precision: Precision of the stored numbers; with --authors, of the components.

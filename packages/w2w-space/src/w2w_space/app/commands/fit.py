@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from diffcore.cli import Job, Output
-from w2w_space.app.options import Reading
+from w2w_space.app.options import Reading, Sources
 
 if TYPE_CHECKING:
     from diffcore.run import Run, RunMap
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def build(
-    sources: tuple[Path, ...],
+    sources: Sources,
     *,
     gauge: Literal["canonical", "raw"] = "canonical",
     scaling: Literal["standard", "module", "none"] = "standard",
@@ -30,10 +30,9 @@ def build(
 
     Shortest form: w2w-space build POPULATION
 
-    RUN/space.safetensors is what the other commands take.
+    SOURCES may also be the folder of one population. RUN/space.safetensors is what the other commands take.
 
     Args:
-        sources: Folder of one population, or LoRA files and folders with such.
         gauge: Use canonical to remove the freedom of the factors, raw for vectors as they are (published code).
         scaling: Divide each number by its standard deviation (paper), each module by its own, or nothing.
         num_components: Largest number of components; by default all that the members span.

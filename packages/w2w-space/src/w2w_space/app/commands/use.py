@@ -10,6 +10,7 @@ from diffcore.errors import UserError
 from w2w_space.app.options import BaseModel, FormatName, Overwrite, PrecisionName, SpacePath, Subject
 
 if TYPE_CHECKING:
+    from diffcore.models import DiffusionModel
     from w2w_space.space import Point, WeightSpace
 
 _NEAREST, _SHOWN = 3, 5
@@ -98,6 +99,7 @@ def export(
     dtype: PrecisionName | None = None,
     merge: str | None = None,
     weight: float = 1.0,
+    verify: str | None = None,
     unshrink: Flag = False,
     model: BaseModel = None,
     card: Annotated[bool, Parameter(negative="--no-card")] = True,
@@ -108,7 +110,7 @@ def export(
 
     Shortest form: w2w-space export SPACE SUBJECT OUT.safetensors
 
-    What is written is read back and compared.
+    What is written is read back and compared. Exit code 1 means that --verify found another effect.
 
     Args:
         out: File to write, ending in .safetensors; for peft and with --merge a folder.
@@ -116,6 +118,7 @@ def export(
         dtype: Precision to write; by default float16 where it holds the numbers.
         merge: Model that the point is merged into; its whole checkpoint is written.
         weight: Strength of the change in the merged model.
+        verify: Base model, a pipeline, in which plain diffusers must show the point that was written.
         unshrink: Lengthen the coordinates of an adapter that was not in the fit.
         card: Write a page beside the adapter that says what it is.
         json: Print the result as one JSON object.
@@ -126,13 +129,12 @@ def export(
     from w2w_space.files.export import export_point, merge_point
     from w2w_space.files.space import base_of_space, load_space
 
+    if verify is not None and (format == "peft" or merge is not None):
+        raise UserError("`verify` loads files in the layout of diffusers or kohya; choose one of them as `format`")
     loaded = load_space(space)
     point = subject_of(subject, loaded, space, model=model, unshrink=unshrink)
     if merge is not None:
-        from diffcore.models import load
-        from diffcore.runtime import Runtime
-
-        emit({"written": merge_point(load(merge, Runtime(device="cpu")), point, out, weight=weight)}, json)
+        emit({"written": merge_point(load_plain(merge), point, out, weight=weight)}, json)
         return 0
     base = base_of_space(space)
     written = export_point(
@@ -145,5 +147,24 @@ def export(
         card={"subject": Path(subject).stem, "base": base.name} if card else None,
     )
     told = {"written": written.path, "precision": str(written.dtype).removeprefix("torch.")}
-    emit({**told, "largest_rounding_error": written.error, "card": written.card, **about_point(point)}, json)
-    return 0
+    told |= {"largest_rounding_error": written.error, "card": written.card, **about_point(point)}
+    shown = None
+    if verify is not None:
+        from w2w_space.files.verify import shown_by_diffusers
+
+        shown = shown_by_diffusers(load_plain(verify), point, written.path)
+        told |= {"effect": shown.effect, "error_in_diffusers": shown.error}
+    emit(told, json)
+    return 1 if shown is not None and not shown.equal else 0
+
+
+def load_plain(model: str) -> "DiffusionModel":
+    """Returns a model on the CPU in float32.
+
+    Args:
+        model: Name on the command line.
+    """
+    from diffcore.models import load
+    from diffcore.runtime import Runtime
+
+    return load(model, Runtime(device="cpu"))

@@ -82,7 +82,7 @@ class NoisyBatch:
         x0: Clean samples of the rows.
         t: Timestep of each row.
         noise: Unit normal noise of each row.
-        condition: What the model is told about each row.
+        condition: Class labels or text states of each row.
         mask: Weights of the places of each row; None counts all alike.
     """
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from diffcore.models import DiffusionModel
 from diffcore.zoo.digits.data import STYLES
 from w2w_space.gauge import GaugeKind
+from w2w_space.instance import Instance
+from w2w_space.invert import InversionSettings, invert
 from w2w_space.recipe import layout_for
 from w2w_space.space import WeightSpace
 from w2w_space.styles import (
@@ -46,6 +48,27 @@ def test_weights_carry_the_style_and_the_gauge_makes_it_readable():
     assert float(held_out_r2(own=False, gauge="raw").min()) > 0.8
     assert float(held_out_r2(own=True, gauge="canonical").min()) > 0.5
     assert float(held_out_r2(own=True, gauge="raw").max()) < 0.1
+
+
+@pytest.mark.slow
+def test_one_picture_gives_the_style_back(base: DiffusionModel):
+    """Sixteen members that the space has not seen, one new picture each."""
+    population, labels = load_styles()
+    order = torch.randperm(160, generator=torch.Generator().manual_seed(0))
+    fit, held = order[:128].tolist(), order[128:144].tolist()
+    space = WeightSpace.build(population.subset(fit))
+    pictures = style_instances(labels, seed=5)
+    subjects = [
+        Instance(pictures[i].name, pictures[i].x0[c : c + 1], {"class_labels": torch.tensor([c])})
+        for c, i in ((place % 10, i) for place, i in enumerate(held))
+    ]
+    found = invert(space, base, subjects, InversionSettings(num_components=50, steps=100, batch_size=8))
+    vectors = torch.stack([point.vector for point in found.points])
+    read = read_styles(render_members(base, population.layout, vectors, per_class=8))
+    assert float((read - labels[held]).square().mean().sqrt()) <= 0.4
+    for k, name in enumerate(STYLES):
+        assert float(torch.corrcoef(torch.stack([read[:, k], labels[held][:, k]]))[0, 1]) > 0.7, name
+    assert all(point.length <= 1.2 * 50**0.5 + 1e-4 for point in found.points)
 
 
 def test_styles_are_balanced_and_stored_with_their_members(base: DiffusionModel):

@@ -1,6 +1,7 @@
 """Many adapters in one forward pass, and the training of a population."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from diffcore.adapters.fusing import apply
 from diffcore.errors import IncompatibleModelError, NoMatchError, UserError
 from diffcore.models import DiffusionModel
+from diffcore.run import Run, RunMap
 from diffcore.testing import tiny
 from diffcore.train.timesteps import uniform_timesteps
 from w2w_space.bank import bank
@@ -94,7 +96,16 @@ def enter(network: Any, layout: Layout) -> None:
         pass
 
 
-RECIPE = Recipe(targets=("to_q", "to_v"), alpha=2.0, learning_rate=1e-2, steps=4, batch_size=3, warmup=2, floor=0.1)
+RECIPE = Recipe(
+    targets=("to_q", "to_v"),
+    alpha=2.0,
+    learning_rate=1e-2,
+    steps=4,
+    batch_size=3,
+    warmup=2,
+    floor=0.1,
+    clip=1e-3,
+)
 
 
 def test_training_together_equals_training_alone():
@@ -268,3 +279,66 @@ def test_bad_instances_and_targets_are_refused():
     failed = Trained("a", torch.zeros(3), 1.0, 1.0, torch.zeros(1), failed=True)
     with pytest.raises(UserError, match="all members failed"):
         population_of(layout_for(model, ("to_q",), 1), [failed])
+
+
+def test_pictures_of_the_class_are_trained_beside_the_subjects():
+    model = double("sd15")
+    people = instances(model, 2)
+    (klass,) = instances(model, 1, pictures=6)
+    klass = replace(klass, name="person", x0=2 * klass.x0)
+    plain = train_population(model, people, RECIPE, num_pairs=2)
+    nothing = train_population(model, people, RECIPE, num_pairs=2, prior=klass, prior_weight=0.0)
+    kept = train_population(model, people, RECIPE, num_pairs=2, prior=klass)
+    alone = train_population(model, people, RECIPE, num_pairs=2, prior=klass, group_size=1)
+    for i in range(2):
+        assert (plain[i].vector - nothing[i].vector).abs().max() < 1e-10
+        assert (kept[i].vector - alone[i].vector).abs().max() < 1e-10
+        assert (plain[i].vector - kept[i].vector).abs().max() > 1e-3
+        assert abs(float(plain[i].history[0] - kept[i].history[0])) < 1e-10
+    layout = layout_for(model, RECIPE.targets, 1)
+    like = torch.empty((), dtype=torch.float64)
+    decks = [
+        Deck(each, uniform_timesteps(1000), seed=0, antithetic=False, like=like)
+        for each in (people, [replace(klass, name=f"class for {person.name}") for person in people])
+    ]
+    vectors = initial_vectors(layout, RECIPE, ["a", "b"]).double().requires_grad_()
+    total: Any = 0
+    for deck in decks:
+        with bank(model.backbone, layout, vectors):
+            total = total + denoising_errors(model.denoiser, deck.deal(3, 0)).view(2, 3).mean(1).sum()
+    (expected,) = torch.autograd.grad(total, vectors)
+    both = decks[0].deal(3, 0).beside(decks[1].deal(3, 0), 2)
+    with bank(model.backbone, layout, vectors):
+        errors = denoising_errors(model.denoiser, both).view(2, 2, 3)
+        (found,) = torch.autograd.grad(errors.mean(2).sum(), vectors)
+    assert (found - expected).abs().max() < 1e-12
+    with pytest.raises(UserError, match="other conditions"):
+        train_population(model, people, RECIPE, prior=replace(klass, condition={}))
+
+
+def test_training_that_was_interrupted_equals_one_that_was_not(tmp_path: Path):
+    model = tiny.model("dit")
+    generator = torch.Generator().manual_seed(0)
+    people = [
+        Instance(str(i), torch.randn(2, *model.shape, generator=generator), {"class_labels": torch.tensor([i])})
+        for i in range(5)
+    ]
+    whole = train_population(model, people, RECIPE, group_size=2, num_pairs=2)
+    units = 0
+
+    class Interrupted(RunMap):
+        def _keep(self, key: str, results: list[Any], kind: type[Any]) -> None:
+            nonlocal units
+            if units == 2:
+                raise KeyboardInterrupt
+            units += 1
+            super()._keep(key, results, kind)
+
+    with pytest.raises(KeyboardInterrupt), Run.open(tmp_path / "run", command="w2w train", config={}) as run:
+        train_population(model, people, RECIPE, group_size=2, num_pairs=2, map=Interrupted(run))
+    with Run.open(tmp_path / "run", command="w2w train", config={}) as run:
+        assert len(list((tmp_path / "run").rglob("train-*.safetensors"))) == 2
+        again = train_population(model, people, RECIPE, group_size=2, num_pairs=2, map=RunMap(run))
+    for one, other in zip(whole, again, strict=True):
+        assert torch.equal(one.vector, other.vector)
+        assert torch.equal(one.history, other.history)

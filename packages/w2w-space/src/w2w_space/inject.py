@@ -89,7 +89,8 @@ def translated(timestep: float | int, source: NoiseSchedule, target: NoiseSchedu
 
     Example:
         >>> from diffcore.denoiser import DiscreteSchedule, FlowSchedule
-        >>> round(translated(700, DiscreteSchedule(betas="scaled_linear", beta_end=0.012), FlowSchedule()), 2)
-        0.74
+        >>> stable_diffusion = DiscreteSchedule(betas="scaled_linear", beta_start=0.00085, beta_end=0.012)
+        >>> round(translated(700, stable_diffusion, FlowSchedule()), 2)
+        0.77
     """
     return float(target.timestep_at(source.log_snr(torch.tensor([timestep], dtype=torch.float64)))[0])

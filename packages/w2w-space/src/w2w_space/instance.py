@@ -82,7 +82,7 @@ class NoisyBatch:
         x0: Clean samples of the rows.
         t: Timestep of each row.
         noise: Unit normal noise of each row.
-        condition: What the model is told about each row.
+        condition: Class labels or text states of each row.
         mask: Weights of the places of each row; None counts all alike.
     """
 
@@ -110,6 +110,26 @@ class NoisyBatch:
         if self.mask is None:
             return values.flatten(1).mean(1)
         return (self.mask * values).flatten(1).sum(1) / self.mask.flatten(1).sum(1)
+
+    def beside(self, other: "NoisyBatch", groups: int) -> "NoisyBatch":
+        """Returns the rows of both batches group by group: those of this one, then as many of the other.
+
+        Args:
+            other: Batch of the same groups, whose conditions are of the same kind.
+            groups: Number of groups in each batch.
+        """
+
+        def joined(one: Tensor, two: Tensor) -> Tensor:
+            return torch.cat([one.unflatten(0, (groups, -1)), two.unflatten(0, (groups, -1))], 1).flatten(0, 1)
+
+        masks = [torch.ones_like(each.x0[:, :1]) if each.mask is None else each.mask for each in (self, other)]
+        return NoisyBatch(
+            joined(self.x0, other.x0),
+            joined(self.t, other.t),
+            joined(self.noise, other.noise),
+            {key: joined(value, other.condition[key]) for key, value in self.condition.items()},
+            None if self.mask is None and other.mask is None else joined(*masks),
+        )
 
     def rows(self, index: Int[Tensor, " n"]) -> "NoisyBatch":
         """Returns some of the rows.
@@ -147,27 +167,28 @@ class Deck:
         like: Tensor,
     ) -> None:
         self._time_sampler, self._seed, self._antithetic = time_sampler, seed, antithetic
-        self._x0 = torch.cat([each.x0 for each in instances]).to(like)
-        counts = torch.tensor([len(each) for each in instances])
-        firsts = counts.cumsum(0) - counts
-        self._counts, self._firsts = counts.to(like.device), firsts.to(like.device)
+        # Pictures that several subjects share, such as those of the class, are held once.
+        held = {each.digest: each for each in instances}
+        kept, starts = list(held.values()), dict[str, int]()
+        for each in kept:
+            starts[each.digest] = sum(len(held[digest]) for digest in starts)
+        self._x0 = torch.cat([each.x0 for each in kept]).to(like)
+        self._counts = torch.tensor([len(each) for each in instances], device=like.device)
+        self._firsts = torch.tensor([starts[each.digest] for each in instances], device=like.device)
+        self._longest = max(len(each) for each in kept)
         self._rows = member_rows([each.name for each in instances]).to(like.device)
-        keys = list(instances[0].condition)
-        self._condition = {
-            key: torch.cat(
-                [each.condition[key].expand(len(each), *each.condition[key].shape[1:]) for each in instances]
-            )
-            for key in keys
+        conditions = {
+            key: torch.cat([each.condition[key].expand(len(each), *each.condition[key].shape[1:]) for each in kept])
+            for key in instances[0].condition
         }
         self._condition = {
             key: value.to(like) if value.is_floating_point() else value.to(like.device)
-            for key, value in self._condition.items()
+            for key, value in conditions.items()
         }
         self._mask = None
-        if any(each.mask is not None for each in instances):
-            masks = [torch.ones_like(each.x0[:, :1]) if each.mask is None else each.mask for each in instances]
+        if any(each.mask is not None for each in kept):
+            masks = [torch.ones_like(each.x0[:, :1]) if each.mask is None else each.mask for each in kept]
             self._mask = torch.cat(masks).to(like)
-        self._longest = int(counts.max())
 
     def __len__(self) -> int:
         return len(self._rows)

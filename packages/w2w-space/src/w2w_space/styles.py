@@ -139,38 +139,44 @@ def render_members(
     layout: Layout,
     vectors: Float[Tensor, "n size"],
     *,
+    per_class: int = 1,
     seed: int = 0,
     steps: int = 20,
     group_size: int = 32,
-) -> Float[Tensor, "n 10 1 8 8"]:
-    """Returns one digit of each class from each adapter, all from the same noise, in model space.
+) -> Float[Tensor, "n pictures 1 8 8"]:
+    """Returns digits of all ten classes from each adapter, all from the same noise, in model space.
+
+    The shape of a digit, which the noise decides, shifts what the oracle reads by up to .4; several digits of each
+    class make readings steadier.
 
     Args:
         model: Base model of digits in all styles.
         layout: Table of the vectors.
         vectors: Vectors of the adapters to draw with.
-        seed: Seed of the noise from which each class starts.
+        per_class: Number of digits of each class; the classes 0 to 9 follow one another, round after round.
+        seed: Seed of the noise from which each picture starts.
         steps: Number of DDIM steps for each picture.
         group_size: Number of adapters that are drawn with together.
     """
-    classes = torch.arange(len(DIGITS), device=model.device)
-    noise = row_noise(seed, range(len(DIGITS)), model.shape, device=model.device)
+    labels = torch.arange(len(DIGITS), device=model.device).repeat(per_class)
+    noise = row_noise(seed, range(len(labels)), model.shape, device=model.device)
     done = []
     for group in vectors.to(model.device).split(group_size):
         with bank(model.backbone, layout, group):
-            cond = {"class_labels": classes.repeat(len(group))}
+            cond = {"class_labels": labels.repeat(len(group))}
             drawn = sample(model.denoiser, noise.repeat(len(group), 1, 1, 1), cond, steps=steps, clip_x0=_CLIP)
-        done.append(drawn.view(len(group), len(DIGITS), *model.shape))
+        done.append(drawn.view(len(group), len(labels), *model.shape))
     return torch.cat(done)
 
 
 @torch.no_grad()
-def read_styles(pictures: Float[Tensor, "n 10 1 8 8"]) -> Float[Tensor, "n 5"]:
-    """Returns the mean style that the oracle reads off the ten digits of each adapter.
+def read_styles(pictures: Float[Tensor, "n pictures 1 8 8"]) -> Float[Tensor, "n 5"]:
+    """Returns the mean style that the oracle reads off the digits of each adapter.
 
     Args:
-        pictures: One digit of each class in model space, as `render_members` returns them.
+        pictures: Digits in model space, classes 0 to 9 round after round, as `render_members` returns them.
     """
     oracle = load_style_oracle(shipped_folder("digits-styles-oracle"))
-    labels = torch.arange(len(DIGITS)).repeat(len(pictures))
-    return oracle(pictures.flatten(0, 1).cpu(), labels).view(len(pictures), len(DIGITS), -1).mean(1)
+    count = pictures.shape[1]
+    labels = torch.arange(count).remainder(len(DIGITS)).repeat(len(pictures))
+    return oracle(pictures.flatten(0, 1).cpu(), labels).view(len(pictures), count, -1).mean(1)

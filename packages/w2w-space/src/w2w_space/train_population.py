@@ -3,7 +3,7 @@
 Each member i minimises its own denoising loss over its pictures with the same recipe and, unless asked otherwise, from
 the same initial A. A group of members minimises
 
-    sum_i mean over rows of i of (o - target)^2,
+    sum_i mean over rows of i of (o - target)^2 + prior weight * mean over rows of the class,
 
 whose gradient holds each member's own, however many there are. Clipping, random draws and learning rate belong to each
 member alone, and Adam works number by number: a member comes out the same in whatever group it is trained.
@@ -16,13 +16,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffcore.digests import digest_of_values
 from diffcore.errors import UserError
 from diffcore.models import DiffusionModel
 from diffcore.train import rise_and_fall
 from diffcore.train.timesteps import default_time_sampler
 from diffcore.units import Map, each_unit
 from w2w_space.bank import bank
-from w2w_space.instance import Deck, Instance, denoising_errors, group_means, held_out_loss, instances_by_name
+from w2w_space.instance import Deck, Instance, denoising_errors, held_out_loss, instances_by_name
 from w2w_space.layout import Layout
 from w2w_space.population import Population, Stacked
 from w2w_space.recipe import Recipe, initial_vectors, layout_for, up_numbers
@@ -41,7 +42,7 @@ class Trained:
         vector: The adapter's vector, with the scale of the change in B.
         loss: Denoising loss after training, on pairs of timestep and noise that training did not see.
         base_loss: Loss of the base model on the same pairs.
-        history: Training loss in each step, before the step.
+        history: Training loss on the subject's pictures in each step, before the step.
         rate: Factor of the recipe's learning rate; half after a failure.
         failed: Whether training failed twice: the loss is not finite, or more than 3 times the population's median.
     """
@@ -66,6 +67,8 @@ def train_population(
     recipe: Recipe,
     *,
     layout: Layout | None = None,
+    prior: Instance | None = None,
+    prior_weight: float = 1.0,
     rates: Sequence[float] | None = None,
     group_size: int = 16,
     num_pairs: int = 32,
@@ -81,6 +84,9 @@ def train_population(
         instances: Subjects with their pictures, each of another name.
         recipe: Recipe of all members.
         layout: Table of the vectors; by default that of the recipe's targets in sorted order.
+        prior: Pictures of the class with their condition, which each step sees beside as many of the subject, so that
+            members keep drawing the class (prior preservation); the paper takes 200 that the base model drew.
+        prior_weight: Weight of the loss on the pictures of the class.
         rates: Factor of the learning rate for each member; by default 1 for all.
         group_size: Number of members that are trained together; it bounds the memory and changes no result.
         num_pairs: Number of pairs of timestep and noise on which each member's loss is measured in the end.
@@ -104,11 +110,15 @@ def train_population(
     by_name = instances_by_name(instances)
     factors = dict(zip(by_name, [1.0] * len(by_name) if rates is None else rates, strict=True))
     layout = layout or layout_for(model, recipe.targets, recipe.rank)
-    word = f"{recipe.digest[:16]}-{model.fingerprint[:16]}-{num_pairs}"
+    if prior is not None:
+        instances_by_name([instances[0], replace(prior, name=f"{instances[0].name} and its class")])
+    kept = [recipe.to_json(), layout.to_json(), model.fingerprint, num_pairs, prior and prior.digest, prior_weight]
+    word = digest_of_values(kept)[:16]
 
     def work(unit: list[tuple[str, str, float]]) -> list[Tensor]:
         rows = torch.tensor([rate for _, _, rate in unit], dtype=torch.float64)
-        return _train(model, layout, recipe, [by_name[name] for name, _, _ in unit], rows, num_pairs)
+        chosen = [by_name[name] for name, _, _ in unit]
+        return _train(model, layout, recipe, chosen, rows, num_pairs, prior, prior_weight)
 
     def trained(names: Sequence[str], stage: str) -> list[Trained]:
         items = [(name, by_name[name].digest, factors[name]) for name in names]
@@ -169,7 +179,14 @@ def descend(
 
 
 def _train(
-    model: DiffusionModel, layout: Layout, recipe: Recipe, instances: list[Instance], rates: Tensor, num_pairs: int
+    model: DiffusionModel,
+    layout: Layout,
+    recipe: Recipe,
+    instances: list[Instance],
+    rates: Tensor,
+    num_pairs: int,
+    prior: Instance | None,
+    prior_weight: float,
 ) -> list[Tensor]:
     """Trains one group and returns a row for each member: vector, loss, loss of the base, loss of each step."""
     denoiser, n = model.denoiser, len(instances)
@@ -178,15 +195,23 @@ def _train(
     scales = torch.where(up_numbers(layout), recipe.scale, 1.0).to(like)
     sampler = default_time_sampler(denoiser.schedule)
     deck = Deck(instances, sampler, seed=recipe.seed, antithetic=False, like=like)
+    of_class = [] if prior is None else [replace(prior, name=f"class for {each.name}") for each in instances]
+    class_deck = Deck(of_class, sampler, seed=recipe.seed, antithetic=False, like=like) if of_class else None
     vectors = initial_vectors(layout, recipe, [each.name for each in instances]).to(like).requires_grad_()
     optimizer = torch.optim.AdamW([vectors], recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay)
     factor = rise_and_fall(recipe.steps, warmup=max(1, recipe.warmup), floor=recipe.floor)
     rows, history = rates[:, None].to(like), []
     for step in range(recipe.steps):
         batch = deck.deal(recipe.batch_size, step)
+        if class_deck is not None:
+            batch = batch.beside(class_deck.deal(recipe.batch_size, step), n)
         with bank(model.backbone, layout, vectors * scales):
-            losses = group_means(denoising_errors(denoiser, batch), n)
-            (gradient,) = torch.autograd.grad(losses.sum(), vectors)
+            errors = denoising_errors(denoiser, batch).view(n, -1)
+            losses = errors[:, : recipe.batch_size].mean(1)
+            total = losses.sum()
+            if class_deck is not None:
+                total = total + prior_weight * errors[:, recipe.batch_size :].mean(1).sum()
+            (gradient,) = torch.autograd.grad(total, vectors)
         history.append(losses.detach())
         optimizer.param_groups[0]["lr"] = recipe.learning_rate * factor(step)
         descend(vectors, gradient, optimizer, clip=recipe.clip, rates=rows)

@@ -1,7 +1,16 @@
+from .diagnose import diagnosed as diagnosed
+from .directions import Directions as Directions
+from .directions import find_directions as find_directions
+from .edit import edit as edit
 from .gauge import Gauge as Gauge
+from .instance import Instance as Instance
+from .invert import invert as invert
+from .labels import Labels as Labels
 from .layout import Layout as Layout
 from .population import Population as Population
+from .sample import sample as sample
 from .space import Point as Point
 from .space import WeightSpace as WeightSpace
+from .train_population import train_population as train_population
 
 __version__: str

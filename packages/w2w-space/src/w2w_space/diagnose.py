@@ -22,6 +22,7 @@ from w2w_space.population import Population
 from w2w_space.solve import gram
 from w2w_space.space import WeightSpace
 
+_FEW = 20  # members, below which chance cannot be told
 _LOOKED_AT = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 
 
@@ -146,7 +147,7 @@ def diagnosed(population: Population, space: WeightSpace, *, num_components: int
     """Returns a space cut to the components that are more than chance (specification, section 3.6).
 
     With as many components as members, all members are equally far from one another, directions follow the members'
-    noise, and every draw looks like a copy.
+    noise, and every draw looks like a copy. Of fewer than 20 members all components are kept.
 
     Args:
         population: Population that the space was built from.
@@ -164,7 +165,8 @@ def diagnosed(population: Population, space: WeightSpace, *, num_components: int
         2
     """
     real, limits = real_components(population, space)
-    count = min(num_components or max(real, 1), space.num_components)
+    few = len(population) < _FEW
+    count = min(num_components or (space.num_components if few else max(real, 1)), space.num_components)
     kept, shrinkage = cross_fitted(space, num_components=count, folds=min(5, len(space.members)))
     return Diagnosis(kept, real, limits, space.variances, shrinkage)
 

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from w2w_space.files.population import PopulationFolder
 
 
+_TESTED, _UNTESTED = 2000, 1000  # members up to which components are tested, and components of more
+
+
 def build(
     sources: Sources,
     *,
@@ -35,7 +38,8 @@ def build(
     Args:
         gauge: Use canonical to remove the freedom of the factors, raw for vectors as they are (published code).
         scaling: Divide each number by its standard deviation (paper), each module by its own, or nothing.
-        num_components: Largest number of components; by default all that the members span.
+        num_components: Number of components; by default those that vary more than permuted numbers do (all, of fewer
+            than 20 members; 1000, of more than 2000).
         solver: Way to the components: gram holds all inner products of members (up to 20 000 of them), iterative not.
         members: Keep the members' names and coordinates; without them nobody can get the members back.
         precision: Precision of the stored components.
@@ -43,6 +47,7 @@ def build(
     from diffcore.errors import UserError
     from w2w_space.app.inputs import about_plan, adapters_at, digest_of_files, imported, is_population, planned
     from w2w_space.app.report import save_space_parts, write_page
+    from w2w_space.diagnose import diagnosed
     from w2w_space.files.population import MEMBERS, PopulationFolder
     from w2w_space.files.space import save_space
     from w2w_space.space import WeightSpace
@@ -58,9 +63,18 @@ def build(
 
     def compute(run: "Run", map: "RunMap") -> dict[str, Any]:
         found = stored or imported(run.folder / "population", paths, planned(paths, reading)[0], reading)
+        population = found.population()
+        tested = len(population) <= _TESTED
         space = WeightSpace.build(
-            found.population(), gauge=gauge, scaling=scaling, num_components=num_components, solver=solver
+            population,
+            gauge=gauge,
+            scaling=scaling,
+            num_components=None if tested else num_components or _UNTESTED,
+            solver=solver,
+            map=map,
         )
+        if tested:
+            space = diagnosed(population, space, num_components=num_components).space
         save_space(space, run.folder / "space.safetensors", base=found.base, dtype=precision, members=members)
         save_space_parts(run, space)
         if members:

@@ -153,6 +153,10 @@ def test_the_same_adapter_in_another_gauge_is_a_duplicate(write, tmp_path: Path)
     assert found.names == ("one", "near")
     assert "turned.safetensors is the same adapter as 'one'" in found.skipped[0].reason
     assert add(found, [paths[1]]).names == ("one", "near")
+    # Members that were trained here came without a sketch, and are compared all the same.
+    trained = PopulationFolder.create(tmp_path / "trained", found.layout, BASE)
+    trained = trained.append(found.rows([0]), [Member("trained")])
+    assert "the same adapter as 'trained'" in add(trained, [paths[1]]).skipped[0].reason
 
 
 def test_equal_stems_get_names_of_their_own(write, tmp_path: Path):

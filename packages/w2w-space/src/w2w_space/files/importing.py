@@ -2,22 +2,18 @@
 
 The members' vectors have one layout. It is fixed when the population is made, from the headers of all files: the
 commonest rank, and the modules that all files change, or that any does. A file is left out where it is damaged, is no
-LoRA of the base model, changes no module of the layout, loses too much at the layout's rank, or repeats a member: two
-adapters are one where the Frobenius norm of the difference of their changes is below a thousandth of that of the first,
-whatever their factors. Random projections p^T (B A) q of the changes find the pairs that are worth that comparison.
+LoRA of the base model, changes no module of the layout, loses too much at the layout's rank, or repeats a member.
 """
 
 import logging
-import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from diffcore.adapters import Adapter, AdapterFile, Base, LowRank, read_adapter, scan_adapter
@@ -28,22 +24,18 @@ from diffcore.digests import digest_of_values
 from diffcore.errors import IncompatibleModelError, UserError, printable
 from diffcore.io import files
 from diffcore.io.tensorfile import read_header
+from w2w_space.files.duplicates import Duplicates
 from w2w_space.files.population import FILE as POPULATION
 from w2w_space.files.population import SHARD_ROWS, Member, PopulationFolder, Precision, Skipped
 from w2w_space.layout import Layout, Shape
 from w2w_space.population import vector_of
-from w2w_space.products import relative_distance
 
 _LOG = logging.getLogger("diffcore.w2w_space")
 Modules = Literal["intersection", "union"]
-SAME = 1e-3
-"""Relative distance of two changes below which they are one adapter."""
 LARGEST_LOSS = 0.5
 """Relative loss by the rank above which a file is left out."""
 _TEXT_ALONE = "changes text encoders alone, which are not part of a space"
 _CLAIMS = ("ss_base_model_version", "ss_sd_model_name")
-_PROBES = 8
-_NEAR = 10 * SAME  # distance of two sketches, relative to the norm, beyond which their adapters are not the same
 
 
 @dataclass(frozen=True)
@@ -182,17 +174,17 @@ def add(
         UserError: Where `strict`, a file that is left out.
     """
     known = {(member.source, member.sha256) for member in population.members}
-    members, vectors, skipped = list[Member](), list[Tensor](), list[Skipped]()
-    probes = _probes(population.layout)
-    names = set(population.names)
-    sketches = [torch.tensor(member.sketch) for member in population.members]
+    members, skipped, names = list[Member](), list[Skipped](), set(population.names)
+    duplicates = Duplicates(population)
 
     def commit() -> None:
         nonlocal population
-        block = torch.stack(vectors) if vectors else torch.empty(0, population.layout.size)
+        fresh = list(duplicates.fresh.values())
+        block = torch.stack(fresh) if fresh else torch.empty(0, population.layout.size)
         population = population.append(block, members, skipped)
-        for done in (members, vectors, skipped):
-            done.clear()
+        duplicates.written(population)
+        members.clear()
+        skipped.clear()
 
     for path in track([Path(path) for path in paths]):
         try:
@@ -200,8 +192,8 @@ def add(
             if (path.as_posix(), digest) in known:
                 continue
             member, vector = _read(path, population, digest, largest_loss)
-            sketch = _sketch(population.layout, vector, probes)
-            if twin := _twin(population, members, vectors, sketches, sketch, vector):
+            sketch = duplicates.sketch(vector)
+            if twin := duplicates.twin(vector, sketch):
                 raise UserError(f"{printable(path, 300)} is the same adapter as {twin!r}")
         except UserError as error:
             _tell(path, str(error), strict)
@@ -209,9 +201,8 @@ def add(
             continue
         name = _free_name(path, names)
         names.add(name)
-        sketches.append(sketch)
-        members.append(Member(**{**vars(member), "name": name, "sketch": tuple(sketch.tolist())}))
-        vectors.append(vector)
+        duplicates.add(name, vector, sketch)
+        members.append(replace(member, name=name, sketch=tuple(sketch.tolist())))
         if len(members) == SHARD_ROWS:
             commit()
     commit()
@@ -336,46 +327,6 @@ def _free_name(path: Path, taken: set[str]) -> str:
     while found in taken:
         found, number = f"{name}-{number}", number + 1
     return found
-
-
-def _probes(layout: Layout) -> list[tuple[Tensor, Tensor]]:
-    """Returns random vectors for the inputs and the outputs of each module, the same for one layout at any time."""
-    generator = torch.Generator().manual_seed(0)
-
-    def drawn(side: int) -> Tensor:
-        return torch.randn(_PROBES, side, generator=generator)
-
-    return [(drawn(inputs), drawn(outputs)) for inputs, outputs in layout.sides]
-
-
-def _sketch(layout: Layout, vector: Float[Tensor, " size"], probes: list[tuple[Tensor, Tensor]]) -> Float[Tensor, " _"]:
-    """Returns sums over the modules of p^T B A q for some random p and q, whose mean square is the squared norm."""
-    total = torch.zeros(_PROBES)
-    for module, span in enumerate(layout.spans):
-        down, up = layout.split(vector[span], module)
-        inputs, outputs = probes[module]
-        total += ((inputs @ down.T) * (outputs @ up)).sum(1)
-    return total
-
-
-def _twin(
-    population: PopulationFolder,
-    members: Sequence[Member],
-    vectors: Sequence[Tensor],
-    sketches: Sequence[Tensor],
-    sketch: Tensor,
-    vector: Tensor,
-) -> str | None:
-    """Returns the name of a member, on disk or about to be, whose changes are those of a vector."""
-    if not sketches:
-        return None
-    apart = (torch.stack(list(sketches)) - sketch).abs().amax(1)
-    for near in (apart <= _NEAR * float(sketch.norm()) / math.sqrt(_PROBES)).nonzero()[:, 0].tolist():
-        stored = near < len(population)
-        other = population.rows([near])[0] if stored else vectors[near - len(population)]
-        if relative_distance(population.layout, vector, other) < SAME:
-            return population.names[near] if stored else members[near - len(population)].name
-    return None
 
 
 def _first(skipped: Sequence[Skipped]) -> str:

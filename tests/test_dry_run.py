@@ -77,6 +77,7 @@ WORDS = {
     "nemo-localize export": ["model", "neurons.json"],
     "w2w-space import": ["loras", "--model", "model", "--out", "imported"],
     "w2w-space build": ["population"],
+    "w2w-space directions": ["space", "labels.csv"],
 }
 
 
@@ -121,6 +122,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         factors = torch.full((1, 32), seed + 1.0), torch.randn(32, 1, generator=torch.Generator().manual_seed(seed))
         (folder / "loras").mkdir(exist_ok=True)
         write_adapter(Adapter.from_factors({layer: factors}), folder / "loras" / f"{seed}.safetensors")
+    (folder / "labels.csv").write_text("adapter,attribute,value\n0,age,1\n1,age,2\n")
     (folder / "neurons.json").write_text(f'{{"{layer}": [1, 2]}}')
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -129,6 +131,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ["nemo-localize", "statistics", "model", "controls.txt", "--out", "statistics"],
             ["nemo-localize", "calibrate", "model", "controls.txt", "--out", "calibrated", *few],
             ["w2w-space", "import", "loras", "--model", "model", "--out", "population"],
+            ["w2w-space", "build", "population", "--out", "space"],
             ["diffusion-featsel", "score", "model", "images", "--filter", "none", "--out", "scored"],
             ["diffusion-featsel", "extract", "model", "images", "--features", FEATURE, "--out", "extracted"],
         ):

@@ -16,9 +16,12 @@ from diffcore.runtime import Runtime
 from diffcore.testing import tiny
 from w2w_space.app.bench import cases, sd15_layout
 from w2w_space.app.cli import app
+from w2w_space.diagnose import cross_fitted
+from w2w_space.files.directions import load_directions
 from w2w_space.files.points import load_point
-from w2w_space.files.space import load_space
-from w2w_space.space import Point
+from w2w_space.files.space import base_of_space, load_space, save_space
+from w2w_space.space import Point, WeightSpace
+from w2w_space.styles import load_styles
 
 TARGETS = ("attn1.to_q", "attn1.to_v", "attn2.to_q", "attn2.to_v")
 MEMBERS = 6
@@ -267,14 +270,79 @@ def test_the_authors_files_become_a_space(place: Place):
     assert place.json("info", "published")["solver"] == "published"
 
 
-def test_the_demo_shows_what_the_gauge_is_for(place: Place):
+def test_the_demo_holds_what_the_readme_says(place: Place):
+    """The gates of the specification, section 19.1, on adapters that come with the package."""
     told = place.json("demo", "--out", "demo")
     assert told["held"]
-    assert told["error_canonical"] < 0.1
-    assert told["error_raw"] > 0.5
-    assert "canonical factors" not in place("report", "demo")[0]
-    assert Path("demo/figures/gauge.png").exists()
+    assert min(told["r2"]["shared A, canonical"]) >= 0.7
+    assert max(told["r2"]["own A, raw"]) <= 0.1
+    assert min(told["r2"]["own A, canonical"]) >= 0.5
+    effects = {name: row["effect"] for name, row in told["effects"].items()}
+    assert effects["ink"] >= 1.3
+    assert effects["background"] >= 1.3
+    assert effects["thickness"] >= 0.6
+    assert told["inversion"]["rmse"] <= 0.4
+    page = Path("demo/report.html").read_text()
+    for word in ("Sliders", "One picture becomes an adapter", "New adapters", "What the gauge is for"):
+        assert word in page
     assert place.json("demo", "--out", "demo") == told
+
+
+def test_from_labels_to_a_direction_an_edit_and_samples(place: Place, tmp_path: Path):
+    """On adapters of digit styles, whose labels are exact."""
+    population, styles = load_styles()
+    space, _ = cross_fitted(WeightSpace.build(population), num_components=20)
+    save_space(space, "styles.safetensors", dtype="float32")
+    rows = [
+        f"{name},{ink:.3f},{back:.3f}" for name, (ink, back) in zip(space.names, styles[:, :2].tolist(), strict=True)
+    ]
+    rows[0] = f"{space.names[0]},,0.5"
+    Path("labels.csv").write_text("\n".join(["adapter,ink,background", *rows]))
+    found = place.json("directions", "styles.safetensors", "labels.csv", "--out", "directions")
+    assert min(found["merit"].values()) > 0.8
+    assert "What else moves" in Path("directions/report.html").read_text()
+    words = ["edit", "styles.safetensors", "style-003", "ink=+1.5", "--directions", "directions"]
+    told = place.json(*words, "--keep", "background", "--out", "edited.safetensors", "--max-std", "9")
+    before, after = (float(part.split(" sd")[0]) for part in told["places"]["ink"].split(" -> "))
+    assert after - before == pytest.approx(1.5, abs=0.02)
+    loaded, base = load_space("styles.safetensors"), base_of_space("styles.safetensors")
+    axis = load_directions("directions", loaded)["ink"]
+
+    def place_of(file: str) -> float:
+        return float(axis.place(loaded.project(read_adapter(file, base)).z))
+
+    # A moved vector is not quite balanced, so that its own coordinates come out a little different.
+    assert place_of("edited.safetensors") == pytest.approx(after, abs=0.15)
+    place(*words, "--out", "far.safetensors", "--max-std", "0.1", code=1)
+    drawn = place.json(
+        "sample", "styles.safetensors", "new", "--num", "3", "--condition", "ink=2", "--directions", "directions"
+    )
+    assert len(list(Path("new").glob("*.safetensors"))) == 3
+    points = [
+        loaded.project(read_adapter(f"new/{row['adapter']}", base_of_space("styles.safetensors")))
+        for row in drawn["samples"]
+    ]
+    assert [float(axis.place(point.z)) for point in points] == pytest.approx([2.0] * 3, abs=0.2)
+    place("sample", "styles.safetensors", "none", "--num", "2", "--truncation", "0.0")
+    for bad, message in (
+        (
+            ["edit", "styles.safetensors", "style-003", "ink", "--directions", "directions", "--out", "x.safetensors"],
+            "age=+1.5",
+        ),
+        (
+            ["edit", "styles.safetensors", "nobody", "ink=1", "--directions", "directions", "--out", "x.safetensors"],
+            "neither a file",
+        ),
+        (
+            ["edit", "styles.safetensors", "mean", "Ink=1", "--directions", "directions", "--out", "x.safetensors"],
+            "there are ink",
+        ),
+        (["sample", "styles.safetensors", "bad", "--condition", "ink=1"], "needs --directions"),
+        (["directions", "styles.safetensors", "loras/m0.safetensors"], "no column adapter"),
+    ):
+        assert message in place(*bad, code=2)[1]
+    Path("long.csv").write_text("adapter,attribute,value\nstyle-001,age,old\n")
+    assert "line 2: 'old' is no number" in place("directions", "styles.safetensors", "long.csv", code=2)[1]
 
 
 def test_the_benchmark_compares_equals():

@@ -84,8 +84,8 @@ class Directions:
 
     Attributes:
         space: Fingerprint of the space that they belong to.
-        rows: The directions.
-        notes: What is uncertain about them.
+        rows: One direction for each attribute.
+        notes: Sentences about uncertain directions, such as those of rare attributes.
     """
 
     space: str

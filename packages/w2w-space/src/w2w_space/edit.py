@@ -47,7 +47,7 @@ class Edit:
         point: The point after the edit.
         places: Place on each attribute's axis, before and after.
         length: Distance from the mean after the edit, in standard deviations.
-        warnings: What speaks against it, such as a place farther out than nearly all members.
+        warnings: Sentences that speak against it, such as a place farther out than nearly all members.
     """
 
     point: Point

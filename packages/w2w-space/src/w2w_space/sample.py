@@ -30,7 +30,7 @@ class Sample:
     """A new point.
 
     Attributes:
-        point: The point itself.
+        point: Place of the sample in the space.
         nearest: Name of the nearest member; empty for spaces without members.
         distance: Distance to it in standard deviations.
         cosine: Cosine of both points' coordinates, the paper's measure.
@@ -60,7 +60,7 @@ def sample(
 
     Args:
         space: Space to draw from; all methods but "gaussian" need its members.
-        count: Number of points.
+        count: Number of points to draw.
         method: "gaussian" draws each coordinate from a normal (paper), "mixture" fits a mixture of Gaussians to the
             leading components, "bootstrap" mixes three members and adds noise, "slerp" takes a point on the arc between
             two members.

@@ -60,11 +60,11 @@ class Fit:
 
     Attributes:
         solver: Way to the eigenvectors; "published" for spaces that were read from the authors' files.
-        scaling: What vectors were divided by: each number's standard deviation, its module's, or nothing.
+        scaling: Divisor of the vectors: each number's standard deviation, its module's, or nothing.
         total_variance: Sum of the variances of all components, those left out included.
         constant: Number of coordinates that are the same in all members.
         scale_ratio: Largest scale divided by the smallest.
-        alignment: What the gauge found in each module; empty for a raw gauge.
+        alignment: Work of the gauge in each module; empty for a raw gauge.
     """
 
     solver: Solver | Literal["published"]
@@ -82,7 +82,7 @@ class WeightSpace:
     Attributes:
         gauge: Rule that makes vectors comparable, with the layout.
         mean: Mean of the members' vectors.
-        scale: What deviations from the mean are divided by.
+        scale: Divisor of deviations from the mean, number by number.
         components: Principal components, orthonormal rows, largest variance first.
         variances: Variance of the members' coefficients along each component.
         fit: How the space was computed.
@@ -345,7 +345,7 @@ class Point:
         """Returns the point at another place.
 
         Args:
-            by: Difference of coordinates.
+            by: Difference of the coordinates z.
         """
         return Point(self.space, self.z + by.to(self.z))
 
@@ -482,7 +482,7 @@ def about(space: WeightSpace) -> dict[str, Any]:
     """Returns the facts of a space for people: sizes, variance, participation ratio.
 
     Args:
-        space: The space.
+        space: Space of any population.
     """
     values = space.variances
     return {

@@ -59,7 +59,7 @@ def population_of(layout: Layout, members: int, *, planted: int = 40) -> Tensor:
     directions = torch.randn(planted, layout.size, generator=g)
     latents = torch.randn(members, planted, generator=g) * torch.linspace(1.0, 0.1, planted)
     # One sign for all: the reference decomposes raw vectors, and both must see the same matrix.
-    return torch.randn(members, layout.size, generator=g).mul_(2.0).add_(latents @ directions)
+    return torch.randn(members, layout.size, generator=g).mul_(0.3).add_(latents @ directions)
 
 
 def _pca(layout: Layout, vectors: Tensor, count: int, solver: str, goal: float | None = None) -> Case:

@@ -43,7 +43,7 @@ def run_demo(out: Path, *, full: bool = False) -> dict[str, Any]:
 
     Args:
         out: Run folder; a finished demo is only read.
-        full: Draw more samples.
+        full: Draw twelve samples instead of six, and invert all new styles.
     """
     Runtime(device="cpu").apply_threads()
     model = load_base()

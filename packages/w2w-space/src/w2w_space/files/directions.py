@@ -70,7 +70,7 @@ def read_labels(path: Path, space: WeightSpace) -> Labels:
     Blanks are not known; yes, no, true and false are 1 and 0.
 
     Args:
-        path: The table.
+        path: CSV file of the labels.
         space: Space with its members.
 
     Raises:
@@ -78,7 +78,10 @@ def read_labels(path: Path, space: WeightSpace) -> Labels:
     """
     with files.explained(path, reading=True):
         text = files.read(path).decode("utf-8-sig", "replace")
-    rows = list(csv.DictReader(io.StringIO(text)))
+    try:
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    except csv.Error:
+        rows = []  # no table at all
     names = list(rows[0]) if rows else []
     if not names or names[0] != "adapter" or len(names) < 2:
         raise UserError(

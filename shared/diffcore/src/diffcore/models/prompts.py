@@ -57,7 +57,7 @@ class TextTower:
         """Returns ids, mask and the text that was cut.
 
         Args:
-            prompts: The prompts.
+            prompts: Prompts of any length.
             num_chunks: Number of pieces that each prompt is spread over; above 1 each is a row of its own, with start
                 and end, and rows of one prompt follow one another.
         """
@@ -166,8 +166,8 @@ class PromptEncoder:
         those of the first piece. Families with a T5 read one piece, as `__call__` does.
 
         Args:
-            prompts: The prompts.
-            size: As in `encode`.
+            prompts: Prompts of any length.
+            size: Height and width in pixels, as `encode` takes them.
 
         Example:
             >>> from diffcore.models import from_pipeline

@@ -12,7 +12,7 @@ from diffcore.errors import UserError
 from diffcore.models import DiffusionModel
 from diffcore.testing import tiny
 from w2w_space.baseline import free_adapters
-from w2w_space.instance import Errors, Instance, NoisyBatch
+from w2w_space.instance import Errors, Instance, NoisyBatch, denoising_errors
 from w2w_space.invert import InversionSettings, bound, default_components, invert
 from w2w_space.population import Population, Stacked
 from w2w_space.recipe import layout_for
@@ -108,6 +108,19 @@ def test_the_search_stops_when_the_loss_stands_still(model: DiffusionModel, spac
     patient = replace(SHORT, learning_rate=1e-6, steps=12, patience=4)
     found = invert(space, model, subjects(model, 1), patient)
     assert found.history[0].isfinite().tolist() == [True, True, True, False, False, False, False]
+
+
+def test_a_search_that_has_ended_does_not_go_on_for_its_neighbour(model: DiffusionModel, space: WeightSpace):
+    def errors(denoiser: NetworkDenoiser, batch: NoisyBatch) -> Tensor:
+        found = denoising_errors(denoiser, batch)
+        first = torch.arange(len(found)) < len(found) // 2
+        return torch.where(first, 1 + 0 * found, found)  # the first subject's loss never moves
+
+    settings = replace(SHORT, num_components=6, learning_rate=0.5, steps=12, patience=4)
+    found = invert(space, model, subjects(model, 2), settings, errors=errors)
+    assert found.history[0].isfinite().tolist() == [True, True, True, False, False, False, False]
+    assert bool(found.history[1, :4].isfinite().all())
+    assert found.points[0].z.eq(0).all()
 
 
 def test_prior_and_bounds_keep_the_solution_where_members_are(model: DiffusionModel, space: WeightSpace):

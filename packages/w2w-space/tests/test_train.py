@@ -166,7 +166,7 @@ def test_training_is_adam_on_each_member_alone():
         cosine = 0.5 * (1 + torch.tensor(torch.pi * step / 4, dtype=torch.float64).cos())
         optimizer.param_groups[0]["lr"] = float(rise * (0.1 + 0.9 * cosine)) * recipe.learning_rate
         optimizer.step()
-        assert abs(float(loss) - float(member.history[step])) < 1e-10
+        assert abs(float(loss.detach()) - float(member.history[step])) < 1e-10
     expected = torch.cat([torch.cat([a.flatten(), 2 * b.flatten()]) for a, b in factors.values()])
     # PyTorch adds 1e-6 to the norm by which it clips.
     assert (member.vector - expected.detach()).abs().max() < 1e-6

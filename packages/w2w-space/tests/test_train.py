@@ -124,6 +124,17 @@ def test_training_together_equals_training_alone():
     assert (together[0].vector - together[1].vector).abs().max() > 1e-3
 
 
+def test_a_member_has_its_own_factor_of_the_learning_rate():
+    model = double("sd15")
+    people, recipe = instances(model, 2), replace(RECIPE, steps=1)
+    full = train_population(model, people, recipe, num_pairs=2)
+    half = train_population(model, people, recipe, num_pairs=2, rates=[1.0, 0.5])
+    start = initial_vectors(layout_for(model, recipe.targets, 1), recipe, ["a"])[0].double()
+    assert torch.equal(full[0].vector, half[0].vector)
+    assert torch.allclose(half[1].vector - start, 0.5 * (full[1].vector - start), atol=1e-12)
+    assert (full[1].vector - start).abs().max() > 1e-3
+
+
 def test_training_is_adam_on_each_member_alone():
     """A plain loop over one member with its two factors, as PEFT would train it."""
     model = double("sd15")
@@ -155,7 +166,7 @@ def test_training_is_adam_on_each_member_alone():
         cosine = 0.5 * (1 + torch.tensor(torch.pi * step / 4, dtype=torch.float64).cos())
         optimizer.param_groups[0]["lr"] = float(rise * (0.1 + 0.9 * cosine)) * recipe.learning_rate
         optimizer.step()
-        assert abs(float(loss) - float(member.history[step])) < 1e-10
+        assert abs(float(loss.detach()) - float(member.history[step])) < 1e-10
     expected = torch.cat([torch.cat([a.flatten(), 2 * b.flatten()]) for a, b in factors.values()])
     # PyTorch adds 1e-6 to the norm by which it clips.
     assert (member.vector - expected.detach()).abs().max() < 1e-6

@@ -49,7 +49,8 @@ class InversionSettings:
     """How coordinates are found.
 
     Attributes:
-        num_components: Number of components that move; by default 15 % of the number of members.
+        num_components: Number of components that move; by default a share of the number of members.
+        component_share: Number of components that move by default, divided by the number of members.
         steps: Largest number of steps of Adam.
         batch_size: Number of pairs of timestep and noise in a step.
         learning_rate: Largest step of a coordinate, in standard deviations; it falls to 0 along a cosine.
@@ -72,6 +73,7 @@ class InversionSettings:
     """
 
     num_components: int | None = None
+    component_share: float = 0.15
     steps: int = 400
     batch_size: int = 4
     learning_rate: float = 0.05
@@ -93,14 +95,16 @@ class InversionSettings:
             raise ValueError(f"`learning_rate` is {self.learning_rate}; it must be positive")
         if not self.prior >= 0:
             raise ValueError(f"`prior` is {self.prior}; it must be at least 0")
+        if not self.component_share > 0:
+            raise ValueError(f"`component_share` is {self.component_share}; it must be positive")
         if self.start not in ("mean", "nearest"):
             raise ValueError(f"`start` is {self.start!r}; it must be mean or nearest")
 
 
 PHOTO = InversionSettings()
 """Settings for pictures like those that the members were trained on."""
-ART = replace(PHOTO, prior=1e-2)
-"""Settings for paintings and the like: a stronger prior; few components belong to it, see `default_components`."""
+ART = replace(PHOTO, prior=1e-2, component_share=0.015)
+"""Settings for paintings and the like, which lie outside: fewer components and a stronger prior."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,12 +126,12 @@ class Inversion:
     history: Float[Tensor, "n checks"]
 
 
-def default_components(space: WeightSpace, *, share: float = 0.15) -> int:
+def default_components(space: WeightSpace, share: float = 0.15) -> int:
     """Returns the number of components that inversion moves: a share of the number of members, at most all.
 
     Args:
         space: Space of the members.
-        share: Share of the number of members; .015 for paintings.
+        share: Share of the number of members, such as .015 for paintings.
     """
     members = len(space.names) or space.num_components
     return max(1, min(space.num_components, round(share * members)))
@@ -172,7 +176,9 @@ def invert(
         (torch.Size([4]), True)
     """
     by_name = instances_by_name(subjects)
-    m = settings.num_components or default_components(space)
+    m = settings.num_components
+    if m is None:
+        m = default_components(space, settings.component_share)
     if not 1 <= m <= space.num_components:
         raise UserError(f"`num_components` is {m}; the space has {space.num_components}")
     restarts = range(settings.restarts)

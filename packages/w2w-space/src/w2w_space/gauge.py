@@ -74,7 +74,7 @@ class Gauge:
             own = slice(span.start - start, span.stop - start)
             joint = balanced(self.layout, block[:, own], place)
             turns = rotations(joint, joined(self.layout, self.reference[None, span], place)[0])
-            done[:, own] = apart(self.layout, joint @ turns.matrices, place)
+            done[:, own] = apart(self.layout, turned(joint, turns.matrices), place)
         return done
 
 
@@ -147,15 +147,25 @@ def rotations(joint: Float[Tensor, "n sides r"], reference: Float[Tensor, "sides
         joint: Balanced factors of each member.
         reference: Reference R of the module.
     """
-    overlap = joint.transpose(1, 2) @ reference
     size = joint.norm(dim=(1, 2))
     zero = size == 0
     if joint.shape[2] == 1:
-        signs = torch.where(overlap < 0, -1.0, 1.0)
-        ties = (overlap[:, 0, 0].abs() <= _TIE * size * reference.norm()) & ~zero
-        return Rotations(signs.to(joint), ties, zero)
-    left, _, right = torch.linalg.svd(overlap)
+        overlap = joint[:, :, 0] @ reference[:, 0]
+        signs = torch.where(overlap < 0, -1.0, 1.0).to(joint)
+        ties = (overlap.abs() <= _TIE * size * reference.norm()) & ~zero
+        return Rotations(signs[:, None, None], ties, zero)
+    left, _, right = torch.linalg.svd(joint.transpose(1, 2) @ reference)
     return Rotations(left @ right, torch.zeros_like(zero), zero)
+
+
+def turned(joint: Float[Tensor, "n sides r"], matrices: Float[Tensor, "n r r"]) -> Float[Tensor, "n sides r"]:
+    """Returns J Q of each member.
+
+    Args:
+        joint: Stacked factors of each member.
+        matrices: Orthogonal matrix of each member.
+    """
+    return joint * matrices if joint.shape[2] == 1 else joint @ matrices
 
 
 def find_reference(joint: Float[Tensor, "n sides r"]) -> Float[Tensor, "sides r"]:
@@ -174,10 +184,10 @@ def find_reference(joint: Float[Tensor, "n sides r"]) -> Float[Tensor, "sides r"
         return (found * torch.where(found[found.abs().argmax()] < 0, -1.0, 1.0))[:, None]
     found = joint[_medoid(joint)]
     for _ in range(_ROUNDS):
-        found = (joint @ rotations(joint, found).matrices).mean(0)
+        found = turned(joint, rotations(joint, found).matrices).mean(0)
     # The frame of the member that it began with is arbitrary: take columns that are orthogonal, the longest first.
-    turned = found @ torch.linalg.svd(found, full_matrices=False)[2].T
-    return turned * torch.where(turned.gather(0, turned.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)
+    found = found @ torch.linalg.svd(found, full_matrices=False)[2].T
+    return found * torch.where(found.gather(0, found.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)
 
 
 def _medoid(joint: Float[Tensor, "n sides r"]) -> int:

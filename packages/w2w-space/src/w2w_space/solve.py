@@ -22,6 +22,7 @@ DENSE_UP_TO = 5000
 GRAM_UP_TO = 20_000
 """Number of members up to which the inner products of all pairs are held in memory."""
 _OVERSAMPLED, _PASSES = 1.2, 6
+_TILES = 6  # of rows, in each direction
 _ROUNDING = 1e-7  # of the largest eigenvalue: errors of float32 products are some hundred times smaller
 
 
@@ -37,11 +38,14 @@ def gram(blocks: Iterable[Float[Tensor, "n _"]], members: int) -> Float64[Tensor
         >>> torch.allclose(gram(z.split(2, 1), 4), (z @ z.T).double(), atol=1e-5)
         True
     """
-    total = None
+    total = torch.zeros(members, members, dtype=torch.float64)
+    tiles = [slice(start, start + size) for size in (-(-members // _TILES),) for start in range(0, members, size)]
     for block in blocks:
-        products = (block @ block.T).double()
-        total = products if total is None else total.add_(products)
-    return torch.zeros(members, members, dtype=torch.float64) if total is None else total
+        for place, rows in enumerate(tiles):
+            for columns in tiles[place:]:
+                total[rows, columns] += block[rows] @ block[columns].T
+    # Tiles below the diagonal are those above it: a symmetric product costs half.
+    return total.triu() + total.triu(1).T
 
 
 def leading(inner: Float64[Tensor, "n n"], count: int) -> tuple[Float64[Tensor, " m"], Float64[Tensor, "n m"]]:

@@ -380,9 +380,13 @@ class _Columns:
         inner, found = torch.zeros(n, n, dtype=torch.float64), []
         for modules in part:
             block, reference, facts = self._gauged(modules, find=True)
-            mean = block.double().mean(0)
-            block -= mean.float()
-            variances = block.double().square().sum(0) / (n - 1)
+            mean = block.mean(0)
+            block -= mean
+            # Once more, since values far from zero lose the digits of a small deviation in their first mean.
+            rest = block.mean(0)
+            block -= rest
+            mean = mean.double() + rest.double()
+            variances = (block * block).sum(0).double() / (n - 1)
             # Numbers that never move have rounding errors for a deviation, and are left as they are.
             still = variances <= (1e-7 * mean).square()
             scale = self._scales(variances, modules).masked_fill(still, 1.0).float().double()
@@ -435,7 +439,7 @@ class _Columns:
         """Returns the vectors of some modules in the gauge, its reference, and for each module what it found."""
         layout, span = self.population.layout, self.population.layout.span(modules)
         block = self.population.vectors.columns(span).clone()
-        if find and not bool(block.isfinite().all()):
+        if find and not bool(block.sum().isfinite()):
             row = int((~block.isfinite()).any(1).nonzero()[0])
             raise UserError(f"the vector of {self.population.names[row]!r} has values that are NaN or infinite")
         facts = torch.zeros(len(modules), 3)
@@ -449,7 +453,7 @@ class _Columns:
             joint = gauges.balanced(layout, block[:, own], place)
             reference = gauges.find_reference(joint)
             turns = gauges.rotations(joint, reference)
-            parts.append(gauges.apart(layout, joint @ turns.matrices, place))
+            parts.append(gauges.apart(layout, gauges.turned(joint, turns.matrices), place))
             references.append(gauges.apart(layout, reference[None], place)[0])
             facts[number] = torch.tensor([_flipped(turns), float(turns.ties.sum()), float(turns.zero.sum())])
         return torch.cat(parts, 1), torch.cat(references), facts

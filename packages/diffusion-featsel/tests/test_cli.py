@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -153,16 +154,21 @@ def test_the_same_command_reads_and_another_is_refused(place: Place):
 
 def test_two_processes_write_the_files_of_one(place: Place):
     """Both ranks run the command itself, as a launcher starts it."""
-    few = ["--num-images", "16", "--filter", "none"]
-    ways = {"scored": ["score", *few], "extracted": ["extract", "--features", "chosen"]}
-    for alone, (verb, *options) in ways.items():
-        words = [verb, "model", "images", *options, "--devices", "2", "--out", f"runs/{verb}"]
-        assert run_forked(lambda _, words=words: main(app, words)) == [0, 0]
-        files = [path for path in (place.folder / alone).rglob("*.safetensors") if path.parent.name != "parts"]
-        assert files
-        for path in files:
-            other = place.folder / "runs" / verb / path.relative_to(place.folder / alone)
-            assert other.read_bytes() == path.read_bytes()
+    words = ["extract", "model", "images", "--features", "chosen", "--devices", "2", "--out"]
+
+    def on_rank(rank: int) -> int:
+        time.sleep(0.5 * (rank == 0))  # the one that opens the run is late; the other must not write before
+        return main(app, [*words, "runs/both"])
+
+    assert run_forked(on_rank) == [0, 0]
+    files = sorted((place.folder / "extracted" / "features").glob("*.safetensors"))
+    assert files
+    for path in files:
+        assert (place.folder / "runs" / "both" / "features" / path.name).read_bytes() == path.read_bytes()
+    assert run_forked(on_rank) == [0, 0]  # it is finished: both only read
+    (place.folder / "runs" / "taken").mkdir()
+    (place.folder / "runs" / "taken" / "mine.txt").write_text("not of a run")
+    assert run_forked(lambda _: main(app, [*words, "runs/taken"])) == [2, 2]
 
 
 def test_a_ranking_is_compared_with_the_papers_tables(place: Place):

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from diffcore.cli.app import emit, show
 from diffcore.cli.options import Output
+from diffcore.errors import UserError
 from diffcore.runtime import Runtime
 
 if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
     from diffcore.run import Run, RunMap
 
 
@@ -59,17 +62,10 @@ class Job:
         if self.output.dry_run:
             emit({**(plan() if callable(plan) else plan), "writes": self.folder}, self.output.json)
             return 0
-        from diffcore.run import Run, RunMap
+        from diffcore.run import RunMap
 
         fabric = None if self.runtime is None else self.runtime.launched()
-        with Run.open(
-            self.folder,
-            command=self.command,
-            config=self.config,
-            inputs=self.inputs,
-            restart=self.output.restart,
-            volatile=self.volatile,
-        ) as run:
+        with self._opened(fabric) as run:
             if not run.finished:
                 summary = compute(run, RunMap(run, fabric))
                 if run.leading:
@@ -78,3 +74,35 @@ class Job:
                         report(run)
             show(run, self.output, shown)
             return 0 if not run.leading or passed is None or passed(run.result) else 1
+
+    def _opened(self, fabric: "Fabric | None") -> "Run":
+        """Opens the run, in the first process before the others.
+
+        It refuses what is no run and deletes what an interrupted write left, and it alone knows whether the run is
+        finished already. Where it cannot open the run, the others end too.
+        """
+        if fabric is None:
+            return self._open()
+        run = None
+        try:
+            run = self._open() if fabric.global_rank == 0 else None
+        finally:
+            finished = fabric.broadcast(None if run is None else run.finished)
+        if run is None:
+            if finished is None:
+                raise UserError("the first process could not open the run, as it says")
+            run = self._open()
+            run.finished = finished
+        return run
+
+    def _open(self) -> "Run":
+        from diffcore.run import Run
+
+        return Run.open(
+            self.folder,
+            command=self.command,
+            config=self.config,
+            inputs=self.inputs,
+            restart=self.output.restart,
+            volatile=self.volatile,
+        )

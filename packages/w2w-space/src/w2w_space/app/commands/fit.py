@@ -71,7 +71,6 @@ def build(
             scaling=scaling,
             num_components=None if tested else num_components or _UNTESTED,
             solver=solver,
-            map=map,
         )
         if tested:
             space = diagnosed(population, space, num_components=num_components).space

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +17,7 @@ from diffcore.cli import main
 from diffcore.models import DiffusionModel, from_pipeline
 from diffcore.testing import tiny
 from diffcore.testing.distributed import run_forked
+from diffcore.testing.waiting import wait_until
 from diffcore.zoo import masks
 from diffusion_featsel.app.cli import app
 from diffusion_featsel.app.inputs import images_at, read_pair_data
@@ -157,7 +157,8 @@ def test_two_processes_write_the_files_of_one(place: Place):
     words = ["extract", "model", "images", "--features", "chosen", "--devices", "2", "--out"]
 
     def on_rank(rank: int) -> int:
-        time.sleep(0.5 * (rank == 0))  # the one that opens the run is late; the other must not write before
+        if rank == 0:  # the one that opens the run is late; the other must not write before
+            wait_until((place.folder / "runs" / "both" / "features").exists, seconds=0.5)
         return main(app, [*words, "runs/both"])
 
     assert run_forked(on_rank) == [0, 0]

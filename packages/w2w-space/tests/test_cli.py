@@ -126,6 +126,26 @@ def test_a_space_without_members_leaves_nothing_of_them(place: Place):
     assert "written without" in place("export", "private", "m1", "x.safetensors", code=2)[1]
 
 
+def test_a_space_of_products_is_used_by_the_same_commands(place: Place):
+    told = place.json("build", "pop", "--geometry", "product", "--out", "products")
+    assert (told["gauge"], told["components"]) == ("product", MEMBERS - 1)
+    assert "5 components" in Path("products/report.html").read_text()
+    told = place.json("project", "products", "loras/m1.safetensors")
+    assert told["residual"] < 1e-3
+    assert told["nearest_members"][0].startswith("m1 (0.0")
+    told = place.json("export", "products", "m1", "m1-again.safetensors", "--dtype", "float32")
+    base = base_on_disk(Path("model"))
+    one, other = (read_adapter(path, base) for path in ("loras/m1.safetensors", told["written"]))
+    for name, change in one.modules.items():
+        torch.testing.assert_close(other.modules[name].delta(), change.delta(), atol=1e-4, rtol=1e-3)
+    assert place.json("info", "products")["gauge"] == "product"
+    for words, message in (
+        (("--gauge", "raw"), "--geometry product knows no gauge"),
+        (("--no-members",), "consists of its members"),
+    ):
+        assert message in place("build", "pop", "--geometry", "product", "--out", "x", *words, code=2)[1]
+
+
 def test_a_member_projects_to_itself(place: Place):
     told = place.json("project", "space", "loras/m1.safetensors", "--out", "m1-point.safetensors")
     assert told["residual"] < 1e-3

@@ -16,6 +16,7 @@ from w2w_space.gauge import Gauge, balanced, find_reference, joined, rotations
 from w2w_space.layout import Layout
 from w2w_space.population import Population, Stacked
 from w2w_space.products import product_gram, relative_distance
+from w2w_space.solve import best_solver
 from w2w_space.space import WeightSpace, about
 
 from .conftest import Toy, names, toy
@@ -37,8 +38,8 @@ def planted(members: int, factors: int, noise: float, seed: int = 0, size: int =
     return Population(layout, names(members), Stacked(matrix)), directions
 
 
-@pytest.mark.parametrize("solver", ["gram", "iterative"])
-@pytest.mark.parametrize("block_size", [17, 8192])
+@pytest.mark.parametrize("solver", ["gram", "covariance", "iterative"])
+@pytest.mark.parametrize("block_size", [17, None])
 def test_the_space_is_scikit_learns(solver, block_size):
     """Oracle 2."""
     population, _ = planted(40, 5, 0.3)
@@ -46,7 +47,7 @@ def test_the_space_is_scikit_learns(solver, block_size):
     x = population.vectors.columns(slice(0, population.layout.size)).double().numpy()
     z = (x - x.mean(0)) / x.std(0, ddof=1)
     theirs = PCA(12, svd_solver="full").fit(z)
-    count = 12 if solver == "gram" else 5  # on a flat tail, iterations find no more than its plane
+    count = 5 if solver == "iterative" else 12  # on a flat tail, iterations find no more than its plane
     np.testing.assert_allclose(ours.variances[:count].numpy(), theirs.explained_variance_[:count], rtol=1e-6)
     assert angles(ours.components[:count], torch.from_numpy(theirs.components_[:count])).max() < 1e-3
     coefficients = torch.from_numpy(theirs.transform(z)) / torch.from_numpy(theirs.explained_variance_).sqrt()
@@ -55,7 +56,7 @@ def test_the_space_is_scikit_learns(solver, block_size):
     assert about(ours)["components"] == 12
 
 
-@pytest.mark.parametrize("solver", ["gram", "iterative"])
+@pytest.mark.parametrize("solver", ["gram", "covariance", "iterative"])
 def test_parts_and_processes_give_the_space_of_one(solver, tmp_path: Path):
     """Oracle 4: whatever the blocks and parts, on one process and on two."""
     from lightning.fabric import Fabric
@@ -290,3 +291,23 @@ def test_ties_with_the_reference_are_counted():
     assert turns.matrices[0, 0, 0] == -turns.matrices[2, 0, 0]
     gauge = Gauge(layout, torch.tensor([1.0, 0, 1, 0]))
     torch.testing.assert_close(gauge(torch.tensor([[-2.0, 0, -0.5, 0]])), torch.tensor([[1.0, 0, 1, 0]]))
+
+
+def test_the_iterative_way_never_forms_inner_products_of_all_pairs(monkeypatch):
+    """A table of 65 000 x 65 000 is what it is there to avoid."""
+    population, _ = planted(60, 4, 0.2)
+
+    def refused(*_):
+        raise AssertionError("a table of all pairs was formed")
+
+    monkeypatch.setattr("w2w_space.space.gram", refused)
+    assert WeightSpace.build(population, num_components=4, solver="iterative").num_components == 4
+    with pytest.raises(AssertionError, match="all pairs"):
+        WeightSpace.build(population, num_components=4, solver="gram")
+
+
+def test_the_smallest_table_is_taken_and_none_where_all_are_large():
+    assert best_solver(1000, 99_648) == "gram"
+    assert best_solver(5000, 2816) == "covariance"
+    assert best_solver(65_000, 99_648) == "iterative"
+    assert best_solver(65_000, 2816) == "covariance"

@@ -18,6 +18,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from diffcore.errors import UserError
+from w2w_space.coordinates import S, Space
 from w2w_space.population import Population
 from w2w_space.solve import gram
 from w2w_space.space import WeightSpace
@@ -39,9 +40,7 @@ class Shrinkage:
     ratios: tuple[float, ...]
 
 
-def cross_fitted(
-    space: WeightSpace, *, num_components: int | None = None, folds: int = 5
-) -> tuple[WeightSpace, Shrinkage]:
+def cross_fitted(space: S, *, num_components: int | None = None, folds: int = 5) -> tuple[S, Shrinkage]:
     """Returns the space of the first components with held-out coordinates of its members, and their shrinkage.
 
     Args:
@@ -172,7 +171,7 @@ def diagnosed(population: Population, space: WeightSpace, *, num_components: int
 
 
 def nearest_members(
-    space: WeightSpace, z: Float[Tensor, "b m"]
+    space: Space, z: Float[Tensor, "b m"]
 ) -> tuple[Sequence[str], Float[Tensor, " b"], Float[Tensor, " b"]]:
     """Returns the member that is nearest to each point, its distance in standard deviations, and its cosine.
 
@@ -190,7 +189,7 @@ def nearest_members(
     return [space.names[i] for i in place.tolist()], distance, cosine
 
 
-def nearest_among_members(space: WeightSpace) -> Float[Tensor, " n"]:
+def nearest_among_members(space: Space) -> Float[Tensor, " n"]:
     """Returns the distance of each member to the member that is nearest to it, in standard deviations.
 
     Args:

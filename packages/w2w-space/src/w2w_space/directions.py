@@ -26,8 +26,8 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from diffcore.errors import UserError
+from w2w_space.coordinates import Space
 from w2w_space.labels import Labels
-from w2w_space.space import WeightSpace
 
 Estimator = Literal["conditional", "mean", "normal", "ridge", "logistic"]
 _ALIASED = 1e-8  # relative size of a label's part that the other labels do not explain
@@ -125,7 +125,7 @@ class Directions:
 
 
 def find_directions(
-    space: WeightSpace,
+    space: Space,
     labels: Labels,
     *,
     estimator: Estimator = "conditional",
@@ -151,6 +151,7 @@ def find_directions(
         >>> layout, g = Layout.of({"to_q": (6, 6)}, rank=1), torch.Generator().manual_seed(0)
         >>> matrix = torch.randn(60, 12, generator=g)
         >>> names = tuple(str(i) for i in range(60))
+        >>> from w2w_space.space import WeightSpace
         >>> space = WeightSpace.build(Population(layout, names, Stacked(matrix)), gauge="raw")
         >>> found = find_directions(space, Labels.of(names, {"tall": (matrix[:, 0] > 0).double().tolist()}))
         >>> found["tall"].auc > 0.8
@@ -195,7 +196,7 @@ def find_directions(
 
 
 def bootstrapped(
-    space: WeightSpace, labels: Labels, found: Directions, *, ridge: float = 1e3, resamples: int = 200, seed: int = 0
+    space: Space, labels: Labels, found: Directions, *, ridge: float = 1e3, resamples: int = 200, seed: int = 0
 ) -> list[float]:
     """Returns the share of resamples of the members in which each direction points to the same side.
 

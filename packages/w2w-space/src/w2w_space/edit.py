@@ -14,8 +14,8 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from diffcore.errors import UserError
+from w2w_space.coordinates import Point, Space
 from w2w_space.directions import Direction, Directions
-from w2w_space.space import Point, WeightSpace
 
 Unit = Literal["std", "max", "raw"]
 Metric = Literal["whitened", "euclidean"]
@@ -90,6 +90,7 @@ def edit(
         >>> layout, g = Layout.of({"to_q": (6, 6)}, rank=1), torch.Generator().manual_seed(0)
         >>> matrix = torch.randn(60, 12, generator=g)
         >>> names = tuple(str(i) for i in range(60))
+        >>> from w2w_space.space import WeightSpace
         >>> space = WeightSpace.build(Population(layout, names, Stacked(matrix)), gauge="raw")
         >>> from w2w_space.directions import find_directions
         >>> found = find_directions(space, Labels.of(names, {"tall": matrix[:, 0].tolist()}))
@@ -124,7 +125,7 @@ def edit(
 def _without(
     vectors: Float64[Tensor, "k m"],
     kept: Sequence[Direction],
-    space: WeightSpace,
+    space: Space,
     moving: Sequence[Direction],
     metric: Metric,
 ) -> Float64[Tensor, "k m"]:

@@ -4,7 +4,6 @@ The inner product of B A and B' A' is the sum of the entries of (A A'^T) * (B^T 
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Float64
@@ -13,12 +12,19 @@ from torch import Tensor
 from w2w_space.layout import Layout
 
 
-def product_gram(layout: Layout, vectors: Sequence[Tensor] | Tensor) -> Float64[Tensor, "n n"]:
+def product_gram(
+    layout: Layout,
+    vectors: Float[Tensor, "n size"],
+    others: Float[Tensor, "k _"] | None = None,
+    other_layout: Layout | None = None,
+) -> Float64[Tensor, "n k"]:
     """Returns the inner products of the adapters' changes B A, without forming them (specification, section 3.4).
 
     Args:
         layout: Table of the vectors.
         vectors: Vectors, one row per adapter, in any gauge.
+        others: Vectors of the adapters that they are compared with; by default the same.
+        other_layout: Table of the others, of the same modules at another rank; by default the same.
 
     Example:
         >>> layout = Layout.of({"to_q": (4, 3)}, rank=1)
@@ -26,14 +32,15 @@ def product_gram(layout: Layout, vectors: Sequence[Tensor] | Tensor) -> Float64[
         >>> inner.tolist()
         [[12.0, 12.0], [12.0, 12.0]]
     """
-    matrix = vectors if isinstance(vectors, Tensor) else torch.stack(list(vectors))
-    total = torch.zeros(len(matrix), len(matrix), dtype=torch.float64)
-    for place, span in enumerate(layout.spans):
-        down, up = layout.split(matrix[:, span].double(), place)
-        if layout.rank == 1:
-            total += (down[:, 0] @ down[:, 0].T) * (up[..., 0] @ up[..., 0].T)
+    others, other_layout = vectors if others is None else others, other_layout or layout
+    total = torch.zeros(len(vectors), len(others), dtype=torch.float64)
+    for place, (span, other_span) in enumerate(zip(layout.spans, other_layout.spans, strict=True)):
+        down, up = layout.split(vectors[:, span].double(), place)
+        down_, up_ = other_layout.split(others[:, other_span].double(), place)
+        if layout.rank == other_layout.rank == 1:
+            total += (down[:, 0] @ down_[:, 0].T) * (up[..., 0] @ up_[..., 0].T)
         else:
-            total += torch.einsum("iac,jbc,ioa,job->ij", down, down, up, up)
+            total += torch.einsum("iac,jbc,ioa,job->ij", down, down_, up, up_)
     return total
 
 

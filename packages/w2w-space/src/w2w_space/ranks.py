@@ -55,10 +55,12 @@ def at_rank(change: LowRank, rank: int) -> tuple[LowRank, RankLoss]:
         return _change(down, up, change), RankLoss(0.0, float((down @ down.T * (up.T @ up)).sum()))
     q_up, r_up = torch.linalg.qr(scale * up)
     q_down, r_down = torch.linalg.qr(down.T)
-    left, values, right = torch.linalg.svd(r_up @ r_down.T)
-    root = values[:rank].sqrt()
-    energy = values.square()
-    cut = _change(root[:, None] * (q_down @ right[:rank].T).T, (q_up @ left[:, :rank]) * root, change)
+    left, values, right = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
+    root, energy = values[:rank].sqrt(), values.square()
+    down, up = root[:, None] * (q_down @ right[:rank].T).T, (q_up @ left[:, :rank]) * root
+    more = rank - len(root)  # a small weight has fewer singular values than the rank that is asked for
+    pad = torch.nn.functional.pad
+    cut = _change(pad(down, (0, 0, 0, more)), pad(up, (0, more)), change)
     return cut, RankLoss(float(energy[rank:].sum()), float(energy.sum()))
 
 

@@ -14,9 +14,9 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 from diffcore.errors import UserError
+from w2w_space.coordinates import Point, Space
 from w2w_space.diagnose import nearest_among_members, nearest_members
 from w2w_space.directions import Directions
-from w2w_space.space import Point, WeightSpace
 
 Method = Literal["gaussian", "mixture", "bootstrap", "slerp"]
 _MIXED = 50  # leading components that a mixture describes
@@ -47,7 +47,7 @@ class Sample:
 
 
 def sample(
-    space: WeightSpace,
+    space: Space,
     count: int,
     *,
     method: Method = "gaussian",
@@ -77,6 +77,7 @@ def sample(
         >>> from w2w_space.population import Population, Stacked
         >>> layout, g = Layout.of({"to_q": (6, 6)}, rank=1), torch.Generator().manual_seed(0)
         >>> names = tuple(str(i) for i in range(30))
+        >>> from w2w_space.space import WeightSpace
         >>> space = WeightSpace.build(Population(layout, names, Stacked(torch.randn(30, 12, generator=g))))
         >>> [one.near_copy for one in sample(space, 3)]
         [False, False, False]
@@ -92,7 +93,7 @@ def sample(
     return described(space, _conditioned(z, condition, directions) if condition else z)
 
 
-def described(space: WeightSpace, z: Float[Tensor, "b m"]) -> list[Sample]:
+def described(space: Space, z: Float[Tensor, "b m"]) -> list[Sample]:
     """Returns points with their nearest member and how typical they are.
 
     Args:
@@ -144,11 +145,11 @@ def _conditioned(z: Tensor, condition: Mapping[str, float], directions: Directio
     return (z.double() + (wanted - z.double() @ axes.T) @ torch.linalg.pinv(axes).T).float()
 
 
-def _gaussian(space: WeightSpace, count: int, generator: torch.Generator) -> Tensor:
+def _gaussian(space: Space, count: int, generator: torch.Generator) -> Tensor:
     return torch.randn(count, space.num_components, generator=generator)
 
 
-def _mixture(space: WeightSpace, count: int, generator: torch.Generator) -> Tensor:
+def _mixture(space: Space, count: int, generator: torch.Generator) -> Tensor:
     """Draws leading components from the mixture of the best Bayesian criterion, and the others from normals."""
     z = _gaussian(space, count, generator)
     width = min(_MIXED, space.num_components, max(1, len(space.members) // 10))
@@ -162,7 +163,7 @@ def _mixture(space: WeightSpace, count: int, generator: torch.Generator) -> Tens
     return z
 
 
-def _bootstrap(space: WeightSpace, count: int, generator: torch.Generator) -> Tensor:
+def _bootstrap(space: Space, count: int, generator: torch.Generator) -> Tensor:
     """Mixes three members with random weights, as far from the mean as members are, with some noise."""
     weights = torch.rand(count, 3, generator=generator)
     mixed = (weights / weights.norm(dim=1, keepdim=True))[:, :, None] * space.members[
@@ -171,12 +172,12 @@ def _bootstrap(space: WeightSpace, count: int, generator: torch.Generator) -> Te
     return (1 - _NOISE**2) ** 0.5 * mixed.sum(1) + _NOISE * _gaussian(space, count, generator)
 
 
-def _slerp(space: WeightSpace, count: int, generator: torch.Generator) -> Tensor:
+def _slerp(space: Space, count: int, generator: torch.Generator) -> Tensor:
     first, second = space.members[_drawn(space, count, 2, generator)].unbind(1)
     return slerp(first, second, torch.rand(count, 1, generator=generator))
 
 
-def _drawn(space: WeightSpace, count: int, size: int, generator: torch.Generator) -> Tensor:
+def _drawn(space: Space, count: int, size: int, generator: torch.Generator) -> Tensor:
     """Returns places of different members, some for each draw."""
     return torch.rand(count, len(space.members), generator=generator).topk(size, 1).indices
 

@@ -3,8 +3,9 @@
 Z has a row for each of n members and d >> n columns, each with mean zero. The eigenvectors E of K = Z Z^T, n x n, with
 eigenvalues lambda, give the components V = Z^T E / sqrt(lambda), orthonormal, and the coefficients Z V = E
 sqrt(lambda). K is a sum over column blocks, and so is V's definition, so that two passes over the blocks are enough and
-the whole matrix is never held. Where n x n numbers are too many, subspace iteration finds the leading eigenvectors from
-products K Q = sum_b Z_b (Z_b^T Q).
+the whole matrix is never held. With more members than numbers, the same follows from Z^T Z, d x d, over blocks of rows.
+Where both tables are too large, subspace iteration finds the leading eigenvectors from products
+K Q = sum_b Z_b (Z_b^T Q).
 """
 
 from collections.abc import Callable, Iterable
@@ -16,14 +17,39 @@ from jaxtyping import Float, Float64
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
-Solver = Literal["gram", "iterative"]
+Solver = Literal["gram", "covariance", "iterative"]
 DENSE_UP_TO = 5000
 """Number of members up to which all eigenvectors are computed."""
-GRAM_UP_TO = 20_000
-"""Number of members up to which the inner products of all pairs are held in memory."""
+TABLE_UP_TO = 20_000
+"""Number of members, or else of numbers, up to which the inner products of all pairs are held in memory."""
 _OVERSAMPLED, _PASSES = 1.2, 6
 _TILES = 6  # of rows, in each direction
 _ROUNDING = 1e-7  # of the largest eigenvalue: errors of float32 products are some hundred times smaller
+
+
+def best_solver(members: int, numbers: int) -> Solver:
+    """Returns the way with the smallest table of inner products, or the one without where each is too large.
+
+    Args:
+        members: Number of rows of the matrix.
+        numbers: Number of columns of the matrix.
+    """
+    if min(members, numbers) > TABLE_UP_TO:
+        return "iterative"
+    return "gram" if members <= numbers else "covariance"
+
+
+def sum_of(parts: Iterable[Tensor]) -> Float64[Tensor, "n k"]:
+    """Returns the sum of tensors in float64.
+
+    Args:
+        parts: Tensors of one shape, at least one.
+    """
+    rest = iter(parts)
+    total = next(rest).double().clone()
+    for part in rest:
+        total += part
+    return total
 
 
 def gram(blocks: Iterable[Float[Tensor, "n _"]], members: int) -> Float64[Tensor, "n n"]:
@@ -45,7 +71,10 @@ def gram(blocks: Iterable[Float[Tensor, "n _"]], members: int) -> Float64[Tensor
             for columns in tiles[place:]:
                 total[rows, columns] += block[rows] @ block[columns].T
     # Tiles below the diagonal are those above it: a symmetric product costs half.
-    return total.triu() + total.triu(1).T
+    for place, rows in enumerate(tiles):
+        for columns in tiles[place + 1 :]:
+            total[columns, rows] = total[rows, columns].T
+    return total
 
 
 def leading(inner: Float64[Tensor, "n n"], count: int) -> tuple[Float64[Tensor, " m"], Float64[Tensor, "n m"]]:

@@ -11,9 +11,9 @@ coefficients beta_k: in z the members are a round cloud, and lengths and directi
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Float64
@@ -24,85 +24,36 @@ from diffcore.digests import add_tensors, digest_of_values
 from diffcore.errors import UserError
 from diffcore.units import Map, each_unit
 from w2w_space import gauge as gauges
+from w2w_space.coordinates import Alignment, Fit, Point, Scaling, Space, about
 from w2w_space.gauge import Gauge, GaugeKind
 from w2w_space.layout import Layout
 from w2w_space.population import Population, vector_of
 from w2w_space.products import relative_distance
-from w2w_space.solve import GRAM_UP_TO, Solver, gram, leading, leading_iteratively, signed
+from w2w_space.solve import Solver, best_solver, gram, leading, leading_iteratively, signed, sum_of
 
-Scaling = Literal["standard", "module", "none"]
+__all__ = ["FEWEST", "Alignment", "Fit", "Point", "Scaling", "WeightSpace", "about"]
+
 Part = tuple[range, ...]
+_AT_ONCE = 2**26  # numbers of all members together that are read at a time
 FEWEST = 3
 """Fewest members that span a space."""
 
 
-@dataclass(frozen=True)
-class Alignment:
-    """What the gauge found in one module of the population.
-
-    Attributes:
-        module: Name of the module.
-        flipped: Share of the members whose sign was turned, for rank 1: near 0 where the population was anchored by a
-            shared initial A, near .5 where a PCA of the factors as they were would have been meaningless.
-        ties: Number of members whose sign is undecided.
-        zero: Number of members that do not change this module.
-    """
-
-    module: str
-    flipped: float
-    ties: int
-    zero: int
-
-
-@dataclass(frozen=True)
-class Fit:
-    """How a space was computed.
-
-    Attributes:
-        solver: Way to the eigenvectors; "published" for spaces that were read from the authors' files.
-        scaling: Divisor of the vectors: each number's standard deviation, its module's, or nothing.
-        total_variance: Sum of the variances of all components, those left out included.
-        constant: Number of coordinates that are the same in all members.
-        scale_ratio: Largest scale divided by the smallest.
-        alignment: Work of the gauge in each module; empty for a raw gauge.
-    """
-
-    solver: Solver | Literal["published"]
-    scaling: Scaling
-    total_variance: float
-    constant: int
-    scale_ratio: float
-    alignment: tuple[Alignment, ...] = ()
-
-
 @dataclass(frozen=True, eq=False)
-class WeightSpace:
-    """A linear space of adapters; its points are adapters, in coordinates z of standard deviations.
+class WeightSpace(Space):
+    """The space of the paper, linear in the factors of the changes; see `Space` for what it shares with others.
 
     Attributes:
         gauge: Rule that makes vectors comparable, with the layout.
         mean: Mean of the members' vectors.
         scale: Divisor of deviations from the mean, number by number.
         components: Principal components, orthonormal rows, largest variance first.
-        variances: Variance of the members' coefficients along each component.
-        fit: How the space was computed.
-        names: Names of the members; empty for a space without members.
-        members: Coordinates z of the members; empty for a space without members.
-        held_out: Coordinates z of the members in spaces that were fitted without them, see `diagnose`; empty where they
-            were not computed. New adapters are compared with these, since members' own noise is inside the components.
-        shrinkage: Length of the held-out coordinates relative to the members'; 1 where it is not known.
     """
 
     gauge: Gauge
     mean: Float[Tensor, " size"]
     scale: Float[Tensor, " size"]
     components: Float[Tensor, "m size"]
-    variances: Float64[Tensor, " m"]
-    fit: Fit
-    names: tuple[str, ...] = ()
-    members: Float[Tensor, "n _"] = field(default_factory=lambda: torch.empty(0, 0))
-    held_out: Float[Tensor, "h _"] = field(default_factory=lambda: torch.empty(0, 0))
-    shrinkage: float = 1.0
 
     @classmethod
     def build(
@@ -113,11 +64,11 @@ class WeightSpace:
         scaling: Scaling = "standard",
         num_components: int | None = None,
         solver: Solver | None = None,
-        block_size: int = 8192,
+        block_size: int | None = None,
         parts: int = 1,
         map: Map = each_unit,
     ) -> "WeightSpace":
-        """Returns the space of a population, from two passes over its vectors.
+        """Returns the space of a population, from a few passes over its vectors, which are never held as a whole.
 
         Args:
             population: At least three adapters.
@@ -125,9 +76,9 @@ class WeightSpace:
             scaling: "standard" divides each number by its standard deviation (paper), "module" each module by the root
                 of its mean variance, "none" nothing.
             num_components: Largest number of components; by default all that the members span.
-            solver: "gram" holds the inner products of all pairs of members, "iterative" does not; by default the first
-                up to 20 000 members.
-            block_size: Numbers per vector that are read at a time.
+            solver: "gram" holds the inner products of all pairs of members, "covariance" those of all pairs of numbers,
+                "iterative" neither; by default the smaller table, if it has at most 20 000 rows, else "iterative".
+            block_size: Numbers per vector that are read at a time; by default at most 8192, fewer of many members.
             parts: Number of parts of the columns that `map` may keep or share among processes.
             map: Goes through the parts; see `diffcore.units.Map`.
 
@@ -149,45 +100,33 @@ class WeightSpace:
         count = n - 1 if num_components is None else min(num_components, n - 1)
         if count < 1:
             raise UserError(f"`num_components` is {num_components}; give at least 1")
-        solver = solver or ("gram" if n <= GRAM_UP_TO else "iterative")
+        solver = solver or best_solver(n, layout.size)
+        block_size = block_size or min(8192, max(_AT_ONCE // n, 1))
         columns = _Columns(
-            population, gauge, scaling, torch.zeros(layout.size), torch.zeros(layout.size), torch.ones(layout.size)
+            population,
+            gauge,
+            scaling,
+            solver == "gram",
+            torch.zeros(layout.size),
+            torch.zeros(layout.size),
+            torch.ones(layout.size),
         )
         shared = _parts(layout.blocks(block_size), parts)
         word = f"space {gauge} {scaling} {count} {block_size}"
         first = map(lambda unit: [columns.first(part) for part in unit], shared, name=f"{word} first", kind=Tensor)
         inner, facts = zip(*(columns.take(*pair) for pair in zip(shared, first, strict=True)), strict=True)
-        if solver == "gram":
-            values, vectors = leading(torch.stack(inner).sum(0), count)
+        if solver == "covariance":
+            values, found, vectors = _by_rows(columns, count, parts, word, map)
         else:
-
-            def multiplied(basis: Tensor) -> Tensor:
-                small = basis.float()
-
-                def work(unit: list[Part]) -> list[Tensor]:
-                    return [
-                        torch.stack([z @ (z.T @ small) for z in columns.again(part)]).double().sum(0) for part in unit
-                    ]
-
-                found = map(work, shared, name=f"{word} {digest_of_values(basis.sum(0).tolist())[:16]}", kind=Tensor)
-                return torch.stack(found).sum(0)
-
-            values, vectors = leading_iteratively(multiplied, n, count)
-        if len(values) == 0:
-            raise UserError("all adapters are equal: they span no space")
-        weights = (vectors / values.sqrt()).float()
-
-        def directions(unit: list[Part]) -> list[Tensor]:
-            return [torch.cat([weights.T @ block for block in columns.again(part)], 1) for part in unit]
-
-        found, signs = signed(torch.cat(map(directions, shared, name=f"{word} {solver} components", kind=Tensor), 1))
+            values, found, vectors = _by_columns(columns, sum_of(inner), shared, count, f"{word} {solver}", map)
+        found, signs = signed(found)
         return cls(
             Gauge(layout, columns.reference, gauge),
             columns.mean,
             columns.scale,
             found,
-            values / (n - 1),
-            Fit(
+            variances=values / (n - 1),
+            fit=Fit(
                 solver,
                 scaling,
                 sum(part.variance for part in facts),
@@ -195,8 +134,8 @@ class WeightSpace:
                 float(columns.scale.max() / columns.scale.min()),
                 tuple(row for part in facts for row in part.alignment),
             ),
-            population.names,
-            (vectors * signs.double() * math.sqrt(n - 1)).float(),
+            names=population.names,
+            members=(vectors * signs.double() * math.sqrt(n - 1)).float(),
         )
 
     @property
@@ -205,14 +144,9 @@ class WeightSpace:
         return self.gauge.layout
 
     @property
-    def num_components(self) -> int:
-        """Number of components."""
-        return len(self.components)
-
-    @cached_property
-    def sigma(self) -> Float[Tensor, " m"]:
-        """Standard deviation of the members' coefficients along each component."""
-        return self.variances.sqrt().float()
+    def kind(self) -> Literal["canonical", "raw", "product"]:
+        """What the space is linear in: factors in the canonical gauge, or as they are."""
+        return self.gauge.kind
 
     @cached_property
     def fingerprint(self) -> str:
@@ -224,25 +158,8 @@ class WeightSpace:
         add_tensors(digest, told)
         return digest.hexdigest()
 
-    def truncated(self, num_components: int) -> "WeightSpace":
-        """Returns the space of the first components alone.
-
-        Args:
-            num_components: Number of components, at least 1 and at most as many as there are.
-        """
-        if not 1 <= num_components <= self.num_components:
-            raise UserError(f"`num_components` is {num_components}; give 1 to {self.num_components}")
-        m = num_components
-        return replace(self, components=self.components[:m], variances=self.variances[:m], members=self.members[:, :m])
-
-    def without_members(self) -> "WeightSpace":
-        """Returns the space without its members' names and coordinates, which reproduce the members."""
-        return replace(self, names=(), members=self.members[:0], held_out=self.held_out[:0])
-
-    @property
-    def reference(self) -> Float[Tensor, "n m"]:
-        """Coordinates that new points are compared with: the held-out members, or else the members."""
-        return self.held_out if len(self.held_out) else self.members
+    def _first(self, num_components: int) -> dict[str, Tensor]:
+        return {"components": self.components[:num_components]}
 
     def vectors(self, z: Float[Tensor, "*b m"]) -> Float[Tensor, "*b size"]:
         """Returns the vectors of points: mu + s (V beta).
@@ -260,100 +177,15 @@ class WeightSpace:
         """
         return (((self.gauge(vectors) - self.mean) / self.scale) @ self.components.T) / self.sigma
 
-    def project(self, adapter: Adapter, *, unshrink: bool = False) -> "Point":
-        """Returns the point of the space that is nearest to an adapter.
+    def projected(self, adapter: Adapter) -> tuple[Float[Tensor, " m"], float]:
+        """Returns the coordinates of the point that is nearest to an adapter, and the residual; see `project`.
 
         Args:
             adapter: Adapter of the same base model and layers, of any rank and with whatever factors.
-            unshrink: Whether to divide the coordinates by `shrinkage`, at most twice as long: those of an adapter that
-                was not in the fit come out too short.
-
-        Raises:
-            IncompatibleModelError: The adapter changes none of the modules, or other shapes.
         """
         vector = self.gauge(vector_of(adapter, self.layout)[0][None])
         z = self.coordinates(vector)[0]
-        residual = relative_distance(self.layout, vector[0], self.vectors(z))
-        return Point(self, z / max(self.shrinkage, 0.5) if unshrink else z, residual)
-
-    def point(self, z: Float[Tensor, " m"] | None = None) -> "Point":
-        """Returns a point of the space.
-
-        Args:
-            z: Coordinates in standard deviations; by default those of the mean.
-
-        Raises:
-            ValueError: There are not as many coordinates as components.
-        """
-        z = torch.zeros(self.num_components) if z is None else z.float()
-        if z.shape != (self.num_components,):
-            raise ValueError(f"`z` has shape {tuple(z.shape)}; the space has {self.num_components} components")
-        return Point(self, z)
-
-    def member(self, name: str) -> "Point":
-        """Returns the point of a member.
-
-        Args:
-            name: Name of the member.
-
-        Raises:
-            UserError: There is no such member, or the space was written without its members.
-        """
-        if not self.names:
-            raise UserError("the space was written without its members")
-        if name not in self.names:
-            raise UserError(
-                f"the space has no member {name!r}; it has {self.names[0]!r} and {len(self.names) - 1} more"
-            )
-        return self.point(self.members[self.names.index(name)])
-
-
-@dataclass(frozen=True, eq=False)
-class Point:
-    """An adapter of a space.
-
-    Attributes:
-        space: Space that the coordinates belong to.
-        z: Coordinates in standard deviations.
-        residual: For a projected adapter, the Frobenius norm of what the space does not hold of its changes, divided by
-            that of the changes; None for points that were not projected.
-    """
-
-    space: WeightSpace
-    z: Float[Tensor, " m"]
-    residual: float | None = None
-
-    @property
-    def vector(self) -> Float[Tensor, " size"]:
-        """The adapter's vector."""
-        return self.space.vectors(self.z)
-
-    @property
-    def length(self) -> float:
-        """Distance from the mean in standard deviations: the Mahalanobis length of the coefficients."""
-        return float(self.z.double().norm())
-
-    def adapter(self, name: str = "point") -> Adapter:
-        """Returns the adapter, which `diffcore.adapters.write_adapter` writes as an ordinary LoRA.
-
-        Args:
-            name: Name of the adapter in messages.
-        """
-        return self.space.layout.adapter(self.vector, name)
-
-    def moved(self, by: Float[Tensor, " m"]) -> "Point":
-        """Returns the point at another place.
-
-        Args:
-            by: Difference of the coordinates z.
-        """
-        return Point(self.space, self.z + by.to(self.z))
-
-    def __add__(self, other: "Point") -> "Point":
-        """Returns the point whose coordinates are the sum, as deviations from the mean."""
-        if other.space.fingerprint != self.space.fingerprint:
-            raise UserError("the points belong to different spaces, and cannot be added")
-        return self.moved(other.z)
+        return z, relative_distance(self.layout, vector[0], self.vectors(z))
 
 
 @dataclass
@@ -366,6 +198,7 @@ class _Columns:
     population: Population
     gauge: GaugeKind
     scaling: Scaling
+    inner: bool
     reference: Tensor
     mean: Tensor
     scale: Tensor
@@ -377,7 +210,7 @@ class _Columns:
             part: Blocks of the part.
         """
         n = len(self.population)
-        inner, found = torch.zeros(n, n, dtype=torch.float64), []
+        inner, found = torch.zeros(self._sides, dtype=torch.float64), []
         for modules in part:
             block, reference, facts = self._gauged(modules, find=True)
             mean = block.mean(0)
@@ -390,20 +223,26 @@ class _Columns:
             # Numbers that never move have rounding errors for a deviation, and are left as they are.
             still = variances <= (1e-7 * mean).square()
             scale = self._scales(variances, modules).masked_fill(still, 1.0).float().double()
-            inner += gram([block.div_(scale.float())], n)
+            if self.inner:
+                inner += gram([block.div_(scale.float())], n)
             kept = (variances / scale.square()).masked_fill(still, 0.0)
             found += [reference.double(), mean, scale, kept, still.double(), facts.double().flatten()]
         return torch.cat([inner.flatten(), *found])
 
+    @property
+    def _sides(self) -> tuple[int, int]:
+        n = len(self.population) if self.inner else 0
+        return n, n
+
     def take(self, part: Part, flat: Float64[Tensor, " _"]) -> tuple[Float64[Tensor, "n n"], "_Facts"]:
-        """Keeps gauge, mean and scale of a part, and returns its inner products and what is told of it.
+        """Keeps gauge, mean and scale of a part, and returns its inner products (0 x 0 without) and what is told of it.
 
         Args:
             part: Blocks of the part.
             flat: Vector that `first` returned.
         """
-        n, layout = len(self.population), self.population.layout
-        inner, rest = flat.split([n * n, len(flat) - n * n])
+        layout, held = self.population.layout, math.prod(self._sides)
+        inner, rest = flat.split([held, len(flat) - held])
         variance, constant, alignment = 0.0, 0, list[Alignment]()
         for modules in part:
             span = layout.span(modules)
@@ -413,7 +252,7 @@ class _Columns:
             variance, constant = variance + float(vectors[3].sum()), constant + int(vectors[4].sum())
             for place, (flipped, ties, zero) in zip(modules, facts.view(-1, 3).tolist(), strict=True):
                 alignment.append(Alignment(layout.modules[place], flipped, int(ties), int(zero)))
-        return inner.view(n, n), _Facts(variance, constant, alignment if self.gauge == "canonical" else [])
+        return inner.view(self._sides), _Facts(variance, constant, alignment if self.gauge == "canonical" else [])
 
     def again(self, part: Part) -> Iterator[Tensor]:
         """Yields the blocks of a part once gauge, mean and scale are known.
@@ -424,6 +263,18 @@ class _Columns:
         for modules in part:
             span = self.population.layout.span(modules)
             yield self._gauged(modules, find=False)[0].sub_(self.mean[span]).div_(self.scale[span])
+
+    def rows(self, part: range) -> Iterator[Float[Tensor, "b size"]]:
+        """Yields rows of Z, a few members at a time, once gauge, mean and scale are known.
+
+        Args:
+            part: Places of members that follow one another.
+        """
+        layout, at_once = self.population.layout, min(8192, max(_AT_ONCE // self.population.layout.size, 1))
+        rule = Gauge(layout, self.reference, self.gauge)
+        for start in range(part.start, part.stop, at_once):
+            block = self.population.vectors.rows(range(start, min(start + at_once, part.stop)))
+            yield rule(block).sub(self.mean).div_(self.scale)
 
     def _scales(self, variances: Tensor, modules: range) -> Tensor:
         if self.scaling == "none":
@@ -459,6 +310,58 @@ class _Columns:
         return torch.cat(parts, 1), torch.cat(references), facts
 
 
+def _by_columns(
+    columns: _Columns, inner: Tensor, shared: list[Part], count: int, word: str, map: Map
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns eigenvalues, components and the members' scores of length 1, from inner products of members."""
+    if columns.inner:
+        values, vectors = leading(inner, count)
+    else:
+
+        def multiplied(basis: Tensor) -> Tensor:
+            small = basis.float()
+
+            def work(unit: list[Part]) -> list[Tensor]:
+                return [sum_of(z @ (z.T @ small) for z in columns.again(part)) for part in unit]
+
+            found = map(work, shared, name=f"{word} {digest_of_values(basis.sum(0).tolist())[:16]}", kind=Tensor)
+            return sum_of(found)
+
+        values, vectors = leading_iteratively(multiplied, len(columns.population), count)
+    _refuse_equal(values)
+    weights = (vectors / values.sqrt()).float()
+
+    def directions(unit: list[Part]) -> list[Tensor]:
+        return [torch.cat([weights.T @ block for block in columns.again(part)], 1) for part in unit]
+
+    return values, torch.cat(map(directions, shared, name=f"{word} components", kind=Tensor), 1), vectors
+
+
+def _by_rows(columns: _Columns, count: int, parts: int, word: str, map: Map) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the same from inner products of numbers, where there are fewer numbers than members."""
+    n = len(columns.population)
+    shared = [range(start, min(start + -(-n // parts), n)) for start in range(0, n, -(-n // parts))]
+
+    def products(unit: list[range]) -> list[Tensor]:
+        return [sum_of(gram([rows.T], rows.shape[1]) for rows in columns.rows(part)) for part in unit]
+
+    found = map(products, shared, name=f"{word} covariance", kind=Tensor)
+    values, components = leading(sum_of(found), count)
+    _refuse_equal(values)
+    weights = (components / values.sqrt()).float()
+
+    def scores(unit: list[range]) -> list[Tensor]:
+        return [torch.cat([rows @ weights for rows in columns.rows(part)]) for part in unit]
+
+    found = map(scores, shared, name=f"{word} scores", kind=Tensor)
+    return values, components.float().T.contiguous(), torch.cat(found).double()
+
+
+def _refuse_equal(values: Tensor) -> None:
+    if len(values) == 0:
+        raise UserError("all adapters are equal: they span no space")
+
+
 class _Facts(NamedTuple):
     """What the first pass tells of a part: variance, number of constant coordinates, and the gauge's work."""
 
@@ -480,26 +383,3 @@ def _flipped(turns: gauges.Rotations) -> float:
         return 0.0
     share = float(((turns.matrices[:, 0, 0] < 0) & live).sum()) / max(int(live.sum()), 1)
     return min(share, 1 - share)
-
-
-def about(space: WeightSpace) -> dict[str, Any]:
-    """Returns the facts of a space for people: sizes, variance, participation ratio.
-
-    Args:
-        space: Space of any population.
-    """
-    values = space.variances
-    return {
-        "members": len(space.names),
-        "modules": len(space.layout.modules),
-        "rank": space.layout.rank,
-        "numbers": space.layout.size,
-        "components": space.num_components,
-        "explained": float(values.sum()) / space.fit.total_variance,
-        "participation_ratio": float(values.sum() ** 2 / values.square().sum()),
-        "gauge": space.gauge.kind,
-        "scaling": space.fit.scaling,
-        "solver": space.fit.solver,
-        "constant_numbers": space.fit.constant,
-        "scale_ratio": space.fit.scale_ratio,
-    }

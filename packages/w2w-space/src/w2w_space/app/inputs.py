@@ -13,12 +13,12 @@ from diffcore.io import files
 from diffcore.models import resolve
 from diffcore.models.bases import base_on_disk, families_of
 from w2w_space.app.options import Reading
+from w2w_space.coordinates import Point, Space
 from w2w_space.files.base import base_of_layout
 from w2w_space.files.importing import Plan, adapter_paths, import_adapters, plan_import
 from w2w_space.files.points import is_point, load_point
 from w2w_space.files.population import FILE, PopulationFolder
 from w2w_space.files.space import base_of_space
-from w2w_space.space import Point, WeightSpace
 
 
 def adapters_at(sources: Sequence[Path]) -> list[Path]:
@@ -126,7 +126,7 @@ def digest_of_files(paths: Sequence[Path]) -> str:
     return digest_of_values(told)
 
 
-def adapter_of(path: Path, space: WeightSpace, place: Path, model: str | None) -> Adapter:
+def adapter_of(path: Path, space: Space, place: Path, model: str | None) -> Adapter:
     """Returns an adapter that is read for the model of a space.
 
     Args:
@@ -143,7 +143,7 @@ def adapter_of(path: Path, space: WeightSpace, place: Path, model: str | None) -
     return read_adapter(path, (families_of(scan_adapter(path)) or [base])[0] if alone else base)
 
 
-def subject(word: str, space: WeightSpace, place: Path, *, model: str | None = None, unshrink: bool = False) -> Point:
+def subject(word: str, space: Space, place: Path, *, model: str | None = None, unshrink: bool = False) -> Point:
     """Returns the point that a word of a command line stands for.
 
     Args:

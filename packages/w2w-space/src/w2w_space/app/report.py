@@ -7,8 +7,8 @@ import numpy as np
 
 from diffcore.report import Report, Series, lines_with_band
 from diffcore.run import Run
+from w2w_space.coordinates import Space, about
 from w2w_space.directions import Directions
-from w2w_space.space import WeightSpace, about
 
 TITLES = {
     "directions": "Which way is each attribute?",
@@ -23,7 +23,7 @@ _LIMITS = (
 )
 
 
-def save_space_parts(run: Run, space: WeightSpace) -> None:
+def save_space_parts(run: Run, space: Space) -> None:
     """Keeps spectrum and alignment of a space for the report.
 
     Args:
@@ -85,7 +85,7 @@ def save_directions_parts(run: Run, found: Directions) -> None:
         run.keep_table(word, rows, caption)
 
 
-def alignment_in_words(space: WeightSpace) -> str:
+def alignment_in_words(space: Space) -> str:
     """Returns what the gauge found, in a sentence.
 
     Args:
@@ -102,7 +102,7 @@ def alignment_in_words(space: WeightSpace) -> str:
     return f"{found}: most members, and not all, share their initial A."
 
 
-def answer_of(space: WeightSpace) -> str:
+def answer_of(space: Space) -> str:
     """Returns the result of building a space, in a sentence.
 
     Args:

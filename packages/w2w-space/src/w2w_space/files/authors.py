@@ -78,10 +78,10 @@ def import_authors(
         mean * strength,
         std * strength,
         components,
-        variances,
-        fit,
-        tuple(str(row) for row in range(len(coefficients))),
-        (coefficients.double() / variances.sqrt()).float(),
+        variances=variances,
+        fit=fit,
+        names=tuple(str(row) for row in range(len(coefficients))),
+        members=(coefficients.double() / variances.sqrt()).float(),
     )
 
 

@@ -10,9 +10,9 @@ import torch
 
 from diffcore.errors import IncompatibleModelError, UserError, printable
 from diffcore.io import artifact, files
+from w2w_space.coordinates import Space
 from w2w_space.directions import Direction, Directions
 from w2w_space.labels import Labels
-from w2w_space.space import WeightSpace
 
 FILE = "directions.safetensors"
 SCHEMA = "w2w-space/directions@1"
@@ -36,7 +36,7 @@ def save_directions(found: Directions, path: Path | str, **details: Any) -> Path
     )
 
 
-def load_directions(path: Path | str, space: WeightSpace) -> Directions:
+def load_directions(path: Path | str, space: Space) -> Directions:
     """Returns directions that `save_directions` wrote.
 
     Args:
@@ -63,7 +63,7 @@ def load_directions(path: Path | str, space: WeightSpace) -> Directions:
     return Directions(space.fingerprint, tuple(rows), tuple(stored.fields["notes"]))
 
 
-def read_labels(path: Path, space: WeightSpace) -> Labels:
+def read_labels(path: Path, space: Space) -> Labels:
     """Returns the labels of a space's members from a CSV file.
 
     The columns are adapter, attribute and value, with one row per label; or adapter and one column per attribute.

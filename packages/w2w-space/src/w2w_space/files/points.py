@@ -4,7 +4,7 @@ from pathlib import Path
 
 from diffcore.errors import IncompatibleModelError, UserError, printable
 from diffcore.io import artifact
-from w2w_space.space import Point, WeightSpace
+from w2w_space.coordinates import Point, Space
 
 SCHEMA = "w2w-space/point@1"
 
@@ -29,7 +29,7 @@ def save_point(point: Point, path: Path | str, *, name: str = "", **details: obj
     )
 
 
-def load_point(path: Path | str, space: WeightSpace) -> Point:
+def load_point(path: Path | str, space: Space) -> Point:
     """Returns a point that `save_point` wrote.
 
     Args:

@@ -5,14 +5,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from diffcore.adapters import Base
 from diffcore.errors import UserError, printable
 from diffcore.io import artifact
+from w2w_space.coordinates import Alignment, Fit, Space
 from w2w_space.files.base import base_from_json, base_of_layout, base_to_json
 from w2w_space.gauge import Gauge
 from w2w_space.layout import Layout
-from w2w_space.space import Alignment, Fit, WeightSpace
+from w2w_space.product_space import ProductSpace
+from w2w_space.space import WeightSpace
 
 FILE = "space.safetensors"
 SCHEMA = "w2w-space/space@1"
@@ -20,7 +23,7 @@ _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
 def save_space(
-    space: WeightSpace,
+    space: Space,
     path: Path | str,
     *,
     base: Base | None = None,
@@ -36,7 +39,7 @@ def save_space(
         base: Model whose adapters the points are; with it, adapters of all its layers can be projected.
         dtype: Type of the components, whose entries are below 1; all else keeps its precision.
         members: Whether names and coordinates of the members are written: they reproduce the members, and are personal
-            data where the members are persons.
+            data where the members are persons. A space of products is made of its members.
         **details: Plain values about how the space was made.
 
     Raises:
@@ -53,14 +56,14 @@ def save_space(
     if not members:
         space = space.without_members()
     layout = space.layout
-    tensors = {
-        "mean": space.mean,
-        "scale": space.scale,
-        "components": space.components.to(_DTYPES[dtype]),
-        "variances": space.variances,
-    }
-    for name, span in zip(layout.modules, layout.spans, strict=True):
-        tensors[f"gauge.{name}"] = space.gauge.reference[span]
+    tensors: dict[str, Tensor] = {"variances": space.variances}
+    if isinstance(space, ProductSpace):
+        tensors |= {"adapters": space.adapters.float(), "centre": space.centre}
+        details |= {"table": space.table.to_json()}
+    elif isinstance(space, WeightSpace):
+        tensors |= {"mean": space.mean, "scale": space.scale, "components": space.components.to(_DTYPES[dtype])}
+        for name, span in zip(layout.modules, layout.spans, strict=True):
+            tensors[f"gauge.{name}"] = space.gauge.reference[span]
     if space.names:
         tensors["members.coefficients"] = space.members
         if len(space.held_out):
@@ -71,7 +74,7 @@ def save_space(
         schema=SCHEMA,
         layout=layout.to_json(),
         base=base_to_json(base or base_of_layout(layout)),
-        gauge=space.gauge.kind,
+        gauge=space.kind,
         fit=asdict(space.fit),
         shrinkage=space.shrinkage,
         members_included=bool(space.names),
@@ -82,7 +85,23 @@ def save_space(
 
 
 def load_space(path: Path | str) -> WeightSpace:
-    """Returns a space that `save_space` wrote, in float32.
+    """Returns a space of factors that `save_space` wrote, in float32.
+
+    Args:
+        path: File of the space, or the folder that holds it.
+
+    Raises:
+        UserError: There is no space, or it is one of products.
+        CorruptArtifactError: The file is damaged, or of a newer version.
+    """
+    found = load_any_space(path)
+    if not isinstance(found, WeightSpace):
+        raise UserError(f"{printable(path, 300)} is a space of products; this needs one of factors, as `build` makes")
+    return found
+
+
+def load_any_space(path: Path | str) -> Space:
+    """Returns a space that `save_space` wrote, of factors or of products, in float32.
 
     Args:
         path: File of the space, or the folder that holds it.
@@ -93,23 +112,21 @@ def load_space(path: Path | str) -> WeightSpace:
     """
     stored = artifact.load(_there(path), schema=SCHEMA)
     fields, tensors = stored.fields, stored.tensors
-    layout = Layout.from_json(fields["layout"])
+    layout, told, empty = Layout.from_json(fields["layout"]), fields["fit"], torch.empty(0, len(tensors["variances"]))
+    shared = {
+        "variances": tensors["variances"],
+        "fit": Fit(**(told | {"alignment": tuple(Alignment(**one) for one in told["alignment"])})),
+        "names": tuple(fields["members"]),
+        "members": tensors.get("members.coefficients", empty),
+        "held_out": tensors.get("members.held_out", empty),
+        "shrinkage": fields["shrinkage"],
+    }
+    if fields["gauge"] == "product":
+        table = Layout.from_json(fields["table"])
+        return ProductSpace(table, tensors["adapters"].float(), tensors["centre"], layout.rank, **shared)
     reference = torch.cat([tensors[f"gauge.{name}"] for name in layout.modules])
-    told = fields["fit"]
-    fit = Fit(**(told | {"alignment": tuple(Alignment(**one) for one in told["alignment"])}))
-    components = tensors["components"].float()
-    return WeightSpace(
-        Gauge(layout, reference, fields["gauge"]),
-        tensors["mean"],
-        tensors["scale"],
-        components,
-        tensors["variances"],
-        fit,
-        tuple(fields["members"]),
-        tensors.get("members.coefficients", torch.empty(0, len(components))),
-        tensors.get("members.held_out", torch.empty(0, len(components))),
-        fields["shrinkage"],
-    )
+    rule = Gauge(layout, reference, fields["gauge"])
+    return WeightSpace(rule, tensors["mean"], tensors["scale"], tensors["components"].float(), **shared)
 
 
 def details_of_space(path: Path | str) -> dict[str, Any]:

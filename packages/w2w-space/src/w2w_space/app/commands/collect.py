@@ -143,14 +143,14 @@ def info(thing: Path, *, model: BaseModel = None, json: Flag = False) -> int:
     """
     from w2w_space.app.inputs import is_population
     from w2w_space.files.points import is_point
-    from w2w_space.files.space import details_of_space, is_space, load_space
+    from w2w_space.files.space import details_of_space, is_space, load_any_space
 
     if is_space(thing):
         from w2w_space.space import about
 
         told = details_of_space(thing)
         more = {"made_by": told["produced_by"], "base": told["base"]["name"], "fingerprint": told["fingerprint"][:16]}
-        emit({"kind": "space", **about(load_space(thing)), **more}, json)
+        emit({"kind": "space", **about(load_any_space(thing)), **more}, json)
     elif is_population(thing):
         from w2w_space.files.population import PopulationFolder
 

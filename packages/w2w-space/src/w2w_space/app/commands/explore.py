@@ -42,9 +42,9 @@ def directions(
     from w2w_space.app.report import save_directions_parts, write_page
     from w2w_space.directions import find_directions
     from w2w_space.files.directions import FILE, read_labels, save_directions
-    from w2w_space.files.space import load_space
+    from w2w_space.files.space import load_any_space
 
-    loaded = load_space(space)
+    loaded = load_any_space(space)
     told = read_labels(labels, loaded)
 
     def compute(run: "Run", map: "RunMap") -> dict[str, Any]:
@@ -100,10 +100,10 @@ def sample(
     from w2w_space.app.inputs import strengths_of
     from w2w_space.files.directions import load_directions
     from w2w_space.files.export import export_point
-    from w2w_space.files.space import base_of_space, load_space
+    from w2w_space.files.space import base_of_space, load_any_space
     from w2w_space.sample import sample as draw
 
-    loaded = load_space(space)
+    loaded = load_any_space(space)
     known = None if directions is None else load_directions(directions, loaded)
     wanted = strengths_of(condition)
     drawn = draw(loaded, num, method=method, truncation=truncation, condition=wanted, directions=known, seed=seed)
@@ -171,12 +171,12 @@ def edit(
     from w2w_space.edit import edit as move
     from w2w_space.files.directions import load_directions
     from w2w_space.files.export import export_point
-    from w2w_space.files.space import base_of_space, load_space
+    from w2w_space.files.space import base_of_space, load_any_space
 
     wanted = strengths_of(strengths)
     if not wanted:
         raise UserError("there is nothing to move; give `strengths` such as age=+1.5")
-    loaded = load_space(space)
+    loaded = load_any_space(space)
     known = load_directions(directions, loaded)
     start = subject_of(subject, loaded, space, model=model, unshrink=unshrink)
     done = move(start, wanted, known, keep=keep, unit=unit, metric=metric, orthogonal=orthogonal)

@@ -15,15 +15,17 @@ if TYPE_CHECKING:
 
 
 _TESTED, _UNTESTED = 2000, 1000  # members up to which components are tested, and components of more
+_PRODUCTS = 50  # components of a space of products, whose chance is not tested
 
 
 def build(
     sources: Sources,
     *,
+    geometry: Literal["factors", "product"] = "factors",
     gauge: Literal["canonical", "raw"] = "canonical",
     scaling: Literal["standard", "module", "none"] = "standard",
     num_components: int | None = None,
-    solver: Literal["gram", "iterative"] | None = None,
+    solver: Literal["gram", "covariance", "iterative"] | None = None,
     members: Annotated[bool, Parameter(negative="--no-members")] = True,
     precision: Literal["float16", "float32"] = "float16",
     reading: Reading = Reading(),
@@ -36,34 +38,52 @@ def build(
     SOURCES may also be the folder of one population. RUN/space.safetensors is what the other commands take.
 
     Args:
+        geometry: Make a space that is linear in the factors (paper), or in their products: the changes of the weights.
         gauge: Use canonical to remove the freedom of the factors, raw for vectors as they are (published code).
         scaling: Divide each number by its standard deviation (paper), each module by its own, or nothing.
         num_components: Number of components; by default those that vary more than permuted numbers do (all, of fewer
-            than 20 members; 1000, of more than 2000).
-        solver: Way to the components: gram holds all inner products of members (up to 20 000 of them), iterative not.
+            than 20 members; 1000, of more than 2000; 50 of products).
+        solver: Way to the components: gram holds the inner products of all members, covariance those of all numbers,
+            iterative neither; by default the smaller table of at most 20 000 rows.
         members: Keep the members' names and coordinates; without them nobody can get the members back.
         precision: Precision of the stored components.
     """
     from diffcore.errors import UserError
     from w2w_space.app.inputs import about_plan, adapters_at, digest_of_files, imported, is_population, planned
     from w2w_space.app.report import save_space_parts, write_page
-    from w2w_space.diagnose import diagnosed
+    from w2w_space.diagnose import cross_fitted, diagnosed
     from w2w_space.files.population import MEMBERS, PopulationFolder
     from w2w_space.files.space import save_space
+    from w2w_space.product_space import ProductSpace
     from w2w_space.space import WeightSpace
 
+    if geometry == "product" and (gauge, scaling, solver, members) != ("canonical", "standard", None, True):
+        raise UserError("`geometry` product knows no gauge, scaling or solver, and consists of its members: omit these")
     if num_components is not None and num_components < 1:
         raise UserError(f"`num_components` is {num_components}; give at least 1")
     stored = PopulationFolder.open(sources[0]) if len(sources) == 1 and is_population(sources[0]) else None
     paths = [] if stored is not None else adapters_at(sources)
     options = {
-        **{"sources": list(sources), "gauge": gauge, "scaling": scaling, "num_components": num_components},
+        **{
+            "sources": list(sources),
+            "geometry": geometry,
+            "gauge": gauge,
+            "scaling": scaling,
+            "num_components": num_components,
+        },
         **{"solver": solver, "members": members, "precision": precision, **asdict(reading)},
     }
 
     def compute(run: "Run", map: "RunMap") -> dict[str, Any]:
         found = stored or imported(run.folder / "population", paths, planned(paths, reading)[0], reading)
         population = found.population()
+        if geometry == "product":
+            whole = ProductSpace.build(population)
+            kept, _ = cross_fitted(whole, num_components=min(num_components or _PRODUCTS, whole.num_components))
+            save_space(kept, run.folder / "space.safetensors", base=found.base, dtype=precision)
+            save_space_parts(run, kept)
+            _keep_members(run, found)
+            return _summary(kept, len(found.skipped))
         tested = len(population) <= _TESTED
         space = WeightSpace.build(
             population,

@@ -11,7 +11,7 @@ from w2w_space.app.options import BaseModel, FormatName, Overwrite, PrecisionNam
 
 if TYPE_CHECKING:
     from diffcore.models import DiffusionModel
-    from w2w_space.space import Point, WeightSpace
+    from w2w_space.coordinates import Point, Space
 
 _NEAREST, _SHOWN = 3, 5
 
@@ -37,9 +37,9 @@ def project(
     """
     from w2w_space.app.inputs import adapter_of
     from w2w_space.files.points import save_point
-    from w2w_space.files.space import load_space
+    from w2w_space.files.space import load_any_space
 
-    loaded = load_space(space)
+    loaded = load_any_space(space)
     read = adapter_of(adapter, loaded, space, model)
     point = loaded.project(read, unshrink=unshrink)
     # What other ranks lose is part of what the space does not hold: compared is the file, not its vector.
@@ -75,7 +75,7 @@ def about_point(point: "Point") -> dict[str, Any]:
     }
 
 
-def _usual(space: "WeightSpace") -> float:
+def _usual(space: "Space") -> float:
     """Returns the root mean square length of members, in standard deviations."""
     n = len(space.names)
     return (space.num_components * ((n - 1) / n if n else 1.0)) ** 0.5
@@ -127,11 +127,11 @@ def export(
 
     from w2w_space.app.inputs import subject as subject_of
     from w2w_space.files.export import export_point, merge_point
-    from w2w_space.files.space import base_of_space, load_space
+    from w2w_space.files.space import base_of_space, load_any_space
 
     if verify is not None and (format == "peft" or merge is not None):
         raise UserError("`verify` loads files in the layout of diffusers or kohya; choose one of them as `format`")
-    loaded = load_space(space)
+    loaded = load_any_space(space)
     point = subject_of(subject, loaded, space, model=model, unshrink=unshrink)
     if merge is not None:
         emit({"written": merge_point(load_plain(merge), point, out, weight=weight)}, json)

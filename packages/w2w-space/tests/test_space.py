@@ -8,7 +8,7 @@ import torch
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from diffcore.errors import UserError
+from diffcore.errors import IncompatibleModelError, UserError
 from diffcore.run import Run, RunMap
 from diffcore.testing.distributed import run_forked
 from w2w_space.diagnose import cross_fitted, nearest_among_members, nearest_members, real_components
@@ -81,6 +81,26 @@ def test_parts_and_processes_give_the_space_of_one(solver, tmp_path: Path):
         torch.testing.assert_close(mean, alone.mean)
     assert parted.fit.alignment == alone.fit.alignment
     assert parted.fit.total_variance == pytest.approx(alone.fit.total_variance)
+
+
+@pytest.mark.parametrize("solver", ["gram", "covariance", "iterative"])
+def test_new_members_do_not_move_the_vectors_of_old_ones(solver):
+    """Oracle 4: with gauge and scale kept, the space is that of all members at that scale."""
+    made = toy(members=30).gauged
+    earlier = WeightSpace.build(made.subset(range(20)), num_components=6)
+    space = WeightSpace.build(made, like=earlier, num_components=6, solver=solver)
+    assert torch.equal(space.scale, earlier.scale)
+    assert torch.equal(space.gauge.reference, earlier.gauge.reference)
+    z = (earlier.gauge(made.vectors.rows(range(30))).double() - earlier.mean) / earlier.scale
+    z -= z.mean(0)
+    values = torch.linalg.svdvals(z).square()[:6] / 29
+    torch.testing.assert_close(space.variances[:3], values[:3], rtol=1e-5, atol=0)
+    # The change of an old member that all components hold is what it was.
+    whole = WeightSpace.build(made, like=earlier)
+    assert relative_distance(made.layout, whole.vectors(whole.members[4]), made.vectors.rows([4])[0]) < 1e-3
+    other = toy(members=5, rank=3).population
+    with pytest.raises(IncompatibleModelError, match="another layout"):
+        WeightSpace.build(other, like=earlier)
 
 
 def test_coordinates_of_members_are_white_and_lead_back():

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from diffcore.adapters import Adapter
 from diffcore.digests import add_tensors, digest_of_values
-from diffcore.errors import UserError
+from diffcore.errors import IncompatibleModelError, UserError
 from diffcore.units import Map, each_unit
 from w2w_space import gauge as gauges
 from w2w_space.coordinates import Alignment, Fit, Point, Scaling, Space, about
@@ -62,6 +62,7 @@ class WeightSpace(Space):
         *,
         gauge: GaugeKind = "canonical",
         scaling: Scaling = "standard",
+        like: "WeightSpace | None" = None,
         num_components: int | None = None,
         solver: Solver | None = None,
         block_size: int | None = None,
@@ -75,6 +76,8 @@ class WeightSpace(Space):
             gauge: "canonical" removes the freedom of the factors; "raw" takes vectors as they are (published code).
             scaling: "standard" divides each number by its standard deviation (paper), "module" each module by the root
                 of its mean variance, "none" nothing.
+            like: Earlier space of fewer members, whose gauge and scale are kept instead, so that new members do not
+                move the vectors of the old ones; mean and components are those of all members.
             num_components: Largest number of components; by default all that the members span.
             solver: "gram" holds the inner products of all pairs of members, "covariance" those of all pairs of numbers,
                 "iterative" neither; by default the smaller table, if it has at most 20 000 rows, else "iterative".
@@ -84,6 +87,7 @@ class WeightSpace(Space):
 
         Raises:
             UserError: There are fewer than three members, all members are equal, or values are not finite.
+            IncompatibleModelError: The earlier space has another layout.
 
         Example:
             >>> layout = Layout.of({"to_q": (4, 3)}, rank=1)
@@ -100,6 +104,9 @@ class WeightSpace(Space):
         count = n - 1 if num_components is None else min(num_components, n - 1)
         if count < 1:
             raise UserError(f"`num_components` is {num_components}; give at least 1")
+        if like is not None and like.layout != layout:
+            raise IncompatibleModelError("the space `like` has another layout than the population; fit a space anew")
+        gauge, scaling = (gauge, scaling) if like is None else (like.gauge.kind, like.fit.scaling)
         solver = solver or best_solver(n, layout.size)
         block_size = block_size or min(8192, max(_AT_ONCE // n, 1))
         columns = _Columns(
@@ -107,12 +114,13 @@ class WeightSpace(Space):
             gauge,
             scaling,
             solver == "gram",
+            like,
             torch.zeros(layout.size),
             torch.zeros(layout.size),
             torch.ones(layout.size),
         )
         shared = _parts(layout.blocks(block_size), parts)
-        word = f"space {gauge} {scaling} {count} {block_size}"
+        word = f"space {gauge} {scaling} {count} {block_size} {like.fingerprint[:16] if like else ''}"
         first = map(lambda unit: [columns.first(part) for part in unit], shared, name=f"{word} first", kind=Tensor)
         inner, facts = zip(*(columns.take(*pair) for pair in zip(shared, first, strict=True)), strict=True)
         if solver == "covariance":
@@ -199,6 +207,7 @@ class _Columns:
     gauge: GaugeKind
     scaling: Scaling
     inner: bool
+    like: WeightSpace | None
     reference: Tensor
     mean: Tensor
     scale: Tensor
@@ -223,6 +232,8 @@ class _Columns:
             # Numbers that never move have rounding errors for a deviation, and are left as they are.
             still = variances <= (1e-7 * mean).square()
             scale = self._scales(variances, modules).masked_fill(still, 1.0).float().double()
+            if self.like is not None:
+                scale = self.like.scale[self.population.layout.span(modules)].double()
             if self.inner:
                 inner += gram([block.div_(scale.float())], n)
             kept = (variances / scale.square()).masked_fill(still, 0.0)
@@ -302,7 +313,11 @@ class _Columns:
         for number, place in enumerate(modules):
             own = slice(layout.spans[place].start - span.start, layout.spans[place].stop - span.start)
             joint = gauges.balanced(layout, block[:, own], place)
-            reference = gauges.find_reference(joint)
+            if self.like is None:
+                reference = gauges.find_reference(joint)
+            else:
+                kept = self.like.gauge.reference[None, layout.spans[place]]
+                reference = gauges.joined(layout, kept, place)[0]
             turns = gauges.rotations(joint, reference)
             parts.append(gauges.apart(layout, gauges.turned(joint, turns.matrices), place))
             references.append(gauges.apart(layout, reference[None], place)[0])

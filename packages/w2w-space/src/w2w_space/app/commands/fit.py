@@ -24,6 +24,7 @@ def build(
     geometry: Literal["factors", "product"] = "factors",
     gauge: Literal["canonical", "raw"] = "canonical",
     scaling: Literal["standard", "module", "none"] = "standard",
+    like: Path | None = None,
     num_components: int | None = None,
     solver: Literal["gram", "covariance", "iterative"] | None = None,
     members: Annotated[bool, Parameter(negative="--no-members")] = True,
@@ -41,6 +42,8 @@ def build(
         geometry: Make a space that is linear in the factors (paper), or in their products: the changes of the weights.
         gauge: Use canonical to remove the freedom of the factors, raw for vectors as they are (published code).
         scaling: Divide each number by its standard deviation (paper), each module by its own, or nothing.
+        like: Earlier space of a part of the members, whose gauge and scale are kept: what was learned of its members'
+            vectors stays true of the new space.
         num_components: Number of components; by default those that vary more than permuted numbers do (all, of fewer
             than 20 members; 1000, of more than 2000; 50 of products).
         solver: Way to the components: gram holds the inner products of all members, covariance those of all numbers,
@@ -53,11 +56,11 @@ def build(
     from w2w_space.app.report import save_space_parts, write_page
     from w2w_space.diagnose import cross_fitted, diagnosed
     from w2w_space.files.population import MEMBERS, PopulationFolder
-    from w2w_space.files.space import save_space
+    from w2w_space.files.space import load_space, save_space
     from w2w_space.product_space import ProductSpace
     from w2w_space.space import WeightSpace
 
-    if geometry == "product" and (gauge, scaling, solver, members) != ("canonical", "standard", None, True):
+    if geometry == "product" and (gauge, scaling, like, solver, members) != ("canonical", "standard", None, None, True):
         raise UserError("`geometry` product knows no gauge, scaling or solver, and consists of its members: omit these")
     if num_components is not None and num_components < 1:
         raise UserError(f"`num_components` is {num_components}; give at least 1")
@@ -69,6 +72,7 @@ def build(
             "geometry": geometry,
             "gauge": gauge,
             "scaling": scaling,
+            "like": like,
             "num_components": num_components,
         },
         **{"solver": solver, "members": members, "precision": precision, **asdict(reading)},
@@ -89,6 +93,7 @@ def build(
             population,
             gauge=gauge,
             scaling=scaling,
+            like=None if like is None else load_space(like),
             num_components=None if tested else num_components or _UNTESTED,
             solver=solver,
         )

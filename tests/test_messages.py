@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {path.name: path for path in sorted(ROOT.glob("*/*/src/*/")) if (path / "__init__.py").exists()}
-PACKAGES = ["diffcore", "diffusion_featsel", "immiscible_noise", "nemo_localize", "w2w_space"]
+PACKAGES = ["diffcore", "diffusion_featsel", "emd_distill", "immiscible_noise", "nemo_localize", "w2w_space"]
 HARNESS = {"cli", "app"}
 FLAG = re.compile(r"(?<![\w-])--[a-z]")
 

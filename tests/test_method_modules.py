@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {path.name: path for path in sorted(ROOT.glob("*/*/src/*/")) if (path / "__init__.py").exists()}
-TECHNIQUES = ["diffusion_featsel", "immiscible_noise", "nemo_localize", "w2w_space"]
+TECHNIQUES = ["diffusion_featsel", "emd_distill", "immiscible_noise", "nemo_localize", "w2w_space"]
 # What belongs to the harness: modules that hold commands, files, runs and studies may import it, methods may not.
 HARNESS = ["diffcore.run", "diffcore.cli", "diffcore.report", "lightning.fabric", "cyclopts", "argparse"]
 ROOMS = ["app", "files", "study"]

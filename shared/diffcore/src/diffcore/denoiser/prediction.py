@@ -126,6 +126,28 @@ class Prediction:
         self._require_positive("sigma", "score")
         return -self.noise / self._levels[1]
 
+    def noise_minus(self, other: "Prediction") -> Float[Tensor, "b *data"]:
+        """Returns the difference of two predicted noises for the same `x_t`.
+
+        Between outputs of one kind `x_t` cancels, so that predictions that are nearly equal keep the digits in which
+        they differ.
+
+        Args:
+            other: Prediction that is subtracted, at the same noise level.
+
+        Example:
+            >>> x, level = torch.zeros(1, 2), torch.full((1, 1), 0.6)
+            >>> alpha = torch.full((1, 1), 0.8)
+            >>> one, other = (Prediction(torch.full((1, 2), o), x, alpha, level, "sample") for o in (1.0, 4.0))
+            >>> one.noise_minus(other).tolist()
+            [[4.0, 4.0]]
+        """
+        if self.kind == "epsilon" or self.kind != other.kind or self.sigma_data != other.sigma_data:
+            return self.noise - other.noise
+        alpha, sigma = self._levels
+        p, q = mixture(self.kind, alpha, sigma, self.sigma_data)
+        return alpha * (_wide(other.output) - _wide(self.output)) / (sigma * p - alpha * q)
+
     def target(self, x0: Float[Tensor, "b *data"], noise: Float[Tensor, "b *data"]) -> Float[Tensor, "b *data"]:
         """Returns what `output` should have been for this clean sample and noise: the regression target.
 

@@ -1,0 +1,1 @@
+"""The command line, report, demo and benchmarks of the package."""

@@ -1,0 +1,1 @@
+"""The commands of the console script, by what they are for."""

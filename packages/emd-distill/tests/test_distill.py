@@ -114,7 +114,9 @@ def test_each_iteration_updates_the_student_first_and_the_generator_once():
     first = weights(student)
     settings = Settings(loss=Spy(), steps=3, student_updates=2, **SETTINGS)
     reached: list[int] = []
-    distill(teacher, generator, (2,), settings, student=student, on_step=lambda step, told: reached.append(step))
+    distill(
+        teacher, generator, (2,), settings, student=student, on_step=lambda step, told, average: reached.append(step)
+    )
     assert reached == [0, 1, 2]
     assert not torch.equal(seen[0][0], first)  # phi learns before the E-step uses it
     assert len({tuple(generator.tolist()) for _, generator in seen}) == 3

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 
 from diffcore.denoiser import Condition, Denoiser, EDMSchedule, NetworkDenoiser, sample
 from diffcore.io import artifact
+from diffcore.io.shipped import shipped_folder
+from diffcore.metrics.attribute_network import AttributeNetwork, load_attribute_network
 from diffcore.metrics.frechet import frechet_distance_from_features
 from diffcore.metrics.precision_recall import precision_recall
 from diffcore.noise import philox_normal
@@ -131,7 +133,8 @@ def train_teacher(
         loss.backward()
         optimizer.step()
         with torch.no_grad():
-            own, others = list(average.parameters()), list(teacher.parameters())
+            own: list[Tensor] = list(average.parameters())
+            others: list[Tensor] = list(teacher.parameters())
             torch._foreach_lerp_(own, others, max(0.002, 1 / (step + 1)))
     return average.requires_grad_(False).eval()
 
@@ -193,18 +196,18 @@ def evaluated_latents(count: int = _EVALUATED) -> tuple[Float[Tensor, "n 1 8 8"]
 
 
 @torch.no_grad()
-def measure(x: Float[Tensor, "n 1 8 8"], labels: Int[Tensor, " n"], judge: nn.Module) -> Quality:
+def measure(x: Float[Tensor, "n 1 8 8"], labels: Int[Tensor, " n"], judge: AttributeNetwork) -> Quality:
     """Returns how near digits are to the real ones.
 
     Args:
         x: Generated digits in [-1, 1].
         labels: Digit that each was asked to be.
-        judge: Classifier of images in [0, 1] with ten outputs.
+        judge: Classifier of images in [0, 1] that reads the digit; see `load_judge`.
     """
     images, real_labels = load_digits()
     real, fake = (2 * images - 1).flatten(1), x.flatten(1).float()
     scores = precision_recall(real, fake, k=_NEIGHBOURS, k_coverage=_NEIGHBOURS)
-    answers = judge((x / 2 + 0.5).clamp(0, 1)).argmax(1)
+    answers = judge.read((x / 2 + 0.5).clamp(0, 1))["digit"]
     spreads = [
         float(fake[labels == digit].std(0).mean() / real[real_labels == digit].std(0).mean()) for digit in range(10)
     ]
@@ -216,6 +219,16 @@ def measure(x: Float[Tensor, "n 1 8 8"], labels: Int[Tensor, " n"], judge: nn.Mo
         float(scores.coverage),
         min(spreads),
     )
+
+
+def load_judge() -> AttributeNetwork:
+    """Returns the classifier of digits that comes with diffcore.
+
+    Example:
+        >>> load_judge().read(torch.zeros(2, 1, 8, 8))["digit"].shape
+        torch.Size([2])
+    """
+    return load_attribute_network(shipped_folder("digits8-classifier"))
 
 
 @torch.no_grad()

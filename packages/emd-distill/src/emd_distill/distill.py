@@ -112,7 +112,7 @@ def distill(
     student: NetworkDenoiser | None = None,
     time_sampler: TimeSampler | None = None,
     conditions: Conditions | None = None,
-    on_step: Callable[[int, GeneratorLoss], None] | None = None,
+    on_step: Callable[[int, GeneratorLoss, nn.Module], None] | None = None,
 ) -> Distilled:
     """Trains a one-step generator to draw what a teacher draws in many steps.
 
@@ -125,7 +125,8 @@ def distill(
             by default a copy of the teacher, which must then be a network without guidance.
         time_sampler: Distribution of noise levels p(t); by default log-normal in the teacher's range.
         conditions: Conditions of each iteration; None for a model without any.
-        on_step: Called after each iteration with its number and what the loss tells.
+        on_step: Called after each iteration with its number, what the loss tells, and the generator with averaged
+            weights.
 
     Raises:
         UserError: There is no student, and the teacher is no plain network; or the noise levels do not suit the loss.
@@ -172,7 +173,7 @@ def distill(
         dropped.append((~told.finite).sum())
         watch(step, told.finite, drawn.t)
         if on_step is not None:
-            on_step(step, told)
+            on_step(step, told, average)
     return Distilled(average, student, torch.stack(drifts).cpu(), torch.stack(dropped).cpu())
 
 

@@ -1,6 +1,9 @@
 """The console script emd-distill: its commands, by what they are for. Heavy imports stand inside the commands."""
 
-from diffcore.cli import main, make_app
+import sys
+from pathlib import Path
+
+from diffcore.cli import Flag, emit, main, make_app
 from diffcore.cli.package_commands import add_package_commands
 
 app = make_app(
@@ -15,3 +18,24 @@ add_package_commands(app, timed="chains and iterations against a straightforward
 def run() -> int:
     """Runs the command line and returns its exit code."""
     return main(app)
+
+
+@app.command
+def demo(*, out: Path = Path("runs/demo-emd-distill"), full: Flag = False, json: Flag = False) -> int:
+    """See a teacher of handwritten digits become a generator of one step, with and without a chain.
+
+    Shortest form: emd-distill demo
+
+    Exit code 1 means that the better generator is farther from the digits than when this was written.
+
+    Args:
+        out: Run folder of the demo.
+        full: Train about a minute each, and with a chain of sixteen steps too.
+        json: Print the result as one JSON object.
+    """
+    from emd_distill.app.demo import run_demo
+
+    result = run_demo(out, full=full)
+    emit(result, json)
+    print(f"report: {out / 'report.html'}", file=sys.stderr)
+    return 0 if result["held"] else 1

@@ -196,8 +196,16 @@ def components_of(space: WeightSpace, settings: InversionSettings) -> int:
     Args:
         space: Space that is searched.
         settings: Settings of the search.
+
+    Raises:
+        UserError: The space has fewer, or there are none.
     """
-    return settings.num_components or default_components(space, settings.component_share)
+    m = settings.num_components
+    if m is None:
+        return default_components(space, settings.component_share)
+    if not 1 <= m <= space.num_components:
+        raise UserError(f"`num_components` is {m}; the space has {space.num_components}")
+    return m
 
 
 @dataclass(frozen=True, eq=False)

@@ -323,7 +323,7 @@ def add_training(report: Report, run: Run) -> None:
     part = run.load("training")
     told, (low, middle, high) = part.fields, part.tensors["quartiles"].numpy()
     gains = np.asarray(told["gains"], dtype=float)
-    numbers: dict[str, float | str] = {"members": len(gains), "failed": len(told["failed"])}
+    numbers: dict[str, float | str] = {"members": f"{len(gains):,}", "failed": f"{len(told['failed']):,}"}
     if len(gains):
         numbers |= {"median share removed": f"{np.median(gains):.1%}", "least": f"{gains[0]:.1%}"}
     report.section("How well the members learned").numbers(numbers)

@@ -28,7 +28,7 @@ from w2w_space.files.population import FILE, LABELS, MEMBERS, SHARDS, Member, Po
 from w2w_space.files.subjects import Subjects, labels_text, list_class, list_subjects, read_label_rows
 from w2w_space.instance import Instance
 from w2w_space.layout import Layout
-from w2w_space.pictures import condition_of, takes_classes
+from w2w_space.pictures import condition_of, picture_format, takes_classes
 from w2w_space.recipe import Recipe
 from w2w_space.styles import MEMBERS as ALL_STYLES
 from w2w_space.styles import MODEL as STYLES_NAME
@@ -96,22 +96,31 @@ class Sources:
         return found if self.of_class is None else {**found, "class images": self.of_class.digest}
 
     def require(
-        self, model: DiffusionModel, prompt: str | None, class_label: int | None, class_prompt: str | None
+        self,
+        model: DiffusionModel,
+        prompt: str | None,
+        class_label: int | None,
+        class_prompt: str | None,
+        size: int | None,
     ) -> None:
-        """Refuses prompts and classes that do not suit the model, before anything is computed.
+        """Refuses prompts, classes and sizes that do not suit the model, before anything is computed.
 
         Args:
             model: Model that is trained.
             prompt: Prompt of all subjects; None for models that take none.
             class_label: Class of all pictures; None where folders name it, or the model takes none.
             class_prompt: Prompt of the class; None without prior preservation, or for models that take none.
+            size: Side of the pictures in pixels.
 
         Raises:
             UserError: What the model takes is missing, or what it does not take is given.
         """
         if self.listed is None:
+            if size is not None:
+                raise UserError(f"{STYLES_NAME} has pictures of one size; leave out `size`")
             condition_of(model, prompt=prompt, class_labels=range(len(DIGITS)))
             return
+        picture_format(model, size)
         require_classes(model, self.listed, class_label)
         if class_label is not None or not takes_classes(model):
             conditions(model, prompt, class_label, None)

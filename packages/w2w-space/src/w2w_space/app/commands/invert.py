@@ -70,6 +70,7 @@ def invert(
         raise UserError(f"`refine` is {refine}; give how far adapters may leave the space, such as 0.1")
     settings = search.settings(work.runtime.seed)
     within = load_space(space)
+    m = components_of(within, settings)
     known = None if directions is None else load_directions(directions, within)
     given = Given.of(pictures, mask, each=each, name=name, class_label=class_label)
     loaded = work.load(model)
@@ -108,7 +109,7 @@ def invert(
         "subjects": len(shown),
         "pictures": sum(len(one.shown) for one in shown),
         "left_out": len(given.skipped),
-        "components": components_of(within, settings),
+        "components": m,
         "steps": settings.steps,
         "rows_per_forward_pass": min(searches, group_size) * settings.batch_size,
         "rows_with_gradient": rows * (searches + len(shown) * (int(baseline) + int(refine is not None))),

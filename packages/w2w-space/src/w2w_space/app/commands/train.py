@@ -62,7 +62,7 @@ def train(
     sources = Sources.of(instances, prior, num_members)  # what is wrong with folders is told before the model is read
     loaded = work.load(model)
     layout = layout_for(loaded, told.targets, told.rank)
-    sources.require(loaded, prompt, class_label, prior.class_prompt)
+    sources.require(loaded, prompt, class_label, prior.class_prompt, size)
 
     def compute(run: "Run", map: "RunMap") -> dict[str, Any]:
         read = sources.read(loaded, prompt, class_label, size, map)

@@ -346,7 +346,6 @@ def instances_by_name(instances: Sequence[Instance]) -> dict[str, Instance]:
     return by_name
 
 
-@torch.no_grad()
 def held_out_loss(
     denoiser: NetworkDenoiser,
     deck: "Deck",
@@ -355,7 +354,20 @@ def held_out_loss(
     at_once: int,
     errors: "Errors | None" = None,
 ) -> Float[Tensor, " n"]:
-    """Returns each subject's mean error on fixed pairs of timestep and noise, a few rows of all subjects at a time.
+    """Returns each subject's mean error on fixed pairs of timestep and noise; arguments as in `held_out_errors`."""
+    return held_out_errors(denoiser, deck, num_pairs=num_pairs, at_once=at_once, errors=errors).mean(1)
+
+
+@torch.no_grad()
+def held_out_errors(
+    denoiser: NetworkDenoiser,
+    deck: "Deck",
+    *,
+    num_pairs: int,
+    at_once: int,
+    errors: "Errors | None" = None,
+) -> Float[Tensor, "n pairs"]:
+    """Returns each subject's errors on fixed pairs of timestep and noise, a few rows of all subjects at a time.
 
     Args:
         denoiser: Network, with the subjects' adapters attached or without.
@@ -368,7 +380,7 @@ def held_out_loss(
     places = torch.arange(n * num_pairs, device=batch.t.device).view(n, num_pairs)
     measure = errors or denoising_errors
     parts = [measure(denoiser, batch.rows(part.flatten())).view(n, -1) for part in places.split(at_once, 1)]
-    return torch.cat(parts, 1).mean(1)
+    return torch.cat(parts, 1)
 
 
 def denoising_errors(denoiser: NetworkDenoiser, batch: NoisyBatch) -> Float[Tensor, " b"]:

@@ -177,7 +177,10 @@ def _unet(*, tiny: bool) -> Any:
     }
     with torch.device("meta"):
         network: Any = UNet2DConditionModel(**(small if tiny else {"cross_attention_dim": 768}))
-    network = network.to(_dtype(tiny)).to_empty(device="cpu")
+    torch.nn.Module.to(
+        network, _dtype(tiny)
+    )  # diffusers' own warns of layers that stay in float32, of which it has none
+    network = network.to_empty(device="cpu")
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.fill_(0.01)  # reading them takes as long as that of trained ones

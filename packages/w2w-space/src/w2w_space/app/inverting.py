@@ -68,7 +68,7 @@ class Given:
 
     Attributes:
         groups: Name of each subject with the places of its pictures.
-        images: All pictures.
+        images: Pictures of all subjects.
         masks: Mask of each picture; None without masks.
         labels: Class of each picture; empty where none is named.
         digests: Digests of the files, by name.
@@ -222,7 +222,7 @@ class Found:
         base_losses: Loss of the base model alone on the fixed pairs.
         vectors: Vectors of each kind of adapter, "found" first, one for each subject.
         losses: Loss of each kind of adapter besides, on the same pairs.
-        refined: What refinement found; None where it was not asked for.
+        refined: Adapters that left the space a little; None where that was not asked for.
     """
 
     space: WeightSpace
@@ -338,8 +338,8 @@ class Found:
 
         Args:
             run: Run of the command.
-            drawing: What the report shows of the adapters; None for no pictures.
-            notes: Sentences for people.
+            drawing: Prompts or classes that the report shows pictures of; None for no pictures.
+            notes: Sentences for people, such as that a subject lies outside.
             skipped: Name and reason of each picture that was left out.
         """
         save_inversion_parts(

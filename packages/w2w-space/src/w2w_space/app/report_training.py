@@ -64,7 +64,8 @@ def save_training_parts(
             "with the adapter": _finite(member.loss),
             "removed": _finite(member.gain),
             "learning rate times": member.rate,
-            "state": "failed" if member.failed else "kept" if member.gain > 0 else "no better than the base",
+            "error of the difference": _finite(member.noise),
+            "state": "failed" if member.failed else "kept" if member.beats_base else "no better than the base",
         }
         for member in trained
     ]
@@ -74,15 +75,16 @@ def save_training_parts(
         steps=ends.tolist(),
         gains=sorted(member.gain for member in trained if not member.failed),
         failed=[member.name for member in trained if member.failed],
-        weak=[member.name for member in trained if not member.failed and not member.gain > 0],
+        weak=[member.name for member in trained if not member.failed and not member.beats_base],
         again=[member.name for member in trained if member.rate < 1 and not member.failed],
         notes=list(notes),
     )
     run.keep_table(
         "members",
         rows,
-        "Mean denoising loss of each member's pictures on pairs of timestep and noise that training did not see, and "
-        "the share of the base model's loss that the adapter removes.",
+        "Mean denoising loss of each member's pictures on pairs of timestep and noise that training did not see, the "
+        "share of the base model's loss that the adapter removes, and the standard error of the difference of both "
+        "losses; a member whose difference is below twice that is called no better than the base.",
     )
     _keep_skipped(run, skipped)
 
@@ -143,7 +145,7 @@ def save_inversion_parts(
     Args:
         run: Run that the report is about.
         names: Names of the subjects.
-        found: What was found for each.
+        found: Points that were found, with their losses.
         located: Where each point lies.
         base_losses: Loss of the base model alone on the fixed pairs.
         settings: Settings of the search.

@@ -253,7 +253,7 @@ def write_adapters(population: PopulationFolder, folder: Path, format: Format) -
     """Writes each member of a population as a LoRA file, which may be there already.
 
     Args:
-        population: Population on disk.
+        population: Population as it is on disk.
         folder: Place of the files, one for each member.
         format: Layout of the files.
     """
@@ -293,7 +293,7 @@ def kept(
     what = drawing.of(prompt, read.instances[0], size)
     if what is not None and shown:
         save_drawn_members(run, model, layout, shown, [by_name[member.name] for member in shown], what)
-    weak = [member.name for member in whole if not member.gain > 0]
+    weak = [member.name for member in whole if not member.beats_base]
     gain = median_low([member.gain for member in whole]) if whole else None
     return {
         "answer": _answer(len(trained), len(whole), gain, len(weak)),
@@ -314,7 +314,7 @@ def _answer(count: int, whole: int, gain: float | None, weak: int) -> str:
     if gain is None:
         return f"The training of all {count} members failed; lower the learning rate."
     found = f"{whole} of {count} adapters were trained; the median one removes {gain:.1%} of the base model's loss."
-    return f"{found} {weak} are no better than the base model." if weak else found
+    return f"{found} {weak} do not beat the base model by more than the noise." if weak else found
 
 
 def _failure(member: Trained) -> str:

@@ -116,13 +116,26 @@ def test_a_point_is_located_among_the_members(space: WeightSpace):
     assert where.nearest[0] == (space.names[oldest], 0.0)
     assert where.places["age"].percentile > 85
     assert where.places["age"].std > 1
-    assert where.words.startswith("age ")
-    assert where.words.endswith("th percentile")
+    assert where.words == f"age {words_of(where.places['age'].percentile)} percentile"
     middle = locate(space.point(), known)
     assert middle.length == 0
     assert middle.percentile == 0
     assert middle.words == "usual in all attributes"
     assert middle.usual == pytest.approx(float(space.members.norm(dim=1).median()), rel=0.2)
+
+
+def words_of(percentile: float) -> str:
+    """The oldest of 20 members has 95 % of them below."""
+    return {95.0: "95th", 100.0: "above 99th"}[percentile]
+
+
+def test_points_are_compared_with_held_out_members_as_a_search_finds_them(space: WeightSpace):
+    """Held-out rows at half the members' length: a point as long as the members is usual, not far out."""
+    fitted = replace(space, held_out=0.5 * space.members, shrinkage=0.5)
+    point = space.point(space.members.norm(dim=1).median() * torch.eye(6)[0])
+    assert locate(point).percentile == pytest.approx(50, abs=10)
+    assert locate(fitted.point(point.z)).percentile == pytest.approx(50, abs=10)
+    assert locate(fitted.point(point.z)).usual == pytest.approx(locate(point).usual)
 
 
 def test_a_point_on_a_bound_is_told(space: WeightSpace):

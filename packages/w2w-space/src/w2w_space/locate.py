@@ -1,14 +1,21 @@
-"""Where a point of a space lies: how far out, near which members, and how much it has of each attribute."""
+"""Where a point of a space lies: how far out, near which members, and how much it has of each attribute.
+
+Compared is with members that were held out of the fit, where a space knows them, lengthened by what projection takes.
+"""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from jaxtyping import Float64
+from torch import Tensor
+
 from w2w_space.directions import Directions
 from w2w_space.invert import InversionSettings
-from w2w_space.space import Point
+from w2w_space.space import Point, WeightSpace
 
 _TOUCHING = 1e-3  # relative distance from a bound at which a point lies on it
+_LEAST_SHRINKAGE = 0.5  # as in `WeightSpace.project`
 _MIDDLE = (30.0, 70.0)  # percentiles between which an attribute is usual
 
 
@@ -47,9 +54,9 @@ class Located:
 
     @property
     def words(self) -> str:
-        """What is unusual about the point, such as "age 80th percentile, beard 3rd percentile"."""
+        """What is unusual about the point, such as "age 80th percentile, beard below 1st percentile"."""
         told = [
-            f"{name} {_ordinal(place.percentile)} percentile"
+            f"{name} {_ranked(place.percentile)} percentile"
             for name, place in sorted(self.places.items(), key=lambda item: -abs(item[1].percentile - 50))
             if not _MIDDLE[0] <= place.percentile <= _MIDDLE[1]
         ]
@@ -86,8 +93,8 @@ def locate(
     space = point.space
     m = space.num_components if num_components is None else num_components
     z = point.z.double()
-    # Members' own rows are too long for a comparison: their noise is inside the components.
-    reference = space.reference[:, :m].double().norm(dim=1)
+    members = _compared(space)
+    reference = members[:, :m].norm(dim=1)
     length = float(z[:m].norm())
     known, unknown = len(reference) > 0, float("nan")
     nearest: tuple[tuple[str, float], ...] = ()
@@ -96,8 +103,8 @@ def locate(
         nearest = tuple((space.names[i], float(distances[i])) for i in distances.argsort()[:num_nearest].tolist())
     places = {}
     for row in () if directions is None else directions.rows:
-        std, members = float(row.place(point.z)), row.place(space.reference)
-        below = 100 * float((members < std).double().mean()) if known else unknown
+        std = float(row.place(point.z))
+        below = 100 * float((row.place(members) < std).double().mean()) if known else unknown
         places[row.name] = Place(std, below)
     return Located(
         length,
@@ -109,6 +116,17 @@ def locate(
     )
 
 
+def _compared(space: WeightSpace) -> Float64[Tensor, "n m"]:
+    """Returns the coordinates that found points are compared with: held-out members, as long as a search makes them.
+
+    Members' own rows hold the noise of their training, which is inside the components; projections of held-out members
+    are too short by `shrinkage`, and points that were searched for are not.
+    """
+    if not len(space.held_out):
+        return space.members.double()
+    return space.held_out.double() / max(space.shrinkage, _LEAST_SHRINKAGE)
+
+
 def _touches(largest: float, length: float, m: int, settings: InversionSettings) -> bool:
     inside = 1 - _TOUCHING
     return (settings.max_std is not None and largest >= inside * settings.max_std) or (
@@ -116,8 +134,10 @@ def _touches(largest: float, length: float, m: int, settings: InversionSettings)
     )
 
 
-def _ordinal(number: float) -> str:
-    """Returns a number as people count: 81st, 12th."""
-    whole = round(number)
+def _ranked(percentile: float) -> str:
+    """Returns a percentile as people say it: 81st, 12th, above 99th."""
+    whole = min(max(round(percentile), 1), 99)
+    if not 1 <= percentile <= 99:
+        return f"{'above' if percentile > 99 else 'below'} {whole}{'th' if whole == 99 else 'st'}"
     last = 0 if whole % 100 in (11, 12, 13) else whole % 10
     return f"{whole}" + {1: "st", 2: "nd", 3: "rd"}.get(last, "th")

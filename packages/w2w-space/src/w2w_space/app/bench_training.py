@@ -175,8 +175,9 @@ def _unet(*, tiny: bool) -> Any:
         "norm_num_groups": 8,
         "cross_attention_dim": 32,
     }
+    config: dict[str, Any] = small if tiny else {"cross_attention_dim": 768}
     with torch.device("meta"):
-        network: Any = UNet2DConditionModel(**(small if tiny else {"cross_attention_dim": 768}))
+        network: Any = UNet2DConditionModel(**config)
     torch.nn.Module.to(
         network, _dtype(tiny)
     )  # diffusers' own warns of layers that stay in float32, of which it has none

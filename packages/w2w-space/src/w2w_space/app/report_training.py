@@ -25,7 +25,7 @@ TITLES = {
     "invert": "Which adapter of the space draws these pictures?",
 }
 _POINTS = 60  # of a curve over the steps
-_LINES = 8  # curves in one figure
+_LINES = 5  # curves in one figure
 _SHOWN = 6  # subjects whose pictures are shown
 _TRAINING_LIMITS = (
     "The loss is measured on the pictures that the member was trained on, with noise that it did not see: it says that "
@@ -35,7 +35,8 @@ _TRAINING_LIMITS = (
 _INVERSION_LIMITS = (
     "A space holds what its members have in common. What is the subject's own is lost, and a subject of another kind "
     "becomes the nearest member of this kind.",
-    "Percentiles count members that were held out of the fit where the space knows them, else the members themselves.",
+    "Percentiles count members that were held out of the fit, as far out as a search would find them, or else the "
+    "members themselves; near 0 and 100 they say little more than beyond most.",
 )
 
 
@@ -57,14 +58,15 @@ def save_training_parts(
     ]
     curve = torch.stack(bins, 1)
     ends = np.linspace(0, histories.shape[1], len(bins) + 1)[1:]
+    again = any(member.rate < 1 for member in trained)
     rows = [
         {
             "member": member.name,
             "loss of the base": _finite(member.base_loss),
             "with the adapter": _finite(member.loss),
             "removed": _finite(member.gain),
-            "learning rate times": member.rate,
-            "error of the difference": _finite(member.noise),
+            "error": _finite(member.noise),
+            **({"learning rate times": member.rate} if again else {}),
             "state": "failed" if member.failed else "kept" if member.beats_base else "no better than the base",
         }
         for member in trained
@@ -84,7 +86,7 @@ def save_training_parts(
         rows,
         "Mean denoising loss of each member's pictures on pairs of timestep and noise that training did not see, the "
         "share of the base model's loss that the adapter removes, and the standard error of the difference of both "
-        "losses; a member whose difference is below twice that is called no better than the base.",
+        "losses. A member whose difference is below twice that is called no better than the base.",
     )
     _keep_skipped(run, skipped)
 
@@ -158,23 +160,22 @@ def save_inversion_parts(
     losses = [
         {
             "subject": name,
-            "base model": float(base_losses[i]),
-            "mean of the space": float(found.start_losses[i]),
+            "base": float(base_losses[i]),
+            "mean": float(found.start_losses[i]),
             "found": float(found.losses[i]),
             **({} if refined_losses is None else {"refined": float(refined_losses[i])}),
-            **({} if free_losses is None else {"free adapter": float(free_losses[i])}),
+            **({} if free_losses is None else {"free": float(free_losses[i])}),
             "removed by the mean": float(1 - found.start_losses[i] / base_losses[i]),
             "removed": float(1 - found.losses[i] / base_losses[i]),
-            "found at step": int(found.steps[i]),
-            **({} if departures is None else {"outside, sd": float(departures[i])}),
         }
         for i, name in enumerate(names)
     ]
     run.keep_table(
         "losses",
         losses,
-        f"Mean denoising loss on {settings.num_pairs} fixed pairs of timestep and noise for each subject, and the "
-        "share of the base model's loss that is removed. The pairs are those by which the best point was chosen.",
+        f"Mean denoising loss of the base model, the space's mean and the found adapters on {settings.num_pairs} fixed "
+        "pairs of timestep and noise, and the share of the base model's loss that is removed. The pairs are those by "
+        "which the best point was chosen; a free adapter removes much, as it learns the pictures by heart.",
     )
     places = [
         {
@@ -183,9 +184,11 @@ def save_inversion_parts(
             "usual": _finite(where.usual),
             "percentile": _finite(where.percentile),
             "on a bound": where.at_bound,
+            "found at step": int(found.steps[i]),
+            **({} if departures is None else {"refined, outside": float(departures[i])}),
             "nearest members": ", ".join(f"{near} ({distance:.1f})" for near, distance in where.nearest),
         }
-        for name, where in zip(names, located, strict=True)
+        for i, (name, where) in enumerate(zip(names, located, strict=True))
     ]
     run.keep_table(
         "places",

@@ -187,6 +187,9 @@ def test_two_processes_train_the_population_of_one(place: Place):
 def test_members_are_exported_as_files_that_draw_the_same(place: Place):
     for format in ("diffusers", "peft"):
         place.train("--out", "whole", "--export", f"files-{format}", "--format", format)
+    again = ("train", "model", "instances", "--prompt", PROMPT, *SHORT, "--out", "whole", "--export", "files-peft")
+    assert "--overwrite" in place(*again, "--format", "peft", code=2)[1]
+    place(*again, "--format", "peft", "--overwrite")
     base, population = base_on_disk(Path("model")), PopulationFolder.open("whole")
     for place_of, name in enumerate(population.names):
         member = population.layout.adapter(population.rows([place_of])[0]).modules

@@ -54,23 +54,24 @@ def _training(members: int, *, batch_size: int, steps: int, goal: float) -> Case
     people = style_instances(style_labels(members))
 
     @cache
-    def prepared() -> tuple[DiffusionModel, NetworkDenoiser, Layout]:
+    def prepared(dtype: torch.dtype) -> tuple[DiffusionModel, NetworkDenoiser, Layout]:
         from peft import LoraConfig, inject_adapter_in_model
 
         model = load_base()
+        torch.nn.Module.to(model.backbone, dtype)  # diffusers' own method warns of layers that this network lacks
         layout = layout_for(model, recipe.targets, recipe.rank)
         config = LoraConfig(r=recipe.rank, lora_alpha=int(recipe.alpha), target_modules=list(layout.modules))
         network: Any = inject_adapter_in_model(config, copy.deepcopy(model.backbone), _NAME)
         told = model.denoiser
         return model, NetworkDenoiser(network, told.schedule, told.prediction_type, call=backbone_call(network)), layout
 
-    def ours() -> Tensor:
-        model, _, layout = prepared()
-        trained = train_population(model, people, recipe, layout=layout, group_size=members, num_pairs=1)
+    def ours(count: int = members, dtype: torch.dtype = torch.float32) -> Tensor:
+        model, _, layout = prepared(dtype)
+        trained = train_population(model, people[:count], recipe, layout=layout, group_size=members, num_pairs=1)
         return torch.stack([member.history for member in trained])
 
-    def theirs() -> Tensor:
-        _, denoiser, layout = prepared()
+    def theirs(count: int = members, dtype: torch.dtype = torch.float32) -> Tensor:
+        _, denoiser, layout = prepared(dtype)
         sampler, factor = (
             default_time_sampler(denoiser.schedule),
             rise_and_fall(steps, warmup=recipe.warmup, floor=recipe.floor),
@@ -78,7 +79,7 @@ def _training(members: int, *, batch_size: int, steps: int, goal: float) -> Case
         start = layout.factors(initial_vectors(layout, recipe, [people[0].name])[0])
         layers: dict[str, Any] = {name: denoiser.backbone.get_submodule(name) for name in layout.modules}
         found = []
-        for person in people:
+        for person in people[:count]:
             factors = []
             for name, layer in layers.items():
                 with torch.no_grad():
@@ -88,7 +89,7 @@ def _training(members: int, *, batch_size: int, steps: int, goal: float) -> Case
             optimizer = torch.optim.AdamW(
                 factors, recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay
             )
-            deck = Deck([person], sampler, seed=recipe.seed, antithetic=False, like=torch.empty(()))
+            deck = Deck([person], sampler, seed=recipe.seed, antithetic=False, like=torch.empty((), dtype=dtype))
             losses = []
             for step in range(steps):
                 loss = denoising_errors(denoiser, deck.deal(batch_size, step)).mean()
@@ -102,7 +103,10 @@ def _training(members: int, *, batch_size: int, steps: int, goal: float) -> Case
         return torch.stack(found)
 
     def agree(a: Tensor, b: Tensor) -> bool:
-        return bool(((a - b).abs() / b).max() < 1e-4)
+        # Adam takes steps of full size along gradients that are rounding errors, which differ: single precision agrees
+        # on average, double precision in each loss of each adapter.
+        exact = ours(3, torch.float64), theirs(3, torch.float64)
+        return bool((exact[0] - exact[1]).abs().max() < 1e-4) and bool((a.mean() / b.mean() - 1).abs() < 0.02)
 
     sizes = {"adapters": members, "batch": batch_size, "steps": steps}
     return Case("train adapters of the digits base together, against PEFT one by one", sizes, ours, theirs, agree, goal)

@@ -1,5 +1,6 @@
 """The options of train and invert."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -177,12 +178,12 @@ class DrawingOptions:
         if self.num_images < 0 or self.image_steps < 1:
             raise UserError("`num_images` must be at least 0, and `image_steps` at least 1")
 
-    def of(self, prompt: str | None, subject: "Instance", size: int | None) -> "Drawing | None":
+    def of(self, prompt: str | None, subjects: "Sequence[Instance]", size: int | None) -> "Drawing | None":
         """Returns what is drawn; None where nothing is.
 
         Args:
             prompt: Prompt of the subjects; None for models that take none.
-            subject: A subject, whose classes are drawn where no others are named.
+            subjects: Subjects whose classes are drawn where no others are named.
             size: Side of the pictures in pixels.
         """
         from w2w_space.draw import Drawing
@@ -190,11 +191,11 @@ class DrawingOptions:
         if not self.num_images:
             return None
         seeds, prompts, labels = tuple(range(self.num_images)), self.image_prompts, self.image_labels
-        known = subject.condition.get("class_labels")
+        known = [each.condition["class_labels"] for each in subjects if "class_labels" in each.condition]
         if prompt is not None:
             prompts, labels = prompts or (prompt,), ()
-        elif known is not None and not labels:
-            labels = tuple(dict.fromkeys(known.tolist()))
+        elif not labels:
+            labels = tuple(dict.fromkeys(label for row in known for label in row.tolist()))
             # Pictures of several classes are several pictures already.
             seeds = seeds if len(labels) == 1 else seeds[:1]
         return Drawing(() if prompt is None else prompts, labels, seeds, self.image_guidance, self.image_steps, size)

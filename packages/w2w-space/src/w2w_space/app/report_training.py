@@ -26,7 +26,8 @@ TITLES = {
 }
 _POINTS = 60  # of a curve over the steps
 _LINES = 5  # curves in one figure
-_SHOWN = 6  # subjects whose pictures are shown
+SHOWN = 6
+"""Largest number of subjects whose pictures are shown."""
 _TRAINING_LIMITS = (
     "The loss is measured on the pictures that the member was trained on, with noise that it did not see: it says that "
     "something was learned, and not that new pictures of the subject are drawn well.",
@@ -245,7 +246,7 @@ def save_drawn_subjects(
     """
     from w2w_space.draw import draw
 
-    shown = list(subjects)[:_SHOWN]
+    shown = list(subjects)[:SHOWN]
     vectors = [vectors[i] for i in range(len(shown)) for vectors in adapters.values()]
     mean_drawn, *drawn = draw(model, layout, [mean, *vectors], drawing)
     columns = mean_drawn.shape[0]

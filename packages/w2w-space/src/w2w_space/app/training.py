@@ -88,6 +88,30 @@ class Sources:
         return cls(None, None, count, [["adapter", *STYLES], *rows])
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the subjects."""
+        if self.listed is None:
+            return tuple(row[0] for row in (self.labels or [])[1:])
+        return tuple(each.name for each in self.listed.subjects)
+
+    def require_free(self, folder: Path, format: Format) -> None:
+        """Refuses a folder that holds files of the subjects' names, before anything is trained.
+
+        Args:
+            folder: Folder that members shall be written to.
+            format: Layout of the files.
+
+        Raises:
+            UserError: A file is there already.
+        """
+        taken = [path for name in self.names if (path := adapter_path(folder, name, format)).exists()]
+        if taken:
+            raise UserError(
+                f"{printable(taken[0], 300)} is there already; give another folder to `export`, or allow to "
+                "`overwrite` it"
+            )
+
+    @property
     def digests(self) -> dict[str, str]:
         """Digest of each source by its name."""
         if self.listed is None:
@@ -128,6 +152,8 @@ class Sources:
             return
         if model.prompts is not None and class_prompt is None:
             raise UserError('pictures of the class need a `class_prompt`, such as "a photo of a person"')
+        if model.prompts is None and class_prompt is not None:
+            raise UserError(f"{printable(model.name)} takes no prompts; leave out `class_prompt`")
         require_classes(model, self.of_class, class_label)
 
     def read(
@@ -249,20 +275,31 @@ def write_labels(folder: Path, rows: list[list[str]] | None, names: Sequence[str
         _LOG.warning("labels of %d others than members, such as %s, were left out", len(unknown), printable(unknown[0]))
 
 
-def write_adapters(population: PopulationFolder, folder: Path, format: Format) -> None:
-    """Writes each member of a population as a LoRA file, which may be there already.
+def write_adapters(population: PopulationFolder, folder: Path, format: Format, *, overwrite: bool) -> None:
+    """Writes each member of a population as a LoRA file.
 
     Args:
         population: Population as it is on disk.
         folder: Place of the files, one for each member.
         format: Layout of the files.
+        overwrite: Whether files that are there already may be replaced.
     """
     with files.explained(folder):
         files.make_folder(folder)
     for place, name in enumerate(track(population.names, "writing adapters")):
-        path = folder / (name + ("" if format == "peft" else ".safetensors"))
-        vector = population.rows([place])[0]
-        export_vector(population.layout, vector, path, format=format, base=population.base, overwrite=True)
+        vector, path = population.rows([place])[0], adapter_path(folder, name, format)
+        export_vector(population.layout, vector, path, format=format, base=population.base, overwrite=overwrite)
+
+
+def adapter_path(folder: Path, name: str, format: Format) -> Path:
+    """Returns the place of a member's file, or of its folder in PEFT's layout.
+
+    Args:
+        folder: Folder of all members.
+        name: Name of the member.
+        format: Layout of the files.
+    """
+    return folder / (name if format == "peft" else f"{name}.safetensors")
 
 
 def kept(
@@ -290,7 +327,7 @@ def kept(
     save_training_parts(run, trained, read.skipped, read.notes)
     whole = [member for member in trained if not member.failed]
     shown, by_name = whole[:_SHOWN], {each.name: each for each in read.instances}
-    what = drawing.of(prompt, read.instances[0], size)
+    what = drawing.of(prompt, [by_name[member.name] for member in shown], size)
     if what is not None and shown:
         save_drawn_members(run, model, layout, shown, [by_name[member.name] for member in shown], what)
     weak = [member.name for member in whole if not member.beats_base]

@@ -60,6 +60,7 @@ def invert(
     """
     from w2w_space.app.inverting import Found, Given, components_of, digest_of_directions, foreign
     from w2w_space.app.report import write_page
+    from w2w_space.app.report_training import SHOWN
     from w2w_space.bank import changed_modules
     from w2w_space.files.directions import load_directions
     from w2w_space.files.space import base_of_space, details_of_space, load_space
@@ -94,7 +95,7 @@ def invert(
         if not map.leading:
             return {}
         found.write(run.folder, format, base_of_space(space))
-        return found.keep(run, drawing.of(prompt, subjects[0], size), [*notes, *found.outside()], given.skipped)
+        return found.keep(run, drawing.of(prompt, subjects[:SHOWN], size), [*notes, *found.outside()], given.skipped)
 
     options = {
         **{"space": space, "model": model, "pictures": list(pictures), "prompt": prompt},

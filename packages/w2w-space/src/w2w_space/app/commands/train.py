@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffcore.errors import UserError
-from w2w_space.app.options import FormatName
+from w2w_space.app.options import FormatName, Overwrite
 from w2w_space.app.options_training import DrawingOptions, ModelName, PriorOptions, RecipeOptions, Work
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def train(
     num_pairs: int = 32,
     export: Path | None = None,
     format: FormatName = "diffusers",
+    overwrite: Overwrite = False,
     drawing: DrawingOptions = DrawingOptions(),
     work: Work = Work(),
 ) -> int:
@@ -60,6 +61,8 @@ def train(
         raise UserError("`group_size` and `num_pairs` must be at least 1")
     told = recipe.recipe(work.runtime.seed)
     sources = Sources.of(instances, prior, num_members)  # what is wrong with folders is told before the model is read
+    if export is not None and not overwrite:
+        sources.require_free(export, format)
     loaded = work.load(model)
     layout = layout_for(loaded, told.targets, told.rank)
     sources.require(loaded, prompt, class_label, prior.class_prompt, size)
@@ -87,16 +90,16 @@ def train(
     options = {
         **{"model": model, "instances": instances, "prompt": prompt, "class_label": class_label},
         **{"num_members": num_members, "size": size, "recipe": recipe, "prior": prior, "group_size": group_size},
-        **{"num_pairs": num_pairs, "export": export, "format": format, "drawing": drawing},
+        **{"num_pairs": num_pairs, "export": export, "format": format, "overwrite": overwrite, "drawing": drawing},
     }
-    job = work.job("train", loaded, options, sources.digests, volatile=("group_size", "export", "format"))
+    job = work.job("train", loaded, options, sources.digests, volatile=("group_size", "export", "format", "overwrite"))
     plan = sources.plan(layout, told, group_size=group_size, num_pairs=num_pairs)
     code = job(compute, plan=plan, report=write_page, passed=lambda result: not result["failed"], shown=_shown)
     if export is not None and not work.output.dry_run:
         # A finished run is exported, too, where that is asked for later.
         with Opened.reopen(job.folder) as run:
             if run.leading:
-                write_adapters(PopulationFolder.open(run.folder), export, format)
+                write_adapters(PopulationFolder.open(run.folder), export, format, overwrite=overwrite)
     return code
 
 

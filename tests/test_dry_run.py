@@ -77,6 +77,8 @@ WORDS = {
     "nemo-localize export": ["model", "neurons.json"],
     "w2w-space import": ["loras", "--model", "model", "--out", "imported"],
     "w2w-space build": ["population"],
+    "w2w-space train": ["model", "labelled", "--prompt", "a toy"],
+    "w2w-space invert": ["space", "model", "images/0.png", "--prompt", "a toy"],
     "w2w-space directions": ["space", "labels.csv"],
 }
 

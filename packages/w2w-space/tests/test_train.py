@@ -353,3 +353,23 @@ def test_training_that_was_interrupted_equals_one_that_was_not(tmp_path: Path):
     for one, other in zip(whole, again, strict=True):
         assert torch.equal(one.vector, other.vector)
         assert torch.equal(one.history, other.history)
+
+
+def test_a_gain_is_told_from_noise():
+    """The noise is the standard error of the differences on the same pairs."""
+    model = double("sd15")
+    (person,) = instances(model, 1)
+    (member,) = train_population(model, [person], RECIPE, num_pairs=6)
+    like = torch.empty((), dtype=torch.float64)
+    deck = Deck([person], uniform_timesteps(1000), seed=0, antithetic=False, like=like)
+    batch = deck.deal(6, 0, evaluation=True)
+    layout = layout_for(model, RECIPE.targets, 1)
+    with torch.no_grad():
+        base = denoising_errors(model.denoiser, batch)
+        with bank(model.backbone, layout, member.vector[None]):
+            own = denoising_errors(model.denoiser, batch)
+    assert member.loss == pytest.approx(float(own.mean()))
+    assert member.base_loss == pytest.approx(float(base.mean()))
+    assert member.noise == pytest.approx(float((base - own).std() / 6**0.5))
+    assert replace(member, loss=0.9, base_loss=1.0, noise=0.04).beats_base
+    assert not replace(member, loss=0.9, base_loss=1.0, noise=0.06).beats_base

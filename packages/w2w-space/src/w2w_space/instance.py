@@ -11,16 +11,20 @@ from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
+from PIL import Image
 from torch import Tensor
 
 from diffcore.denoiser import NetworkDenoiser
 from diffcore.digests import add_tensors
 from diffcore.errors import UserError
+from diffcore.models import DiffusionModel
 from diffcore.noise import philox_normal, philox_uniform
 from diffcore.train.timesteps import TimeSampler
+from w2w_space.pictures import Framed, condition_of, framed, posterior
 from w2w_space.recipe import member_rows
 
-_PICTURES, _TIMES, _NOISE = 2, 3, 4  # streams of the draws; training and evaluation differ by an offset
+# Streams of the draws; training and evaluation differ by an offset.
+_PICTURES, _TIMES, _NOISE, _LATENT = 2, 3, 4, 5
 EVALUATION = 16
 """Offset of the streams from which fixed pairs of timestep and noise come, which no training sees."""
 
@@ -34,6 +38,8 @@ class Instance:
         x0: Clean samples of its pictures in the model's space, such as latents, one row per picture.
         condition: Class labels or text states, one row per picture, or a single row for all.
         mask: Weights in [0, 1] of the places that count in the loss, one row per picture; None counts all alike.
+        std: Standard deviations of the samples, of which an autoencoder's posterior has some: each time that a picture
+            comes, a sample is drawn. None for samples that are exact.
 
     Raises:
         ValueError: There is no picture, rows do not fit, or a mask is empty or leaves [0, 1].
@@ -48,6 +54,78 @@ class Instance:
     x0: Float[Tensor, "k c h w"]
     condition: Mapping[str, Tensor] = field(default_factory=dict)
     mask: Float[Tensor, "k 1 h w"] | None = None
+    std: Float[Tensor, "k c h w"] | None = None
+
+    @classmethod
+    def from_pictures(
+        cls,
+        model: DiffusionModel,
+        pictures: Sequence[Image.Image],
+        *,
+        name: str = "subject",
+        prompt: str | None = None,
+        class_labels: Sequence[int] | None = None,
+        masks: Sequence[Image.Image] | None = None,
+        size: int | None = None,
+    ) -> "Instance":
+        """Returns a subject from pictures in memory: cropped to their central squares, resized and encoded once.
+
+        Args:
+            model: Model that shall be trained on the subject, or inverted.
+            pictures: Pictures of the subject, in any mode and size.
+            name: Name of the subject, on which its random draws depend.
+            prompt: Text that stands for the subject, the same for all subjects of a population.
+            class_labels: Number of the class of each picture, or one for all, for models that draw classes.
+            masks: One mask for each picture, bright where places count.
+            size: Side of the pictures in pixels; by default what the model was trained for.
+
+        Raises:
+            UserError: There are no pictures, a mask is empty or does not fit, or prompt or classes do not suit the
+                model.
+            IncompatibleModelError: The model came without its autoencoder or its text encoders.
+
+        Example:
+            >>> from diffcore.models import from_pipeline
+            >>> from diffcore.testing import tiny
+            >>> model = from_pipeline(tiny.pipeline("sd15"))
+            >>> photo = Image.new("RGB", (40, 30), "red")
+            >>> me = Instance.from_pictures(model, [photo], name="me", prompt="a photo of a sks person")
+            >>> tuple(me.x0.shape), sorted(me.condition)
+            ((1, 4, 8, 8), ['encoder_hidden_states'])
+        """
+        condition = condition_of(model, prompt=prompt, class_labels=class_labels, size=size)
+        return cls.encoded(model, framed(model, pictures, masks, size=size), name, condition)
+
+    @classmethod
+    def encoded(cls, model: DiffusionModel, shown: Framed, name: str, condition: Mapping[str, Tensor]) -> "Instance":
+        """Returns a subject from pictures that are cropped and resized already.
+
+        Args:
+            model: Model whose codec encodes the pictures.
+            shown: Pictures with their masks.
+            name: Name of the subject.
+            condition: Class labels or text states, one row per picture, or a single row for all.
+        """
+        return cls.of_posterior(name, posterior(model, shown.pixels), condition, shown.mask)
+
+    @classmethod
+    def of_posterior(
+        cls,
+        name: str,
+        moments: Float[Tensor, "k 2 c h w"],
+        condition: Mapping[str, Tensor],
+        mask: Float[Tensor, "k 1 h w"] | None = None,
+    ) -> "Instance":
+        """Returns a subject from mean and standard deviation of each sample, as `pictures.posterior` returns them.
+
+        Args:
+            name: Name of the subject.
+            moments: Mean and standard deviation of each picture's sample.
+            condition: Class labels or text states, one row per picture, or a single row for all.
+            mask: Weights of the places that count; None counts all alike.
+        """
+        mean, std = moments.unbind(1)
+        return cls(name, mean, condition, mask, std if bool(std.any()) else None)
 
     def __post_init__(self) -> None:
         if len(self.x0) == 0:
@@ -68,9 +146,11 @@ class Instance:
 
     @cached_property
     def digest(self) -> str:
-        """Digest of pictures, conditions and masks."""
+        """Digest of pictures with their deviations, conditions and masks."""
         digest = hashlib.sha256()
-        add_tensors(digest, {"x0": self.x0, **self.condition} | ({} if self.mask is None else {"mask": self.mask}))
+        more = {"mask": self.mask, "std": self.std}
+        more = {key: value for key, value in more.items() if value is not None}
+        add_tensors(digest, {"x0": self.x0, **self.condition, **more})
         return digest.hexdigest()[:16]
 
 
@@ -189,6 +269,11 @@ class Deck:
         if any(each.mask is not None for each in kept):
             masks = [torch.ones_like(each.x0[:, :1]) if each.mask is None else each.mask for each in kept]
             self._mask = torch.cat(masks).to(like)
+        self._std = None
+        if any(each.std is not None for each in kept):
+            self._std = torch.cat([torch.zeros_like(each.x0) if each.std is None else each.std for each in kept]).to(
+                like
+            )
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -209,6 +294,10 @@ class Deck:
         chosen = (rounds + u).argsort(1)[:, :size] % self._counts[:, None] + self._firsts[:, None]
         index = chosen.flatten()
         x0 = self._x0[index]
+        if self._std is not None:
+            shape = (size, *self._x0.shape[1:])
+            drawn = philox_normal(self._seed, self._rows, shape, step=step, stream=_LATENT + offset)
+            x0 = x0 + self._std[index] * drawn.to(x0).flatten(0, 1)
         return NoisyBatch(
             x0,
             self._times(size, step, offset).to(x0),
@@ -257,7 +346,6 @@ def instances_by_name(instances: Sequence[Instance]) -> dict[str, Instance]:
     return by_name
 
 
-@torch.no_grad()
 def held_out_loss(
     denoiser: NetworkDenoiser,
     deck: "Deck",
@@ -266,7 +354,20 @@ def held_out_loss(
     at_once: int,
     errors: "Errors | None" = None,
 ) -> Float[Tensor, " n"]:
-    """Returns each subject's mean error on fixed pairs of timestep and noise, a few rows of all subjects at a time.
+    """Returns each subject's mean error on fixed pairs of timestep and noise; arguments as in `held_out_errors`."""
+    return held_out_errors(denoiser, deck, num_pairs=num_pairs, at_once=at_once, errors=errors).mean(1)
+
+
+@torch.no_grad()
+def held_out_errors(
+    denoiser: NetworkDenoiser,
+    deck: "Deck",
+    *,
+    num_pairs: int,
+    at_once: int,
+    errors: "Errors | None" = None,
+) -> Float[Tensor, "n pairs"]:
+    """Returns each subject's errors on fixed pairs of timestep and noise, a few rows of all subjects at a time.
 
     Args:
         denoiser: Network, with the subjects' adapters attached or without.
@@ -279,7 +380,7 @@ def held_out_loss(
     places = torch.arange(n * num_pairs, device=batch.t.device).view(n, num_pairs)
     measure = errors or denoising_errors
     parts = [measure(denoiser, batch.rows(part.flatten())).view(n, -1) for part in places.split(at_once, 1)]
-    return torch.cat(parts, 1).mean(1)
+    return torch.cat(parts, 1)
 
 
 def denoising_errors(denoiser: NetworkDenoiser, batch: NoisyBatch) -> Float[Tensor, " b"]:

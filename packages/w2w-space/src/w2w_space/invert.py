@@ -13,6 +13,7 @@ minimum lies far outside. z stays in float32, because steps of .1 vanish in bflo
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -37,6 +38,7 @@ from w2w_space.instance import (
     held_out_loss,
     instances_by_name,
 )
+from w2w_space.layout import Layout
 from w2w_space.space import Point, WeightSpace
 
 _START = 8
@@ -226,7 +228,7 @@ def _search(
     optimizer = torch.optim.Adam([z], settings.learning_rate)
     factor = rise_and_fall(settings.steps, warmup=1)
     loss = measured(z.detach())
-    best = _Best(z.detach().clone(), loss.clone())
+    best = Best(z.detach().clone(), loss.clone())
     history = [loss]
     for step in range(settings.steps):
         batch = decks[0].deal(settings.batch_size, step)
@@ -246,6 +248,56 @@ def _search(
     curve = torch.full((n, checks), torch.nan).to(like)
     curve[:, : len(history)] = torch.stack(history, 1)
     return list(torch.cat([best.z, best.loss[:, None], at_mean[:, None], best.step[:, None].to(like), curve], 1).cpu())
+
+
+def fixed_losses(
+    layout: Layout,
+    model: DiffusionModel,
+    subjects: Sequence[Instance],
+    vectors: Float[Tensor, "n size"] | None,
+    settings: InversionSettings = PHOTO,
+    *,
+    errors: Errors = denoising_errors,
+    group_size: int = 16,
+) -> Float[Tensor, " n"]:
+    """Returns the loss of any adapters on the fixed pairs on which inversion measures its own.
+
+    Args:
+        layout: Table of the vectors.
+        model: Base model of the adapters.
+        subjects: Subjects with their pictures, conditions and masks.
+        vectors: One adapter for each subject; None measures the base model alone.
+        settings: Settings of the inversion, whose pairs and seed are taken.
+        errors: Function that returns the error of each noisy row; by default the denoising error.
+        group_size: Number of subjects in one forward pass.
+
+    Raises:
+        UserError: There are no subjects, or two have one name.
+
+    Example:
+        >>> from diffcore.testing import tiny
+        >>> from w2w_space.recipe import layout_for
+        >>> model = tiny.model("unet2d")
+        >>> layout = layout_for(model, ("to_q",), rank=1)
+        >>> picture = Instance("me", torch.zeros(1, *model.shape), {"class_labels": torch.tensor([3])})
+        >>> base = fixed_losses(layout, model, [picture], None)
+        >>> bool(base == fixed_losses(layout, model, [picture], torch.zeros(1, layout.size)))
+        True
+    """
+    subjects = list(instances_by_name(subjects).values())
+    like = torch.empty((), device=model.device, dtype=torch.promote_types(model.dtype, torch.float32))
+    sampler, found = default_time_sampler(model.denoiser.schedule), []
+    for start in range(0, len(subjects), group_size):
+        group = slice(start, start + group_size)
+        deck = Deck(subjects[group], sampler, seed=settings.seed, antithetic=True, like=like)
+        applied = nullcontext() if vectors is None else bank(model.backbone, layout, vectors[group].to(like))
+        with applied:
+            found.append(
+                held_out_loss(
+                    model.denoiser, deck, num_pairs=settings.num_pairs, at_once=settings.batch_size, errors=errors
+                )
+            )
+    return torch.cat(found).cpu()
 
 
 @torch.no_grad()
@@ -283,16 +335,37 @@ class _Adapters:
         return self._mean + self._scale * ((z * self._sigma) @ self._components)
 
 
-class _Best:
-    """Keeps the best point of each search, until its loss has not fallen by 1 % for some time."""
+class Best:
+    """Keeps the best row of each search, until its loss has not fallen by 1 % for some time.
+
+    Attributes:
+        z: Best row of each search so far.
+        loss: Loss of that row on the fixed pairs.
+        step: Step at which it was found.
+        searching: Whether each search goes on.
+    """
 
     def __init__(self, z: Tensor, loss: Tensor) -> None:
+        """Begins at the rows where the searches start.
+
+        Args:
+            z: Rows at the start.
+            loss: Loss of each on the fixed pairs.
+        """
         self.z, self.loss = z, loss
         self.step = torch.zeros(len(z), dtype=torch.int64, device=z.device)
         self.searching = torch.ones(len(z), dtype=torch.bool, device=z.device)
         self._level, self._since = loss.clone(), self.step.clone()
 
     def update(self, z: Tensor, loss: Tensor, step: int, patience: int) -> None:
+        """Takes over rows that are better than before.
+
+        Args:
+            z: Rows after some steps.
+            loss: Loss of each on the fixed pairs.
+            step: Number of steps so far.
+            patience: Number of steps without a fall by 1 % after which a search ends.
+        """
         better = (loss < self.loss) & self.searching
         self.z = torch.where(better[:, None], z, self.z)
         self.loss = torch.where(better, loss, self.loss)

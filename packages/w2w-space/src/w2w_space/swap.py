@@ -84,11 +84,18 @@ def adapter_names(network: nn.Module) -> list[str]:
 
 def _layers(network: nn.Module, name: str) -> dict[str, Any]:
     """Returns the live layers of an adapter by the names of the modules that they wrap."""
-    found = dict[str, Any]()
-    for module, layer in network.named_modules():
-        factors = getattr(layer, "lora_A", None)
-        if isinstance(factors, nn.ModuleDict) and name in factors:
-            found[module] = layer
+    # A plain walk: the nested generators of `named_modules` take most of the time of a swap.
+    found, ahead = dict[str, Any](), [("", network)]
+    while ahead:
+        prefix, module = ahead.pop()
+        for word, child in module.named_children():
+            path = f"{prefix}.{word}" if prefix else word
+            factors = getattr(child, "lora_A", None)
+            if isinstance(factors, nn.ModuleDict):
+                if name in factors:
+                    found[path] = child
+            else:
+                ahead.append((path, child))
     return found
 
 
@@ -108,7 +115,7 @@ def _factors(layer: Any, name: str, module: str, change: LowRank | None) -> tupl
             f"the change of {module!r} has rank {change.rank} and shape {change.shape}, the loaded layer takes rank "
             f"{rank} and shape {shape}; cut the rank, or load an adapter of this kind"
         )
-    padded, _ = at_rank(change, rank)
+    padded = change if change.rank == rank else at_rank(change, rank)[0]
     rooted = layer.use_rslora.get(name, False) if isinstance(layer.use_rslora, dict) else layer.use_rslora
     scale = layer.lora_alpha[name] / (math.sqrt(rank) if rooted else rank)
-    return padded.down, (padded.up / scale).reshape(up.shape)
+    return padded.down, (padded.up.float() * (padded.alpha / padded.rank / scale)).reshape(up.shape)

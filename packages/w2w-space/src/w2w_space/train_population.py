@@ -9,6 +9,7 @@ whose gradient holds each member's own, however many there are. Clipping, random
 member alone, and Adam works number by number: a member comes out the same in whatever group it is trained.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -23,7 +24,7 @@ from diffcore.train import rise_and_fall
 from diffcore.train.timesteps import default_time_sampler
 from diffcore.units import Map, each_unit
 from w2w_space.bank import bank
-from w2w_space.instance import Deck, Instance, denoising_errors, held_out_loss, instances_by_name
+from w2w_space.instance import Deck, Instance, denoising_errors, held_out_errors, instances_by_name
 from w2w_space.layout import Layout
 from w2w_space.population import Population, Stacked
 from w2w_space.recipe import Recipe, initial_vectors, layout_for, up_numbers
@@ -45,6 +46,7 @@ class Trained:
         history: Training loss on the subject's pictures in each step, before the step.
         rate: Factor of the recipe's learning rate; half after a failure.
         failed: Whether training failed twice: the loss is not finite, or more than 3 times the population's median.
+        noise: Standard error of the difference of the two losses, from the pairs that they were measured on.
     """
 
     name: str
@@ -54,11 +56,17 @@ class Trained:
     history: Float[Tensor, " steps"]
     rate: float = 1.0
     failed: bool = False
+    noise: float = 0.0
 
     @property
     def gain(self) -> float:
-        """Share of the base model's loss that the adapter removes; members that do not beat the base are suspect."""
+        """Share of the base model's loss that the adapter removes."""
         return 1 - self.loss / self.base_loss
+
+    @property
+    def beats_base(self) -> bool:
+        """Whether the loss is below the base model's by more than two standard errors; other members are suspect."""
+        return self.base_loss - self.loss > 2 * self.noise
 
 
 def train_population(
@@ -188,7 +196,7 @@ def _train(
     prior: Instance | None,
     prior_weight: float,
 ) -> list[Tensor]:
-    """Trains one group and returns a row for each member: vector, loss, loss of the base, loss of each step."""
+    """Trains one group and returns a row for each member: vector, both losses, their noise, loss of each step."""
     denoiser, n = model.denoiser, len(instances)
     dtype = torch.promote_types(model.dtype, torch.float32)
     like = torch.empty((), device=model.device, dtype=dtype)
@@ -217,15 +225,15 @@ def _train(
         descend(vectors, gradient, optimizer, clip=recipe.clip, rates=rows)
     found = vectors.detach() * scales
     with bank(model.backbone, layout, found):
-        loss = held_out_loss(denoiser, deck, num_pairs=num_pairs, at_once=recipe.batch_size)
-    base = held_out_loss(denoiser, deck, num_pairs=num_pairs, at_once=recipe.batch_size)
-    return list(torch.cat([found, loss[:, None], base[:, None], torch.stack(history, 1)], 1).cpu())
+        own = held_out_errors(denoiser, deck, num_pairs=num_pairs, at_once=recipe.batch_size)
+    base = held_out_errors(denoiser, deck, num_pairs=num_pairs, at_once=recipe.batch_size)
+    # The pairs are the same, so that their differences say more than the two means.
+    noise = (base - own).std(1) / math.sqrt(num_pairs) if num_pairs > 1 else torch.zeros(n).to(own)
+    told = torch.stack([own.mean(1), base.mean(1), noise], 1)
+    return list(torch.cat([found, told, torch.stack(history, 1)], 1).cpu())
 
 
 def _unpacked(item: tuple[str, str, float], row: Tensor, layout: Layout) -> Trained:
-    vector, (loss, base), history = (
-        row[: layout.size],
-        row[layout.size : layout.size + 2].tolist(),
-        row[layout.size + 2 :],
-    )
-    return Trained(item[0], vector, loss, base, history, item[2])
+    vector, told, history = row.split([layout.size, 3, len(row) - layout.size - 3])
+    loss, base, noise = told.tolist()
+    return Trained(item[0], vector, loss, base, history, item[2], noise=noise)

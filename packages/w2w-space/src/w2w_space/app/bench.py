@@ -1,4 +1,7 @@
-"""Benchmark cases: spaces against decompositions of the whole matrix, cuts and projections against formed products."""
+"""Benchmark cases: spaces against decompositions of the whole matrix, cuts and projections against formed products.
+
+Those of training and swapping are in `bench_training`.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +11,7 @@ from torch import Tensor
 
 from diffcore.adapters import LowRank
 from diffcore.bench import Case
+from w2w_space.app.bench_training import training_cases
 from w2w_space.layout import Layout
 from w2w_space.population import Population, Stacked
 from w2w_space.products import product_gram
@@ -33,6 +37,7 @@ def cases(*, smoke: bool = False) -> list[Case]:
         _products(layout, vectors[: 10 if smoke else 100]),
         _cuts(4 if smoke else 64, 48 if smoke else 1280),
         _projections(layout, vectors, components, 5 if smoke else 64),
+        *training_cases(smoke=smoke),
     ]
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from diffcore.report import Report, Series, lines_with_band
 from diffcore.run import Run
+from w2w_space.app import report_training
 from w2w_space.coordinates import Space, about
 from w2w_space.directions import Directions
 
@@ -14,6 +15,7 @@ TITLES = {
     "directions": "Which way is each attribute?",
     "build": "What do these adapters have in common?",
     "demo": "A space of adapters: sampled, edited, and checked against known styles",
+    **report_training.TITLES,
 }
 _ANCHORED, _MEANINGLESS = 0.02, 0.2  # shares of turned signs
 _LIMITS = (
@@ -237,6 +239,9 @@ def _add_limits(report: Report, run: Run) -> None:
 
 
 SECTIONS: tuple[Callable[[Report, Run], None], ...] = (
+    report_training.add_drawn,
+    report_training.add_training,
+    report_training.add_inversion,
     _add_sliders,
     _add_inversion,
     _add_samples,

@@ -5,7 +5,7 @@ equal norm; it is read back, and its changes are compared with the point's (spec
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,8 +80,39 @@ def export_point(
         (torch.float16, True)
     """
     path = Path(path)
-    layout = point.space.layout
-    vector = balanced_vector(layout, point.vector)
+    done = export_vector(
+        point.space.layout, point.vector, path, format=format, dtype=dtype, base=base, overwrite=overwrite
+    )
+    return done if card is None else replace(done, card=write_card(point, path, {"format": format, **card}))
+
+
+def export_vector(
+    layout: Layout,
+    vector: Float[Tensor, " size"],
+    path: Path | str,
+    *,
+    format: Format = "diffusers",
+    dtype: torch.dtype | None = None,
+    base: Base | None = None,
+    overwrite: bool = False,
+) -> Exported:
+    """Writes a vector, in any gauge, as a LoRA that other tools apply at its right strength.
+
+    Args:
+        layout: Table of the vector.
+        vector: Vector of the adapter, with the scale of the change in B.
+        path: File that ends in .safetensors; for "peft" the folder.
+        format: "diffusers" for `load_lora_weights`, "kohya" for web UIs, "peft" for `PeftModel.from_pretrained`.
+        dtype: Type of the numbers; by default the narrowest that holds them, float16 where it does.
+        base: Model of the adapter; needed for kohya's names of SDXL modules.
+        overwrite: Whether an existing adapter may be replaced.
+
+    Raises:
+        UserError: Something is there already, or the layout or type cannot hold the adapter.
+        MachineError: The disk is full, or what was read back is not what was written.
+    """
+    path = Path(path)
+    vector = balanced_vector(layout, vector)
     adapter = layout.adapter(vector, name=path.stem)
     base = base or base_of_layout(layout)
     chosen = next(t for t in _DTYPES if t == torch.float32 or _holds(layout, vector, t)) if dtype is None else dtype
@@ -92,8 +123,7 @@ def export_point(
             f"{printable(written, 300)} reads back with a relative error of {error:.1g}; check the disk, or write "
             "float32"
         )
-    place = None if card is None else write_card(point, path, {"format": format, **card})
-    return Exported(written, chosen, error, place)
+    return Exported(written, chosen, error, None)
 
 
 def merge_point(model: "DiffusionModel", point: Point, folder: Path | str, *, weight: float = 1.0) -> Path:

@@ -99,7 +99,8 @@ def build(
         )
         if tested:
             space = diagnosed(population, space, num_components=num_components).space
-        save_space(space, run.folder / "space.safetensors", base=found.base, dtype=precision, members=members)
+        made = {name: found.facts[name] for name in ("recipe", "prompt", "model_fingerprint") if name in found.facts}
+        save_space(space, run.folder / "space.safetensors", base=found.base, dtype=precision, members=members, **made)
         save_space_parts(run, space)
         if members:
             _keep_members(run, found)

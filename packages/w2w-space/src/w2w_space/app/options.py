@@ -20,6 +20,7 @@ SpacePath = Annotated[Path, Parameter(help="Space: the run folder of build, or a
 Subject = Annotated[
     str, Parameter(help="What is taken: a member's name, a point file, an adapter (it is projected), or 'mean'.")
 ]
+DirectionsPath = Annotated[Path, Parameter(help="Run folder of directions, or its directions.safetensors.")]
 FormatName = Literal["diffusers", "kohya", "peft"]
 PrecisionName = Literal["float32", "float16", "bfloat16"]
 Overwrite = Annotated[bool, Parameter(negative="", help="Replace an adapter that exists already.")]

@@ -46,9 +46,10 @@ def build(
     """
     from diffcore.errors import UserError
     from w2w_space.app.inputs import about_plan, adapters_at, digest_of_files, imported, is_population, planned
-    from w2w_space.app.report import save_space_parts, write_page
+    from w2w_space.app.report import save_map_parts, save_space_parts, write_page
     from w2w_space.diagnose import diagnosed
     from w2w_space.files.population import MEMBERS, PopulationFolder
+    from w2w_space.files.previews import previews
     from w2w_space.files.space import save_space
     from w2w_space.space import WeightSpace
 
@@ -72,15 +73,19 @@ def build(
             num_components=None if tested else num_components or _UNTESTED,
             solver=solver,
         )
+        spanned, chance = len(population) - 1, {}
         if tested:
-            space = diagnosed(population, space, num_components=num_components).space
+            told = diagnosed(population, space, num_components=num_components)
+            space, spanned, chance = told.space, len(told.variances), {"variances": told.variances}
+            chance |= {"limits": told.limits}
         save_space(space, run.folder / "space.safetensors", base=found.base, dtype=precision, members=members)
-        save_space_parts(run, space)
+        save_space_parts(run, space, **chance)
         if members:
             _keep_members(run, found)
+            save_map_parts(run, space, previews(found.members))
         elif stored is None:
             _forget(run.folder / "population")
-        return _summary(space, len(found.skipped))
+        return _summary(space, spanned, len(found.skipped))
 
     def plan() -> dict[str, Any]:
         if stored is None:
@@ -114,8 +119,13 @@ def _forget(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _summary(space: Any, skipped: int) -> dict[str, Any]:
+def _summary(space: Any, spanned: int, skipped: int) -> dict[str, Any]:
     from w2w_space.app.report import answer_of
     from w2w_space.space import about
 
-    return {"answer": answer_of(space), **about(space), "left_out": skipped, "fingerprint": space.fingerprint[:16]}
+    return {
+        "answer": answer_of(space, spanned),
+        **about(space),
+        "left_out": skipped,
+        "fingerprint": space.fingerprint[:16],
+    }

@@ -106,8 +106,7 @@ def convert(
     import torch
 
     from diffcore.adapters import read_adapter, write_adapter
-    from w2w_space.app.inputs import base_for
-    from w2w_space.files.export import largest_error
+    from w2w_space.app.inputs import about_losses, base_for, read_back
     from w2w_space.ranks import adapter_at_rank
 
     if rank is not None and rank < 1:
@@ -119,15 +118,10 @@ def convert(
         adapter, losses = adapter_at_rank(adapter, rank)
     chosen = None if dtype is None else getattr(torch, dtype)
     written = write_adapter(adapter, out, format=format, dtype=chosen, base=base, overwrite=overwrite)
-    error = largest_error(adapter, read_adapter(written, base))
     told: dict[str, Any] = {"written": written, "format": format, "base": base.name, "modules": len(list(adapter))}
-    told |= {"largest_rounding_error": error}
+    told |= {"largest_rounding_error": read_back(adapter, written, base)}
     if losses:
-        whole = (sum(x.lost for x in losses.values()) / sum(x.total for x in losses.values())) ** 0.5
-        worst = max(losses, key=lambda name: losses[name].relative)
-        told |= {"rank": rank, "loss": whole, "worst_loss": losses[worst].relative, "worst_module": worst}
-    if json and losses:
-        told["losses"] = {name: loss.relative for name, loss in losses.items()}
+        told |= {"rank": rank, **about_losses(losses, each=json)}
     emit(told, json)
     return 0
 
@@ -199,12 +193,15 @@ def about_population(found: "PopulationFolder") -> dict[str, Any]:
 def _emit_adapter(path: Path, model: str | None, json: bool) -> None:
     from diffcore.models import resolve
     from diffcore.models.describe_adapter import describe_adapter
+    from w2w_space.files.sliders import slider_of
     from w2w_space.files.trigger_words import trigger_words
 
     if not path.exists():
         raise UserError(f"{printable(path, 300)} does not exist; give a space, a population, a point, or an adapter")
     told = {"kind": "adapter", **describe_adapter(path, None if model is None else resolve(model))}
     told["trigger_words"] = trigger_words(path)
+    if slider := slider_of(path):
+        told["slider"] = slider
     if not json:
         told = {name: value for name, value in told.items() if name not in ("changes", "misfit")}
         for name in ("ranks", "alphas"):

@@ -35,7 +35,7 @@ class Composition:
 
     Attributes:
         adapter: The sum, whose change is the weighted sum of the changes.
-        losses: What each module lost where the rank was cut; empty where the sum is exact.
+        losses: Loss of each module where the rank was cut; empty where the sum is exact.
     """
 
     adapter: Adapter

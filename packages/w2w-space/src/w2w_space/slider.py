@@ -37,7 +37,7 @@ class Slider:
         name: Name of the attribute.
         at: Strength at which the slider equals the edit exactly.
         useful: Least and largest strength that leave the subject among the members.
-        losses: What each module lost where the rank was cut; empty where the slider is exact.
+        losses: Loss of each module where the rank was cut; empty where the slider is exact.
     """
 
     adapter: Adapter

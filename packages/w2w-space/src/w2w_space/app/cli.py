@@ -15,7 +15,15 @@ app = make_app(
 )
 add_package_commands(app, timed="spaces and projections against whole matrices and single adapters")
 app.command(collect.import_, name="import")
-for command in (collect.convert, collect.info, fit.build, explore.directions, explore.sample, explore.edit):
+for command in (
+    collect.convert,
+    collect.remove,
+    collect.info,
+    fit.build,
+    explore.directions,
+    explore.sample,
+    explore.edit,
+):
     app.command(command)
 for command in (use.project, use.export, combine.compose, combine.slider, page.app):
     app.command(command)

@@ -54,6 +54,7 @@ def export_point(
     base: Base | None = None,
     overwrite: bool = False,
     card: Mapping[str, Any] | None = None,
+    scale: float = 1.0,
 ) -> Exported:
     """Writes a point as a LoRA that other tools apply at its right strength.
 
@@ -65,6 +66,8 @@ def export_point(
         base: Model of the space; needed for kohya's names of SDXL modules.
         overwrite: Whether an existing adapter may be replaced.
         card: Facts for the card beside the adapter; None writes no card.
+        scale: Strength alpha / rank that the file states, such as the authors' 27. Tools that read no alpha show an
+            adapter of another strength than 1 wrongly.
 
     Raises:
         UserError: Something is there already, or the layout or type cannot hold the adapter.
@@ -85,14 +88,18 @@ def export_point(
     adapter = layout.adapter(vector, name=path.stem)
     base = base or base_of_layout(layout)
     chosen = next(t for t in _DTYPES if t == torch.float32 or _holds(layout, vector, t)) if dtype is None else dtype
-    written = write_adapter(adapter, path, format=format, dtype=chosen, base=base, overwrite=overwrite)
+    written = write_adapter(adapter, path, format=format, dtype=chosen, base=base, overwrite=overwrite, scale=scale)
     error = largest_error(adapter, read_adapter(written, base))
     if error > _WORST:
         raise MachineError(
             f"{printable(written, 300)} reads back with a relative error of {error:.1g}; check the disk, or write "
             "float32"
         )
-    place = None if card is None else write_card(point, path, {"format": format, **card})
+    place = (
+        None
+        if card is None
+        else write_card(point, path, {"format": format, **({"strength stated": scale} if scale != 1 else {}), **card})
+    )
     return Exported(written, chosen, error, place)
 
 

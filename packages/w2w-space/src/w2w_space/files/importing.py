@@ -3,27 +3,31 @@
 The members' vectors have one layout. It is fixed when the population is made, from the headers of all files: the
 commonest rank, and the modules that all files change, or that any does. A file is left out where it is damaged, is no
 LoRA of the base model, changes no module of the layout, loses too much at the layout's rank, or repeats a member.
+
+A file that was changed since it was read takes the place of its old member. Where the new content cannot be a member,
+the old one stays.
 """
 
 import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from diffcore.adapters import Adapter, AdapterFile, Base, LowRank, read_adapter, scan_adapter
+from diffcore.adapters import Adapter, AdapterFile, Base, LowRank, scan_adapter
 from diffcore.adapters.keys import BACKBONE
-from diffcore.adapters.read import place
-from diffcore.adapters.scan import DIFFUSERS_WEIGHTS, PEFT_WEIGHTS
+from diffcore.adapters.read import place, read_scanned
+from diffcore.adapters.scan import DIFFUSERS_WEIGHTS, MARKERS, PEFT_CONFIG, PEFT_WEIGHTS
 from diffcore.digests import digest_of_values
 from diffcore.errors import IncompatibleModelError, UserError, printable
 from diffcore.io import files
 from diffcore.io.tensorfile import read_header
+from w2w_space.files.base import base_to_json
 from w2w_space.files.duplicates import Duplicates
 from w2w_space.files.population import FILE as POPULATION
 from w2w_space.files.population import SHARD_ROWS, Member, PopulationFolder, Precision, Skipped
@@ -35,6 +39,7 @@ Modules = Literal["intersection", "union"]
 LARGEST_LOSS = 0.5
 """Relative loss by the rank above which a file is left out."""
 _TEXT_ALONE = "changes text encoders alone, which are not part of a space"
+_SCANS = 1000  # headers that are kept, some 100 KB each
 _CLAIMS = ("ss_base_model_version", "ss_sd_model_name")
 
 
@@ -48,6 +53,8 @@ class Plan:
         skipped: Files that cannot, with the reason.
         ranks: Number of modules of each rank.
         convolutions: Number of changed convolutions that are left out.
+        scans: Checked headers of the first files that fit, which need not be read again while the files stay as they
+            are.
     """
 
     layout: Layout
@@ -55,6 +62,42 @@ class Plan:
     skipped: tuple[Skipped, ...]
     ranks: dict[int, int]
     convolutions: int
+    scans: "Scans" = field(default_factory=lambda: Scans())
+
+
+class Scans:
+    """Checked headers of adapters, for files that have neither another size nor another date since."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Path, tuple[list[tuple[int, int]], AdapterFile]] = {}
+
+    def keep(self, found: AdapterFile) -> None:
+        """Keeps a header, while there are not too many.
+
+        Args:
+            found: Header as `scan_adapter` returns it.
+        """
+        stamps = _stamps(found.path)
+        # Markers are told of when a file is read.
+        if stamps and len(self._kept) < _SCANS and not any(name in found.header.tensors for name in MARKERS):
+            self._kept[found.path] = (stamps, found)
+
+    def __call__(self, path: Path) -> AdapterFile:
+        """Returns the header of an adapter, kept or read.
+
+        Args:
+            path: File, or folder in PEFT's layout.
+        """
+        stamps, found = self._kept.pop(path, (None, None))
+        return found if found is not None and stamps is not None and stamps == _stamps(path) else scan_adapter(path)
+
+
+def _stamps(path: Path) -> list[tuple[int, int]] | None:
+    try:
+        parts = sorted(path.iterdir()) if path.is_dir() else [path]
+        return [(status.st_mtime_ns, status.st_size) for status in (part.stat() for part in parts)]
+    except OSError:
+        return None
 
 
 def plan_import(
@@ -81,7 +124,7 @@ def plan_import(
         IncompatibleModelError: No module is changed by all files.
     """
     fitting, skipped, changed = list[Path](), list[Skipped](), list[set[str]]()
-    ranks, left_out, shapes = Counter[int](), set[str](), dict[str, Shape]()
+    ranks, left_out, shapes, scans = Counter[int](), set[str](), dict[str, Shape](), Scans()
     for path in map(Path, paths):
         try:
             found = _quietly(scan_adapter, path)
@@ -93,8 +136,15 @@ def plan_import(
             continue
         plain = {name: r for name, r in names.items() if convolutions or len(base.shapes[BACKBONE][name]) == 2}
         left_out |= set(names) - set(plain)
+        if not plain:
+            reason = f"{printable(path, 300)} changes convolutions alone; pass `convolutions`=True to take them"
+            if strict:
+                raise UserError(reason)
+            skipped.append(Skipped(path.as_posix(), reason))
+            continue
         ranks.update(plain.values())
         fitting.append(path)
+        scans.keep(found)
         changed.append(set(plain))
         shapes |= {name: base.shapes[BACKBONE][name] for name in plain}
     if not fitting:
@@ -102,11 +152,12 @@ def plan_import(
     chosen = set[str]().union(*changed) if modules == "union" else set.intersection(*changed)
     if not chosen:
         raise IncompatibleModelError(
-            f"no module is changed by all {len(fitting)} adapters; pass `modules`='union', or leave some files out"
+            f"no module is changed by all {len(fitting)} adapters: {printable(_loner(fitting, changed), 300)} has the "
+            "fewest in common with the others; leave it out, or pass `modules`='union'"
         )
     rank = rank or max(sorted(ranks), key=lambda r: ranks[r])
     layout = Layout.of({name: shapes[name] for name in chosen}, rank, base.backbone)
-    return Plan(layout, tuple(fitting), tuple(skipped), dict(ranks.most_common()), len(left_out))
+    return Plan(layout, tuple(fitting), tuple(skipped), dict(ranks.most_common()), len(left_out), scans)
 
 
 def import_adapters(
@@ -147,10 +198,17 @@ def import_adapters(
             raise UserError(
                 f"{printable(folder, 300)} holds a population that was made with other settings; give another `folder`"
             )
+        if base_to_json(there.base)["shapes"] != base_to_json(base)["shapes"]:
+            raise IncompatibleModelError(
+                f"{printable(folder, 300)} holds adapters of {printable(there.base.name)}, whose layers are not those "
+                f"of {printable(base.name)}; give another `folder`"
+            )
+        scans = Scans()
     else:
         plan = plan_import(paths, base, rank=rank, modules=modules, convolutions=convolutions, strict=strict)
         there = PopulationFolder.create(folder, plan.layout, base, dtype=dtype, settings=settings)
-    return add(there, paths, strict=strict, largest_loss=largest_loss, track=track)
+        scans = plan.scans
+    return add(there, paths, strict=strict, largest_loss=largest_loss, track=track, scans=scans)
 
 
 def add(
@@ -160,8 +218,11 @@ def add(
     strict: bool = False,
     largest_loss: float = LARGEST_LOSS,
     track: Callable[[Sequence[Path]], Iterable[Path]] = iter,
+    scans: Scans | None = None,
 ) -> PopulationFolder:
     """Returns a population with more files, in the layout that it has; files that are members are passed over.
+
+    A file that was changed since it became a member takes that member's place.
 
     Args:
         population: Population as it is on disk.
@@ -169,44 +230,74 @@ def add(
         strict: Whether a file that is left out is an error.
         largest_loss: Relative loss by the rank above which a file is left out.
         track: Goes through the files, and may show how far they are read.
+        scans: Headers that `plan_import` has checked already.
 
     Raises:
-        UserError: Where `strict`, a file that is left out.
+        UserError: Where `strict`, a file that is left out; or another process adds to the population.
     """
-    known = {(member.source, member.sha256) for member in population.members}
-    members, skipped, names = list[Member](), list[Skipped](), set(population.names)
-    duplicates = Duplicates(population)
+    with population.locked():
+        return _Adding(population, scans or Scans(), strict=strict, largest_loss=largest_loss).all(
+            [Path(p) for p in paths], track
+        )
 
-    def commit() -> None:
-        nonlocal population
-        fresh = list(duplicates.fresh.values())
-        block = torch.stack(fresh) if fresh else torch.empty(0, population.layout.size)
-        population = population.append(block, members, skipped)
-        duplicates.written(population)
-        members.clear()
-        skipped.clear()
 
-    for path in track([Path(path) for path in paths]):
+class _Adding:
+    """Adds files to a population: what was read is on disk after every shard, and whatever ends it."""
+
+    def __init__(self, population: PopulationFolder, scans: Scans, *, strict: bool, largest_loss: float) -> None:
+        self.scans, self.population, self.strict, self.largest_loss = scans, population, strict, largest_loss
+        self.by_source = {member.source: member for member in population.members if member.source}
+        self.names, self.duplicates = set(population.names), Duplicates(population)
+        self.members, self.skipped, self.replaced = list[Member](), list[Skipped](), list[str]()
+
+    def all(self, paths: Sequence[Path], track: Callable[[Sequence[Path]], Iterable[Path]]) -> PopulationFolder:
         try:
-            digest = _digest(path)
-            if (path.as_posix(), digest) in known:
-                continue
-            member, vector = _read(path, population, digest, largest_loss)
-            sketch = duplicates.sketch(vector)
-            if twin := duplicates.twin(vector, sketch):
-                raise UserError(f"{printable(path, 300)} is the same adapter as {twin!r}")
-        except UserError as error:
-            _tell(path, str(error), strict)
-            skipped.append(Skipped(path.as_posix(), str(error)))
-            continue
-        name = _free_name(path, names)
-        names.add(name)
-        duplicates.add(name, vector, sketch)
-        members.append(replace(member, name=name, sketch=tuple(sketch.tolist())))
-        if len(members) == SHARD_ROWS:
-            commit()
-    commit()
-    return population
+            for path in track(paths):
+                try:
+                    self.one(path)
+                except UserError as error:
+                    _tell(path, str(error), self.strict)
+                    self.skipped.append(Skipped(path.as_posix(), str(error)))
+                if len(self.members) == SHARD_ROWS:
+                    self.commit()
+        finally:
+            self.commit()
+        return self.population
+
+    def one(self, path: Path) -> None:
+        digest = _digest(path)
+        old = self.by_source.get(path.as_posix())
+        if old is not None and old.sha256 == digest:
+            return
+        member, vector = _read(path, self.population, digest, self.largest_loss, self.scans)
+        sketch = self.duplicates.sketch(vector)
+        twin = self.duplicates.twin(vector, sketch, other_than=None if old is None else old.name)
+        if twin is not None:
+            raise UserError(f"{printable(path, 300)} is the same adapter as {twin!r}")
+        if old is not None:
+            if old.name not in self.population.names:  # named twice among the paths, and changed in between
+                raise UserError(f"{printable(path, 300)} changed while it was read; run the same command again")
+            _LOG.warning("replaced: %s was changed since it became the member %r", printable(path, 300), old.name)
+            self.replaced.append(old.name)
+            self.duplicates.forget(old.name)
+        name = _free_name(path, self.names) if old is None else old.name
+        member = replace(member, name=name, sketch=tuple(sketch.tolist()))
+        self.names.add(name)
+        self.duplicates.add(name, vector, sketch)
+        self.members.append(member)
+        self.by_source[path.as_posix()] = member
+
+    def commit(self) -> None:
+        fresh = list(self.duplicates.fresh.values())
+        block = torch.stack(fresh) if fresh else torch.empty(0, self.population.layout.size)
+        if self.replaced:
+            # Interrupted between the two, the population lacks these members, and the same import reads them again.
+            self.population = self.population.remove(self.replaced)
+            self.replaced.clear()
+        self.population = self.population.append(block, self.members, self.skipped)
+        self.duplicates.written(self.population)
+        self.members.clear()
+        self.skipped.clear()
 
 
 def adapter_paths(folder: Path | str) -> list[Path]:
@@ -224,7 +315,8 @@ def adapter_paths(folder: Path | str) -> list[Path]:
         ours = {parent for parent in parents if any((parent / name).is_file() for name in ("run.json", POPULATION))}
     for path in below:
         if not ours.intersection(path.parents) and not _is_ours(path):
-            found.add(path.parent if path.name == PEFT_WEIGHTS else path)
+            in_folder = path.name == PEFT_WEIGHTS and path.with_name(PEFT_CONFIG).is_file()
+            found.add(path.parent if in_folder else path)
     return sorted(found)
 
 
@@ -238,11 +330,14 @@ def _is_ours(path: Path) -> bool:
         return False
 
 
-def _read(path: Path, population: PopulationFolder, digest: str, largest_loss: float) -> tuple[Member, Tensor]:
+def _read(
+    path: Path, population: PopulationFolder, digest: str, largest_loss: float, scans: Scans
+) -> tuple[Member, Tensor]:
     """Returns a member without its name, and its vector; raises UserError for a file that is left out."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        adapter = read_adapter(path, population.base)
+        found = scans(path)
+        adapter = read_scanned(found, population.base)
     notes = [str(warning.message) for warning in told]
     layout = population.layout
     if not adapter.modules:
@@ -265,6 +360,7 @@ def _read(path: Path, population: PopulationFolder, digest: str, largest_loss: f
     stored = vector.to(population.dtype).float()
     if not bool(stored.isfinite().all()) or float((stored - vector).norm()) > 0.01 * float(vector.norm()):
         raise UserError(f"{printable(path, 300)} has numbers that float16 does not hold; pass `dtype`='float32'")
+    told_on = found.header.metadata  # told, and never opened
     outside = sum(_energy(change) for name, change in adapter.modules.items() if name not in layout.modules)
     member = Member(
         path.stem,
@@ -273,18 +369,10 @@ def _read(path: Path, population: PopulationFolder, digest: str, largest_loss: f
         loss=loss.relative,
         dropped=outside / (outside + loss.total),
         sha256=digest,
-        trained_on=_trained_on(path),
+        trained_on=", ".join(printable(told_on[key]) for key in _CLAIMS if key in told_on),
         notes=tuple(notes),
     )
     return member, vector
-
-
-def _trained_on(path: Path) -> str:
-    """Returns the base model that an adapter names in its header, which is told and never opened."""
-    names = (path / name for name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS))
-    weights = next((file for file in names if file.is_file()), path) if path.is_dir() else path
-    told = read_header(weights).metadata
-    return ", ".join(printable(told[key]) for key in _CLAIMS if key in told)
 
 
 def _energy(change: LowRank) -> float:
@@ -327,6 +415,12 @@ def _free_name(path: Path, taken: set[str]) -> str:
     while found in taken:
         found, number = f"{name}-{number}", number + 1
     return found
+
+
+def _loner(paths: Sequence[Path], changed: Sequence[set[str]]) -> Path:
+    """Returns the file whose modules the fewest other files change."""
+    counts = Counter(name for names in changed for name in names)
+    return min(zip(paths, changed, strict=True), key=lambda pair: max(counts[name] for name in pair[1]))[0]
 
 
 def _first(skipped: Sequence[Skipped]) -> str:

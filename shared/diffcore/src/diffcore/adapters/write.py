@@ -64,10 +64,12 @@ def write_adapter(
     path, metadata = Path(path), dict(metadata or {})
     if own := [name for name in metadata if name in _OWN_METADATA]:
         raise ValueError(f"`metadata` has {own[0]!r}, which the layout writes itself; choose another name")
+    if not 0 < scale <= MAX_ALPHA:
+        raise UserError(f"`scale` is {scale:g}; give a strength above 0 and at most {MAX_ALPHA:,}")
     folded = _folded(adapter, scale)
     rank = next(iter(folded.values()))[0].shape[0]
-    if not 0 < rank * scale <= MAX_ALPHA:
-        raise UserError(f"`scale` is {scale:g} at rank {rank}; give one above 0 whose alpha is at most {MAX_ALPHA:,}")
+    if rank * scale > MAX_ALPHA:
+        raise UserError(f"`scale` is {scale:g} at rank {rank}, an alpha above {MAX_ALPHA:,}; give a smaller one")
     folded, alpha = _typed(folded, adapter, dtype), rank * scale
     if format == "peft":
         if adapter.text_encoders:

@@ -2,7 +2,9 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
 
 from diffcore.cli import Flag, emit
 from diffcore.errors import UserError, printable
@@ -28,7 +30,8 @@ def import_(
 
     Shortest form: w2w-space import LORAS --out POPULATION
 
-    The same command again adds what is new. A file that cannot be a member is named with the reason, and left out.
+    The same command again adds what is new, and replaces members whose file was changed. A file that cannot be a member
+    is named with the reason, and left out.
 
     Args:
         out: Folder of the population, new or begun before; with --authors, that of the space.
@@ -41,16 +44,50 @@ def import_(
     """
     if authors:
         return _import_authors(sources, out, allow_pickle, num_components, precision, dry_run, json)
-    from w2w_space.app.inputs import about_plan, adapters_at, imported, planned
+    from w2w_space.app.inputs import about_plan, adapters_at, base_for, imported, planned
 
     paths = adapters_at(sources)
-    base, plan = planned(paths, reading)
     if dry_run:
-        emit({**about_plan(paths, base, plan), "writes": out}, json)
+        emit({**about_plan(paths, *planned(paths, reading)), "writes": out}, json)
         return 0
-    found = imported(out, paths, base, reading, dtype=precision)
+    before = _digests(out)
+    found = imported(out, paths, base_for(paths, reading.model), reading, dtype=precision)
     told = about_population(found)
+    told["replaced"] = [m.name for m in found.members if before.get(m.source, m.sha256) != m.sha256]
     emit(told if json else {name: value for name, value in told.items() if name != "skipped"}, json)
+    return 0
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Returns the digest of each member's file as it was read, by the path; of no population none."""
+    from w2w_space.app.inputs import is_population
+    from w2w_space.files.population import PopulationFolder
+
+    members = PopulationFolder.open(folder).members if is_population(folder) else ()
+    return {member.source: member.sha256 for member in members if member.source}
+
+
+def remove(
+    population: Annotated[Path, Parameter(help="Folder of the population.")],
+    names: Annotated[tuple[str, ...], Parameter(negative="", help="Names of the members to take out.")],
+    *,
+    json: Flag = False,
+) -> int:
+    """Take members out of a population, and delete their numbers from the disk.
+
+    Shortest form: w2w-space remove POPULATION NAME
+
+    Spaces that were built with them stay as they are: build them again. The same import would add the files again.
+
+    Args:
+        json: Print the result as one JSON object.
+    """
+    from w2w_space.files.population import PopulationFolder
+
+    found = PopulationFolder.open(population)
+    with found.locked():
+        left = found.remove(names)
+    emit({"removed": list(dict.fromkeys(names)), "members": len(left), "folder": population}, json)
     return 0
 
 

@@ -61,8 +61,6 @@ def compose(
     if rank is not None and rank < 1:
         raise UserError(f"`rank` is {rank}; give at least 1")
     wanted = [_weighted(part) for part in parts]
-    if not wanted:
-        raise UserError("there is nothing to add; give `parts` such as a.safetensors style.safetensors:0.7")
     place = Path(space_or_model)
     told: dict[str, Any] = {}
     if is_space(place):

@@ -45,7 +45,15 @@ def build(
         precision: Precision of the stored components.
     """
     from diffcore.errors import UserError
-    from w2w_space.app.inputs import about_plan, adapters_at, digest_of_files, imported, is_population, planned
+    from w2w_space.app.inputs import (
+        about_plan,
+        adapters_at,
+        base_for,
+        digest_of_files,
+        imported,
+        is_population,
+        planned,
+    )
     from w2w_space.app.report import save_map_parts, save_space_parts, write_page
     from w2w_space.diagnose import diagnosed
     from w2w_space.files.population import MEMBERS, PopulationFolder
@@ -63,7 +71,7 @@ def build(
     }
 
     def compute(run: "Run", map: "RunMap") -> dict[str, Any]:
-        found = stored or imported(run.folder / "population", paths, planned(paths, reading)[0], reading)
+        found = stored or imported(run.folder / "population", paths, base_for(paths, reading.model), reading)
         population = found.population()
         tested = len(population) <= _TESTED
         space = WeightSpace.build(

@@ -107,6 +107,7 @@ def export(
     *,
     format: FormatName = "diffusers",
     dtype: PrecisionName | None = None,
+    keep_scale: float = 1.0,
     merge: str | None = None,
     weight: float = 1.0,
     verify: str | None = None,
@@ -126,6 +127,8 @@ def export(
         out: File to write, ending in .safetensors; for peft and with --merge a folder.
         format: Use diffusers for load_lora_weights, kohya for web UIs, peft for PeftModel.from_pretrained.
         dtype: Precision to write; by default float16 where it holds the numbers.
+        keep_scale: Strength alpha / rank that the file states; 27 is the authors' convention. Tools that read no alpha
+            show any other than 1 wrongly.
         merge: Model that the point is merged into; its whole checkpoint is written.
         weight: Strength of the change in the merged model.
         verify: Base model, a pipeline, in which plain diffusers must show the point that was written.
@@ -141,6 +144,8 @@ def export(
 
     if verify is not None and (format == "peft" or merge is not None):
         raise UserError("`verify` loads files in the layout of diffusers or kohya; choose one of them as `format`")
+    if merge is not None and keep_scale != 1:
+        raise UserError("`keep_scale` is for files of adapters; a merged model has none, leave it out")
     loaded = load_space(space)
     point = subject_of(subject, loaded, space, model=model, unshrink=unshrink)
     if merge is not None:
@@ -154,6 +159,7 @@ def export(
         dtype=None if dtype is None else getattr(torch, dtype),
         base=base,
         overwrite=overwrite,
+        scale=keep_scale,
         card={"subject": Path(subject).stem, "base": base.name} if card else None,
     )
     told = {"written": written.path, "precision": str(written.dtype).removeprefix("torch.")}

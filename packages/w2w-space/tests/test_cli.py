@@ -211,7 +211,7 @@ def test_diffusers_shows_what_was_exported(place: Place, monkeypatch: pytest.Mon
     assert kept["error_in_diffusers"] < 5e-3
     assert place.json("info", "kept.safetensors", "--model", "model")["alphas"] == {"27": 16}
     for wrong in ("0", "-3", "inf"):
-        assert "--scale" in place("export", "space", "m0", "x.safetensors", "--keep-scale", wrong, code=2)[1]
+        assert "--keep-scale is" in place("export", "space", "m0", "x.safetensors", "--keep-scale", wrong, code=2)[1]
     # A file of another strength than the point's is noticed.
     real = Point.adapter
     monkeypatch.setattr(Point, "adapter", lambda self, name="point": scaled(real(self, name)))

@@ -36,6 +36,7 @@ class Reading:
         rank: Rank of all; by default the commonest one of their modules.
         modules: Take the modules that all adapters change, or those that any does (zeros where one does not).
         convolutions: Take changes of convolutions too.
+        materialise: Turn LoHa, LoKr and whole differences into LoRAs of this rank.
         largest_loss: Relative loss by the rank above which an adapter is left out.
         strict: End with an error where an adapter would be left out.
     """
@@ -44,6 +45,7 @@ class Reading:
     rank: int | None = None
     modules: Literal["intersection", "union"] = "intersection"
     convolutions: bool = False
+    materialise: bool = False
     largest_loss: float = 0.5
     strict: bool = False
 

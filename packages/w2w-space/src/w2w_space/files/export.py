@@ -95,11 +95,8 @@ def export_point(
             f"{printable(written, 300)} reads back with a relative error of {error:.1g}; check the disk, or write "
             "float32"
         )
-    place = (
-        None
-        if card is None
-        else write_card(point, path, {"format": format, **({"strength stated": scale} if scale != 1 else {}), **card})
-    )
+    stated = {} if scale == 1 else {"strength stated in the file": scale}
+    place = None if card is None else write_card(point, path, {"format": format, **stated, **card})
     return Exported(written, chosen, error, place)
 
 

@@ -29,10 +29,12 @@ from diffcore.io import files
 from diffcore.io.tensorfile import read_header
 from w2w_space.files.base import base_to_json
 from w2w_space.files.duplicates import Duplicates
+from w2w_space.files.materialise import materialise, modules_of_other
 from w2w_space.files.population import FILE as POPULATION
 from w2w_space.files.population import SHARD_ROWS, Member, PopulationFolder, Precision, Skipped
 from w2w_space.layout import Layout, Shape
 from w2w_space.population import vector_of
+from w2w_space.ranks import RankLoss
 
 _LOG = logging.getLogger("diffcore.w2w_space")
 Modules = Literal["intersection", "union"]
@@ -107,6 +109,7 @@ def plan_import(
     rank: int | None = None,
     modules: Modules = "intersection",
     convolutions: bool = False,
+    materialise: bool = False,
     strict: bool = False,
 ) -> Plan:
     """Returns the layout of a population of adapter files, after a check of their headers.
@@ -117,6 +120,7 @@ def plan_import(
         rank: Rank of all; by default the commonest one of their modules, the smaller where two are as common.
         modules: "intersection" takes the modules that all files change, "union" those that any changes.
         convolutions: Whether changes of convolutions are taken too.
+        materialise: Whether LoHa, LoKr and whole differences are turned into LoRAs of the rank of all.
         strict: Whether a file that does not fit is an error.
 
     Raises:
@@ -126,9 +130,15 @@ def plan_import(
     fitting, skipped, changed = list[Path](), list[Skipped](), list[set[str]]()
     ranks, left_out, shapes, scans = Counter[int](), set[str](), dict[str, Shape](), Scans()
     for path in map(Path, paths):
+        found = None
         try:
-            found = _quietly(scan_adapter, path)
-            names = _modules(found, base)
+            try:
+                found = _quietly(scan_adapter, path)
+                names = _modules(found, base)
+            except IncompatibleModelError as error:
+                if not materialise:
+                    raise
+                names = _of_other(path, base, error)
         except UserError as error:
             if strict:
                 raise
@@ -142,9 +152,10 @@ def plan_import(
                 raise UserError(reason)
             skipped.append(Skipped(path.as_posix(), reason))
             continue
-        ranks.update(plain.values())
+        ranks.update(r for r in plain.values() if r)
         fitting.append(path)
-        scans.keep(found)
+        if found is not None:
+            scans.keep(found)
         changed.append(set(plain))
         shapes |= {name: base.shapes[BACKBONE][name] for name in plain}
     if not fitting:
@@ -155,6 +166,8 @@ def plan_import(
             f"no module is changed by all {len(fitting)} adapters: {printable(_loner(fitting, changed), 300)} has the "
             "fewest in common with the others; leave it out, or pass `modules`='union'"
         )
+    if rank is None and not ranks:
+        raise UserError("no file says a rank; give the `rank` that LoHa, LoKr and differences are brought to")
     rank = rank or max(sorted(ranks), key=lambda r: ranks[r])
     layout = Layout.of({name: shapes[name] for name in chosen}, rank, base.backbone)
     return Plan(layout, tuple(fitting), tuple(skipped), dict(ranks.most_common()), len(left_out), scans)
@@ -168,6 +181,7 @@ def import_adapters(
     rank: int | None = None,
     modules: Modules = "intersection",
     convolutions: bool = False,
+    materialise: bool = False,
     strict: bool = False,
     largest_loss: float = LARGEST_LOSS,
     dtype: Precision = "float32",
@@ -183,6 +197,7 @@ def import_adapters(
         modules: "intersection" takes the modules that all files change, "union" those that any changes, where a file
             that does not change one has zeros.
         convolutions: Whether changes of convolutions are taken too.
+        materialise: Whether LoHa, LoKr and whole differences are turned into LoRAs of the rank of all.
         strict: Whether a file that is left out is an error.
         largest_loss: Relative loss by the rank, in the Frobenius norm, above which a file is left out.
         dtype: Type of the stored numbers.
@@ -192,6 +207,7 @@ def import_adapters(
         UserError: No file fits; where `strict`, one does not; or the folder holds a population with other settings.
     """
     settings = {"rank": rank, "modules": modules, "convolutions": convolutions, "largest_loss": largest_loss}
+    settings |= {"materialise": True} if materialise else {}
     if (Path(folder) / POPULATION).exists():
         there = PopulationFolder.open(folder)
         if there.facts.get("settings") != settings or there.facts["dtype"] != dtype:
@@ -205,7 +221,8 @@ def import_adapters(
             )
         scans = Scans()
     else:
-        plan = plan_import(paths, base, rank=rank, modules=modules, convolutions=convolutions, strict=strict)
+        told = {"modules": modules, "convolutions": convolutions, "materialise": materialise, "strict": strict}
+        plan = plan_import(paths, base, rank=rank, **told)
         there = PopulationFolder.create(folder, plan.layout, base, dtype=dtype, settings=settings)
         scans = plan.scans
     return add(there, paths, strict=strict, largest_loss=largest_loss, track=track, scans=scans)
@@ -334,12 +351,19 @@ def _read(
     path: Path, population: PopulationFolder, digest: str, largest_loss: float, scans: Scans
 ) -> tuple[Member, Tensor]:
     """Returns a member without its name, and its vector; raises UserError for a file that is left out."""
+    layout, told_on, lost = population.layout, dict[str, str](), None
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        found = scans(path)
-        adapter = read_scanned(found, population.base)
+        try:
+            found = scans(path)
+            adapter, told_on = read_scanned(found, population.base), found.header.metadata
+        except IncompatibleModelError as error:
+            if not population.facts.get("settings", {}).get("materialise"):
+                raise
+            adapter, lost = _other(path, population, error)
     notes = [str(warning.message) for warning in told]
-    layout = population.layout
+    if lost is not None:
+        notes.append("no LoRA: a LoHa, a LoKr or whole differences, brought to the rank of all")
     if not adapter.modules:
         raise UserError(f"{printable(path, 300)} {_TEXT_ALONE}")
     inside = {name: change for name, change in adapter.modules.items() if name in layout.modules}
@@ -348,6 +372,11 @@ def _read(
     if adapter.text_encoders:
         notes.append(f"changes of {', '.join(sorted(adapter.text_encoders))} are left out")
     vector, loss = vector_of(Adapter(inside, backbone=adapter.backbone, name=path.stem), layout)
+    loss = (
+        loss
+        if lost is None
+        else RankLoss(*(sum(p) for p in zip(*((lost[n].lost, lost[n].total) for n in inside), strict=True)))
+    )
     if loss.total == 0:
         raise UserError(f"{printable(path, 300)} changes nothing: all its products are zero")
     if not bool(vector.isfinite().all()):
@@ -360,7 +389,6 @@ def _read(
     stored = vector.to(population.dtype).float()
     if not bool(stored.isfinite().all()) or float((stored - vector).norm()) > 0.01 * float(vector.norm()):
         raise UserError(f"{printable(path, 300)} has numbers that float16 does not hold; pass `dtype`='float32'")
-    told_on = found.header.metadata  # told, and never opened
     outside = sum(_energy(change) for name, change in adapter.modules.items() if name not in layout.modules)
     member = Member(
         path.stem,
@@ -373,6 +401,19 @@ def _read(
         notes=tuple(notes),
     )
     return member, vector
+
+
+def _of_other(path: Path, base: Base, refused: UserError) -> dict[str, int]:
+    """Returns the modules that a file of another method changes; where it is none either, the first error counts."""
+    try:
+        return modules_of_other(path, base)
+    except UserError:
+        raise refused from None
+
+
+def _other(path: Path, population: PopulationFolder, refused: UserError) -> tuple[Adapter, dict[str, RankLoss]]:
+    _of_other(path, population.base, refused)
+    return materialise(path, population.base, population.layout.rank)
 
 
 def _energy(change: LowRank) -> float:

@@ -121,6 +121,7 @@ def convert(
     *,
     format: FormatName = "diffusers",
     rank: int | None = None,
+    materialise: Flag = False,
     dtype: PrecisionName | None = None,
     model: BaseModel = None,
     overwrite: Overwrite = False,
@@ -137,6 +138,7 @@ def convert(
         out: File to write, ending in .safetensors; for peft a folder.
         format: Use diffusers for load_lora_weights, kohya for web UIs, peft for PeftModel.from_pretrained.
         rank: Rank of every module; by default the largest that the file has.
+        materialise: Turn a LoHa, a LoKr or whole differences into a LoRA of this rank.
         dtype: Precision to write; by default the source's where it is exact, else float32.
         json: Print the result as one JSON object, with the loss of every module.
     """
@@ -144,14 +146,22 @@ def convert(
 
     from diffcore.adapters import read_adapter, write_adapter
     from w2w_space.app.inputs import about_losses, base_for, read_back
+    from w2w_space.files.materialise import materialise as as_lora
     from w2w_space.ranks import adapter_at_rank
 
     if rank is not None and rank < 1:
         raise UserError(f"`rank` is {rank}; give at least 1")
+    if materialise and rank is None:
+        raise UserError("`materialise` needs the `rank` of the LoRA, such as 8; what is lost is told")
+    if materialise and model is None:
+        raise UserError("`materialise` needs the base `model`: a pipeline folder, safetensors file, or zoo:NAME")
     base = base_for([file], model)
-    adapter = read_adapter(file, base)
     losses = {}
-    if rank is not None:
+    if materialise and rank is not None:
+        adapter, losses = as_lora(file, base, rank)
+    else:
+        adapter = read_adapter(file, base)
+    if rank is not None and not materialise:
         adapter, losses = adapter_at_rank(adapter, rank)
     chosen = None if dtype is None else getattr(torch, dtype)
     written = write_adapter(adapter, out, format=format, dtype=chosen, base=base, overwrite=overwrite)

@@ -138,6 +138,7 @@ def export(
     """
     import torch
 
+    from diffcore.adapters.settings import MAX_ALPHA
     from w2w_space.app.inputs import subject as subject_of
     from w2w_space.files.export import export_point, merge_point
     from w2w_space.files.space import base_of_space, load_space
@@ -146,6 +147,8 @@ def export(
         raise UserError("`verify` loads files in the layout of diffusers or kohya; choose one of them as `format`")
     if merge is not None and keep_scale != 1:
         raise UserError("`keep_scale` is for files of adapters; a merged model has none, leave it out")
+    if not 0 < keep_scale <= MAX_ALPHA:
+        raise UserError(f"`keep_scale` is {keep_scale:g}; give a strength above 0, such as the authors' 27")
     loaded = load_space(space)
     point = subject_of(subject, loaded, space, model=model, unshrink=unshrink)
     if merge is not None:

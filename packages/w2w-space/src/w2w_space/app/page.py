@@ -102,7 +102,7 @@ def serve(page: gr.Blocks, *, port: int | None = None, browser: bool = False) ->
     """Shows the page to this machine, and returns its address.
 
     Args:
-        page: Page of `make_page`.
+        page: Page as `make_page` returns it.
         port: Port to listen at; by default the first free one from 7860 on.
         browser: Whether to open the page in a browser.
 
@@ -131,7 +131,7 @@ def wait(page: gr.Blocks) -> None:
     """Shows the page until the process is interrupted, and closes it then.
 
     Args:
-        page: Page that is served.
+        page: Page that `serve` has shown.
     """
     try:
         threading.Event().wait()

@@ -133,7 +133,7 @@ class Studio:
         """Returns the point of a name that can be chosen.
 
         Args:
-            name: One of `subjects`.
+            name: Subject, one of those in `subjects`.
 
         Raises:
             UserError: There is no such subject.
@@ -148,7 +148,7 @@ class Studio:
         """Returns a subject after the moves of the sliders.
 
         Args:
-            name: One of `subjects`.
+            name: Subject, one of those in `subjects`.
             strengths: Strength of each slider in standard deviations; those at 0 do nothing.
             keep: Attributes whose scores stay as they are; those that are moved are not kept.
         """
@@ -161,7 +161,7 @@ class Studio:
         """Returns pictures of a subject before and after the moves of the sliders, from the same noise.
 
         Args:
-            name: One of `subjects`.
+            name: Subject, one of those in `subjects`.
             strengths: Strength of each slider in standard deviations.
             scene: How the pictures are drawn.
             keep: Attributes whose scores stay as they are.
@@ -197,7 +197,7 @@ class Studio:
         Args:
             folder: Folder for the file.
             file: Name of the file; signs that are no part of names are left out.
-            name: One of `subjects`.
+            name: Subject, one of those in `subjects`.
             strengths: Strength of each slider in standard deviations.
             keep: Attributes whose scores stay as they are.
 

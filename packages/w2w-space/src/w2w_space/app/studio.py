@@ -77,7 +77,7 @@ class Studio:
     """A space with its model and sliders.
 
     Attributes:
-        model: Model that draws.
+        model: Diffusion model that draws the pictures.
         space: Space of its adapters.
         knobs: Sliders in their order.
     """
@@ -88,7 +88,7 @@ class Studio:
         """Checks that all belong together.
 
         Args:
-            model: Model that draws.
+            model: Diffusion model that draws the pictures.
             space: Space of its adapters.
             base: Weights that the adapters of the space change, for their files.
             directions: Directions of the space; without them the leading components have sliders.

@@ -75,6 +75,8 @@ integrations: sync ## comparisons with packages that stay out of the workspace, 
 	  python benchmarks/run.py $(if $(SMOKE),--smoke) immiscible-noise
 	@OMP_NUM_THREADS=1 $(UV) run --isolated --no-dev --package diffusion-featsel --all-extras --with timm \
 	  python benchmarks/featsel_timm.py
+	@OMP_NUM_THREADS=1 $(UV) run --isolated --no-dev --package w2w-space --with lycoris-lora --with peft \
+	  python benchmarks/w2w_lycoris.py
 
 reliability: sync ## the long form of the crash, kill and fuzz tests
 	@RELIABILITY=long OMP_NUM_THREADS=1 $(RUN) pytest -m reliability $(ARGS)

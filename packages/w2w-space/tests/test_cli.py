@@ -99,6 +99,26 @@ def test_an_import_names_what_it_leaves_out(place: Place):
     assert "name its base model with --model" in err
 
 
+def test_members_are_replaced_and_removed(place: Place):
+    adapter = read_adapter("loras/m0.safetensors", base_on_disk(Path("model")))
+    Path("few").mkdir()
+    for number in range(4):
+        write_adapter(scaled(adapter) if number == 1 else drawn_like(adapter, number), f"few/{number}.safetensors")
+    place("import", "few", "--model", "model", "--out", "small")
+    write_adapter(drawn_like(adapter, 50), "few/2.safetensors", overwrite=True)
+    told = place.json("import", "few", "--model", "model", "--out", "small")
+    assert (told["members"], told["replaced"]) == (4, ["2"])
+    assert place.json("import", "few", "--model", "model", "--out", "small")["replaced"] == []
+    told = place.json("remove", "small", "1", "3")
+    assert (told["removed"], told["members"]) == (["1", "3"], 2)
+    assert place.json("info", "small")["problems"] == []
+    assert "no member '1'" in place("remove", "small", "1", code=2)[1]
+
+
+def drawn_like(adapter: Adapter, seed: int) -> Adapter:
+    return drawn({name: change.shape for name, change in adapter.modules.items()}, seed)
+
+
 def test_a_space_of_a_population_or_of_its_files_is_the_same(place: Place):
     place("build", "loras", "--model", "model", "--out", "direct", "--precision", "float32")
     one, other = load_space(Path("space")), load_space(Path("direct"))
@@ -206,6 +226,12 @@ def test_diffusers_shows_what_was_exported(place: Place, monkeypatch: pytest.Mon
     assert again["error_in_diffusers"] == told["error_in_diffusers"]
     _, err = place("export", "space", "m0", "p", "--format", "peft", "--verify", "model", code=2)
     assert "--verify loads files in the layout of diffusers" in err
+    # The authors' strength, stated in the header, is read by diffusers.
+    kept = place.json("export", "space", "m0", "kept.safetensors", "--verify", "model", "--keep-scale", "27")
+    assert kept["error_in_diffusers"] < 5e-3
+    assert place.json("info", "kept.safetensors", "--model", "model")["alphas"] == {"27": 16}
+    for wrong in ("0", "-3", "inf"):
+        assert "--keep-scale is" in place("export", "space", "m0", "x.safetensors", "--keep-scale", wrong, code=2)[1]
     # A file of another strength than the point's is noticed.
     real = Point.adapter
     monkeypatch.setattr(Point, "adapter", lambda self, name="point": scaled(real(self, name)))

@@ -270,7 +270,7 @@ def test_an_import_goes_on_where_it_stopped(write, tmp_path: Path, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         import_adapters(tmp_path / "pop", paths, BASE, track=stop)
-    assert len(PopulationFolder.open(tmp_path / "pop")) == 2
+    assert len(PopulationFolder.open(tmp_path / "pop")) == 3  # with what was read and filled no shard
     resumed = import_adapters(tmp_path / "pop", paths, BASE)
     whole = import_adapters(tmp_path / "whole", paths, BASE)
     assert resumed.names == whole.names
@@ -324,3 +324,91 @@ def test_links_and_names_of_any_script_are_read(write, tmp_path: Path):
     assert PopulationFolder.open(tmp_path / "pop").names == found.names == ("Žofie 花子", "link")
     assert len(add(found, [path])) == 2
     assert not add(found, [path]).skipped
+
+
+def test_a_changed_file_takes_the_place_of_its_member(write, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    paths = [write(drawn(seed), f"{name}.safetensors") for seed, name in enumerate("abc")]
+    import_adapters(tmp_path / "pop", paths, BASE)
+    write(drawn(7), "b.safetensors")
+    paths.append(write(drawn(1), "d.safetensors"))  # what b was is no duplicate any more
+    found = import_adapters(tmp_path / "pop", paths, BASE)
+    assert sorted(found.names) == ["a", "b", "c", "d"]
+    found = found.remove(["d"])
+    paths.pop()
+    assert "replaced" in caplog.text
+    assert "'b'" in caplog.text
+    row = found.rows([found.names.index("b")])[0]
+    read = products(found.layout.adapter(row), found.layout)
+    for name, product in products(drawn(7), found.layout).items():
+        assert torch.allclose(read[name], product, atol=1e-5)
+    assert PopulationFolder.open(tmp_path / "pop").verify() == []
+    # Once more nothing is to be done, and a file that was only written again is the same member still.
+    caplog.clear()
+    assert import_adapters(tmp_path / "pop", paths, BASE).names == found.names
+    assert "replaced" not in caplog.text
+    write(drawn(7), "b.safetensors", "kohya")
+    again = import_adapters(tmp_path / "pop", paths, BASE)
+    assert (sorted(again.names), again.skipped) == (["a", "b", "c"], ())
+    # The old member stays where the new file cannot be one.
+    paths[0].write_bytes(b"damaged")
+    kept = import_adapters(tmp_path / "pop", paths, BASE)
+    assert sorted(kept.names) == ["a", "b", "c"]
+    assert [Path(line.source).name for line in kept.skipped] == ["a.safetensors"]
+    # And a copy of another member is no new content.
+    write(drawn(2), "a.safetensors")
+    assert "is the same adapter as 'c'" in import_adapters(tmp_path / "pop", paths, BASE).skipped[0].reason
+
+
+def test_an_error_in_the_middle_keeps_what_was_read(write, tmp_path: Path):
+    paths = [write(drawn(seed), f"{seed}.safetensors") for seed in range(3)]
+    import_adapters(tmp_path / "pop", paths[:1], BASE)
+    paths[2].write_bytes(b"damaged")
+    with pytest.raises(UserError, match="no file to be left out"):
+        add(PopulationFolder.open(tmp_path / "pop"), paths, strict=True)
+    assert PopulationFolder.open(tmp_path / "pop").names == ("0", "1")
+
+
+def test_two_processes_do_not_write_at_once(write, tmp_path: Path):
+    paths = [write(drawn(seed), f"{seed}.safetensors") for seed in range(2)]
+    found = import_adapters(tmp_path / "pop", paths[:1], BASE)
+    with found.locked(), pytest.raises(UserError, match="another process writes"):
+        import_adapters(tmp_path / "pop", paths, BASE)
+    assert len(import_adapters(tmp_path / "pop", paths, BASE)) == 2
+
+
+def test_one_odd_file_does_not_decide_for_all(write, tmp_path: Path):
+    paths = [write(drawn(seed), f"{seed}.safetensors") for seed in range(2)]
+    convolution = write(drawn(5, modules=["mid.conv"]), "convolution.safetensors")
+    found = import_adapters(tmp_path / "pop", [convolution, *paths], BASE)
+    assert found.names == ("0", "1")
+    assert "changes convolutions alone" in plan_import([convolution, *paths], BASE).skipped[0].reason
+    with pytest.raises(UserError, match="convolutions alone"):
+        plan_import([convolution, *paths], BASE, strict=True)
+    others = [write(drawn(seed, modules=LINEAR[1:]), f"{seed}.safetensors") for seed in (8, 9)]
+    odd = write(drawn(7, modules=LINEAR[:1]), "odd.safetensors")
+    with pytest.raises(IncompatibleModelError, match=r"odd\.safetensors has the fewest in common"):
+        plan_import([others[0], odd, others[1]], BASE)
+
+
+def test_a_population_is_of_one_base(write, tmp_path: Path):
+    path = write(drawn(0), "0.safetensors")
+    import_adapters(tmp_path / "pop", [path], BASE)
+    other = Base("other", "unet", {BACKBONE: SHAPES | {"mid.attn9.to_q": (6, 5)}})
+    with pytest.raises(IncompatibleModelError, match="holds adapters of tiny"):
+        import_adapters(tmp_path / "pop", [path], other)
+
+
+def test_weights_of_peft_without_their_configuration_are_a_file(write, tmp_path: Path):
+    folder = write(drawn(0), "lora", "peft")
+    assert adapter_paths(tmp_path) == [folder]
+    (folder / "adapter_config.json").unlink()
+    assert adapter_paths(tmp_path) == [folder / "adapter_model.safetensors"]
+    assert import_adapters(tmp_path / "pop", adapter_paths(tmp_path), BASE).names == ("lora",)
+
+
+def test_a_header_that_was_kept_is_read_again_where_the_file_changed(write, tmp_path: Path):
+    paths = [write(drawn(seed), f"{seed}.safetensors") for seed in range(2)]
+    scans = plan_import(paths, BASE).scans
+    write(drawn(6, rank=5), "1.safetensors")
+    assert {pair.rank for pair in scans(paths[0]).pairs} == {2}
+    assert {pair.rank for pair in scans(paths[1]).pairs} == {5}

@@ -1,3 +1,4 @@
+from .compose import compose as compose
 from .diagnose import diagnosed as diagnosed
 from .directions import Directions as Directions
 from .directions import find_directions as find_directions
@@ -12,6 +13,7 @@ from .population import Population as Population
 from .recipe import Recipe as Recipe
 from .refine import refine as refine
 from .sample import sample as sample
+from .slider import slider as slider
 from .space import Point as Point
 from .space import WeightSpace as WeightSpace
 from .swap import swap as swap

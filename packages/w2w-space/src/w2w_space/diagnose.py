@@ -21,7 +21,7 @@ from diffcore.errors import UserError
 from w2w_space.coordinates import S, Space
 from w2w_space.population import Population
 from w2w_space.solve import gram
-from w2w_space.space import WeightSpace
+from w2w_space.space import Point, WeightSpace
 
 _FEW = 20  # members, below which chance cannot be told
 _LOOKED_AT = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
@@ -182,11 +182,28 @@ def nearest_members(
     Raises:
         UserError: The space was written without its members.
     """
-    if not len(space.members):
-        raise UserError("the space was written without its members; nearest ones cannot be told")
-    distance, place = torch.cdist(z.float(), space.members.float()).min(1)
+    distance, place = _distances(space, z).min(1)
     cosine = torch.nn.functional.cosine_similarity(z.float(), space.members[place].float())
     return [space.names[i] for i in place.tolist()], distance, cosine
+
+
+def members_by_distance(point: Point) -> list[tuple[str, float]]:
+    """Returns all members with their distance to a point in standard deviations, the nearest first.
+
+    Args:
+        point: Point of a space with its members.
+
+    Raises:
+        UserError: The space was written without its members.
+    """
+    distances, places = _distances(point.space, point.z[None])[0].sort()
+    return [(point.space.names[i], d) for i, d in zip(places.tolist(), distances.tolist(), strict=True)]
+
+
+def _distances(space: Space, z: Float[Tensor, "b m"]) -> Float[Tensor, "b n"]:
+    if not len(space.members):
+        raise UserError("the space was written without its members; nearest ones cannot be told")
+    return torch.cdist(z.float(), space.members.float())
 
 
 def nearest_among_members(space: Space) -> Float[Tensor, " n"]:

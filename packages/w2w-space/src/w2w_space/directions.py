@@ -219,6 +219,57 @@ def bootstrapped(
     return (agreed / resamples).tolist()
 
 
+def held_out_leaks(
+    space: Space,
+    labels: Labels,
+    *,
+    estimator: Estimator = "conditional",
+    ridge: float = 1e3,
+    splits: int = 10,
+    seed: int = 0,
+) -> Float64[Tensor, "k k"]:
+    """Returns the change of each score (column) along each direction (row), relative to that of its own score.
+
+    As `Directions.leaks`, with directions from one half of the members and scores from the other, mean over random
+    halves: what members have in common by chance is in both, and hides or feigns a leak where both come from one set.
+
+    Args:
+        space: Space with its members.
+        labels: Labels in the order of the members.
+        estimator: Way to the vectors; see the module.
+        ridge: Penalty of the estimator "ridge".
+        splits: Number of random halves, each of which is used both ways.
+        seed: Seed of the halves.
+
+    Example:
+        >>> from w2w_space.layout import Layout
+        >>> from w2w_space.population import Population, Stacked
+        >>> layout, g = Layout.of({"to_q": (6, 6)}, rank=1), torch.Generator().manual_seed(0)
+        >>> matrix, names = torch.randn(200, 12, generator=g), tuple(map(str, range(200)))
+        >>> from w2w_space.space import WeightSpace
+        >>> space = WeightSpace.build(Population(layout, names, Stacked(matrix)), gauge="raw")
+        >>> values = {"tall": matrix[:, 0].tolist(), "wide": (matrix[:, 0] + matrix[:, 1]).tolist()}
+        >>> held_out_leaks(space, Labels.of(names, values), estimator="mean").round(decimals=1).tolist()
+        [[1.0, 0.7], [0.7, 1.0]]
+    """
+    z, sigma = space.members.double(), space.variances.sqrt()
+    generator = torch.Generator().manual_seed(seed)
+    effects = torch.zeros(len(labels.attributes), len(labels.attributes), dtype=torch.float64)
+    for _ in range(splits):
+        order = torch.randperm(len(z), generator=generator)
+        for half in order.tensor_split(2):
+            mine = torch.zeros(len(z), dtype=torch.bool)
+            mine[half] = True
+            found, read = (
+                replace(labels, values=labels.values.masked_fill(out[:, None], torch.nan)) for out in (~mine, mine)
+            )
+            if any(len(c[c.isfinite()].unique()) < 2 for part in (found, read) for c in part.values.T):
+                continue  # a half in which all members have one label says nothing of it
+            vectors = _estimated(z, sigma, found, estimator, ridge)
+            effects += vectors / vectors.norm(dim=1, keepdim=True) @ _readouts(z, read).T
+    return effects / effects.diagonal().abs().clamp(min=1e-300)[None]
+
+
 def _estimated(z: Tensor, sigma: Tensor, labels: Labels, estimator: Estimator, ridge: float) -> Float64[Tensor, "k m"]:
     """Returns the vector of each attribute in z."""
     if estimator == "conditional":

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from jaxtyping import Float64
 from torch import Tensor
 
+from w2w_space.coordinates import Point, Space
 from w2w_space.directions import Directions
 from w2w_space.invert import InversionSettings
-from w2w_space.space import Point, WeightSpace
 
 _TOUCHING = 1e-3  # relative distance from a bound at which a point lies on it
 _LEAST_SHRINKAGE = 0.5  # as in `WeightSpace.project`
@@ -116,7 +116,7 @@ def locate(
     )
 
 
-def _compared(space: WeightSpace) -> Float64[Tensor, "n m"]:
+def _compared(space: Space) -> Float64[Tensor, "n m"]:
     """Returns the coordinates that found points are compared with: held-out members, as long as a search makes them.
 
     Members' own rows hold the noise of their training, which is inside the components; projections of held-out members

@@ -49,10 +49,12 @@ def at_rank(change: LowRank, rank: int) -> tuple[LowRank, RankLoss]:
         raise ValueError(f"`rank` is {rank}; give at least 1")
     scale, down, up = change.alpha / change.rank, change.down.flatten(1).double(), change.up.double()
     if change.rank <= rank:
-        more = rank - change.rank
-        down = torch.cat([down, down.new_zeros(more, down.shape[1])])
-        up = torch.cat([scale * up, up.new_zeros(len(up), more)], 1)
-        return _change(down, up, change), RankLoss(0.0, float((down @ down.T * (up.T @ up)).sum()))
+        up = scale * up
+        total = float((down @ down.T * (up.T @ up)).sum())
+        if more := rank - change.rank:
+            down = torch.cat([down, down.new_zeros(more, down.shape[1])])
+            up = torch.cat([up, up.new_zeros(len(up), more)], 1)
+        return _change(down, up, change), RankLoss(0.0, total)
     q_up, r_up = torch.linalg.qr(scale * up)
     q_down, r_down = torch.linalg.qr(down.T)
     left, values, right = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)

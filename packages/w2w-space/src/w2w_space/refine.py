@@ -35,7 +35,7 @@ from w2w_space.instance import (
 )
 from w2w_space.invert import PHOTO, Best, InversionSettings
 from w2w_space.products import relative_distance
-from w2w_space.space import Point
+from w2w_space.space import Point, of_factors
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +113,7 @@ def refine(
             raise UserError(f"`{name}` is {value}; it must be positive")
     if not penalty >= 0:
         raise UserError(f"`penalty` is {penalty}; it must be at least 0")
-    space, layout = points[0].space, points[0].space.layout
+    space, layout = of_factors(points[0].space), points[0].space.layout
     starts = dict(zip(by_name, points, strict=True))
     told = [repr(settings), radius, penalty, learning_rate, space.fingerprint, model.fingerprint, errors.__qualname__]
 
@@ -142,7 +142,7 @@ def _refined(
     errors: Errors,
 ) -> list[Tensor]:
     """Refines several adapters at once; returns vector, loss, loss of the point, departure, and step of the best."""
-    space, denoiser, n = points[0].space, model.denoiser, len(subjects)
+    space, denoiser, n = of_factors(points[0].space), model.denoiser, len(subjects)
     like = torch.empty((), device=model.device, dtype=torch.promote_types(model.dtype, torch.float32))
     components, scale = space.components.to(like), space.scale.to(like)
     pivot = torch.stack([point.vector for point in points]).to(like)

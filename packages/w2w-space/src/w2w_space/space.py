@@ -196,6 +196,20 @@ class WeightSpace(Space):
         return z, relative_distance(self.layout, vector[0], self.vectors(z))
 
 
+def of_factors(space: Space) -> WeightSpace:
+    """Returns a space as what it is, where it is one of factors.
+
+    Args:
+        space: Space of any kind.
+
+    Raises:
+        UserError: The space is linear in products, where this has no meaning.
+    """
+    if not isinstance(space, WeightSpace):
+        raise UserError("the space is one of products; this needs one of factors, as `WeightSpace.build` makes")
+    return space
+
+
 @dataclass
 class _Columns:
     """The columns of Z, block by block: the first pass finds gauge, mean and scale on the way, later ones take them.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from diffcore.cli import Flag, emit, main, make_app
 from diffcore.cli.package_commands import add_package_commands
-from w2w_space.app.commands import collect, explore, fit, invert, train, use
+from w2w_space.app.commands import collect, combine, explore, fit, invert, page, train, use
 
 app = make_app(
     "w2w-space",
@@ -15,9 +15,17 @@ app = make_app(
 )
 add_package_commands(app, timed="spaces and projections against whole matrices and single adapters")
 app.command(collect.import_, name="import")
-for command in (collect.convert, collect.info, fit.build, explore.directions, explore.sample, explore.edit):
+for command in (
+    collect.convert,
+    collect.remove,
+    collect.info,
+    fit.build,
+    explore.directions,
+    explore.sample,
+    explore.edit,
+):
     app.command(command)
-for command in (train.train, invert.invert, use.project, use.export):
+for command in (train.train, invert.invert, use.project, use.export, combine.compose, combine.slider, page.app):
     app.command(command)
 
 

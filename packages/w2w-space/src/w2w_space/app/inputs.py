@@ -1,6 +1,6 @@
 """What commands take: adapters in files and folders, their base model, and the subject that a word stands for."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ from diffcore.models.bases import base_on_disk, families_of
 from w2w_space.app.options import Reading
 from w2w_space.coordinates import Point, Space
 from w2w_space.files.base import base_of_layout
+from w2w_space.files.export import largest_error
 from w2w_space.files.importing import Plan, adapter_paths, import_adapters, plan_import
 from w2w_space.files.points import is_point, load_point
 from w2w_space.files.population import FILE, PopulationFolder
 from w2w_space.files.space import base_of_space
+from w2w_space.ranks import RankLoss
 
 
 def adapters_at(sources: Sequence[Path]) -> list[Path]:
@@ -192,3 +194,30 @@ def strengths_of(words: Sequence[str]) -> dict[str, float]:
             raise UserError(f"{printable(name)!r} is given twice; give one strength for each attribute")
         found[name] = strength
     return found
+
+
+def about_losses(losses: Mapping[str, RankLoss], *, each: bool = False) -> dict[str, Any]:
+    """Returns what a smaller rank lost, for people: of the whole, of the worst module, and perhaps of each.
+
+    Args:
+        losses: Loss by the name of the module; empty where nothing was cut.
+        each: Whether to tell the loss of each module.
+    """
+    if not losses:
+        return {}
+    total = sum(loss.total for loss in losses.values())
+    worst = max(losses, key=lambda name: losses[name].relative)
+    told: dict[str, Any] = {"loss": (sum(x.lost for x in losses.values()) / total) ** 0.5 if total else 0.0}
+    told |= {"worst_loss": losses[worst].relative, "worst_module": worst}
+    return told | ({"losses": {name: loss.relative for name, loss in losses.items()}} if each else {})
+
+
+def read_back(adapter: Adapter, written: Path, base: Base) -> float:
+    """Returns the largest relative error of a module's change in a file that was just written.
+
+    Args:
+        adapter: Adapter that was written.
+        written: Its file or folder.
+        base: Model that it is read for.
+    """
+    return largest_error(adapter, read_adapter(written, base))

@@ -20,6 +20,7 @@ SpacePath = Annotated[Path, Parameter(help="Space: the run folder of build, or a
 Subject = Annotated[
     str, Parameter(help="What is taken: a member's name, a point file, an adapter (it is projected), or 'mean'.")
 ]
+DirectionsPath = Annotated[Path, Parameter(help="Run folder of directions, or its directions.safetensors.")]
 FormatName = Literal["diffusers", "kohya", "peft"]
 PrecisionName = Literal["float32", "float16", "bfloat16"]
 Overwrite = Annotated[bool, Parameter(negative="", help="Replace an adapter that exists already.")]
@@ -35,6 +36,7 @@ class Reading:
         rank: Rank of all; by default the commonest one of their modules.
         modules: Take the modules that all adapters change, or those that any does (zeros where one does not).
         convolutions: Take changes of convolutions too.
+        materialise: Turn LoHa, LoKr and whole differences into LoRAs of this rank.
         largest_loss: Relative loss by the rank above which an adapter is left out.
         strict: End with an error where an adapter would be left out.
     """
@@ -43,6 +45,7 @@ class Reading:
     rank: int | None = None
     modules: Literal["intersection", "union"] = "intersection"
     convolutions: bool = False
+    materialise: bool = False
     largest_loss: float = 0.5
     strict: bool = False
 

@@ -1,13 +1,17 @@
 """The report of a run, made from whatever its folder holds; it can be made again at any time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from diffcore.report import Report, Series, lines_with_band
 from diffcore.run import Run
 from w2w_space.app import report_training
+from w2w_space.app.figures import members_map, scree, signed_matrix, turned_signs
 from w2w_space.coordinates import Space, about
 from w2w_space.directions import Directions
 
@@ -18,6 +22,11 @@ TITLES = {
     **report_training.TITLES,
 }
 _ANCHORED, _MEANINGLESS = 0.02, 0.2  # shares of turned signs
+_PERCENTILES = (1, 5, 50, 95, 99)
+_OF_MATRIX = {
+    "leaks": "The table above as colours: a column with more than its own cell marked moves along with others.",
+    "cosines": "The table above as colours: directions of one colour move the same members.",
+}
 _LIMITS = (
     "The share of variance that components explain says how alike the members are, and not how well the space holds a "
     "new subject: much of an adapter is noise of its training, which no space should hold.",
@@ -25,23 +34,32 @@ _LIMITS = (
 )
 
 
-def save_space_parts(run: Run, space: Space) -> None:
+def save_space_parts(
+    run: Run,
+    space: Space,
+    *,
+    variances: Tensor | None = None,
+    limits: Tensor | None = None,
+) -> None:
     """Keeps spectrum and alignment of a space for the report.
 
     Args:
         run: Run that the report is about.
         space: Space that the run made.
+        variances: Variances of all components that the members span; by default those that the space keeps.
+        limits: Largest variances of permuted numbers, at each place; None where chance was not looked at.
     """
-    shares = (space.variances / space.fit.total_variance).numpy()
-    summed = np.cumsum(shares)
-    run.save("spectrum", {"variances": space.variances}, shares=shares.tolist(), about=about(space))
-    run.table(
-        "spectrum",
-        [
-            {"component": place + 1, "variance": float(space.variances[place]), "share": share, "sum": total}
-            for place, (share, total) in enumerate(zip(shares.tolist(), summed.tolist(), strict=True))
-        ],
-    )
+    variances = space.variances if variances is None else variances
+    shares = (variances / space.fit.total_variance).tolist()
+    chance = None if limits is None else (limits / space.fit.total_variance).tolist()[: len(shares)]
+    run.save("spectrum", {"variances": variances}, shares=shares, chance=chance, about=about(space))
+    rows = [
+        {"component": place + 1, "variance": float(variances[place]), "share": share, "sum": float(total)}
+        for place, (share, total) in enumerate(zip(shares, np.cumsum(shares), strict=True))
+    ]
+    if chance is not None:
+        rows = [row | {"share of chance": limit} for row, limit in zip(rows, chance, strict=True)]
+    run.table("spectrum", rows)
     if space.fit.alignment:
         rows = [
             {"module": one.module, "signs turned": one.flipped, "undecided": one.ties, "zero": one.zero}
@@ -50,12 +68,29 @@ def save_space_parts(run: Run, space: Space) -> None:
         run.keep_table("alignment", rows, alignment_in_words(space))
 
 
-def save_directions_parts(run: Run, found: Directions) -> None:
-    """Keeps figures of merit, leaks and cosines of directions for the report.
+def save_map_parts(run: Run, space: Space, pictures: Mapping[str, Tensor] | None = None) -> None:
+    """Keeps where the members lie along the two leading components, with their pictures where there are some.
+
+    Args:
+        run: Run that the report is about.
+        space: Space with its members; of one without, or of one component, nothing is kept.
+        pictures: Picture in [0, 1] of each member that has one, by its name.
+    """
+    if not space.names or space.num_components < 2:
+        return
+    shares = (space.variances[:2] / space.fit.total_variance).tolist()
+    tensors = {f"picture.{space.names.index(name)}": picture for name, picture in (pictures or {}).items()}
+    run.save("map", {"places": space.members[:, :2].contiguous(), **tensors}, names=list(space.names), shares=shares)
+
+
+def save_directions_parts(run: Run, found: Directions, space: Space, leaks: Tensor) -> None:
+    """Keeps figures of merit, leaks, cosines and percentiles of directions for the report.
 
     Args:
         run: Run that the report is about.
         found: Directions of a space.
+        space: Space that they belong to.
+        leaks: Change of each score along each direction, in members that the directions were not found from.
     """
     rows = [
         {
@@ -77,7 +112,12 @@ def save_directions_parts(run: Run, found: Directions) -> None:
     )
     names = [row.name for row in found.rows]
     for word, matrix, caption in (
-        ("leaks", found.leaks(), "Change of each score (column) along each direction (row); 1 is its own direction's."),
+        (
+            "leaks",
+            leaks,
+            "Change of each score (column) along each direction (row); 1 is its own direction's. Directions are from "
+            "one half of the members and scores from the other, mean over random halves.",
+        ),
         ("cosines", found.cosines(), "Cosine of each pair of directions, in standard deviations."),
     ):
         rows = [
@@ -85,6 +125,34 @@ def save_directions_parts(run: Run, found: Directions) -> None:
             for name, row in zip(names, matrix, strict=True)
         ]
         run.keep_table(word, rows, caption)
+    run.save("matrices", {"leaks": leaks, "cosines": found.cosines()}, names=names)
+    run.keep_table(
+        "percentiles",
+        percentiles_of(found, space),
+        f"Places of {'held-out members' if len(space.held_out) else 'the members'} on each axis, in standard "
+        "deviations of the members. A strength beyond the last column leaves what the space was made of.",
+    )
+
+
+def percentiles_of(found: Directions, space: Space) -> list[dict[str, Any]]:
+    """Returns where members lie along each direction, as percentiles in standard deviations.
+
+    Args:
+        found: Directions of a space.
+        space: Space that they belong to, with its members.
+    """
+    shares = torch.tensor([share / 100 for share in _PERCENTILES], dtype=torch.float64)
+    return [
+        {
+            "attribute": row.name,
+            **dict(zip(map(_ordinal, _PERCENTILES), row.place(space.reference).quantile(shares).tolist(), strict=True)),
+        }
+        for row in found.rows
+    ]
+
+
+def _ordinal(number: int) -> str:
+    return f"{number}{'st' if number == 1 else 'th'}"
 
 
 def alignment_in_words(space: Space) -> str:
@@ -104,18 +172,20 @@ def alignment_in_words(space: Space) -> str:
     return f"{found}: most members, and not all, share their initial A."
 
 
-def answer_of(space: Space) -> str:
+def answer_of(space: Space, spanned: int) -> str:
     """Returns the result of building a space, in a sentence.
 
     Args:
         space: Space that was built.
+        spanned: Number of components that its members span, kept or not.
     """
     told = about(space)
     members = f"{told['members']:,} adapters" if told["members"] else "The adapters"
+    kept = told["components"]
+    words = f"all {kept:,} components" if kept >= spanned else f"{kept:,} of {spanned:,} components"
     return (
-        f"{members} with {told['numbers']:,} numbers each span {told['components']:,} components, which hold "
-        f"{told['explained']:.0%} of the variance; the variance is spread as over "
-        f"{told['participation_ratio']:.1f} equal components."
+        f"{members} with {told['numbers']:,} numbers each: {words} are kept, which hold {told['explained']:.0%} of the "
+        f"variance, spread as over {told['participation_ratio']:.1f} equal ones."
     )
 
 
@@ -205,11 +275,18 @@ def _add_spectrum(report: Report, run: Run) -> None:
             "participation ratio": round(told["participation_ratio"], 1),
         }
     )
+    chance = part.get("chance")
+    beside = (
+        " Below the grey edge are variances that numbers have which were permuted among the members: what reaches them "
+        "is chance."
+        if chance
+        else ""
+    )
     report.plot(
         "spectrum",
-        lines_with_band([Series("share", x, shares)], x_label="component", y_label="share of the variance", log_y=True),
-        f"Variance of the coefficients of {told['members']} members along each component. Components before a bend are "
-        "what the members have in common; a flat tail is noise.",
+        scree(shares, kept=told["components"], chance=chance),
+        f"Variance of the coefficients of {told['members'] or 'the'} members along each component. Components before "
+        f"a bend are what the members have in common; a flat tail is noise.{beside}",
     )
     report.plot(
         "cumulative",
@@ -225,11 +302,53 @@ def _add_spectrum(report: Report, run: Run) -> None:
         report.points(f"{told['constant_numbers']:,} numbers are the same in all members and were left as they are.")
 
 
-def _add_tables(report: Report, run: Run) -> None:
+def _add_map(report: Report, run: Run) -> None:
+    if not run.has("map"):
+        return
+    part = run.load("map")
+    names = part.fields["names"]
+    pictures = [part.tensors.get(f"picture.{place}") for place in range(len(names))]
+    count = sum(picture is not None for picture in pictures)
+    shown = f", {count} of them with pictures" if count else ""
+    report.section("Where the members lie").plot(
+        "map",
+        members_map(part.tensors["places"].numpy(), names, part.fields["shares"], pictures if count else ()),
+        f"{len(names)} members along the two leading components{shown}. Neighbours are alike in what differs most "
+        "among all; members far from the others may be outliers.",
+    )
+
+
+def _add_directions(report: Report, run: Run) -> None:
     report.kept_table("directions", "How far each direction can be trusted")
-    report.kept_table("leaks", "What else moves")
-    report.kept_table("cosines", "Directions that point the same way")
+    matrices = run.load("matrices") if run.has("matrices") else None
+    for name, heading, labels in (
+        ("leaks", "What else moves", {"x_label": "score", "y_label": "moved along"}),
+        ("cosines", "Directions that point the same way", {"x_label": "", "y_label": ""}),
+    ):
+        report.kept_table(name, heading)
+        if matrices is not None:
+            matrix = signed_matrix(matrices.fields["names"], matrices.tensors[name].numpy(), **labels)
+            report.plot(name, matrix, _OF_MATRIX[name])
+    report.kept_table("percentiles", "Where members lie on each axis")
+
+
+def _add_alignment(report: Report, run: Run) -> None:
+    if not run.has("table-alignment"):
+        return
     report.kept_table("alignment", "How the factors were aligned")
+    rows: Sequence[dict[str, Any]] = run.load("table-alignment").fields["rows"]
+    turned = [row["signs turned"] for row in rows]
+    if not any(turned):
+        return
+    report.plot(
+        "alignment",
+        turned_signs(turned),
+        "Share of the members whose sign was turned, module by module: near 0 where all share an initial A, near .5 "
+        "where each has one of its own.",
+    )
+
+
+def _add_files(report: Report, run: Run) -> None:
     report.kept_table("skipped", "Files that were left out")
 
 
@@ -247,7 +366,10 @@ SECTIONS: tuple[Callable[[Report, Run], None], ...] = (
     _add_samples,
     _add_gauge,
     _add_spectrum,
-    _add_tables,
+    _add_map,
+    _add_directions,
+    _add_alignment,
+    _add_files,
     _add_limits,
 )
 """Parts of the page in their order; each adds nothing where the run does not hold what it shows."""

@@ -8,6 +8,7 @@ Our vectors hold (A, 27 B), so that rows of mu and s that belong to B are multip
 are negative: only s V matters, in which a negative s goes with a turned row of V, and the signs are kept.
 """
 
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ def import_authors(
             f"{printable(folder, 300)} holds pickles, which can run code when read; pass `allow_pickle`=True if you "
             "trust their source"
         )
+    if num_components is not None and num_components < 1:
+        raise UserError(f"`num_components` is {num_components}; give at least 1")
     modules, shapes, order = _table(folder / DIMENSIONS)
     layout = Layout(tuple(modules), tuple(shapes), 1)
     mean, std = (_vector(folder / name, layout)[order] for name in (MEAN, STD))
@@ -67,6 +70,10 @@ def import_authors(
     for (inputs, _), span in zip(layout.sides, layout.spans, strict=True):
         strength[span.start + inputs : span.stop] = alpha
     variances = coefficients.double().var(0)
+    if not bool(variances.isfinite().all()) or not all(bool(t.isfinite().all()) for t in (mean, std, components)):
+        raise CorruptArtifactError(
+            f"{printable(folder, 300)} has numbers that are NaN or infinite; get the authors' files again"
+        )
     if bool((variances <= 0).any()):
         raise CorruptArtifactError(
             f"{printable(folder, 300)} has a component along which all models are equal; read fewer `num_components`"
@@ -100,6 +107,8 @@ def read_authors_point(path: Path | str, space: WeightSpace, *, allow_pickle: bo
     if not allow_pickle:
         raise UserError(f"{printable(path, 300)} is a pickle; pass `allow_pickle`=True if you trust its source")
     beta = _tensor(Path(path)).float().flatten()
+    if not bool(beta.isfinite().all()):
+        raise CorruptArtifactError(f"{printable(path, 300)} has numbers that are NaN or infinite; get it again")
     if len(beta) > space.num_components:
         raise _unfit(Path(path), beta, f"at most {space.num_components} numbers")
     z = torch.zeros(space.num_components)
@@ -115,6 +124,8 @@ def _table(path: Path) -> tuple[list[str], list[tuple[int, int]], Tensor]:
     try:
         for text, (count, shape) in table.items():
             key, size = parse_key(str(text)), int(count[0])
+            if size != math.prod(shape):
+                raise ValueError(f"{size} numbers for shape {tuple(shape)}")
             found.setdefault(key.module, {})[key.part] = (
                 range(start, start + size),
                 tuple(int(side) for side in shape),
@@ -141,7 +152,7 @@ def _coefficients(
         found = _tensor(stored)
         if found.ndim != 2:
             raise _unfit(stored, found, "a row of coefficients for each model")
-        if not (folder / WEIGHTS).is_file() or (count is not None and count <= found.shape[1]):
+        if not (folder / WEIGHTS).is_file() or count is None or count <= found.shape[1]:
             return found[:, : min(found.shape[1], v.shape[1], count or v.shape[1])].float()
     elif not (folder / WEIGHTS).is_file():
         raise UserError(

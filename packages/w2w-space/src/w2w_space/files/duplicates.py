@@ -60,19 +60,25 @@ class Duplicates:
             total += ((inputs @ down.T) * (outputs @ up)).sum(1)
         return total
 
-    def twin(self, vector: Float[Tensor, " size"], sketch: Float[Tensor, " _"]) -> str | None:
+    def twin(
+        self, vector: Float[Tensor, " size"], sketch: Float[Tensor, " _"], *, other_than: str | None = None
+    ) -> str | None:
         """Returns the name of the member whose changes are those of a vector; None where there is none.
 
         Args:
             vector: Vector in the layout of the population.
             sketch: Sketch of the vector.
+            other_than: Name of a member that does not count, as it is about to be replaced.
         """
         if not self._sketches:
             return None
         apart = (torch.stack(self._sketches) - sketch).abs().amax(1)
         for near in (apart <= _NEAR * float(sketch.norm()) / math.sqrt(_PROBES)).nonzero()[:, 0].tolist():
             name = self._names[near]
-            other = self.fresh[name] if name in self.fresh else self._population.rows([near])[0]
+            if name == other_than:
+                continue
+            place = self._population.names.index(name) if name not in self.fresh else -1
+            other = self.fresh[name] if name in self.fresh else self._population.rows([place])[0]
             if relative_distance(self._layout, vector, other) < SAME:
                 return name
         return None
@@ -88,6 +94,15 @@ class Duplicates:
         self.fresh[name] = vector
         self._names.append(name)
         self._sketches.append(sketch)
+
+    def forget(self, name: str) -> None:
+        """Forgets a member that is replaced.
+
+        Args:
+            name: Name of the member on disk.
+        """
+        place = self._names.index(name)
+        del self._names[place], self._sketches[place]
 
     def written(self, population: PopulationFolder) -> None:
         """Forgets the fresh vectors, which are on disk.

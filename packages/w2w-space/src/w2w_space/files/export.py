@@ -54,6 +54,7 @@ def export_point(
     base: Base | None = None,
     overwrite: bool = False,
     card: Mapping[str, Any] | None = None,
+    scale: float = 1.0,
 ) -> Exported:
     """Writes a point as a LoRA that other tools apply at its right strength.
 
@@ -65,6 +66,8 @@ def export_point(
         base: Model of the space; needed for kohya's names of SDXL modules.
         overwrite: Whether an existing adapter may be replaced.
         card: Facts for the card beside the adapter; None writes no card.
+        scale: Strength alpha / rank that the file states, such as the authors' 27. Tools that read no alpha show an
+            adapter of another strength than 1 wrongly.
 
     Raises:
         UserError: Something is there already, or the layout or type cannot hold the adapter.
@@ -81,9 +84,10 @@ def export_point(
     """
     path = Path(path)
     done = export_vector(
-        point.space.layout, point.vector, path, format=format, dtype=dtype, base=base, overwrite=overwrite
+        point.space.layout, point.vector, path, format=format, dtype=dtype, base=base, overwrite=overwrite, scale=scale
     )
-    return done if card is None else replace(done, card=write_card(point, path, {"format": format, **card}))
+    stated = {} if scale == 1 else {"strength stated in the file": scale}
+    return done if card is None else replace(done, card=write_card(point, path, {"format": format, **stated, **card}))
 
 
 def export_vector(
@@ -95,6 +99,7 @@ def export_vector(
     dtype: torch.dtype | None = None,
     base: Base | None = None,
     overwrite: bool = False,
+    scale: float = 1.0,
 ) -> Exported:
     """Writes a vector, in any gauge, as a LoRA that other tools apply at its right strength.
 
@@ -106,6 +111,7 @@ def export_vector(
         dtype: Type of the numbers; by default the narrowest that holds them, float16 where it does.
         base: Model of the adapter; needed for kohya's names of SDXL modules.
         overwrite: Whether an existing adapter may be replaced.
+        scale: Strength alpha / rank that the file states.
 
     Raises:
         UserError: Something is there already, or the layout or type cannot hold the adapter.
@@ -116,7 +122,7 @@ def export_vector(
     adapter = layout.adapter(vector, name=path.stem)
     base = base or base_of_layout(layout)
     chosen = next(t for t in _DTYPES if t == torch.float32 or _holds(layout, vector, t)) if dtype is None else dtype
-    written = write_adapter(adapter, path, format=format, dtype=chosen, base=base, overwrite=overwrite)
+    written = write_adapter(adapter, path, format=format, dtype=chosen, base=base, overwrite=overwrite, scale=scale)
     error = largest_error(adapter, read_adapter(written, base))
     if error > _WORST:
         raise MachineError(

@@ -3,38 +3,45 @@
 The members' vectors have one layout. It is fixed when the population is made, from the headers of all files: the
 commonest rank, and the modules that all files change, or that any does. A file is left out where it is damaged, is no
 LoRA of the base model, changes no module of the layout, loses too much at the layout's rank, or repeats a member.
+
+A file that was changed since it was read takes the place of its old member. Where the new content cannot be a member,
+the old one stays.
 """
 
 import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from diffcore.adapters import Adapter, AdapterFile, Base, LowRank, read_adapter, scan_adapter
+from diffcore.adapters import Adapter, AdapterFile, Base, LowRank, scan_adapter
 from diffcore.adapters.keys import BACKBONE
-from diffcore.adapters.read import place
-from diffcore.adapters.scan import DIFFUSERS_WEIGHTS, PEFT_WEIGHTS
+from diffcore.adapters.read import place, read_scanned
+from diffcore.adapters.scan import DIFFUSERS_WEIGHTS, MARKERS, PEFT_CONFIG, PEFT_WEIGHTS
 from diffcore.digests import digest_of_values
 from diffcore.errors import IncompatibleModelError, UserError, printable
 from diffcore.io import files
 from diffcore.io.tensorfile import read_header
+from w2w_space.files.base import base_to_json
 from w2w_space.files.duplicates import Duplicates
+from w2w_space.files.materialise import materialise, modules_of_other
 from w2w_space.files.population import FILE as POPULATION
 from w2w_space.files.population import SHARD_ROWS, Member, PopulationFolder, Precision, Skipped
 from w2w_space.layout import Layout, Shape
 from w2w_space.population import vector_of
+from w2w_space.ranks import RankLoss
 
 _LOG = logging.getLogger("diffcore.w2w_space")
 Modules = Literal["intersection", "union"]
 LARGEST_LOSS = 0.5
 """Relative loss by the rank above which a file is left out."""
 _TEXT_ALONE = "changes text encoders alone, which are not part of a space"
+_SCANS = 1000  # headers that are kept, some 100 KB each
 _CLAIMS = ("ss_base_model_version", "ss_sd_model_name")
 
 
@@ -48,6 +55,8 @@ class Plan:
         skipped: Files that cannot, with the reason.
         ranks: Number of modules of each rank.
         convolutions: Number of changed convolutions that are left out.
+        scans: Checked headers of the first files that fit, which need not be read again while the files stay as they
+            are.
     """
 
     layout: Layout
@@ -55,6 +64,42 @@ class Plan:
     skipped: tuple[Skipped, ...]
     ranks: dict[int, int]
     convolutions: int
+    scans: "Scans" = field(default_factory=lambda: Scans())
+
+
+class Scans:
+    """Checked headers of adapters, for files that have neither another size nor another date since."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Path, tuple[list[tuple[int, int]], AdapterFile]] = {}
+
+    def keep(self, found: AdapterFile) -> None:
+        """Keeps a header, while there are not too many.
+
+        Args:
+            found: Header as `scan_adapter` returns it.
+        """
+        stamps = _stamps(found.path)
+        # Markers are told of when a file is read.
+        if stamps and len(self._kept) < _SCANS and not any(name in found.header.tensors for name in MARKERS):
+            self._kept[found.path] = (stamps, found)
+
+    def __call__(self, path: Path) -> AdapterFile:
+        """Returns the header of an adapter, kept or read.
+
+        Args:
+            path: File, or folder in PEFT's layout.
+        """
+        stamps, found = self._kept.pop(path, (None, None))
+        return found if found is not None and stamps is not None and stamps == _stamps(path) else scan_adapter(path)
+
+
+def _stamps(path: Path) -> list[tuple[int, int]] | None:
+    try:
+        parts = sorted(path.iterdir()) if path.is_dir() else [path]
+        return [(status.st_mtime_ns, status.st_size) for status in (part.stat() for part in parts)]
+    except OSError:
+        return None
 
 
 def plan_import(
@@ -64,6 +109,7 @@ def plan_import(
     rank: int | None = None,
     modules: Modules = "intersection",
     convolutions: bool = False,
+    materialise: bool = False,
     strict: bool = False,
 ) -> Plan:
     """Returns the layout of a population of adapter files, after a check of their headers.
@@ -74,6 +120,7 @@ def plan_import(
         rank: Rank of all; by default the commonest one of their modules, the smaller where two are as common.
         modules: "intersection" takes the modules that all files change, "union" those that any changes.
         convolutions: Whether changes of convolutions are taken too.
+        materialise: Whether LoHa, LoKr and whole differences are turned into LoRAs of the rank of all.
         strict: Whether a file that does not fit is an error.
 
     Raises:
@@ -81,11 +128,17 @@ def plan_import(
         IncompatibleModelError: No module is changed by all files.
     """
     fitting, skipped, changed = list[Path](), list[Skipped](), list[set[str]]()
-    ranks, left_out, shapes = Counter[int](), set[str](), dict[str, Shape]()
+    ranks, left_out, shapes, scans = Counter[int](), set[str](), dict[str, Shape](), Scans()
     for path in map(Path, paths):
+        found = None
         try:
-            found = _quietly(scan_adapter, path)
-            names = _modules(found, base)
+            try:
+                found = _quietly(scan_adapter, path)
+                names = _modules(found, base)
+            except IncompatibleModelError as error:
+                if not materialise:
+                    raise
+                names = _of_other(path, base, error)
         except UserError as error:
             if strict:
                 raise
@@ -93,8 +146,16 @@ def plan_import(
             continue
         plain = {name: r for name, r in names.items() if convolutions or len(base.shapes[BACKBONE][name]) == 2}
         left_out |= set(names) - set(plain)
-        ranks.update(plain.values())
+        if not plain:
+            reason = f"{printable(path, 300)} changes convolutions alone; pass `convolutions`=True to take them"
+            if strict:
+                raise UserError(reason)
+            skipped.append(Skipped(path.as_posix(), reason))
+            continue
+        ranks.update(r for r in plain.values() if r)
         fitting.append(path)
+        if found is not None:
+            scans.keep(found)
         changed.append(set(plain))
         shapes |= {name: base.shapes[BACKBONE][name] for name in plain}
     if not fitting:
@@ -102,11 +163,14 @@ def plan_import(
     chosen = set[str]().union(*changed) if modules == "union" else set.intersection(*changed)
     if not chosen:
         raise IncompatibleModelError(
-            f"no module is changed by all {len(fitting)} adapters; pass `modules`='union', or leave some files out"
+            f"no module is changed by all {len(fitting)} adapters: {printable(_loner(fitting, changed), 300)} has the "
+            "fewest in common with the others; leave it out, or pass `modules`='union'"
         )
+    if rank is None and not ranks:
+        raise UserError("no file says a rank; give the `rank` that LoHa, LoKr and differences are brought to")
     rank = rank or max(sorted(ranks), key=lambda r: ranks[r])
     layout = Layout.of({name: shapes[name] for name in chosen}, rank, base.backbone)
-    return Plan(layout, tuple(fitting), tuple(skipped), dict(ranks.most_common()), len(left_out))
+    return Plan(layout, tuple(fitting), tuple(skipped), dict(ranks.most_common()), len(left_out), scans)
 
 
 def import_adapters(
@@ -117,6 +181,7 @@ def import_adapters(
     rank: int | None = None,
     modules: Modules = "intersection",
     convolutions: bool = False,
+    materialise: bool = False,
     strict: bool = False,
     largest_loss: float = LARGEST_LOSS,
     dtype: Precision = "float32",
@@ -132,6 +197,7 @@ def import_adapters(
         modules: "intersection" takes the modules that all files change, "union" those that any changes, where a file
             that does not change one has zeros.
         convolutions: Whether changes of convolutions are taken too.
+        materialise: Whether LoHa, LoKr and whole differences are turned into LoRAs of the rank of all.
         strict: Whether a file that is left out is an error.
         largest_loss: Relative loss by the rank, in the Frobenius norm, above which a file is left out.
         dtype: Type of the stored numbers.
@@ -141,16 +207,25 @@ def import_adapters(
         UserError: No file fits; where `strict`, one does not; or the folder holds a population with other settings.
     """
     settings = {"rank": rank, "modules": modules, "convolutions": convolutions, "largest_loss": largest_loss}
+    settings |= {"materialise": True} if materialise else {}
     if (Path(folder) / POPULATION).exists():
         there = PopulationFolder.open(folder)
         if there.facts.get("settings") != settings or there.facts["dtype"] != dtype:
             raise UserError(
                 f"{printable(folder, 300)} holds a population that was made with other settings; give another `folder`"
             )
+        if base_to_json(there.base)["shapes"] != base_to_json(base)["shapes"]:
+            raise IncompatibleModelError(
+                f"{printable(folder, 300)} holds adapters of {printable(there.base.name)}, whose layers are not those "
+                f"of {printable(base.name)}; give another `folder`"
+            )
+        scans = Scans()
     else:
-        plan = plan_import(paths, base, rank=rank, modules=modules, convolutions=convolutions, strict=strict)
+        told = {"modules": modules, "convolutions": convolutions, "materialise": materialise, "strict": strict}
+        plan = plan_import(paths, base, rank=rank, **told)
         there = PopulationFolder.create(folder, plan.layout, base, dtype=dtype, settings=settings)
-    return add(there, paths, strict=strict, largest_loss=largest_loss, track=track)
+        scans = plan.scans
+    return add(there, paths, strict=strict, largest_loss=largest_loss, track=track, scans=scans)
 
 
 def add(
@@ -160,8 +235,11 @@ def add(
     strict: bool = False,
     largest_loss: float = LARGEST_LOSS,
     track: Callable[[Sequence[Path]], Iterable[Path]] = iter,
+    scans: Scans | None = None,
 ) -> PopulationFolder:
     """Returns a population with more files, in the layout that it has; files that are members are passed over.
+
+    A file that was changed since it became a member takes that member's place.
 
     Args:
         population: Population as it is on disk.
@@ -169,44 +247,74 @@ def add(
         strict: Whether a file that is left out is an error.
         largest_loss: Relative loss by the rank above which a file is left out.
         track: Goes through the files, and may show how far they are read.
+        scans: Headers that `plan_import` has checked already.
 
     Raises:
-        UserError: Where `strict`, a file that is left out.
+        UserError: Where `strict`, a file that is left out; or another process adds to the population.
     """
-    known = {(member.source, member.sha256) for member in population.members}
-    members, skipped, names = list[Member](), list[Skipped](), set(population.names)
-    duplicates = Duplicates(population)
+    with population.locked():
+        return _Adding(population, scans or Scans(), strict=strict, largest_loss=largest_loss).all(
+            [Path(p) for p in paths], track
+        )
 
-    def commit() -> None:
-        nonlocal population
-        fresh = list(duplicates.fresh.values())
-        block = torch.stack(fresh) if fresh else torch.empty(0, population.layout.size)
-        population = population.append(block, members, skipped)
-        duplicates.written(population)
-        members.clear()
-        skipped.clear()
 
-    for path in track([Path(path) for path in paths]):
+class _Adding:
+    """Adds files to a population: what was read is on disk after every shard, and whatever ends it."""
+
+    def __init__(self, population: PopulationFolder, scans: Scans, *, strict: bool, largest_loss: float) -> None:
+        self.scans, self.population, self.strict, self.largest_loss = scans, population, strict, largest_loss
+        self.by_source = {member.source: member for member in population.members if member.source}
+        self.names, self.duplicates = set(population.names), Duplicates(population)
+        self.members, self.skipped, self.replaced = list[Member](), list[Skipped](), list[str]()
+
+    def all(self, paths: Sequence[Path], track: Callable[[Sequence[Path]], Iterable[Path]]) -> PopulationFolder:
         try:
-            digest = _digest(path)
-            if (path.as_posix(), digest) in known:
-                continue
-            member, vector = _read(path, population, digest, largest_loss)
-            sketch = duplicates.sketch(vector)
-            if twin := duplicates.twin(vector, sketch):
-                raise UserError(f"{printable(path, 300)} is the same adapter as {twin!r}")
-        except UserError as error:
-            _tell(path, str(error), strict)
-            skipped.append(Skipped(path.as_posix(), str(error)))
-            continue
-        name = _free_name(path, names)
-        names.add(name)
-        duplicates.add(name, vector, sketch)
-        members.append(replace(member, name=name, sketch=tuple(sketch.tolist())))
-        if len(members) == SHARD_ROWS:
-            commit()
-    commit()
-    return population
+            for path in track(paths):
+                try:
+                    self.one(path)
+                except UserError as error:
+                    _tell(path, str(error), self.strict)
+                    self.skipped.append(Skipped(path.as_posix(), str(error)))
+                if len(self.members) == SHARD_ROWS:
+                    self.commit()
+        finally:
+            self.commit()
+        return self.population
+
+    def one(self, path: Path) -> None:
+        digest = _digest(path)
+        old = self.by_source.get(path.as_posix())
+        if old is not None and old.sha256 == digest:
+            return
+        member, vector = _read(path, self.population, digest, self.largest_loss, self.scans)
+        sketch = self.duplicates.sketch(vector)
+        twin = self.duplicates.twin(vector, sketch, other_than=None if old is None else old.name)
+        if twin is not None:
+            raise UserError(f"{printable(path, 300)} is the same adapter as {twin!r}")
+        if old is not None:
+            if old.name not in self.population.names:  # named twice among the paths, and changed in between
+                raise UserError(f"{printable(path, 300)} changed while it was read; run the same command again")
+            _LOG.warning("replaced: %s was changed since it became the member %r", printable(path, 300), old.name)
+            self.replaced.append(old.name)
+            self.duplicates.forget(old.name)
+        name = _free_name(path, self.names) if old is None else old.name
+        member = replace(member, name=name, sketch=tuple(sketch.tolist()))
+        self.names.add(name)
+        self.duplicates.add(name, vector, sketch)
+        self.members.append(member)
+        self.by_source[path.as_posix()] = member
+
+    def commit(self) -> None:
+        fresh = list(self.duplicates.fresh.values())
+        block = torch.stack(fresh) if fresh else torch.empty(0, self.population.layout.size)
+        if self.replaced:
+            # Interrupted between the two, the population lacks these members, and the same import reads them again.
+            self.population = self.population.remove(self.replaced)
+            self.replaced.clear()
+        self.population = self.population.append(block, self.members, self.skipped)
+        self.duplicates.written(self.population)
+        self.members.clear()
+        self.skipped.clear()
 
 
 def adapter_paths(folder: Path | str) -> list[Path]:
@@ -224,7 +332,8 @@ def adapter_paths(folder: Path | str) -> list[Path]:
         ours = {parent for parent in parents if any((parent / name).is_file() for name in ("run.json", POPULATION))}
     for path in below:
         if not ours.intersection(path.parents) and not _is_ours(path):
-            found.add(path.parent if path.name == PEFT_WEIGHTS else path)
+            in_folder = path.name == PEFT_WEIGHTS and path.with_name(PEFT_CONFIG).is_file()
+            found.add(path.parent if in_folder else path)
     return sorted(found)
 
 
@@ -238,13 +347,23 @@ def _is_ours(path: Path) -> bool:
         return False
 
 
-def _read(path: Path, population: PopulationFolder, digest: str, largest_loss: float) -> tuple[Member, Tensor]:
+def _read(
+    path: Path, population: PopulationFolder, digest: str, largest_loss: float, scans: Scans
+) -> tuple[Member, Tensor]:
     """Returns a member without its name, and its vector; raises UserError for a file that is left out."""
+    layout, told_on, lost = population.layout, dict[str, str](), None
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        adapter = read_adapter(path, population.base)
+        try:
+            found = scans(path)
+            adapter, told_on = read_scanned(found, population.base), found.header.metadata
+        except IncompatibleModelError as error:
+            if not population.facts.get("settings", {}).get("materialise"):
+                raise
+            adapter, lost = _other(path, population, error)
     notes = [str(warning.message) for warning in told]
-    layout = population.layout
+    if lost is not None:
+        notes.append("no LoRA: a LoHa, a LoKr or whole differences, brought to the rank of all")
     if not adapter.modules:
         raise UserError(f"{printable(path, 300)} {_TEXT_ALONE}")
     inside = {name: change for name, change in adapter.modules.items() if name in layout.modules}
@@ -253,6 +372,11 @@ def _read(path: Path, population: PopulationFolder, digest: str, largest_loss: f
     if adapter.text_encoders:
         notes.append(f"changes of {', '.join(sorted(adapter.text_encoders))} are left out")
     vector, loss = vector_of(Adapter(inside, backbone=adapter.backbone, name=path.stem), layout)
+    loss = (
+        loss
+        if lost is None
+        else RankLoss(*(sum(p) for p in zip(*((lost[n].lost, lost[n].total) for n in inside), strict=True)))
+    )
     if loss.total == 0:
         raise UserError(f"{printable(path, 300)} changes nothing: all its products are zero")
     if not bool(vector.isfinite().all()):
@@ -273,18 +397,23 @@ def _read(path: Path, population: PopulationFolder, digest: str, largest_loss: f
         loss=loss.relative,
         dropped=outside / (outside + loss.total),
         sha256=digest,
-        trained_on=_trained_on(path),
+        trained_on=", ".join(printable(told_on[key]) for key in _CLAIMS if key in told_on),
         notes=tuple(notes),
     )
     return member, vector
 
 
-def _trained_on(path: Path) -> str:
-    """Returns the base model that an adapter names in its header, which is told and never opened."""
-    names = (path / name for name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS))
-    weights = next((file for file in names if file.is_file()), path) if path.is_dir() else path
-    told = read_header(weights).metadata
-    return ", ".join(printable(told[key]) for key in _CLAIMS if key in told)
+def _of_other(path: Path, base: Base, refused: UserError) -> dict[str, int]:
+    """Returns the modules that a file of another method changes; where it is none either, the first error counts."""
+    try:
+        return modules_of_other(path, base)
+    except UserError:
+        raise refused from None
+
+
+def _other(path: Path, population: PopulationFolder, refused: UserError) -> tuple[Adapter, dict[str, RankLoss]]:
+    _of_other(path, population.base, refused)
+    return materialise(path, population.base, population.layout.rank)
 
 
 def _energy(change: LowRank) -> float:
@@ -327,6 +456,12 @@ def _free_name(path: Path, taken: set[str]) -> str:
     while found in taken:
         found, number = f"{name}-{number}", number + 1
     return found
+
+
+def _loner(paths: Sequence[Path], changed: Sequence[set[str]]) -> Path:
+    """Returns the file whose modules the fewest other files change."""
+    counts = Counter(name for names in changed for name in names)
+    return min(zip(paths, changed, strict=True), key=lambda pair: max(counts[name] for name in pair[1]))[0]
 
 
 def _first(skipped: Sequence[Skipped]) -> str:

@@ -10,13 +10,15 @@ Shards are never altered. More vectors go into a new shard, which takes in the l
 between leaves the old population or the new one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from filelock import FileLock, Timeout
 from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor
@@ -31,6 +33,7 @@ from w2w_space.layout import Layout
 from w2w_space.population import Population
 
 FILE, MEMBERS, SHARDS, LABELS = "population.json", "members.jsonl", "shards", "labels.csv"
+LOCK = "population.lock"
 SCHEMA, SHARD_SCHEMA = "w2w-space/population@1", "w2w-space/shard@1"
 SHARD_ROWS = 512
 """Largest number of vectors in one shard."""
@@ -225,6 +228,27 @@ class PopulationFolder:
         """Returns the population, whose vectors stay on disk."""
         return Population(self.layout, self.names, self)
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from writing to the population while the block runs.
+
+        Raises:
+            UserError: Another process writes to it.
+        """
+        lock = FileLock(self.folder / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"another process writes to {printable(self.folder, 300)}; wait until it has ended"
+            ) from None
+        except OSError as error:
+            raise UserError(f"cannot write to {printable(self.folder, 300)}: {printable(error)}") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
     def append(
         self, vectors: Float[Tensor, "b size"], members: Sequence[Member], skipped: Sequence[Skipped] = ()
     ) -> "PopulationFolder":
@@ -265,7 +289,9 @@ class PopulationFolder:
             UserError: There is no such member.
         """
         if unknown := [name for name in names if name not in self.names]:
-            raise UserError(f"the population has no member {unknown[0]!r}")
+            raise UserError(
+                f"the population has no member {unknown[0]!r}; it has {len(self)}, such as {self.names[:3]}"
+            )
         gone = set(names)
         touched = {member.shard for member in self.members if member.name in gone}
         left = [p for p, m in enumerate(self.members) if m.shard in touched and m.name not in gone]

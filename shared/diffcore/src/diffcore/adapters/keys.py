@@ -7,6 +7,7 @@ underscores also stand inside words: `Base.find` looks them up among the names t
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from diffcore.errors import printable
@@ -64,6 +65,7 @@ _UNSUPPORTED = {
     r"^lora_prior_": "Stable Cascade, under the prefix 'lora_prior_'",
     r"\.(vera|hra|gralora|c3a|bone|shira|randlora)_": "another method than LoRA",
 }
+_ANY_UNSUPPORTED = re.compile("|".join(f"(?:{pattern})" for pattern in _UNSUPPORTED))
 
 
 def quoted(name: str) -> str:
@@ -91,15 +93,16 @@ class Key:
     adapter_name: str | None = None
 
 
+@lru_cache(1 << 16)  # adapters of one collection name the same few modules
 def parse_key(text: str) -> Key:
     """Returns the parts of a tensor's name.
 
     Raises:
         StrictError: The name belongs to another method than LoRA, or to no known convention.
     """
-    for pattern, kind in _UNSUPPORTED.items():
-        if re.search(pattern, text):
-            raise StrictError(f"holds tensor {quoted(text)}, of {kind}, which is not supported; only LoRA is read")
+    if _ANY_UNSUPPORTED.search(text):
+        kind = next(kind for pattern, kind in _UNSUPPORTED.items() if re.search(pattern, text))
+        raise StrictError(f"holds tensor {quoted(text)}, of {kind}, which is not supported; only LoRA is read")
     component, rest, layout = _split(text)
     match = _LEAF.fullmatch(rest)
     part = match and _part(match)

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -31,7 +32,17 @@ def read_adapter(path: Path | str, base: Base) -> Adapter:
         IncompatibleModelError: It is no LoRA, breaks a rule, holds numbers that are not finite, or holds any tensor
             that has no place in the model.
     """
-    found = scan_adapter(path)
+    return read_scanned(scan_adapter(path), base, stacklevel=3)
+
+
+def read_scanned(found: AdapterFile, base: Base, *, stacklevel: int = 2) -> Adapter:
+    """Reads the LoRA of a file whose header was checked; all else as in `read_adapter`.
+
+    Args:
+        found: File as `scan_adapter` returns it.
+        base: The model that it is read for.
+        stacklevel: Number of calls above, to which warnings are attributed.
+    """
     places = place(found, base)
     try:
         tensors = read_tensors(found)
@@ -42,7 +53,7 @@ def read_adapter(path: Path | str, base: Base) -> Adapter:
         warnings.warn(
             f"{printable(found.path, 300)} does not say the alpha of {silent} of {len(alphas)} modules; the rank is "
             "taken, as other tools do: if it was trained with another alpha, its strength is lost",
-            stacklevel=2,
+            stacklevel=stacklevel,
         )
     components: dict[str, dict[str, LowRank]] = {}
     for pair in found.pairs:
@@ -121,8 +132,11 @@ def read_tensors(found: AdapterFile, names: frozenset[str] | None = None) -> dic
         raise UserError(
             f"cannot read {printable(found.header.path, 300)}: {printable(error)}; copy it again"
         ) from error
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+    for dtype in sorted({tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}, key=str):
+        some = {name: tensor for name, tensor in tensors.items() if tensor.dtype == dtype}
+        # All at once, as there are many small ones.
+        if not bool(torch.cat([tensor.flatten() for tensor in some.values()]).isfinite().all()):
+            name = next(name for name, tensor in some.items() if not bool(tensor.isfinite().all()))
             raise StrictError(f"has tensor {quoted(name)} with numbers that are not finite")
     return tensors
 

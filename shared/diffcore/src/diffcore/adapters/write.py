@@ -19,7 +19,7 @@ from diffcore.adapters.adapter import Adapter, LowRank
 from diffcore.adapters.base import Base, underscored, with_text_model
 from diffcore.adapters.keys import BACKBONE
 from diffcore.adapters.scan import METADATA, PEFT_CONFIG, PEFT_WEIGHTS
-from diffcore.adapters.settings import MAX_RANK
+from diffcore.adapters.settings import MAX_ALPHA, MAX_RANK
 from diffcore.errors import UserError, printable
 from diffcore.io import files
 from diffcore.io.jsonfile import json_text
@@ -28,6 +28,7 @@ Format = Literal["diffusers", "kohya", "peft"]
 Folded = Mapping[tuple[str, str], tuple[Tensor, Tensor]]
 """Factors (down, up) of one rank whose product is the change, by component and module."""
 
+_OWN_METADATA = ("format", METADATA, "ss_network_module", "ss_network_dim", "ss_network_alpha")
 _WORST = 0.01  # relative error of a factor in a narrower type, beyond which the type does not fit
 
 
@@ -39,6 +40,8 @@ def write_adapter(
     dtype: torch.dtype | None = None,
     base: Base | None = None,
     overwrite: bool = False,
+    metadata: Mapping[str, str] | None = None,
+    scale: float = 1.0,
 ) -> Path:
     """Writes an adapter in one of three layouts, atomically, and returns its path.
 
@@ -49,15 +52,25 @@ def write_adapter(
         dtype: Precision of the factors; by default the adapter's where it holds them exactly, else float32.
         base: The model it belongs to; needed for kohya's names of SDXL modules, those of original checkpoints.
         overwrite: Whether an existing adapter may be replaced.
+        metadata: More entries of the header of the safetensors file, which tools pass over.
+        scale: Strength alpha / rank that the file states, the same for every module. At 1 tools that read no alpha
+            show the adapter too; any other is for tools that are known to read it.
 
     Raises:
         UserError: Something is there already, the layout cannot hold the adapter, or the type cannot hold its numbers.
-        ValueError: The adapter changes nothing.
+        ValueError: The adapter changes nothing, or `metadata` has an entry that the layout itself writes.
         MachineError: The disk is full or failing.
     """
-    path = Path(path)
-    folded = _typed(_folded(adapter), adapter, dtype)
+    path, metadata = Path(path), dict(metadata or {})
+    if own := [name for name in metadata if name in _OWN_METADATA]:
+        raise ValueError(f"`metadata` has {own[0]!r}, which the layout writes itself; choose another name")
+    if not 0 < scale <= MAX_ALPHA:
+        raise UserError(f"`scale` is {scale:g}; give a strength above 0 and at most {MAX_ALPHA:,}")
+    folded = _folded(adapter, scale)
     rank = next(iter(folded.values()))[0].shape[0]
+    if rank * scale > MAX_ALPHA:
+        raise UserError(f"`scale` is {scale:g} at rank {rank}, an alpha above {MAX_ALPHA:,}; give a smaller one")
+    folded, alpha = _typed(folded, adapter, dtype), rank * scale
     if format == "peft":
         if adapter.text_encoders:
             raise UserError(
@@ -69,14 +82,14 @@ def write_adapter(
         # An old configuration must never stand beside new weights, were the two writes parted.
         with files.explained(path / PEFT_CONFIG):
             files.remove(path / PEFT_CONFIG)
-        files.write_whole(path / PEFT_WEIGHTS, _packed(_letters(folded, "base_model.model."), {}))
-        files.write_whole(path / PEFT_CONFIG, json_text(_peft_config(adapter.modules, rank)).encode())
+        files.write_whole(path / PEFT_WEIGHTS, _packed(_letters(folded, "base_model.model."), metadata))
+        files.write_whole(path / PEFT_CONFIG, json_text(_peft_config(adapter.modules, rank, alpha)).encode())
         return path
     if path.suffix != ".safetensors":
         raise UserError(f"{printable(path, 300)} does not end in .safetensors; name a file that does")
     _refuse_taken(path, overwrite)
-    data = _kohya(adapter, folded, rank, base) if format == "kohya" else _diffusers(adapter, folded, rank)
-    files.write_whole(path, data)
+    written = _kohya(adapter, folded, alpha, base) if format == "kohya" else _diffusers(adapter, folded, rank, alpha)
+    files.write_whole(path, _packed(written[0], written[1] | metadata))
     return path
 
 
@@ -85,7 +98,7 @@ def _refuse_taken(path: Path, overwrite: bool) -> None:
         raise UserError(f"{printable(path, 300)} is there already; choose another name, or pass `overwrite=True`")
 
 
-def _folded(adapter: Adapter) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
+def _folded(adapter: Adapter, scale: float) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
     if not (changes := list(adapter)):
         raise ValueError(f"adapter {adapter.name!r} changes nothing")
     rank = max(change.rank for _, _, change in changes)
@@ -94,16 +107,16 @@ def _folded(adapter: Adapter) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
             f"{printable(adapter.name)} has rank {rank:,}, and files hold at most {MAX_RANK}; change fewer rows, or "
             "save the whole model"
         )
-    return {(component, module): _padded(change, rank) for component, module, change in changes}
+    return {(component, module): _padded(change, rank, scale) for component, module, change in changes}
 
 
-def _padded(change: LowRank, rank: int) -> tuple[Tensor, Tensor]:
-    """Returns factors in float32 or wider, of a rank that is not smaller than theirs."""
+def _padded(change: LowRank, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Returns factors in float32 or wider, of a rank that is not smaller than theirs, for a strength alpha / rank."""
     wide = torch.promote_types(change.up.dtype, torch.float32)
     down = change.down.new_zeros(rank, *change.down.shape[1:], dtype=wide)
     up = change.up.new_zeros(change.up.shape[0], rank, dtype=wide)
     down[: change.rank] = change.down
-    up[:, : change.rank] = change.up.to(wide) * (change.alpha / change.rank)
+    up[:, : change.rank] = change.up.to(wide) * (change.alpha / change.rank / scale)
     return down, up
 
 
@@ -153,16 +166,18 @@ def _letters(folded: Folded, prefix: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _diffusers(adapter: Adapter, folded: Folded, rank: int) -> bytes:
+def _diffusers(adapter: Adapter, folded: Folded, rank: int, alpha: float) -> tuple[dict[str, Tensor], dict[str, str]]:
     config = {
         f"{adapter.backbone if component == BACKBONE else component}.{name}": value
         for component, changes in adapter.components.items()
-        for name, value in _lora_config(changes, rank).items()
+        for name, value in _lora_config(changes, rank, alpha).items()
     }
-    return _packed(_letters(folded, f"{adapter.backbone}."), {METADATA: json.dumps(config, sort_keys=True)})
+    return _letters(folded, f"{adapter.backbone}."), {METADATA: json.dumps(config, sort_keys=True)}
 
 
-def _kohya(adapter: Adapter, folded: Folded, rank: int, base: Base | None) -> bytes:
+def _kohya(
+    adapter: Adapter, folded: Folded, alpha: float, base: Base | None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     if adapter.backbone != "unet":
         raise UserError(f"kohya's names are those of U-Nets, not of {adapter.name!r}; write it as diffusers or peft")
     two_towers = "text_encoder_2" in adapter.text_encoders or (base is not None and base.has_two_towers)
@@ -179,16 +194,17 @@ def _kohya(adapter: Adapter, folded: Folded, rank: int, base: Base | None) -> by
             spelled = base.original.get(module, module) if base is not None and two_towers else module
         name = f"{prefixes[component]}_{underscored(spelled)}"
         tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": _with_kernel(up, down)}
-        tensors[f"{name}.alpha"] = torch.tensor(float(rank))  # narrower types do not hold every rank
-    metadata = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(float(rank))}
-    return _packed(tensors, metadata)
+        tensors[f"{name}.alpha"] = torch.tensor(float(alpha))  # narrower types do not hold every rank
+    rank = next(iter(folded.values()))[0].shape[0]
+    metadata = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank)}
+    return tensors, metadata | {"ss_network_alpha": str(float(alpha))}
 
 
-def _lora_config(changes: Mapping[str, LowRank], rank: int) -> dict[str, object]:
+def _lora_config(changes: Mapping[str, LowRank], rank: int, alpha: float) -> dict[str, object]:
     return {
         "peft_type": "LORA",
         "r": rank,
-        "lora_alpha": rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": 0.0,
         "bias": "none",
         "use_dora": False,
@@ -200,9 +216,9 @@ def _lora_config(changes: Mapping[str, LowRank], rank: int) -> dict[str, object]
     }
 
 
-def _peft_config(changes: Mapping[str, LowRank], rank: int) -> dict[str, object]:
+def _peft_config(changes: Mapping[str, LowRank], rank: int, alpha: float) -> dict[str, object]:
     return {
-        **_lora_config(changes, rank),
+        **_lora_config(changes, rank, alpha),
         "base_model_name_or_path": None,
         "fan_in_fan_out": False,
         "inference_mode": True,

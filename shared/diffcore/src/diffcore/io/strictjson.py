@@ -8,6 +8,7 @@ import math
 import re
 import stat
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from diffcore.io import files
 MAX_BYTES = 10_000_000
 MAX_DEPTH = 64
 MAX_INTEGER = 2**53  # beyond it, integers of JSON are not what every reader takes them for
-# One alternative per token that opens, closes or hides brackets; possessive, so that the scan is linear.
-_BRACKETS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
+# A string hides brackets, and may lack its end; possessive, so that the scan is linear.
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+_NO_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
+_STEPS = [(byte in b"[{") - (byte in b"]}") for byte in range(256)]
 
 
 class StrictError(ValueError):
@@ -90,12 +93,9 @@ def read_limited(path: Path, max_bytes: int) -> bytes:
 
 def check_depth(data: bytes) -> None:
     """Raises StrictError when brackets outside strings nest deeper than 64; never recurses."""
-    depth = 0
-    for match in _BRACKETS.finditer(data):
-        token = match[0]
-        depth += (token in b"[{") - (token in b"]}")
-        if depth > MAX_DEPTH:
-            raise StrictError(f"nests deeper than {MAX_DEPTH}")
+    brackets = _STRING.sub(b"", data).translate(None, delete=_NO_BRACKETS)
+    if max(accumulate(map(_STEPS.__getitem__, brackets)), default=0) > MAX_DEPTH:
+        raise StrictError(f"nests deeper than {MAX_DEPTH}")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
 
 from diffcore.cli import Flag, emit
 from diffcore.errors import UserError, printable
@@ -28,7 +30,8 @@ def import_(
 
     Shortest form: w2w-space import LORAS --out POPULATION
 
-    The same command again adds what is new. A file that cannot be a member is named with the reason, and left out.
+    The same command again adds what is new, and replaces members whose file was changed. A file that cannot be a member
+    is named with the reason, and left out.
 
     Args:
         out: Folder of the population, new or begun before; with --authors, that of the space.
@@ -41,16 +44,50 @@ def import_(
     """
     if authors:
         return _import_authors(sources, out, allow_pickle, num_components, precision, dry_run, json)
-    from w2w_space.app.inputs import about_plan, adapters_at, imported, planned
+    from w2w_space.app.inputs import about_plan, adapters_at, base_for, imported, planned
 
     paths = adapters_at(sources)
-    base, plan = planned(paths, reading)
     if dry_run:
-        emit({**about_plan(paths, base, plan), "writes": out}, json)
+        emit({**about_plan(paths, *planned(paths, reading)), "writes": out}, json)
         return 0
-    found = imported(out, paths, base, reading, dtype=precision)
+    before = _digests(out)
+    found = imported(out, paths, base_for(paths, reading.model), reading, dtype=precision)
     told = about_population(found)
+    told["replaced"] = [m.name for m in found.members if before.get(m.source, m.sha256) != m.sha256]
     emit(told if json else {name: value for name, value in told.items() if name != "skipped"}, json)
+    return 0
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Returns the digest of each member's file as it was read, by the path; of no population none."""
+    from w2w_space.app.inputs import is_population
+    from w2w_space.files.population import PopulationFolder
+
+    members = PopulationFolder.open(folder).members if is_population(folder) else ()
+    return {member.source: member.sha256 for member in members if member.source}
+
+
+def remove(
+    population: Annotated[Path, Parameter(help="Folder of the population.")],
+    names: Annotated[tuple[str, ...], Parameter(negative="", help="Names of the members to take out.")],
+    *,
+    json: Flag = False,
+) -> int:
+    """Take members out of a population, and delete their numbers from the disk.
+
+    Shortest form: w2w-space remove POPULATION NAME
+
+    Spaces that were built with them stay as they are: build them again. The same import would add the files again.
+
+    Args:
+        json: Print the result as one JSON object.
+    """
+    from w2w_space.files.population import PopulationFolder
+
+    found = PopulationFolder.open(population)
+    with found.locked():
+        left = found.remove(names)
+    emit({"removed": list(dict.fromkeys(names)), "members": len(left), "folder": population}, json)
     return 0
 
 
@@ -84,6 +121,7 @@ def convert(
     *,
     format: FormatName = "diffusers",
     rank: int | None = None,
+    materialise: Flag = False,
     dtype: PrecisionName | None = None,
     model: BaseModel = None,
     overwrite: Overwrite = False,
@@ -100,34 +138,37 @@ def convert(
         out: File to write, ending in .safetensors; for peft a folder.
         format: Use diffusers for load_lora_weights, kohya for web UIs, peft for PeftModel.from_pretrained.
         rank: Rank of every module; by default the largest that the file has.
+        materialise: Turn a LoHa, a LoKr or whole differences into a LoRA of this rank.
         dtype: Precision to write; by default the source's where it is exact, else float32.
         json: Print the result as one JSON object, with the loss of every module.
     """
     import torch
 
     from diffcore.adapters import read_adapter, write_adapter
-    from w2w_space.app.inputs import base_for
-    from w2w_space.files.export import largest_error
+    from w2w_space.app.inputs import about_losses, base_for, read_back
+    from w2w_space.files.materialise import materialise as as_lora
     from w2w_space.ranks import adapter_at_rank
 
     if rank is not None and rank < 1:
         raise UserError(f"`rank` is {rank}; give at least 1")
+    if materialise and rank is None:
+        raise UserError("`materialise` needs the `rank` of the LoRA, such as 8; what is lost is told")
+    if materialise and model is None:
+        raise UserError("`materialise` needs the base `model`: a pipeline folder, safetensors file, or zoo:NAME")
     base = base_for([file], model)
-    adapter = read_adapter(file, base)
     losses = {}
-    if rank is not None:
+    if materialise and rank is not None:
+        adapter, losses = as_lora(file, base, rank)
+    else:
+        adapter = read_adapter(file, base)
+    if rank is not None and not materialise:
         adapter, losses = adapter_at_rank(adapter, rank)
     chosen = None if dtype is None else getattr(torch, dtype)
     written = write_adapter(adapter, out, format=format, dtype=chosen, base=base, overwrite=overwrite)
-    error = largest_error(adapter, read_adapter(written, base))
     told: dict[str, Any] = {"written": written, "format": format, "base": base.name, "modules": len(list(adapter))}
-    told |= {"largest_rounding_error": error}
+    told |= {"largest_rounding_error": read_back(adapter, written, base)}
     if losses:
-        whole = (sum(x.lost for x in losses.values()) / sum(x.total for x in losses.values())) ** 0.5
-        worst = max(losses, key=lambda name: losses[name].relative)
-        told |= {"rank": rank, "loss": whole, "worst_loss": losses[worst].relative, "worst_module": worst}
-    if json and losses:
-        told["losses"] = {name: loss.relative for name, loss in losses.items()}
+        told |= {"rank": rank, **about_losses(losses, each=json)}
     emit(told, json)
     return 0
 
@@ -199,12 +240,15 @@ def about_population(found: "PopulationFolder") -> dict[str, Any]:
 def _emit_adapter(path: Path, model: str | None, json: bool) -> None:
     from diffcore.models import resolve
     from diffcore.models.describe_adapter import describe_adapter
+    from w2w_space.files.sliders import slider_of
     from w2w_space.files.trigger_words import trigger_words
 
     if not path.exists():
         raise UserError(f"{printable(path, 300)} does not exist; give a space, a population, a point, or an adapter")
     told = {"kind": "adapter", **describe_adapter(path, None if model is None else resolve(model))}
     told["trigger_words"] = trigger_words(path)
+    if slider := slider_of(path):
+        told["slider"] = slider
     if not json:
         told = {name: value for name, value in told.items() if name not in ("changes", "misfit")}
         for name in ("ranks", "alphas"):

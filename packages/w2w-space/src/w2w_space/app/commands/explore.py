@@ -7,7 +7,7 @@ from cyclopts import Parameter
 
 from diffcore.cli import Flag, Job, Output, emit
 from diffcore.errors import UserError, printable
-from w2w_space.app.options import BaseModel, FormatName, Overwrite, SpacePath, Subject
+from w2w_space.app.options import BaseModel, DirectionsPath, FormatName, Overwrite, SpacePath, Subject
 
 if TYPE_CHECKING:
     from diffcore.run import Run, RunMap
@@ -16,7 +16,6 @@ Strengths = Annotated[
     tuple[str, ...],
     Parameter(consume_multiple=True, negative="", help="Attributes and strengths, such as age=+1.5 beard=-2."),
 ]
-DirectionsPath = Annotated[Path, Parameter(help="Run folder of directions, or its directions.safetensors.")]
 
 
 def directions(
@@ -40,7 +39,7 @@ def directions(
     """
     from diffcore.io.files import sha256
     from w2w_space.app.report import save_directions_parts, write_page
-    from w2w_space.directions import find_directions
+    from w2w_space.directions import find_directions, held_out_leaks
     from w2w_space.files.directions import FILE, read_labels, save_directions
     from w2w_space.files.space import load_any_space
 
@@ -50,7 +49,8 @@ def directions(
     def compute(run: "Run", map: "RunMap") -> dict[str, Any]:
         found = find_directions(loaded, told, estimator=estimator, ridge=ridge)
         save_directions(found, run.folder / FILE, labels=labels.name)
-        save_directions_parts(run, found)
+        leaks = held_out_leaks(loaded, told, estimator=estimator, ridge=ridge)
+        save_directions_parts(run, found, loaded, leaks)
         best = max(found.rows, key=lambda row: row.auc)
         return {
             "answer": f"{len(found.rows)} directions; held-out members are told best along {best.name!r} "

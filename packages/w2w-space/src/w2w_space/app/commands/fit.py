@@ -52,10 +52,19 @@ def build(
         precision: Precision of the stored components.
     """
     from diffcore.errors import UserError
-    from w2w_space.app.inputs import about_plan, adapters_at, digest_of_files, imported, is_population, planned
-    from w2w_space.app.report import save_space_parts, write_page
+    from w2w_space.app.inputs import (
+        about_plan,
+        adapters_at,
+        base_for,
+        digest_of_files,
+        imported,
+        is_population,
+        planned,
+    )
+    from w2w_space.app.report import save_map_parts, save_space_parts, write_page
     from w2w_space.diagnose import cross_fitted, diagnosed
     from w2w_space.files.population import MEMBERS, PopulationFolder
+    from w2w_space.files.previews import previews
     from w2w_space.files.space import load_space, save_space
     from w2w_space.product_space import ProductSpace
     from w2w_space.space import WeightSpace
@@ -79,7 +88,7 @@ def build(
     }
 
     def compute(run: "Run", map: "RunMap") -> dict[str, Any]:
-        found = stored or imported(run.folder / "population", paths, planned(paths, reading)[0], reading)
+        found = stored or imported(run.folder / "population", paths, base_for(paths, reading.model), reading)
         population = found.population()
         if geometry == "product":
             whole = ProductSpace.build(population)
@@ -87,7 +96,7 @@ def build(
             save_space(kept, run.folder / "space.safetensors", base=found.base, dtype=precision)
             save_space_parts(run, kept)
             _keep_members(run, found)
-            return _summary(kept, len(found.skipped))
+            return _summary(kept, len(whole.variances), len(found.skipped))
         tested = len(population) <= _TESTED
         space = WeightSpace.build(
             population,
@@ -97,16 +106,20 @@ def build(
             num_components=None if tested else num_components or _UNTESTED,
             solver=solver,
         )
+        spanned, chance = len(population) - 1, {}
         if tested:
-            space = diagnosed(population, space, num_components=num_components).space
+            told = diagnosed(population, space, num_components=num_components)
+            space, spanned, chance = told.space, len(told.variances), {"variances": told.variances}
+            chance |= {"limits": told.limits}
         made = {name: found.facts[name] for name in ("recipe", "prompt", "model_fingerprint") if name in found.facts}
         save_space(space, run.folder / "space.safetensors", base=found.base, dtype=precision, members=members, **made)
-        save_space_parts(run, space)
+        save_space_parts(run, space, **chance)
         if members:
             _keep_members(run, found)
+            save_map_parts(run, space, previews(found.members))
         elif stored is None:
             _forget(run.folder / "population")
-        return _summary(space, len(found.skipped))
+        return _summary(space, spanned, len(found.skipped))
 
     def plan() -> dict[str, Any]:
         if stored is None:
@@ -140,8 +153,13 @@ def _forget(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _summary(space: Any, skipped: int) -> dict[str, Any]:
+def _summary(space: Any, spanned: int, skipped: int) -> dict[str, Any]:
     from w2w_space.app.report import answer_of
     from w2w_space.space import about
 
-    return {"answer": answer_of(space), **about(space), "left_out": skipped, "fingerprint": space.fingerprint[:16]}
+    return {
+        "answer": answer_of(space, spanned),
+        **about(space),
+        "left_out": skipped,
+        "fingerprint": space.fingerprint[:16],
+    }

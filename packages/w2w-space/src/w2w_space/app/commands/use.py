@@ -7,7 +7,7 @@ from cyclopts import Parameter
 
 from diffcore.cli import Flag, emit
 from diffcore.errors import UserError
-from w2w_space.app.options import BaseModel, FormatName, Overwrite, PrecisionName, SpacePath, Subject
+from w2w_space.app.options import BaseModel, DirectionsPath, FormatName, Overwrite, PrecisionName, SpacePath, Subject
 
 if TYPE_CHECKING:
     from diffcore.models import DiffusionModel
@@ -20,6 +20,7 @@ def project(
     space: SpacePath,
     adapter: Path,
     *,
+    directions: DirectionsPath | None = None,
     unshrink: Flag = False,
     out: Path | None = None,
     model: BaseModel = None,
@@ -31,11 +32,14 @@ def project(
 
     Args:
         adapter: LoRA file, or folder in PEFT's layout.
+        directions: Run folder of directions; the place on each of their axes is told, as a description.
         unshrink: Lengthen the coordinates, which of adapters that were not in the fit are too short.
         out: File to write the point to, ending in .safetensors.
         json: Print the result as one JSON object, with all coordinates and the residual of every module.
     """
     from w2w_space.app.inputs import adapter_of
+    from w2w_space.edit import edit
+    from w2w_space.files.directions import load_directions
     from w2w_space.files.points import save_point
     from w2w_space.files.space import load_any_space
 
@@ -49,6 +53,9 @@ def project(
     worst = max(residuals, key=lambda name: residuals[name])
     told |= {"worst_module": worst, "worst_residual": residuals[worst]}
     told["modules_outside"] = len(set(read.modules) - set(changes))
+    if directions is not None:
+        places = edit(point, {}, load_directions(directions, loaded)).places
+        told["places"] = {p.name: f"{p.after:+.2f} sd, percentile {p.percentile:.0f}" for p in places}
     if json:
         told |= {"coordinates": point.z.tolist(), "residuals": residuals}
     if out is not None:
@@ -65,11 +72,15 @@ def about_point(point: "Point") -> dict[str, Any]:
     Args:
         point: Point of a space.
     """
+    from w2w_space.sample import described
+
     space = point.space
+    place = described(space, point.z[None])[0]
     largest = point.z.abs().argsort(descending=True)[:_SHOWN].tolist()
     return {
         "distance_from_mean": point.length,
         "usual_distance": _usual(space),
+        "percentile_of_distance": place.typical if space.names else None,
         "largest_coordinates": [f"{place + 1}: {float(point.z[place]):+.2f}" for place in largest],
         "nearest_members": _nearest(point),
     }
@@ -82,12 +93,11 @@ def _usual(space: "Space") -> float:
 
 
 def _nearest(point: "Point") -> list[str]:
-    space = point.space
-    if not space.names:
+    from w2w_space.diagnose import members_by_distance
+
+    if not point.space.names:
         return []
-    distances = (space.members.double() - point.z.double()).norm(dim=1)
-    nearest = distances.argsort()[:_NEAREST].tolist()
-    return [f"{space.names[place]} ({float(distances[place]):.2f})" for place in nearest]
+    return [f"{name} ({distance:.2f})" for name, distance in members_by_distance(point)[:_NEAREST]]
 
 
 def export(
@@ -97,6 +107,7 @@ def export(
     *,
     format: FormatName = "diffusers",
     dtype: PrecisionName | None = None,
+    keep_scale: float = 1.0,
     merge: str | None = None,
     weight: float = 1.0,
     verify: str | None = None,
@@ -116,6 +127,8 @@ def export(
         out: File to write, ending in .safetensors; for peft and with --merge a folder.
         format: Use diffusers for load_lora_weights, kohya for web UIs, peft for PeftModel.from_pretrained.
         dtype: Precision to write; by default float16 where it holds the numbers.
+        keep_scale: Strength alpha / rank that the file states; 27 is the authors' convention. Tools that read no alpha
+            show any other than 1 wrongly.
         merge: Model that the point is merged into; its whole checkpoint is written.
         weight: Strength of the change in the merged model.
         verify: Base model, a pipeline, in which plain diffusers must show the point that was written.
@@ -125,12 +138,17 @@ def export(
     """
     import torch
 
+    from diffcore.adapters.settings import MAX_ALPHA
     from w2w_space.app.inputs import subject as subject_of
     from w2w_space.files.export import export_point, merge_point
     from w2w_space.files.space import base_of_space, load_any_space
 
     if verify is not None and (format == "peft" or merge is not None):
         raise UserError("`verify` loads files in the layout of diffusers or kohya; choose one of them as `format`")
+    if merge is not None and keep_scale != 1:
+        raise UserError("`keep_scale` is for files of adapters; a merged model has none, leave it out")
+    if not 0 < keep_scale <= MAX_ALPHA:
+        raise UserError(f"`keep_scale` is {keep_scale:g}; give a strength above 0, such as the authors' 27")
     loaded = load_any_space(space)
     point = subject_of(subject, loaded, space, model=model, unshrink=unshrink)
     if merge is not None:
@@ -144,6 +162,7 @@ def export(
         dtype=None if dtype is None else getattr(torch, dtype),
         base=base,
         overwrite=overwrite,
+        scale=keep_scale,
         card={"subject": Path(subject).stem, "base": base.name} if card else None,
     )
     told = {"written": written.path, "precision": str(written.dtype).removeprefix("torch.")}

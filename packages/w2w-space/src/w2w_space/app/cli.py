@@ -5,7 +5,7 @@ from pathlib import Path
 
 from diffcore.cli import Flag, emit, main, make_app
 from diffcore.cli.package_commands import add_package_commands
-from w2w_space.app.commands import collect, explore, fit, use
+from w2w_space.app.commands import collect, explore, fit, judge, use
 
 app = make_app(
     "w2w-space",
@@ -17,7 +17,7 @@ add_package_commands(app, timed="spaces and projections against whole matrices a
 app.command(collect.import_, name="import")
 for command in (collect.convert, collect.info, fit.build, explore.directions, explore.sample, explore.edit):
     app.command(command)
-for command in (use.project, use.export):
+for command in (use.project, use.export, judge.evaluate):
     app.command(command)
 
 

@@ -7,12 +7,14 @@ import numpy as np
 
 from diffcore.report import Report, Series, lines_with_band
 from diffcore.run import Run
+from w2w_space.app.report_evaluate import EVALUATION
 from w2w_space.directions import Directions
 from w2w_space.space import WeightSpace, about
 
 TITLES = {
     "directions": "Which way is each attribute?",
     "build": "What do these adapters have in common?",
+    "evaluate": "What is this space worth?",
     "demo": "A space of adapters: sampled, edited, and checked against known styles",
 }
 _ANCHORED, _MEANINGLESS = 0.02, 0.2  # shares of turned signs
@@ -237,6 +239,7 @@ def _add_limits(report: Report, run: Run) -> None:
 
 
 SECTIONS: tuple[Callable[[Report, Run], None], ...] = (
+    *EVALUATION,
     _add_sliders,
     _add_inversion,
     _add_samples,

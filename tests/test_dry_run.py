@@ -78,6 +78,7 @@ WORDS = {
     "w2w-space import": ["loras", "--model", "model", "--out", "imported"],
     "w2w-space build": ["population"],
     "w2w-space directions": ["space", "labels.csv"],
+    "w2w-space evaluate": ["space"],
 }
 
 

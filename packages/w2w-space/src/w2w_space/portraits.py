@@ -8,6 +8,7 @@ attributes off a picture, and its features tell persons apart.
 
 from collections.abc import Mapping
 from importlib.resources import as_file, files
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,19 +16,20 @@ from torch import Tensor
 
 from diffcore.io import artifact
 from diffcore.io.shipped import shipped_folder
-from diffcore.metrics.attribute_network import AttributeNetwork, load_attribute_network
+from diffcore.metrics.attribute_network import load_attribute_network
 from diffcore.models import DiffusionModel, load
 from diffcore.noise import philox_uniform
 from diffcore.runtime import Runtime
 from diffcore.units import Map, each_unit
-from diffcore.zoo.portraits.attributes import EYES, HAIRS, HAT_COLOURS, SKINS, STYLES
-from diffcore.zoo.portraits.draw import draw
-from diffcore.zoo.portraits.people import People, identities, nuisances, select
+from diffcore.zoo.portraits.attributes import EYES, HAIRS, HAT_COLOURS, PARTS, SKINS, STYLES
+from diffcore.zoo.portraits.draw import draw, draw_masks
+from diffcore.zoo.portraits.people import People, identities, nuisances, portraits, select
 from diffcore.zoo.portraits.pictures import SIZE
 from w2w_space.instance import Instance
 from w2w_space.labels import Labels
 from w2w_space.layout import Layout
 from w2w_space.population import Population, Stacked
+from w2w_space.probe import ClassifierScorer
 from w2w_space.recipe import Recipe
 from w2w_space.train_population import Trained, train_population
 
@@ -65,7 +67,12 @@ ATTRIBUTES: Mapping[str, tuple[str, tuple[float, ...]]] = {
 }
 """Attributes of a person: the class that each is about, and its value for each of that class's values."""
 
+GUIDANCE = 1.0
+"""Scale of guidance by which members draw; they were trained without."""
+
 _ORDER_STREAM = 34
+_STEPS = 16
+_BACKGROUND = 0.95
 # Shares in which a value is taken: half of the persons wear no hat, and so on.
 _VALUES: Mapping[str, tuple[int, ...]] = {
     "gender": (0, 1),
@@ -163,14 +170,34 @@ def train_portraits(
     return train_population(model, instances, recipe, group_size=group_size, map=map), portrait_labels(people)
 
 
+def drawing_options(seeds: int = 4) -> dict[str, Any]:
+    """Returns the arguments of `render` by which portraits are drawn: the prompt of the training, in 16 DDIM steps.
+
+    Args:
+        seeds: Number of pictures of each person.
+    """
+    times = torch.linspace(999, 0, _STEPS + 1, dtype=torch.float64).round()[:-1].float()
+    return {"prompts": [PROMPT], "seeds": range(seeds), "timesteps": times, "guidance_scale": GUIDANCE}
+
+
+def background_mask(count: int = 500) -> Float[Tensor, "32 32"]:
+    """Returns where nearly all portraits show background: 1 there, 0 elsewhere.
+
+    Args:
+        count: Number of portraits that are looked at.
+    """
+    shown = draw_masks(portraits(7, range(count)), SIZE) == PARTS.index("background")
+    return (shown.float().mean(0) > _BACKGROUND).float()
+
+
 def load_portraits_base() -> DiffusionModel:
     """Returns the base model that draws portraits from text, on the CPU."""
     return load(MODEL, runtime=Runtime(device="cpu"))
 
 
-def load_portraits_oracle() -> AttributeNetwork:
-    """Returns the network that reads attributes off portraits, and whose features tell persons apart."""
-    return load_attribute_network(shipped_folder(ORACLE))
+def load_portraits_oracle() -> ClassifierScorer:
+    """Returns the judge that reads `ATTRIBUTES` off portraits; the features of its network tell persons apart."""
+    return ClassifierScorer(load_attribute_network(shipped_folder(ORACLE)), ATTRIBUTES)
 
 
 def load_portraits() -> tuple[Population, Labels]:

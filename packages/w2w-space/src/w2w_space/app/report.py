@@ -8,6 +8,7 @@ import numpy as np
 from diffcore.report import Report, Series, lines_with_band
 from diffcore.run import Run
 from w2w_space.app.report_evaluate import EVALUATION
+from w2w_space.app.report_portraits import PORTRAITS
 from w2w_space.directions import Directions
 from w2w_space.space import WeightSpace, about
 
@@ -244,6 +245,7 @@ SECTIONS: tuple[Callable[[Report, Run], None], ...] = (
     _add_inversion,
     _add_samples,
     _add_gauge,
+    *PORTRAITS,
     _add_spectrum,
     _add_tables,
     _add_limits,

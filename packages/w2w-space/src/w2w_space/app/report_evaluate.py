@@ -42,13 +42,17 @@ def keep_edits(run: Run, found: EditScores, pictures: Tensor, names: Sequence[st
         }
         for row in found.rows
     ]
+    levels = ""
+    if found.same == found.same:
+        levels = (
+            " Identity: cosine of features before and after, from different noise; of one subject it is "
+            f"{found.same:.2f}, of two {found.different:.2f}, and identity kept is 1 and 0 there."
+        )
     run.keep_table(
         "edits",
         rows,
         "Scores are probabilities from the judge. Leak: mean absolute change of the attribute that changed most, apart "
-        f"from the edited one. Identity: cosine of features before and after, from different noise; of one subject it "
-        f"is {found.same:.2f}, of two {found.different:.2f}, and identity kept is 1 and 0 there. Changes are mean "
-        "absolute differences of values from 0 to 1.",
+        f"from the edited one.{levels} Changes of pictures are mean absolute differences of values from 0 to 1.",
     )
 
 
@@ -149,7 +153,7 @@ def add_sample_scores(report: Report, run: Run) -> None:
     report.plot(
         "nearest", figure, "Samples that are nearer to a member than nearly all members to one another are copies."
     )
-    if part.fields["diversity"] == part.fields["diversity"]:
+    if part.fields["diversity"] is not None:  # where pictures were drawn
         report.points(
             f"Two samples' pictures from the same noise are {part.fields['diversity']:.3f} apart (1 - cosine of their "
             f"features), two members' {part.fields['members_diversity']:.3f}."

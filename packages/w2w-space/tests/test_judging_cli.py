@@ -137,7 +137,7 @@ def test_evaluate_judges_edits_samples_projections_and_sizes(
         "Samples among the members",
     ):
         assert heading in page
-    assert "R² of" in found["answer"]
+    assert found["answer"].startswith("The edit of hat changes its own score by")
     plain = told(capsys, "evaluate", "space", "--out", "plain")
     assert plain["sample_to_member"] > 0
     assert "edits" not in plain

@@ -10,6 +10,7 @@ from .labels import Labels as Labels
 from .layout import Layout as Layout
 from .population import Population as Population
 from .recipe import Recipe as Recipe
+from .render import render as render
 from .sample import sample as sample
 from .space import Point as Point
 from .space import WeightSpace as WeightSpace

@@ -166,6 +166,13 @@ def add_gains(report: Report, run: Run) -> None:
         return
     part = run.load("gains")
     fields, kept = part.fields, part.tensors["gain_kept"]
+    if fields["own"] <= 0:
+        report.section("How much of a new subject the space holds").text(
+            f"The adapters of {fields['subjects']} members that were left out do not denoise their own pictures better "
+            "than the base model, so that there is no gain that a projection could keep. Give the prompt of their "
+            "training."
+        )
+        return
     series = [
         Series(f"lengthened {factor:g} times", fields["components"], kept[:, place])
         for place, factor in enumerate(fields["factors"])

@@ -251,7 +251,9 @@ class _Told:
         keep_gains(run, found)
         components, factor = found.chosen
         best = float(found.gain_kept[found.components.index(components)].max())
-        return {"gain_kept": best, "gain_at_components": components, "lengthened_by": factor}
+        own = float((found.base - found.own).sum() / found.base.sum())
+        told = {"gain_kept": best, "gain_at_components": components, "lengthened_by": factor} if own > 0 else {}
+        return {"gain_of_own": own, **told}
 
     def judge_sizes(self, run: "Run", parts: int, inversions: int) -> dict[str, Any]:
         from w2w_space.app.report_evaluate import keep_sizes
@@ -341,25 +343,22 @@ def _beside(space: Path) -> Path | None:
 
 
 def _answer(found: Mapping[str, Any]) -> str:
-    told = [
-        f"Samples are {found['sample_to_member']:.1f} standard deviations from their nearest member, and members "
-        f"{found['member_to_member']:.1f} from theirs."
-    ]
+    """Returns the result in a sentence, about the pictures of edits where there are any, or what comes next to them."""
     if "edits" in found:
         best = found["edits"][found["best_edit"]]
-        told.append(
-            f"The edit of {found['best_edit']} changes its own score by {best['effect']:+.2f} and {best['leaked']}, "
-            f"most of the others, by {best['leak']:.2f}."
+        return (
+            f"The edit of {found['best_edit']} changes its own score by {best['effect']:+.2f}, and {best['leaked']}, "
+            f"which changes most beside it, by {best['leak']:.2f}."
         )
-    if "gain_kept" in found:
-        told.append(
+    if "r2" in found:
+        (few, low), *_, (many, high) = list(found["r2"].items()) * 2
+        return f"Labels of new members are told with R² of {low:.2f} from {few} members, and {high:.2f} from {many}."
+    if found.get("gain_of_own", 0) > 0:
+        return (
             f"{found['gain_at_components']} components keep {found['gain_kept']:.0%} of what new adapters gain in "
             "denoising."
         )
-    if "r2" in found:
-        sizes = list(found["r2"].items())
-        told.append(
-            f"Labels are told with R² of {sizes[0][1]:.2f} from {sizes[0][0]} members, and {sizes[-1][1]:.2f} "
-            f"from {sizes[-1][0]}."
-        )
-    return " ".join(told)
+    return (
+        f"Samples are {found['sample_to_member']:.1f} standard deviations from their nearest member, and members "
+        f"{found['member_to_member']:.1f} from theirs."
+    )

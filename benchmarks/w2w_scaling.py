@@ -141,8 +141,8 @@ def digits(study: Study, *, smoke: bool) -> None:
 
 
 def portraits(study: Study, *, smoke: bool) -> None:
-    """The population of 256 persons."""
-    sizes, judges = ((16, 32), 2) if smoke else ((16, 32, 64, 128, 204), 8)
+    """The population of persons that a text-to-image model draws."""
+    sizes, judges = ((16, 32), 2) if smoke else ((16, 32, 64, 128), 8)
     model, oracle = load_portraits_base(), load_portraits_oracle()
     population, labels = load_portraits()
     scales = scaling(population, labels, sizes, parts=1 if smoke else 3, num_components=40)

@@ -51,7 +51,7 @@ def scaling(
     """Returns what spaces of several numbers of members are worth.
 
     Args:
-        population: All members.
+        population: All members, of which parts are taken.
         labels: Values of attributes in the order of the members; members with blanks are left out.
         sizes: Numbers of members to fit spaces to.
         held_out: Number of members that judge and are in no space; by default a fifth of all.
@@ -118,7 +118,7 @@ def sizes_of(words: Sequence[str], available: int) -> list[int]:
     """Returns numbers of members from words such as 16, 32 and all, in rising order.
 
     Args:
-        words: Numbers, or "all".
+        words: Numbers of members, or "all".
         available: Number that "all" stands for.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The second part of the demo: 256 persons that a text-to-image model draws, edited and inverted.
+"""The second part of the demo: persons that a text-to-image model draws, edited and inverted.
 
 Each claim is checked against attributes that are known exactly, by an oracle, and the page says which of the gates that
 were set beforehand are met (specification, section 19.2). Nothing is trained: the adapters come with the package.
@@ -21,6 +21,7 @@ from w2w_space.invert import InversionSettings, invert
 from w2w_space.labels import Labels
 from w2w_space.population import Population
 from w2w_space.portraits import (
+    MEMBERS,
     background_mask,
     drawing_options,
     load_portraits,
@@ -35,7 +36,8 @@ from w2w_space.render import render, render_vectors
 from w2w_space.sample import sample
 from w2w_space.space import Point, WeightSpace
 
-_FITTED, _COMPONENTS = 224, 40
+_HELD_OUT, _COMPONENTS = 24, 40
+_FITTED = MEMBERS - _HELD_OUT
 _SUBJECTS = 6
 _SLIDERS = ("hat", "glasses", "beard", "man", "dark skin", "bald", "long hair", "blond hair")
 _STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)

@@ -81,7 +81,7 @@ def keep_gains(run: Run, found: Kept) -> None:
 
     Args:
         run: Run that the report is about.
-        found: Losses of projections.
+        found: Losses of new adapters and of their projections.
     """
     run.save(
         "gains",

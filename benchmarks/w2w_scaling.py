@@ -41,7 +41,7 @@ from w2w_space.styles import load_base, load_styles, read_styles, render_members
 
 RESULTS = Path(__file__).parent / "results" / "w2w-scaling.json"
 SIZES, COMPONENTS = (16, 32, 64, 128), (1, 2, 5, 10, 20, 50, 100)
-STEPS = 100
+STEPS, INVERTED = 100, (20, 50)
 
 Rows = list[dict[str, object]]
 
@@ -104,7 +104,7 @@ def parted(count: int, judges: int) -> tuple[list[int], list[int]]:
 
 def digits(study: Study, *, smoke: bool) -> None:
     """The population of digits in 160 styles."""
-    sizes, judges = ((16, 32), 4) if smoke else (SIZES, 16)
+    sizes, judges = ((16, 32), 4) if smoke else (SIZES, 8)
     model = load_base()
     for start, own in (("digits, shared A", False), ("digits, own A", True)):
         population, styles = load_styles(own=own)
@@ -135,7 +135,7 @@ def digits(study: Study, *, smoke: bool) -> None:
             r2 = told(cut.members, styles[members], cut.coordinates(vectors), styles[places])
             gains = kept.gain_kept[number]
             rows.append(
-                [m, float(r2.mean()), float(gains[0]), float(gains.max()), error(largest, m) if m >= 5 else "–"]
+                [m, float(r2.mean()), float(gains[0]), float(gains.max()), error(largest, m) if m in INVERTED else "–"]
             )
         components_table(study, f"{start}, {sizes[-1]} members", rows, "error of styles found from one picture")
 

@@ -36,7 +36,7 @@ def demo(*, out: Path = Path("runs/demo-w2w-space"), full: Flag = False, json: F
 
     Args:
         out: Run folder of the demo.
-        full: Draw twelve samples instead of six, and invert all new styles.
+        full: Invert more styles, and edit, sample and invert persons that a text-to-image model draws: minutes.
         json: Print the result as one JSON object.
     """
     from w2w_space.app.demo import run_demo

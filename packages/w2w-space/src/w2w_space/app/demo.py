@@ -46,7 +46,7 @@ def run_demo(out: Path, *, full: bool = False) -> dict[str, Any]:
 
     Args:
         out: Run folder; a finished demo is only read.
-        full: Draw twelve samples instead of six, and invert all new styles.
+        full: Draw twelve samples instead of six, invert all new styles, and do the same with persons.
     """
     Runtime(device="cpu").apply_threads()
     model = load_base()
@@ -77,7 +77,7 @@ def _toured(run: Run, model: DiffusionModel, *, full: bool) -> dict[str, Any]:
     effects = _keep_sliders(run, model, subject, directions)
     inverted = _keep_inversion(run, model, whole.truncated(_INVERTED), styles, full=full)
     write_page(run)
-    persons = tour(run)
+    persons = tour(run) if full else None
     shared, own = min(r2["shared A, canonical"]), max(r2["own A, raw"])
     return {
         "answer": f"{_COMPONENTS} components of {_FITTED} adapters tell the five style numbers of new adapters (R² of "

@@ -5,6 +5,7 @@ were set beforehand are met (specification, section 19.2). Nothing is trained: t
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from diffcore.zoo.portraits.people import select
 from w2w_space.diagnose import cross_fitted
 from w2w_space.directions import Directions, find_directions
 from w2w_space.edit import edit
-from w2w_space.evaluate import EditScores, evaluate_edits
+from w2w_space.evaluate import EditScore, evaluate_edits
 from w2w_space.instance import Instance
 from w2w_space.invert import InversionSettings, invert
 from w2w_space.labels import Labels
@@ -36,13 +37,13 @@ from w2w_space.render import render, render_vectors
 from w2w_space.sample import sample
 from w2w_space.space import Point, WeightSpace
 
-_HELD_OUT, _COMPONENTS = 24, 40
+_HELD_OUT, _COMPONENTS = 32, 20
 _FITTED = MEMBERS - _HELD_OUT
-_SUBJECTS = 6
+_SUBJECTS, _SEEDS = 4, 2
 _SLIDERS = ("hat", "glasses", "beard", "man", "dark skin", "bald", "long hair", "blond hair")
 _STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 _INJECTED_AT = (1000, 850, 700, 500, -1)
-_INVERTED = 8
+_INVERTED = 6
 _JUDGED = 32
 _GATES = {"accuracy": 0.8, "auc": 0.8, "effect": 0.4, "leak": 0.15, "own": 0.9}
 
@@ -60,11 +61,15 @@ def tour(run: Run) -> dict[str, Any]:
     space, _ = cross_fitted(whole, num_components=_COMPONENTS)
     known = Labels(labels.attributes, labels.values[:_FITTED])
     directions, normals = (find_directions(space, known, estimator=kind) for kind in ("conditional", "normal"))
-    new = population.vectors.rows(range(_FITTED, _FITTED + _SUBJECTS))
+    new = population.vectors.rows(range(_FITTED, len(population)))
     subjects = [space.project(population.layout.adapter(vector), unshrink=True) for vector in new]
+    lacking = {
+        name: [subjects[place] for place in (labels.values[_FITTED:, column] < 0.5).nonzero()[:_SUBJECTS, 0].tolist()]
+        for column, name in enumerate(labels.attributes)
+    }
     accuracy = _accuracy(model, oracle, population)
-    scores = _keep_sliders(run, model, oracle, subjects, directions, normals)
-    _keep_injection(run, model, subjects[0], directions)
+    scores = _keep_sliders(run, model, oracle, lacking, directions, normals)
+    _keep_injection(run, model, lacking["hat"][0], directions)
     own = _keep_inversion(run, model, space, population)
     _keep_samples(run, model, space)
     auc = {row.name: row.auc for row in directions.rows}
@@ -74,7 +79,7 @@ def tour(run: Run) -> dict[str, Any]:
         "components": _COMPONENTS,
         "accuracy": accuracy,
         "auc": auc,
-        "effects": {row.name: {"effect": row.effect, "leak": row.leak, "into": row.leaked} for row in scores.rows},
+        "effects": {row.name: {"effect": row.effect, "leak": row.leak, "into": row.leaked} for row in scores},
         "own_row_is_nearer_than": own,
         "gates_met": sum(gates.values()),
         "gates": len(gates),
@@ -85,7 +90,7 @@ def _accuracy(model: DiffusionModel, oracle: ClassifierScorer, population: Popul
     """Returns the share of members whose pictures show each attribute as it was drawn, by their mean probabilities."""
     places = torch.linspace(0, len(population) - 1, _JUDGED).round().long()
     vectors = population.vectors.rows(places.tolist())
-    drawn = render_vectors(model, population.layout, vectors, **drawing_options()).flatten(1, 2)
+    drawn = render_vectors(model, population.layout, vectors, **drawing_options(_SEEDS)).flatten(1, 2)
     network = oracle.network
     with torch.no_grad():
         logits = network.logits(drawn.flatten(0, 1))
@@ -101,14 +106,15 @@ def _keep_sliders(
     run: Run,
     model: DiffusionModel,
     oracle: ClassifierScorer,
-    subjects: Sequence[Point],
+    lacking: Mapping[str, Sequence[Point]],
     directions: Directions,
     normals: Directions,
-) -> EditScores:
+) -> list[EditScore]:
     """Keeps each attribute's slider as pictures, and its effect, leak and identity; returns those of the default."""
-    drawing = drawing_options()
+    drawing: dict[str, Any] = drawing_options(_SEEDS)
     once: dict[str, Any] = {**drawing, "seeds": range(1)}
-    points = [edit(subjects[0], {name: strength}, directions).point for name in _SLIDERS for strength in _STRENGTHS]
+    subject = lacking["hat"][0]
+    points = [edit(subject, {name: strength}, directions).point for name in _SLIDERS for strength in _STRENGTHS]
     run.save(
         "portraits-sliders",
         {"pictures": render(model, points, **once).flatten(0, 2)},
@@ -116,36 +122,39 @@ def _keep_sliders(
         strengths=list(_STRENGTHS),
         caption="One person that was not in the fit, moved along each direction, from the same noise.",
     )
-    strengths = {name: 2.0 for name in _SLIDERS}
-    options: dict[str, Any] = {
-        "strengths": strengths,
-        "features": oracle.network.features,
-        "mask": background_mask(),
-        **drawing,
-    }
-    found = evaluate_edits(model, subjects, directions, oracle, **options)
-    paper = {row.name: row for row in evaluate_edits(model, subjects, normals, oracle, **options).rows}
-    rows = [
-        {
-            "slider": row.name,
-            "held-out AUC": directions[row.name].auc,
-            "effect": row.effect,
-            "leak": row.leak,
-            "into": row.leaked,
-            "identity kept": found.kept(row),
-            "background": row.background,
-            "effect, normal": paper[row.name].effect,
-            "leak, normal": paper[row.name].leak,
-        }
-        for row in found.rows
-    ]
+    mask, rows, found = background_mask(), [], list[EditScore]()
+    for name in _SLIDERS:
+        paper = f"{name}, normal"
+        both = Directions(directions.space, (directions[name], replace(normals[name], name=paper)))
+        scored: dict[str, Any] = {"scored_as": {paper: name}, "strengths": 2.0, "mask": mask}
+        scores = evaluate_edits(
+            model, lacking[name], both, oracle, features=oracle.network.features, **scored, **drawing
+        )
+        own, normal = scores.rows
+        others = [change for other, change in own.changes.items() if other != name]
+        found.append(own)
+        rows.append(
+            {
+                "slider": name,
+                "held-out AUC": directions[name].auc,
+                "effect": own.effect,
+                "leak": own.leak,
+                "into": own.leaked,
+                "others, mean": sum(others) / len(others),
+                "identity": own.identity,
+                "of one, of two": f"{scores.same:.2f}, {scores.different:.2f}",
+                "background": own.background,
+                "effect, normal": normal.effect,
+                "leak, normal": normal.leak,
+            }
+        )
     run.keep_table(
         "portraits-sliders",
         rows,
-        f"Change of the oracle's probability from 0 to +2 standard deviations, mean of {len(subjects)} persons that "
-        "were not in the fit and four pictures each; leak: mean absolute change of the other attribute that changed "
-        "most; normal: the paper's direction. Identity kept: cosine of features before and after, from different "
-        f"noise, where 1 is the level of one person ({found.same:.2f}) and 0 that of two ({found.different:.2f}). "
+        f"Change of the oracle's probability by +2 standard deviations, mean of {_SUBJECTS} persons that were not in "
+        f"the fit and lack the attribute, {_SEEDS} pictures each. Leak: mean absolute change of the other attribute "
+        "that changed most; beside it that of all others. Normal: along the paper's direction. Identity: cosine of "
+        "features before and after, from different noise, beside that of pictures of one person and of two. "
         "Background: mean absolute change where portraits show no person.",
     )
     return found
@@ -156,7 +165,7 @@ def _keep_injection(run: Run, model: DiffusionModel, subject: Point, directions:
     edited = edit(subject, {"hat": 2.5}, directions).point
     drawn = torch.stack(
         [
-            render(model, [edited], original=[subject], timestep=timestep, **drawing_options())[0, 0]
+            render(model, [edited], original=[subject], timestep=timestep, **drawing_options(4))[0, 0]
             for timestep in _INJECTED_AT
         ]
     )
@@ -181,7 +190,7 @@ def _keep_inversion(run: Run, model: DiffusionModel, space: WeightSpace, populat
     pictures = portrait_pictures(people, 1, seed=5)[:, 0]
     subjects = [Instance(each.name, each.x0, each.condition) for each in portrait_instances(model, people, 1, seed=5)]
     found = invert(
-        space, model, subjects, InversionSettings(num_components=space.num_components, steps=150, batch_size=8)
+        space, model, subjects, InversionSettings(num_components=space.num_components, steps=100, batch_size=4)
     )
     rows = torch.cat([space.members, space.coordinates(population.vectors.rows(range(_FITTED, len(population))))])
     z = torch.stack([point.z for point in found.points])
@@ -204,10 +213,10 @@ def _keep_inversion(run: Run, model: DiffusionModel, space: WeightSpace, populat
     return nearer
 
 
-def _keep_samples(run: Run, model: DiffusionModel, space: WeightSpace, count: int = 5) -> None:
+def _keep_samples(run: Run, model: DiffusionModel, space: WeightSpace, count: int = 4) -> None:
     drawn = sample(space, count, seed=1)
     points = [point for one in drawn for point in (one.point, space.member(one.nearest))]
-    pictures = render(model, points, **drawing_options(6))[:, 0]
+    pictures = render(model, points, **drawing_options(4))[:, 0]
     run.save(
         "portraits-samples",
         {"pictures": pictures.flatten(0, 1)},
@@ -218,7 +227,7 @@ def _keep_samples(run: Run, model: DiffusionModel, space: WeightSpace, count: in
 
 
 def _keep_gates(
-    run: Run, accuracy: Mapping[str, float], auc: Mapping[str, float], scores: EditScores, own: float
+    run: Run, accuracy: Mapping[str, float], auc: Mapping[str, float], scores: Sequence[EditScore], own: float
 ) -> dict[str, bool]:
     """Keeps the gates with what was measured; returns which are met."""
     rows: list[dict[str, Any]] = []
@@ -231,7 +240,7 @@ def _keep_gates(
         gate(f"members' pictures show their {name}", accuracy[name], _GATES["accuracy"])
     for name in _SLIDERS:
         gate(f"{name}: AUC of held-out members", auc[name], _GATES["auc"])
-    for row in scores.rows:
+    for row in scores:
         gate(f"{row.name}: effect of +2 sd", row.effect, _GATES["effect"])
         gate(f"{row.name}: largest leak", row.leak, _GATES["leak"], at_most=True)
     gate("persons from one picture: share of others that are farther", own, _GATES["own"])

@@ -37,8 +37,8 @@ MODEL = "zoo:portraits-sd"
 ORACLE = "portraits-oracle"
 PERSONS = 256
 """Number of persons among whom attributes are balanced."""
-MEMBERS = 192
-"""Number of members, which are the first of the persons."""
+MEMBERS = 256
+"""Number of members, which are the first of the persons: all of them."""
 PICTURES = 10
 PROMPT = "a portrait of a sks person"
 SCHEMA = "w2w-space/portraits-population@1"
@@ -220,7 +220,7 @@ def load_portraits() -> tuple[Population, Labels]:
     Example:
         >>> population, labels = load_portraits()
         >>> len(population), len(labels.attributes)
-        (192, 11)
+        (256, 11)
     """
     with as_file(files("w2w_space") / "portraits_population") as folder:
         stored = artifact.load(folder / "members.safetensors", schema=SCHEMA)

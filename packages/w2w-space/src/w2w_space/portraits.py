@@ -56,17 +56,17 @@ RECIPE = Recipe(
 """The recipe of the members."""
 
 ATTRIBUTES: Mapping[str, tuple[str, tuple[float, ...]]] = {
-    "man": ("gender", (0, 1)),
-    "dark skin": ("skin", (0, 0.25, 0.5, 0.75, 1)),
-    "hat": ("hat", (0, 1, 1)),
-    "glasses": ("glasses", (0, 1, 1)),
-    "beard": ("beard", (0, 1, 1)),
-    "bald": ("style", (1, 0, 0, 0)),
-    "long hair": ("style", (0, 0, 1, 0)),
-    "curly hair": ("style", (0, 0, 0, 1)),
-    "blond hair": ("hair", (0, 0, 1, 0, 0)),
-    "red hair": ("hair", (0, 0, 0, 1, 0)),
-    "grey hair": ("hair", (0, 0, 0, 0, 1)),
+    "man": ("gender", (0.0, 1.0)),
+    "dark skin": ("skin", (0.0, 0.25, 0.5, 0.75, 1.0)),
+    "hat": ("hat", (0.0, 1.0, 1.0)),
+    "glasses": ("glasses", (0.0, 1.0, 1.0)),
+    "beard": ("beard", (0.0, 1.0, 1.0)),
+    "bald": ("style", (1.0, 0.0, 0.0, 0.0)),
+    "long hair": ("style", (0.0, 0.0, 1.0, 0.0)),
+    "curly hair": ("style", (0.0, 0.0, 0.0, 1.0)),
+    "blond hair": ("hair", (0.0, 0.0, 1.0, 0.0, 0.0)),
+    "red hair": ("hair", (0.0, 0.0, 0.0, 1.0, 0.0)),
+    "grey hair": ("hair", (0.0, 0.0, 0.0, 0.0, 1.0)),
 }
 """Attributes of a person: the class that each is about, and its value for each of that class's values."""
 

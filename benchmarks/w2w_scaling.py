@@ -1,12 +1,12 @@
 """What more members and more components bring: the paper's figures 9, 10, 28 and 30, on the populations of w2w-space.
 
-    python benchmarks/w2w_scaling.py [--population digits|portraits|all] [--smoke]
+    python benchmarks/w2w_scaling.py [--population digits|portraits|all] [--quick] [--smoke]
 
 Spaces are fitted to nested random parts of a population and judged by members that none has seen: how well their exact
 labels are read from coordinates (R²), how much of their adapters' denoising gain is left after projection, and how well
 subjects are found from one picture each. Digits: root mean square error of five style numbers, which an oracle reads
-off ten digits. Portraits: cosine of the oracle's features with those of what the subjects' own adapters draw. `--smoke`
-takes two small sizes and writes nothing.
+off ten digits. Portraits: cosine of the oracle's features with those of what the subjects' own adapters draw. `--quick`
+leaves inversions out, which take most of the time; `--smoke` takes two small sizes and writes nothing.
 """
 
 import argparse
@@ -83,7 +83,12 @@ def members_table(study: Study, name: str, scales: Sequence[Scale], found: dict[
         study.value(f"{name}, {scale.members} members: mean |cosine| of directions", float(scale.cosines.nanmean()))
         if scale.members in found:
             study.value(f"{name}, {scale.members} members: {judged}", found[scale.members])
-    columns = ["members", "components", "R² of held-out labels, mean (least to most of the parts)", "mean |cosine|"]
+    columns = [
+        "members",
+        "components",
+        "R² of held-out labels, mean (least to most of the parts)",
+        "mean absolute cosine",
+    ]
     study.table(f"{name}: more members", [*columns, judged], rows)
 
 
@@ -102,7 +107,7 @@ def parted(count: int, judges: int) -> tuple[list[int], list[int]]:
     return order[judges:], order[:judges]
 
 
-def digits(study: Study, *, smoke: bool) -> None:
+def digits(study: Study, *, smoke: bool, quick: bool) -> None:
     """The population of digits in 160 styles."""
     sizes, judges = ((16, 32), 4) if smoke else (SIZES, 8)
     model = load_base()
@@ -122,7 +127,7 @@ def digits(study: Study, *, smoke: bool) -> None:
             return float((read - truth).square().mean().sqrt())
 
         spaces = {size: WeightSpace.build(population.subset(fitted[:size])) for size in sizes}
-        found = {size: error(space, min(50, space.num_components)) for size, space in spaces.items()}
+        found = {size: error(space, min(50, space.num_components)) for size, space in spaces.items() if not quick}
         members_table(study, start, scales, found, "error of styles found from one picture")
         largest = spaces[sizes[-1]]
         asked = [m for m in COMPONENTS if m <= largest.num_components][: 2 if smoke else None]
@@ -135,12 +140,18 @@ def digits(study: Study, *, smoke: bool) -> None:
             r2 = told(cut.members, styles[members], cut.coordinates(vectors), styles[places])
             gains = kept.gain_kept[number]
             rows.append(
-                [m, float(r2.mean()), float(gains[0]), float(gains.max()), error(largest, m) if m in INVERTED else "–"]
+                [
+                    m,
+                    float(r2.mean()),
+                    float(gains[0]),
+                    float(gains.max()),
+                    error(largest, m) if m in INVERTED and not quick else "–",
+                ]
             )
         components_table(study, f"{start}, {sizes[-1]} members", rows, "error of styles found from one picture")
 
 
-def portraits(study: Study, *, smoke: bool) -> None:
+def portraits(study: Study, *, smoke: bool, quick: bool) -> None:
     """The population of persons that a text-to-image model draws."""
     sizes, judges = ((16, 32), 2) if smoke else ((16, 32, 64, 128), 8)
     model, oracle = load_portraits_base(), load_portraits_oracle()
@@ -157,7 +168,7 @@ def portraits(study: Study, *, smoke: bool) -> None:
         return float(recognised(model, points, truth, features=oracle.network.features, **options).mean())
 
     spaces = {size: WeightSpace.build(population.subset(fitted[:size])) for size in sizes}
-    found = {size: alike(space, min(50, space.num_components)) for size, space in spaces.items()}
+    found = {size: alike(space, min(50, space.num_components)) for size, space in spaces.items() if not quick}
     members_table(study, "portraits", scales, found, "likeness of persons found from one picture")
     largest = spaces[sizes[-1]]
     asked = [m for m in COMPONENTS if m <= largest.num_components][: 2 if smoke else None]
@@ -185,14 +196,15 @@ def main() -> int:
     """Prints and writes what more members and components bring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--population", choices=("digits", "portraits", "all"), default="all", help="which to study")
+    parser.add_argument("--quick", action="store_true", help="no inversions")
     parser.add_argument("--smoke", action="store_true", help="two small sizes, nothing is written")
     options = parser.parse_args()
     torch.set_num_threads(1)
     study = Study()
     if options.population in ("digits", "all"):
-        digits(study, smoke=options.smoke)
+        digits(study, smoke=options.smoke, quick=options.quick)
     if options.population in ("portraits", "all"):
-        portraits(study, smoke=options.smoke)
+        portraits(study, smoke=options.smoke, quick=options.quick)
     if not options.smoke:
         write_json(RESULTS, study.rows)
         head = (

@@ -37,7 +37,7 @@ from w2w_space.render import render, render_vectors
 from w2w_space.sample import sample
 from w2w_space.space import Point, WeightSpace
 
-_HELD_OUT, _COMPONENTS = 32, 70
+_HELD_OUT, _COMPONENTS = 32, 70  # as many components as vary more than permuted numbers do
 _FITTED = MEMBERS - _HELD_OUT
 _SUBJECTS, _SEEDS = 4, 2
 _SLIDERS = ("hat", "glasses", "beard", "man", "dark skin", "bald", "long hair", "blond hair")

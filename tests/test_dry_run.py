@@ -80,6 +80,7 @@ WORDS = {
     "w2w-space train": ["model", "labelled", "--prompt", "a toy"],
     "w2w-space invert": ["space", "model", "images/0.png", "--prompt", "a toy"],
     "w2w-space directions": ["space", "labels.csv"],
+    "w2w-space evaluate": ["space"],
 }
 
 

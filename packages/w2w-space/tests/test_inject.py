@@ -112,9 +112,73 @@ def test_the_switch_happens_at_the_timestep(both: Any, kind: str):
 def test_wrong_use_of_injection_is_refused(both: Any):
     with pytest.raises(UserError, match="no adapter 'bob'; it has own, older"):
         inject(both, "own", "bob", 500, num_inference_steps=STEPS)
-    callback = inject(both, "own", "older", 500, num_inference_steps=STEPS + 1)
-    with pytest.raises(ValueError, match="other timesteps"):
+    both.scheduler = diffusers.DDIMScheduler.from_config(both.scheduler.config)  # five steps begin at 801, 50 at 981
+    callback = inject(both, "own", "older", 900, num_inference_steps=50)
+    with pytest.raises(ValueError, match="began at timestep 801, and 981 was expected, on the other side of 900"):
         draw(both, callback_on_step_end=callback)
+    with pytest.raises(ValueError, match="`timesteps` is empty"):
+        inject(both, "own", "older", 500, timesteps=[])
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_flow_pipelines_switch_at_their_shifted_timesteps(name: str):
+    """The shift of flux depends on the picture's size, so that its timesteps are known only as it runs."""
+    pipeline = tiny.pipeline(name)
+    pipeline.set_progress_bar_config(disable=True)
+    network = pipeline.transformer
+    for number, adapter in enumerate(("own", "older")):
+        torch.manual_seed(number)
+        network.add_adapter(LoraConfig(r=1, target_modules=["to_q", "to_v"], init_lora_weights=False), adapter)
+    seen: list[tuple[float, str]] = []
+
+    def note(module: Any, args: Any, kwargs: Any) -> None:
+        seen.append((float(kwargs["timestep"].flatten()[0]), module.active_adapters()[0]))
+
+    handle = network.register_forward_pre_hook(note, with_kwargs=True)
+    callback = inject(pipeline, "own", "older", 700)
+    try:
+        for _ in range(2):
+            seen.clear()
+            pipeline(
+                "ab", height=16, width=16, num_inference_steps=4, guidance_scale=1.0, output_type="latent",
+                generator=torch.Generator().manual_seed(0), callback_on_step_end=callback,
+            )  # fmt: skip
+            times = [float(t) for t in pipeline.scheduler.timesteps]
+            assert times[0] == 1000.0
+            assert times[1] > 700 > times[-1]  # some other than the first are above
+            assert [adapter for _, adapter in seen] == ["own" if t > 700 else "older" for t in times]
+    finally:
+        handle.remove()
+
+
+def test_a_pipeline_that_starts_from_a_picture_needs_its_first_timestep(both: Any):
+    """Half of the steps are left out, so that the callback's numbers of steps are not places among the timesteps."""
+    both.scheduler = diffusers.DDIMScheduler.from_config(both.scheduler.config)
+    from_picture = diffusers.StableDiffusionImg2ImgPipeline(**both.components, requires_safety_checker=False)
+    from_picture.set_progress_bar_config(disable=True)
+    seen: list[tuple[float, str]] = []
+
+    def note(module: Any, args: Any, kwargs: Any) -> None:
+        seen.append((float(args[1]), module.active_adapters()[0]))
+
+    def run(callback: Any) -> None:
+        picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        from_picture(
+            "ab", image=picture, strength=0.5, num_inference_steps=8, output_type="latent",
+            callback_on_step_end=callback,
+        )  # fmt: skip
+
+    handle = both.unet.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        run(inject(from_picture, "own", "older", 200, timesteps=[376]))
+        assert len(seen) == 4
+        assert seen[0][0] < 500
+        assert [name for _, name in seen] == ["own" if t > 200 else "older" for t, _ in seen]
+        assert {name for _, name in seen} == {"own", "older"}
+        with pytest.raises(ValueError, match="began at timestep"):
+            run(inject(from_picture, "own", "older", 600, num_inference_steps=8))
+    finally:
+        handle.remove()
 
 
 def test_timesteps_translate_by_the_noise_ratio():

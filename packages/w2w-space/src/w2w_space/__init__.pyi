@@ -12,6 +12,7 @@ from .layout import Layout as Layout
 from .population import Population as Population
 from .recipe import Recipe as Recipe
 from .refine import refine as refine
+from .render import render as render
 from .sample import sample as sample
 from .slider import slider as slider
 from .space import Point as Point

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from diffcore.cli import Flag, emit, main, make_app
 from diffcore.cli.package_commands import add_package_commands
-from w2w_space.app.commands import collect, combine, explore, fit, invert, page, train, use
+from w2w_space.app.commands import collect, combine, explore, fit, invert, judge, page, train, use
 
 app = make_app(
     "w2w-space",
@@ -25,7 +25,9 @@ for command in (
     explore.edit,
 ):
     app.command(command)
-for command in (train.train, invert.invert, use.project, use.export, combine.compose, combine.slider, page.app):
+for command in (train.train, invert.invert, use.project, use.export, judge.evaluate):
+    app.command(command)
+for command in (combine.compose, combine.slider, page.app):
     app.command(command)
 
 
@@ -44,7 +46,7 @@ def demo(*, out: Path = Path("runs/demo-w2w-space"), full: Flag = False, json: F
 
     Args:
         out: Run folder of the demo.
-        full: Draw twelve samples instead of six, and invert all new styles.
+        full: Invert more styles, and edit, sample and invert persons that a text-to-image model draws: minutes.
         json: Print the result as one JSON object.
     """
     from w2w_space.app.demo import run_demo

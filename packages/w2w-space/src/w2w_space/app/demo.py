@@ -1,5 +1,7 @@
 """The demo: 160 adapters of handwritten digits, one style each, become a space that is sampled, edited and inverted.
 
+A second part does the same with persons that a text-to-image model draws; see `demo_portraits`.
+
 The base model draws digits in all styles, an adapter in one; a style is five numbers, which an oracle reads off a
 picture. So every claim can be checked against numbers that are known exactly. Nothing is trained: the adapters come
 with the package, once with one initial A for all and once with an A of each one's own.
@@ -16,6 +18,7 @@ from diffcore.models import DiffusionModel
 from diffcore.run import Run
 from diffcore.runtime import Runtime
 from diffcore.zoo.digits.data import STYLES
+from w2w_space.app.demo_portraits import tour
 from w2w_space.app.report import save_space_parts, write_page
 from w2w_space.diagnose import cross_fitted, real_components
 from w2w_space.directions import Directions, find_directions
@@ -43,7 +46,7 @@ def run_demo(out: Path, *, full: bool = False) -> dict[str, Any]:
 
     Args:
         out: Run folder; a finished demo is only read.
-        full: Draw twelve samples instead of six, and invert all new styles.
+        full: Draw twelve samples instead of six, invert all new styles, and do the same with persons.
     """
     Runtime(device="cpu").apply_threads()
     model = load_base()
@@ -73,6 +76,8 @@ def _toured(run: Run, model: DiffusionModel, *, full: bool) -> dict[str, Any]:
     directions = find_directions(space, Labels(STYLES, styles[:_FITTED].double()))
     effects = _keep_sliders(run, model, subject, directions)
     inverted = _keep_inversion(run, model, whole.truncated(_INVERTED), styles, full=full)
+    write_page(run)
+    persons = tour(run) if full else None
     shared, own = min(r2["shared A, canonical"]), max(r2["own A, raw"])
     return {
         "answer": f"{_COMPONENTS} components of {_FITTED} adapters tell the five style numbers of new adapters (R² of "
@@ -86,6 +91,7 @@ def _toured(run: Run, model: DiffusionModel, *, full: bool) -> dict[str, Any]:
         "r2": r2,
         "effects": effects,
         "inversion": inverted,
+        "portraits": persons,
         "held": shared >= 0.7 and own <= 0.1,
     }
 

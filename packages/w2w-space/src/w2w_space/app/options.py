@@ -24,6 +24,17 @@ DirectionsPath = Annotated[Path, Parameter(help="Run folder of directions, or it
 FormatName = Literal["diffusers", "kohya", "peft"]
 PrecisionName = Literal["float32", "float16", "bfloat16"]
 Overwrite = Annotated[bool, Parameter(negative="", help="Replace an adapter that exists already.")]
+RenderModel = Annotated[
+    str | None, Parameter(help="Draw pictures with this model: pipeline folder, safetensors file, or zoo:NAME.")
+]
+ScorerName = Annotated[
+    str | None,
+    Parameter(help="Judge of pictures: zoo:portraits-oracle, or the folder of a CLIP of transformers."),
+]
+AskedFor = Annotated[
+    tuple[str, ...],
+    Parameter(negative="", help="Attribute of a classifier, such as hat; for CLIP NAME=WITH|WITHOUT in words. Repeat."),
+]
 
 
 @Parameter(name="*", group="Reading adapters", negative="")
@@ -54,3 +65,34 @@ class Reading:
             raise UserError(f"`rank` is {self.rank}; give at least 1")
         if not 0 <= self.largest_loss <= 1:
             raise UserError(f"`largest_loss` is {self.largest_loss}; give 0 to 1")
+
+
+@Parameter(name="*", group="Drawing", negative="")
+@dataclass(frozen=True)
+class Drawing:
+    """How pictures are drawn; all points share prompts and noise.
+
+    Attributes:
+        prompt: Prompt that every point draws; repeat the option for several.
+        label: Class that every point draws, for models of classes; by default the first ten.
+        num_seeds: Number of pictures for each prompt or class.
+        guidance_scale: Scale of classifier-free guidance; 0 and 1 are off.
+        steps: Number of solver steps for each picture.
+        size: Side of the pictures in pixels; by default what the model was trained for.
+        batch_size: Number of pictures that are drawn together; halved where memory runs out.
+        device: Device to draw on; auto takes an accelerator if there is one.
+    """
+
+    prompt: tuple[str, ...] = ()
+    label: tuple[int, ...] = ()
+    num_seeds: int = 4
+    guidance_scale: float = 1.0
+    steps: int = 30
+    size: int | None = None
+    batch_size: int = 64
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("num_seeds", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"`{name}` is {getattr(self, name)}; give at least 1")

@@ -12,12 +12,15 @@ from diffcore.report import Report, Series, lines_with_band
 from diffcore.run import Run
 from w2w_space.app import report_training
 from w2w_space.app.figures import members_map, scree, signed_matrix, turned_signs
+from w2w_space.app.report_evaluate import EVALUATION
+from w2w_space.app.report_portraits import PORTRAITS
 from w2w_space.coordinates import Space, about
 from w2w_space.directions import Directions
 
 TITLES = {
     "directions": "Which way is each attribute?",
     "build": "What do these adapters have in common?",
+    "evaluate": "What is this space worth?",
     "demo": "A space of adapters: sampled, edited, and checked against known styles",
     **report_training.TITLES,
 }
@@ -361,10 +364,12 @@ SECTIONS: tuple[Callable[[Report, Run], None], ...] = (
     report_training.add_drawn,
     report_training.add_training,
     report_training.add_inversion,
+    *EVALUATION,
     _add_sliders,
     _add_inversion,
     _add_samples,
     _add_gauge,
+    *PORTRAITS,
     _add_spectrum,
     _add_map,
     _add_directions,

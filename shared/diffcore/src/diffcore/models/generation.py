@@ -7,7 +7,9 @@ changes the last bits of an image at most.
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -43,6 +45,7 @@ def generate(
     seed: int = 0,
     noise: Float[Tensor, "#prompts seeds *data"] | None = None,
     generator: Generator | None = None,
+    attached: Callable[[Int[Tensor, " rows"]], AbstractContextManager[Any]] | None = None,
     decode: Callable[[Tensor], Tensor] | None = None,
     batch_size: int = 64,
     on_batch: Callable[[int, int], None] | None = None,
@@ -67,6 +70,9 @@ def generate(
         seed: Key of all noises: the noise of seed s is `row_noise(seed, [s], model.shape)`.
         noise: Unit normal noise to start from in place of that; its first dimension is 1 where prompts share it.
         generator: One-step generator that replaces the solver: called once per batch with (noise, condition).
+        attached: Context in which the network runs on each batch, made from the place of the prompt of each row: for
+            changes of the network that differ from prompt to prompt. With guidance the network sees all rows of a batch
+            without their condition first, and then all rows with it.
         decode: Function from x0 to what is returned; by default the model's codec, which gives images in [0, 1].
         batch_size: Rows per batch, halved when memory runs out; guidance doubles what the backbone sees.
         on_batch: Called after each batch with the number of finished rows and of all rows.
@@ -105,7 +111,8 @@ def generate(
     def images_of(rows: Tensor) -> Tensor:
         prompt, place = rows // len(numbers), rows % len(numbers)
         start, given = noise[prompt % len(noise), place], {key: value[prompt] for key, value in cond.items()}
-        x0 = solve(start, given, seeds=numbers[place]) if generator is None else generator(start, given)
+        with nullcontext() if attached is None else attached(prompt):
+            x0 = solve(start, given, seeds=numbers[place]) if generator is None else generator(start, given)
         return torch.cat([part.cpu() for part in decoding(x0, decode)])
 
     images: list[Tensor] = []

@@ -67,7 +67,7 @@ def weights(network: nn.Module) -> Tensor:
 def test_it_learns_all_modes_of_a_teacher():
     teacher = four_modes()
     student, generator = small()
-    settings = Settings(loss=EMD(num_steps=4, gamma_z=0.0), steps=400, ema=0.95, **SETTINGS)
+    settings = Settings(loss=EMD(num_steps=4, gamma_z=0.0), steps=250, ema=0.95, **SETTINGS)
     levels = noise_levels(teacher.schedule, "loguniform", low=0.05, high=3.0)
     done = distill(teacher, generator, (2,), settings, student=student, time_sampler=levels)
     with torch.no_grad():

@@ -119,6 +119,7 @@ def distill(
     Args:
         teacher: Denoiser of the teacher, with guidance inside where that is wanted; its weights stay as they are.
         generator: Network (z, condition) to samples, trained in place; see `OneStepGenerator` for one from the teacher.
+            Of a network of which some weights require gradients, these are trained; else all are.
         shape: Shape of one latent z, which for a generator from the teacher is that of a sample.
         settings: Loss, steps, learning rates and seed.
         student: Denoiser that learns the score of the generator's samples, trained in place, on the teacher's schedule;
@@ -147,6 +148,8 @@ def distill(
     student = student or student_of(teacher)
     time_sampler = time_sampler or noise_levels(teacher.schedule)
     check_levels(teacher, time_sampler, settings.loss)
+    if not any(part.requires_grad for part in generator.parameters()):
+        generator.requires_grad_(True)  # loaded models come with weights that do not learn
     teacher.eval()
     generator.eval()  # g must be a function of z: no dropout, no statistics of a batch
     optimizers = [

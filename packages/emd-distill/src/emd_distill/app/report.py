@@ -53,6 +53,8 @@ def _add_curves(report: Report, run: Run) -> None:
     if not arms:
         return
     report.section("While it trains")
+    if run.finished and "bought" in run.result:
+        report.text(str(run.result["bought"]))
     for measure, label, caption in (
         ("distance", "Fréchet distance", "Fréchet distance to the real digits; lower is better."),
         ("recall", "recall", "Share of the real digits that lie near a generated one; it falls when modes are lost."),

@@ -23,6 +23,7 @@ from immiscible_noise.study.train import recipe_for
 APPS = {
     "diffcore": "diffcore.cli.commands.app",
     "diffusion-featsel": "diffusion_featsel.app.cli",
+    "emd-distill": "emd_distill.app.cli",
     "immiscible-noise": "immiscible_noise.app.cli",
     "nemo-localize": "nemo_localize.app.cli",
     "w2w-space": "w2w_space.app.cli",

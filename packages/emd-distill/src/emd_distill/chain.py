@@ -113,8 +113,8 @@ def langevin_eps_z(
         generator: One-step generator, in evaluation mode where that matters.
         teacher: Denoiser of the teacher; with guidance inside, where that is wanted.
         student: Denoiser of the student score, on the teacher's schedule.
-        z: Latents, standard normal.
-        eps: Noise, standard normal.
+        z: Latents of the rows, standard normal.
+        eps: Noise of the rows, standard normal.
         t: Noise level of each row, in the units of the schedule.
         condition: Keyword tensors of the backbones.
         gamma_e: Step size of eps, in (0, 1); 0 with noise_cancel "stein" moves z alone.
@@ -200,7 +200,7 @@ def langevin_x_z(
         generator: One-step generator, in evaluation mode where that matters.
         teacher: Denoiser of the teacher; with guidance inside, where that is wanted.
         student: Denoiser of the student score, on the teacher's schedule.
-        z: Latents, standard normal.
+        z: Latents of the rows, standard normal.
         eps: Noise, standard normal; the chain starts at alpha g(z) + sigma eps.
         t: Noise level of each row, in the units of the schedule.
         condition: Keyword tensors of the backbones.
@@ -278,7 +278,7 @@ def drift_at(
     Args:
         teacher: Denoiser of the teacher.
         student: Denoiser of the student score, on the same schedule.
-        x_t: Noisy samples.
+        x_t: Noisy samples at the level of each row.
         t: Noise level of each row.
         condition: Keyword tensors of the backbones.
     """

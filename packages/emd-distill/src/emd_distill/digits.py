@@ -143,7 +143,7 @@ def save_teacher(teacher: NetworkDenoiser, path: Any) -> None:
     """Writes a teacher in half precision, as the package ships it.
 
     Args:
-        teacher: Trained teacher.
+        teacher: Teacher after its training.
         path: File that ends in .safetensors.
     """
     tensors = {name: value.half() for name, value in teacher.backbone.state_dict().items()}
@@ -189,7 +189,7 @@ def evaluated_latents(count: int = _EVALUATED) -> tuple[Float[Tensor, "n 1 8 8"]
     """Returns the latents and classes that generators are measured on.
 
     Args:
-        count: Number of digits.
+        count: Number of digits to measure.
     """
     rows = torch.arange(count)
     return philox_normal(_SEED, rows, SHAPE), {"class_labels": rows % 10}
@@ -236,8 +236,8 @@ def teacher_samples(teacher: Denoiser, z: Float[Tensor, "n 1 8 8"], condition: C
     """Returns what the teacher draws in many steps from the same latents.
 
     Args:
-        teacher: The teacher.
-        z: Latents, standard normal.
+        teacher: Denoiser of the teacher of digits.
+        z: Latents of the rows, standard normal.
         condition: Classes of the rows.
         steps: Number of steps of Heun's method.
     """

@@ -185,7 +185,7 @@ class Drawn:
     """The draws of one iteration.
 
     Attributes:
-        z: Latents, standard normal.
+        z: Latents of the rows, standard normal.
         eps: Noise in the shape of samples, standard normal.
         t: Noise level of each row.
         condition: Keyword tensors of the backbones.
@@ -240,7 +240,7 @@ class Draws:
             step: Number of finished iterations.
             rows: Places of the rows in the whole batch.
             count: Number of Langevin steps.
-            moves: Whether z moves.
+            moves: Whether z moves along the chain.
         """
         data = self.data_shape or self.shape
         eps = philox_normal(self.seed, rows, (count, *data), step=step, stream=_CHAIN_EPS)
@@ -271,7 +271,7 @@ def student_loss(student: NetworkDenoiser, x0: Float[Tensor, "b *data"], drawn: 
     For EDM networks the mean square in the space of the output is EDM's own weighting (specification, section 6).
 
     Args:
-        student: Student score.
+        student: Denoiser that learns the score.
         x0: Samples of the generator, without gradient.
         drawn: Noise, levels and conditions of the iteration.
     """

@@ -58,7 +58,7 @@ def level_of(schedule: NoiseSchedule, log_snr: float) -> float:
 
     Args:
         schedule: Schedule of the teacher; a discrete one answers with the nearest timestep.
-        log_snr: log(alpha^2 / sigma^2).
+        log_snr: Log signal-to-noise ratio, log(alpha^2 / sigma^2).
 
     Example:
         >>> from diffcore.denoiser import EDMSchedule

@@ -34,9 +34,9 @@ class Situation:
         generator: Generator whose parameters learn.
         teacher: Denoiser of the teacher, which stays as it is.
         student: Denoiser of the student score, after its update.
-        z: Latents, standard normal.
+        z: Latents of the rows, standard normal.
         x0: Their samples g(z), without gradient.
-        eps: Noise, standard normal.
+        eps: Noise of the rows, standard normal.
         t: Noise level of each row.
         condition: Keyword tensors of the backbones.
         draw: Draws the noise of a chain of so many steps.
@@ -279,7 +279,7 @@ def mean_over(finite: Bool[Tensor, " b"], values: Float[Tensor, "b *data"]) -> F
     """Returns the mean over the rows that are finite; 0 where none is.
 
     Args:
-        finite: Rows that count.
+        finite: Rows that enter the mean.
         values: Values of all rows; those of the others may be anything, and get no gradient.
     """
     rows = values.flatten(1).mean(1) if values.ndim > 1 else values

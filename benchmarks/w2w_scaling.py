@@ -49,7 +49,13 @@ Rows = list[dict[str, object]]
 class Study:
     """Rows of the result and lines of the page, one population after the other."""
 
-    def __init__(self) -> None:
+    def _shown(value: object) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3f}" if value == value else "–"
+
+
+def __init__(self) -> None:
         self.rows: Rows = []
         self.lines: list[str] = []
 
@@ -60,7 +66,7 @@ class Study:
     def table(self, heading: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Keeps a table for the page, and prints it."""
         lines = [f"### {heading}", "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-        lines += [f"| {' | '.join(f'{x:.3f}' if isinstance(x, float) else str(x) for x in row)} |" for row in rows]
+        lines += [f"| {' | '.join(_shown(x) for x in row)} |" for row in rows]
         print("\n".join(lines), flush=True)
         self.lines += [*lines, ""]
 

@@ -46,16 +46,16 @@ STEPS, INVERTED = 100, (20, 50)
 Rows = list[dict[str, object]]
 
 
-class Study:
-    """Rows of the result and lines of the page, one population after the other."""
-
-    def _shown(value: object) -> str:
+def _shown(value: object) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:.3f}" if value == value else "–"
 
 
-def __init__(self) -> None:
+class Study:
+    """Rows of the result and lines of the page, one population after the other."""
+
+    def __init__(self) -> None:
         self.rows: Rows = []
         self.lines: list[str] = []
 

@@ -16,7 +16,7 @@ A, B, M, S, SIGMA = 0.6, -0.4, 0.7, 1.3, 0.8
 GAMMA = 0.16
 
 
-def linear(steps: int, gamma_e: float, gamma_z: float, cancel: str, *, rows: int = 60_000, run=langevin_eps_z, seed=0):
+def linear(steps: int, gamma_e: float, gamma_z: float, cancel: str, *, rows: int = 25_000, run=langevin_eps_z, seed=0):
     """The chain of specification T1, and its residual per row."""
     z, eps, noise = drawn(rows, steps, seed)
     t = torch.full((rows,), SIGMA, dtype=torch.float64)

@@ -229,9 +229,9 @@ def test_an_affine_generator_covers_both_modes_only_with_a_chain():
         generator, g = Affine(a, b, torch.float32), torch.Generator().manual_seed(0)
         rate, ends = 3e-3 * (10 if steps == 0 else 3), []
         for iteration in range(count):
-            sigma = (math.log(low) + torch.rand(1024, generator=g) * math.log(high / low)).exp()
-            z, eps = torch.randn(2, 1024, 1, generator=g)
-            noise = ChainNoise(*torch.randn(2, 1024, steps, 1, generator=g)) if steps else None
+            sigma = (math.log(low) + torch.rand(256, generator=g) * math.log(high / low)).exp()
+            z, eps = torch.randn(2, 256, 1, generator=g)
+            noise = ChainNoise(*torch.randn(2, 256, steps, 1, generator=g)) if steps else None
             a_now, b_now = float(generator.a.detach()), float(generator.b.detach())
             student = Modes(*(torch.tensor([v]) for v in (b_now, a_now, 1.0)))
             end = langevin_eps_z(

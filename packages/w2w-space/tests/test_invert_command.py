@@ -28,6 +28,7 @@ from w2w_space.instance import Instance
 from w2w_space.invert import InversionSettings
 from w2w_space.invert import invert as search
 from w2w_space.labels import Labels
+from w2w_space.pictures import mask_cells
 from w2w_space.population import Population, Stacked
 from w2w_space.recipe import layout_for
 from w2w_space.space import WeightSpace
@@ -171,6 +172,16 @@ def test_a_mask_is_cropped_with_its_picture(place: Place):
         name: place.invert("0.png", "--mask", f"{name}.png", *BLIND, "--out", f"masked-{name}")["subjects"]["0"]["loss"]
         for name in ("grey", "small", "clear")
     }
+    # A mask that is stored on its side, as some cameras do with pictures.
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright = Image.new("L", (24, 16))
+    upright.paste(255, (0, 0, 12, 8))
+    upright.rotate(90, expand=True).save("turned.png", exif=exif)
+    cells = [mask_cells(mask, (24, 16), 8) for mask in (upright, Image.open("turned.png"))]
+    assert torch.equal(cells[0], cells[1])
+    assert float(cells[0][0, :4, :4].min()) == 1.0
+    assert float(cells[0].sum()) == 16
     assert losses["small"] == losses["grey"] == losses["clear"]
     assert losses["grey"] != place.invert("0.png", *BLIND, "--out", "bare")["subjects"]["0"]["loss"]
 
@@ -194,6 +205,10 @@ def test_bad_input_is_told_before_anything_is_computed(place: Place):
     Path("more").mkdir(exist_ok=True)
     picture(5).save("more/0.png")
     assert "two subjects of one name, '0'" in place.refused("0.png", "more/0.png", "--each")
+    # File systems that fold case would write both into one file.
+    picture(6).save("more/subject.png")
+    picture(7).save("more/Subject.png")
+    assert "two subjects of one name" in place.refused("more/subject.png", "more/Subject.png", "--each")
     assert "no usable picture" in place.refused("words.txt")
     assert "nothing.png" in place.refused("nothing.png")
     seven = ("invert", "space.safetensors", "model", "0.png", "--prompt", PROMPT, "--num-components", "7")

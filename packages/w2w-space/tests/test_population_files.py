@@ -359,6 +359,16 @@ def test_a_changed_file_takes_the_place_of_its_member(write, tmp_path: Path, cap
     assert "is the same adapter as 'c'" in import_adapters(tmp_path / "pop", paths, BASE).skipped[0].reason
 
 
+def test_another_alpha_in_the_configuration_is_another_adapter(write, tmp_path: Path):
+    folder = write(drawn(0), "lora", "peft")
+    before = import_adapters(tmp_path / "pop", [folder], BASE).rows([0])[0]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 3 * config["lora_alpha"]}))
+    found = import_adapters(tmp_path / "pop", [folder], BASE)
+    one, other = (products(found.layout.adapter(row), found.layout) for row in (before, found.rows([0])[0]))
+    assert all(torch.allclose(3 * change, other[name], atol=1e-5) for name, change in one.items())
+
+
 def test_an_error_in_the_middle_keeps_what_was_read(write, tmp_path: Path):
     paths = [write(drawn(seed), f"{seed}.safetensors") for seed in range(3)]
     import_adapters(tmp_path / "pop", paths[:1], BASE)

@@ -127,7 +127,7 @@ def test_adapters_of_convolutions_draw_one_after_the_other(model: DiffusionModel
 
 
 def test_every_point_draws_every_class():
-    model = tiny.model("dit")
+    model = from_pipeline(tiny.pipeline("dit"))
     layout = layout_for(model, ("to_q",), rank=1)
     vectors = 0.3 * torch.randn(2, layout.size, generator=torch.Generator().manual_seed(0))
     options: dict[str, Any] = {"labels": [3, 1], "seeds": [0, 1], "steps": 1}
@@ -337,7 +337,8 @@ def test_projections_keep_what_the_space_holds():
     noise = 0.05 * torch.randn(8, layout.size, generator=torch.Generator().manual_seed(1))
     inside = torch.cat([trained, noise])
     space = WeightSpace.build(Population(layout, tuple(map(str, range(14))), Stacked(inside)))
-    kept = gain_kept(space, model, trained, people, components=[1, space.num_components], factors=(1.0, 2.0, 0.0))
+    asked: dict[str, Any] = {"factors": (1.0, 2.0, 0.0), "num_pairs": 8}
+    kept = gain_kept(space, model, trained, people, components=[1, space.num_components], **asked)
     assert kept.projected.shape == (2, 3, 6)
     assert (kept.base > kept.own).all()
     assert float(kept.gain_kept[1, 0]) == pytest.approx(1.0, abs=1e-3)

@@ -183,14 +183,18 @@ def test_a_mask_is_cropped_with_its_picture(place: Place):
     shown = framed(model, [Image.open("0.png")], [open_mask(Path("grey.png"))])
     toy = Instance.encoded(model, shown, "0", condition_of(model, prompt=PROMPT))
     assert masked["loss"] == pytest.approx(float(search(space, model, [toy], SETTINGS).losses[0]), rel=1e-5)
-    # A mask that is stored on its side, as some cameras do with pictures.
+    # Masks that are stored on their side, as some cameras do with pictures.
     exif = Image.Exif()
     exif[0x0112] = 6
     upright = Image.new("L", (24, 16))
     upright.paste(255, (0, 0, 12, 8))
-    upright.rotate(90, expand=True).save("turned.png", exif=exif)
-    cells = [mask_cells(mask, (24, 16), 8) for mask in (upright, Image.open("turned.png"))]
-    assert torch.equal(cells[0], cells[1])
+    clear = Image.new("RGBA", (24, 16), "white")
+    clear.putalpha(upright)
+    cells = [mask_cells(upright, (24, 16), 8)]
+    for drawn in (upright, clear):
+        drawn.rotate(90, expand=True).save("turned.png", exif=exif)
+        cells.append(mask_cells(open_mask(Path("turned.png")), (24, 16), 8))
+        assert torch.equal(cells[0], cells[-1])
     assert float(cells[0][0, :4, :4].min()) == 1.0
     assert float(cells[0].sum()) == 16
 

@@ -243,6 +243,7 @@ def test_a_space_of_another_model_is_refused_or_told(place: Place):
     words = ("0.png", "--prompt", PROMPT, *BLIND)
     _, err = place("invert", "space.safetensors", "wide", *words, "--out", "wide-run", code=2)
     assert "take the base model that they were made for" in err
+    assert not Path("wide-run").exists()  # told before a picture is encoded
     out, err = place("invert", "space.safetensors", "twin", *words, "--out", "twin-run", "--json")
     assert "trained on other weights than those of twin" in err
     assert "trained on other weights" in json.loads(out)["notes"][0]

@@ -165,6 +165,38 @@ def test_files_that_do_not_fit_are_named(published: Published, name: str, value:
     assert f"{name}.pt" in str(told.value)
 
 
+@pytest.mark.parametrize("name", ["mean", "std", "V", "proj_1000pc"])
+def test_numbers_that_are_none_are_refused(published: Published, name: str):
+    value = torch.load(published.folder / f"{name}.pt", weights_only=True).clone()
+    value.view(-1)[2] = float("nan")
+    torch.save(value, published.folder / f"{name}.pt")
+    with pytest.raises(CorruptArtifactError, match="NaN or infinite"):
+        import_authors(published.folder, allow_pickle=True)
+
+
+def test_what_is_equal_in_all_models(published: Published):
+    """A number stays what it is; along an equal coefficient there would be no standard deviation."""
+    space = import_authors(published.folder, allow_pickle=True)
+    torch.save(torch.tensor([float("nan")]), published.folder / "w2wmodel.pt")
+    with pytest.raises(CorruptArtifactError, match="NaN or infinite"):
+        read_authors_point(published.folder / "w2wmodel.pt", space, allow_pickle=True)
+    std, v = published.std.clone(), published.v.clone()
+    std[1], v[1] = 0.0, 0.0
+    torch.save(std, published.folder / "std.pt")
+    torch.save(v, published.folder / "V.pt")
+    constant = import_authors(published.folder, allow_pickle=True)
+    rows = torch.stack([constant.member(str(row)).vector for row in range(N)])
+    assert bool((rows[:, 1] == published.mean[1]).all())
+    assert torch.isfinite(constant.project(constant.member("3").adapter()).z).all()
+    assert constant.fit.scale_ratio < float("inf")
+    beta = published.beta.clone()
+    beta[:, 2] = 0.5
+    torch.save(beta, published.folder / "proj_1000pc.pt")
+    with pytest.raises(CorruptArtifactError, match="along which all models are equal"):
+        import_authors(published.folder, allow_pickle=True)
+    assert import_authors(published.folder, allow_pickle=True, num_components=2).num_components == 2
+
+
 def test_missing_files_are_named(published: Published):
     (published.folder / "proj_1000pc.pt").unlink()
     with pytest.raises(UserError, match=r"neither proj_1000pc\.pt nor all_weights\.pt"):

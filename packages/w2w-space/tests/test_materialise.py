@@ -138,6 +138,19 @@ def test_adapters_of_peft_keep_their_outputs(tmp_path: Path, kind: str):
     assert torch.allclose(ours, theirs, atol=1e-4)
 
 
+def test_ranks_of_single_modules_are_refused(tmp_path: Path):
+    """Their strengths would be read wrongly: the configuration has a pattern for each."""
+    save_file({"base_model.model.down.0.to_q.lokr_w1": drawn(12, 8)}, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LOKR", "r": 2, "alpha": 4, "rank_pattern": {}, "alpha_pattern": {}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(IncompatibleModelError, match="lacks 'lokr_w2_a'"):
+        materialise(tmp_path, BASE, 2)
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | {pattern: {"to_q": 8}}))
+        with pytest.raises(IncompatibleModelError, match="of single modules"):
+            materialise(tmp_path, BASE, 2)
+
+
 def test_populations_and_conversions_take_them_when_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

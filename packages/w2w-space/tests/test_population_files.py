@@ -260,6 +260,28 @@ def test_a_full_disk_leaves_the_old_population(tmp_path: Path, monkeypatch, fail
     assert torch.equal(PopulationFolder.open(tmp_path / "pop").rows(range(5)), matrix)
 
 
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_a_full_disk_keeps_members_that_were_to_be_removed(tmp_path: Path, monkeypatch, failing: int):
+    monkeypatch.setattr(stored, "SHARD_ROWS", 3)
+    layout, matrix = Layout.of({"a": (3, 2)}, rank=1), torch.randn(5, 5)
+    folder = PopulationFolder.create(tmp_path / "pop", layout, BASE).append(matrix, [Member(n) for n in "abcde"])
+    real, calls = files.write, iter(range(100))
+
+    def full(descriptor: int, data: bytes) -> None:
+        if next(calls) == failing:
+            raise OSError(28, "no space")
+        real(descriptor, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write", full)
+        with pytest.raises(MachineError):
+            folder.remove(["a", "d"])
+    opened = PopulationFolder.open(tmp_path / "pop")
+    assert opened.verify() == []
+    assert torch.equal(opened.rows(range(5)), matrix)
+    assert opened.remove(["a", "d"]).names == ("b", "c", "e")
+
+
 def test_an_import_goes_on_where_it_stopped(write, tmp_path: Path, monkeypatch):
     monkeypatch.setattr("w2w_space.files.importing.SHARD_ROWS", 2)
     paths = [write(drawn(seed), f"{seed}.safetensors") for seed in range(5)]
@@ -357,6 +379,16 @@ def test_a_changed_file_takes_the_place_of_its_member(write, tmp_path: Path, cap
     # And a copy of another member is no new content.
     write(drawn(2), "a.safetensors")
     assert "is the same adapter as 'c'" in import_adapters(tmp_path / "pop", paths, BASE).skipped[0].reason
+
+
+def test_another_alpha_in_the_configuration_is_another_adapter(write, tmp_path: Path):
+    folder = write(drawn(0), "lora", "peft")
+    before = import_adapters(tmp_path / "pop", [folder], BASE).rows([0])[0]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 3 * config["lora_alpha"]}))
+    found = import_adapters(tmp_path / "pop", [folder], BASE)
+    one, other = (products(found.layout.adapter(row), found.layout) for row in (before, found.rows([0])[0]))
+    assert all(torch.allclose(3 * change, other[name], atol=1e-5) for name, change in one.items())
 
 
 def test_an_error_in_the_middle_keeps_what_was_read(write, tmp_path: Path):

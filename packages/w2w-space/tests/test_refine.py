@@ -89,6 +89,10 @@ def test_refined_together_equals_refined_alone(model: DiffusionModel, space: Wei
     points = [space.point(), space.member("member 3")]
     together = refine(points, model, people, settings)
     alone = refine(points, model, people, settings, group_size=1)
+    # With a bound that both reach.
+    near = [refine(points, model, people, settings, radius=0.004, group_size=size) for size in (1, 2)]
+    assert near[1].departures.tolist() == pytest.approx([0.004] * 2, rel=1e-4)
+    assert (near[0].vectors - near[1].vectors).abs().max() < 1e-5
     assert (together.vectors - alone.vectors).abs().max() < 1e-5
     assert (together.losses - alone.losses).abs().max() < 1e-8
     assert bool((together.losses <= together.start_losses).all())

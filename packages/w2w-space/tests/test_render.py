@@ -1,6 +1,6 @@
 """Pictures of points, and what is read off them: rendering, probing, and scores of edits and samples."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from diffcore.zoo.portraits.draw import draw
 from diffcore.zoo.portraits.people import portraits
 from w2w_space.directions import Directions, find_directions
 from w2w_space.edit import edit
-from w2w_space.evaluate import evaluate_edits, evaluate_samples
+from w2w_space.evaluate import evaluate_edits, evaluate_samples, recognised
 from w2w_space.held_out import gain_kept
 from w2w_space.instance import Instance
 from w2w_space.labels import Labels
@@ -124,6 +124,18 @@ def test_adapters_of_convolutions_draw_one_after_the_other(model: DiffusionModel
     for vector, own in zip(vectors, found, strict=True):
         fused = model.with_adapter(layout.adapter(vector))
         assert (generate(fused, ["ab"], seeds=[0], steps=2) - own).abs().max() < 2e-5
+
+
+def test_every_point_draws_every_class():
+    model = from_pipeline(tiny.pipeline("dit"))
+    layout = layout_for(model, ("to_q",), rank=1)
+    vectors = 0.3 * torch.randn(2, layout.size, generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"labels": [3, 1], "seeds": [0, 1], "steps": 1}
+    found = render_vectors(model, layout, vectors, **options)
+    assert found.shape[:3] == (2, 2, 2)
+    for vector, own in zip(vectors, found, strict=True):
+        assert (generate(model.with_adapter(layout.adapter(vector)), **options) - own).abs().max() < 2e-5
+    assert (found[:, 0] - found[:, 1]).abs().max() > 1e-3
 
 
 def test_what_cannot_be_drawn_is_refused(model: DiffusionModel, space: WeightSpace):
@@ -244,9 +256,21 @@ def test_edits_are_scored_by_pictures_before_and_after(
     crossed = [(unit[i, 0] @ other[i, 1] + unit[i, 1] @ other[i, 0]) / 2 for i in range(3)]
     assert row.identity == pytest.approx(float(sum(crossed)) / 3, abs=1e-5)
     assert found.same == pytest.approx(float((unit[:, 0] * unit[:, 1]).sum(1).mean()), abs=1e-5)
-    apart = [unit[i, 0] @ unit[j, 1] for i in range(3) for j in range(3) if i != j]
-    assert found.different == pytest.approx(float(sum(apart)) / 6, abs=1e-5)
+    crossed = [unit[i, 0] @ unit[j, 1] for i in range(3) for j in range(3) if i != j]
+    assert found.different == pytest.approx(float(sum(crossed)) / 6, abs=1e-5)
     assert found.kept(row) == pytest.approx((row.identity - found.different) / (found.same - found.different))
+    # Pictures of the same subjects are recognised as well as the two kinds of pictures above are.
+    alike = recognised(model, subjects, before, features=features, **options)
+    assert float(alike.mean()) == pytest.approx(found.same, abs=1e-5)
+    edited = recognised(model, subjects, after, features=features, **options)
+    assert float(edited.mean()) == pytest.approx(row.identity, abs=1e-5)
+    # The other scores are held, and a direction is judged by the score that it is said to move.
+    asked: dict[str, Any] = {"strengths": {"red": 2.0}, "scored_as": {"red": "green", "green": "red"}, **options}
+    held = evaluate_edits(model, subjects, directions, Brightness(), keep_others=True, **asked).rows[0]
+    apart = render(model, [edit(p, {"red": 2.0}, directions, keep=["green"]).point for p in subjects], **options)
+    assert held.effect == pytest.approx(float((apart - before)[:, :, :, 1].mean()), abs=1e-5)
+    assert held.difference == pytest.approx(float((apart - before).abs().mean()), abs=1e-6)
+    assert held.difference != pytest.approx(row.difference, rel=1e-3)
     nothing = evaluate_edits(model, subjects, directions, Brightness(), strengths={"red": 0.0}, **options)
     assert [row.name for row in nothing.rows] == ["red"]
     assert abs(nothing.rows[0].effect) < 1e-6
@@ -269,7 +293,16 @@ def test_copies_are_near_and_alike(model: DiffusionModel, space: WeightSpace):
     copies = evaluate_samples(space, [space.member("m00")] * 3, model, features=features, **options)
     assert copies.nearest.abs().max() < 1e-2
     assert copies.diversity == pytest.approx(0, abs=1e-5)
-    assert copies.members_diversity > 1e-3
+    some = [space.member(name) for name in space.names[:12]]
+    few = evaluate_samples(space, some[:3], model, features=features, **options)
+    shown = torch.nn.functional.normalize(features(render(model, some[:3], **options).flatten(0, 2)), dim=1)
+    pairs = [float(shown[i] @ shown[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert few.diversity == pytest.approx(1 - sum(pairs) / 3, abs=1e-5)
+    # All members are as varied as all members, in whatever order.
+    whole = replace(space, names=space.names[:12], members=space.members[:12])
+    every = evaluate_samples(whole, some, model, features=features, **options)
+    assert every.diversity == pytest.approx(every.members_diversity, abs=1e-5)
+    assert every.diversity > 1e-3
     others = evaluate_samples(space, [space.point(3.0 * torch.ones(6))])
     assert others.nearest.min() > 3
     assert others.diversity != others.diversity
@@ -304,11 +337,15 @@ def test_projections_keep_what_the_space_holds():
     noise = 0.05 * torch.randn(8, layout.size, generator=torch.Generator().manual_seed(1))
     inside = torch.cat([trained, noise])
     space = WeightSpace.build(Population(layout, tuple(map(str, range(14))), Stacked(inside)))
-    kept = gain_kept(space, model, trained, people, components=[1, space.num_components], factors=(1.0, 2.0))
-    assert kept.projected.shape == (2, 2, 6)
+    asked: dict[str, Any] = {"factors": (1.0, 2.0, 0.0), "num_pairs": 8}
+    kept = gain_kept(space, model, trained, people, components=[1, space.num_components], **asked)
+    assert kept.projected.shape == (2, 3, 6)
     assert (kept.base > kept.own).all()
     assert float(kept.gain_kept[1, 0]) == pytest.approx(1.0, abs=1e-3)
     assert float(kept.gain_kept[0, 0]) < 0.7
+    assert float(kept.gain_kept[1, 1]) < 0.95  # twice as far as the subjects
+    assert torch.allclose(kept.projected[:, 2], kept.mean.expand(2, -1))
+    assert kept.gain_of_mean == pytest.approx(float(kept.gain_kept[0, 2]))
     assert kept.chosen == (space.num_components, 1.0)
     with pytest.raises(UserError, match="the space has 13"):
         gain_kept(space, model, trained, people, components=[14])

@@ -100,10 +100,20 @@ def test_leaks_of_other_members_tell_what_two_attributes_share():
     assert leaks.diagonal().tolist() == pytest.approx([1.0] * 3)
     assert float(leaks[0, 1]) == pytest.approx(1 / 2**0.5, abs=0.12)
     assert leaks[:2, 2].abs().max() < 0.2
-    # With as many components as members the members' own leaks hide in the fit.
-    full = WeightSpace.build(population, gauge="raw")
-    found = find_directions(full, labels, estimator="normal")
-    assert float(found.leaks()[0, 1]) != pytest.approx(float(held_out_leaks(full, labels, estimator="normal")[0, 1]))
+
+
+def test_noise_that_two_labels_share_is_no_leak():
+    """It is in the directions of the members that it was found with, and not in the scores of others."""
+    population, places = planted(200)
+    space = WeightSpace.build(population, gauge="raw", num_components=60)
+    shared = 1.5 * torch.randn(200, generator=torch.Generator().manual_seed(1))
+    values = {"one": places[:, 0] + shared, "other": places[:, 1] + shared}
+    labels = Labels.of(population.names, {name: column.tolist() for name, column in values.items()})
+    among_themselves = find_directions(space, labels, estimator="mean").leaks()
+    leaks = held_out_leaks(space, labels, estimator="mean", splits=20)
+    apart = ~torch.eye(2, dtype=torch.bool)
+    assert float(among_themselves[apart].min()) > 0.3
+    assert float(leaks[apart].abs().max()) < 0.15
 
 
 def test_percentiles_are_those_of_held_out_members():

@@ -354,12 +354,17 @@ def check_levels(teacher: Denoiser, time_sampler: TimeSampler, loss: Loss) -> No
 
 
 class Watch:
-    """Ends a training in which many chains do not stay finite; looks at the device once in 100 iterations."""
+    """Ends a training in which many chains do not stay finite; looks at the device once in 100 iterations.
+
+    Args:
+        gather: Collects a tensor from all processes along a new first dimension, so that all end together.
+    """
 
     EVERY, SHARE = 100, 0.1
 
-    def __init__(self) -> None:
+    def __init__(self, gather: Callable[[Tensor], Tensor] = lambda own: own[None]) -> None:
         self._bad: list[Tensor] = []
+        self._gather = gather
 
     def __call__(self, step: int, finite: Tensor, t: Tensor) -> None:
         """Notes the rows of an iteration.
@@ -375,7 +380,7 @@ class Watch:
         self._bad.append(torch.stack([(~finite).float().mean(), t.where(~finite, torch.nan).nanmean()]))
         if (step + 1) % self.EVERY:
             return
-        share, level = torch.stack(self._bad).nanmean(0).tolist()
+        share, level = self._gather(torch.stack(self._bad).nanmean(0)).nanmean(0).tolist()
         self._bad = []
         if share > self.SHARE:
             raise MachineError(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from diffcore.cli import Flag, emit, main, make_app
 from diffcore.cli.package_commands import add_package_commands
+from emd_distill.app.commands.train import train
 
 app = make_app(
     "emd-distill",
@@ -13,6 +14,7 @@ app = make_app(
     "emd-distill",
 )
 add_package_commands(app, timed="chains and iterations against a straightforward form in PyTorch")
+app.command(train)
 
 
 def run() -> int:

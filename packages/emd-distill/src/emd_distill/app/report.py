@@ -5,9 +5,11 @@ from pathlib import Path
 
 from diffcore.report import Report, Series, lines_with_band
 from diffcore.run import Run
+from emd_distill.app.report_training import add_training
 
 TITLES = {
     "demo": "Digits in one step: Diff-Instruct and EM Distillation from the same teacher",
+    "train": "A one-step generator from a many-step teacher",
 }
 _LIMITS = (
     "Precision and accuracy rise while modes are lost: they say that what is drawn is good, not that all is drawn. "
@@ -75,5 +77,11 @@ def _add_limits(report: Report, run: Run) -> None:
         report.section("What may not be concluded").points(*_LIMITS)
 
 
-SECTIONS: tuple[Callable[[Report, Run], None], ...] = (_add_grids, _add_quality, _add_curves, _add_limits)
+SECTIONS: tuple[Callable[[Report, Run], None], ...] = (
+    _add_grids,
+    _add_quality,
+    _add_curves,
+    _add_limits,
+    add_training,
+)
 """Parts of the page in their order; each adds nothing where the run does not hold what it shows."""

@@ -158,7 +158,12 @@ def _images(
     told = dict(options)
     if condition:  # one prompt or class, and one latent, for each row
         images = generate(
-            model, seeds=[0], condition=condition, noise=z.unsqueeze(1), batch_size=batch_size, **told  # pyright: ignore
+            model,
+            seeds=[0],
+            condition=condition,
+            noise=z.unsqueeze(1),
+            batch_size=batch_size,
+            **told,  # pyright: ignore
         )
         return images.flatten(0, 1)
     images = generate(model, seeds=range(count), noise=z.unsqueeze(0), batch_size=batch_size, **told)  # pyright: ignore

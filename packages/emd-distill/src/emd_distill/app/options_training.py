@@ -269,4 +269,3 @@ def steps_of(text: str) -> int | dict[int, int]:
         raise UserError(
             f"`num_langevin_steps` is {printable(text)!r}; give a number, or a schedule such as 0:1,1000:8"
         ) from error
-

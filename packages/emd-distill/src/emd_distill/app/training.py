@@ -2,8 +2,9 @@
 
 import copy
 import logging
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -156,16 +157,32 @@ class Looks(L.Callback):
     def __init__(self, training: Training, ema: EMA, run: Run, prefix: str = "") -> None:
         self.training, self.ema, self.run, self.prefix = training, ema, run, prefix
         self._steps = frozenset(training.options.looks)
+        self._seconds, self._begun = 0.0, 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Looks at the generator as it starts."""
         if pl_module.iteration == 0 and trainer.is_global_zero:
             self._look(0)
+        self._begun = time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Looks after the chosen iterations."""
         if pl_module.iteration in self._steps and trainer.is_global_zero:
+            _ = float(outputs["loss"])  # waits for the device, whose work is timed
+            self._seconds, self._begun = self._spent(), time.perf_counter()
             self._look(pl_module.iteration)
+            self._begun = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the seconds of training so far, for the checkpoint."""
+        return {"seconds": self._spent()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from the seconds of a checkpoint."""
+        self._seconds = state_dict["seconds"]
+
+    def _spent(self) -> float:
+        return self._seconds + time.perf_counter() - self._begun
 
     @torch.no_grad()
     def _look(self, step: int) -> None:
@@ -184,7 +201,7 @@ class Looks(L.Callback):
             reference = self.run.load("reference").tensors["features"]
             features = features_for(images.shape[1:], training.options.features, training.runtime)[1]
             scores = measured(reference, features(images)).to_json()
-        self.run.save(look_key(step, self.prefix), {"pictures": made}, step=step, scores=scores)
+        self.run.save(look_key(step, self.prefix), {"pictures": made}, step=step, scores=scores, seconds=self._seconds)
         if warning := losing_modes(scored(self.run, self.prefix)):
             _LOG.warning("%s", warning)
 
@@ -270,6 +287,7 @@ def train_generator(
         MachineError: The training stopped early, or its loss or many of its chains were not finite.
     """
     folder = folder or run.folder
+    folder.mkdir(parents=True, exist_ok=True)
     generator = training.generator()
     teacher = training.teacher
     if training.runtime.dtype == "bfloat16":
@@ -299,8 +317,7 @@ def train_generator(
     if run.leading:
         save_generator(
             folder / "generator", ema.average, training.model, training.source,
-            iterations=module.iteration, noise_level_edges=module.edges, **(facts or {}),
+            iterations=module.iteration, noise_level_edges=module.edges, training=asdict(settings), **(facts or {}),
         )  # fmt: skip
     seen = scored(run, prefix)
     return {"iterations": module.iteration, "edges": module.edges} | ({"scores": seen[-1][1].to_json()} if seen else {})
-

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
 from diffcore.errors import IncompatibleModelError, UserError, printable
 from diffcore.io import artifact
 from diffcore.models import DiffusionModel, load
@@ -36,9 +35,7 @@ class LoadedGenerator:
     facts: Mapping[str, Any]
 
 
-def save_generator(
-    folder: Path, generator: OneStepGenerator, model: DiffusionModel, source: str, **facts: Any
-) -> Path:
+def save_generator(folder: Path, generator: OneStepGenerator, model: DiffusionModel, source: str, **facts: Any) -> Path:
     """Writes a generator's weights, and what is needed to draw with it.
 
     Args:
@@ -48,7 +45,6 @@ def save_generator(
         source: Name by which `diffcore.models.load` finds the teacher.
         facts: Plain values that are written too, such as settings and the number of iterations.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     backbone: Any = generator.denoiser
     schedule = model.denoiser.schedule
     told = {
@@ -109,5 +105,3 @@ def load_generator(
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if isinstance(value, bool | int | float | str)}
-
-

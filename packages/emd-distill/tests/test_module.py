@@ -96,8 +96,8 @@ def test_so_many_iterations_are_so_many_updates_of_the_generator(tmp_path: Path)
     updates = {"student": 0, "generator": 0}
 
     class Count(L.Callback):
-        def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Any) -> None:
-            own = optimizer.param_groups[0]["params"][0] is next(iter(module.generator.parameters()))
+        def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+            own = optimizer.param_groups[0]["params"][0] is next(iter(pl_module.generator.parameters()))
             updates["generator" if own else "student"] += 1
 
     train_to(tmp_path, Count())
@@ -140,9 +140,9 @@ class Gradients(L.Callback):
     def __init__(self) -> None:
         self.kept: dict[str, Tensor] = {}
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Any) -> None:
-        parts: list[Tensor] = optimizer.param_groups[0]["params"]
-        own = parts[0] is next(iter(module.generator.parameters()))
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+        parts: list[Any] = optimizer.param_groups[0]["params"]
+        own = parts[0] is next(iter(pl_module.generator.parameters()))
         self.kept.setdefault("generator" if own else "student", torch.cat([p.grad.flatten() for p in parts]))
 
 

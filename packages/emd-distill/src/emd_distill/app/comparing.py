@@ -47,9 +47,9 @@ def compare_losses(training: Training, arms: Mapping[str, Settings], run: Run) -
     rows = tables(curves)
     for place, caption in (
         ("equal iterations", "after the same number of iterations"),
-        ("equal seconds", "the last look within the seconds that the fastest loss took"),
+        ("equal seconds", "at their last look within the seconds that the fastest loss took for all iterations"),
     ):
-        run.keep_table(place.replace(" ", "-"), rows[place], f"Averaged generators {caption}, in one step each.")
+        run.keep_table(place.replace(" ", "-"), rows[place], f"Averaged generators, {caption}.")
     run.save("curves", {}, curves=curves)
     warnings = {
         name: warning
@@ -57,10 +57,10 @@ def compare_losses(training: Training, arms: Mapping[str, Settings], run: Run) -
         if (warning := losing_modes([(one["step"], Scores(**one["scores"])) for one in looks]))
     }
     best = min(rows["equal iterations"], key=lambda row: row["distance"])
-    widest = max(rows["equal iterations"], key=lambda row: row["recall"])
+    recalls = ", ".join(f"{row['loss']} {row['recall']:.2f}" for row in rows["equal iterations"])
     return {
         "answer": f"At equal iterations {best['loss']} comes nearest to the teacher's samples (Fréchet distance "
-        f"{best['distance']:.3g}), and {widest['loss']} covers most of them (recall {widest['recall']:.2f}).",
+        f"{best['distance']:.3g}); their recall, the share of them that is covered: {recalls}.",
         "at_equal_iterations": {row["loss"]: row for row in rows["equal iterations"]},
         "at_equal_seconds": {row["loss"]: row for row in rows["equal seconds"]},
         "warnings": warnings,
@@ -115,7 +115,7 @@ def add_comparison(report: Report, run: Run) -> None:
                 for name, looks in curves.items()
             ]
             figure = lines_with_band(series, x_label=axis, y_label=label, log_y=measure == "distance")
-            report.plot(f"{measure}-{against}", figure, f"{label} to the teacher's samples against {axis}.")
+            report.plot(f"{measure}-{against}", figure, f"Against the teacher's samples: {label} by {axis}.")
     last = [looks_of(run, f"{name}-")[-1].tensors["pictures"][:_SHOWN] for name in curves]
     report.section("Samples").images(
         torch.cat(last),

@@ -223,7 +223,10 @@ class TrainingOptions:
         if not self.gradient_clip >= 0:
             raise UserError(f"`gradient_clip` is {self.gradient_clip}; give 0 or more")
         defaults = _PRESETS[preset]
-        given = {name: getattr(self, name) for name in ("learning_rate", "student_learning_rate", "ema")}
+
+        def number(name: str) -> float:
+            return defaults[name] if getattr(self, name) is None else getattr(self, name)
+
         try:
             return Settings(
                 loss=loss,
@@ -232,7 +235,9 @@ class TrainingOptions:
                 student_updates=self.student_updates,
                 clip=self.gradient_clip or None,
                 seed=seed,
-                **{name: defaults[name] if value is None else value for name, value in given.items()},
+                learning_rate=number("learning_rate"),
+                student_learning_rate=number("student_learning_rate"),
+                ema=number("ema"),
             )
         except ValueError as error:
             raise UserError(str(error)) from error

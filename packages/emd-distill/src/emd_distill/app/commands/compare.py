@@ -10,7 +10,15 @@ from cyclopts import Parameter
 from diffcore.cli import Job, settings
 from diffcore.errors import UserError, printable
 from emd_distill.app.commands.train import prepare
-from emd_distill.app.options_training import ChainOptions, LevelOptions, ModelName, TrainingOptions, Work
+from emd_distill.app.options_training import (
+    LOSS_NAMES,
+    ChainOptions,
+    LevelOptions,
+    LossName,
+    ModelName,
+    TrainingOptions,
+    Work,
+)
 
 if TYPE_CHECKING:
     from emd_distill.losses import Loss
@@ -81,8 +89,6 @@ def arms_of(losses: tuple[str, ...], chain: ChainOptions) -> "list[tuple[str, Lo
     Raises:
         UserError: A name is unknown, or given twice.
     """
-    from emd_distill.app.options_training import LOSS_NAMES
-
     if len(set(losses)) < len(losses) or not losses:
         raise UserError("`losses` must name at least one loss, and none twice")
     found: list[tuple[str, Loss]] = []
@@ -91,7 +97,7 @@ def arms_of(losses: tuple[str, ...], chain: ChainOptions) -> "list[tuple[str, Lo
         if steps:
             found.append((name, replace(chain, num_langevin_steps=steps[1]).loss("emd")))
             continue
-        kind = next((one for one in LOSS_NAMES if one == name), None)
+        kind: LossName | None = next((one for one in LOSS_NAMES if one == name), None)
         if kind is None:
             raise UserError(f"{printable(name)!r} is no loss; use emd, emd8 and the like, {', '.join(LOSS_NAMES[1:])}")
         own = chain if kind == "emd" else replace(chain, num_langevin_steps=None)

@@ -234,7 +234,7 @@ def test_an_evaluation_ranks_the_teacher_itself_first(trained: Path, tmp_path: P
     few = ["--count", "30", "--teacher-steps", "3", "--device", "cpu"]
     assert main(app, ["evaluate", str(trained), *few, "--out", str(run)]) == 0
     scores = json.loads((run / "result.json").read_text())["scores"]
-    assert scores["teacher, many steps"]["distance"] < scores["generator, 1 step"]["distance"]
+    assert scores["teacher, many steps"]["recall"] > scores["generator, 1 step"]["recall"] + 0.5
     assert scores["generator, 1 step"] != scores["teacher, 1 step"]
     drawn = tmp_path / "drawn"
     assert main(app, ["sample", str(trained), "--count", "3", "--device", "cpu", "--out", str(drawn)]) == 0

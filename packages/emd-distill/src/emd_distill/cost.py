@@ -64,7 +64,7 @@ def weight_megabytes(teacher: nn.Module, generator: nn.Module, student: nn.Modul
     Args:
         teacher: Network that stays as it is.
         generator: Network that learns and is averaged.
-        student: Network that learns.
+        student: Network that learns, without an average.
         teacher_bytes: Bytes of one of the teacher's weights: 4 in float32, 2 in bfloat16.
     """
 

@@ -114,7 +114,7 @@ def drawn_images(
         model: Model whose codec turns samples into images.
         generator: One-step generator: (z, condition) to x0.
         condition: Keyword tensors with `count` rows; empty for a model without conditions.
-        count: Number of images.
+        count: Number of images that are drawn.
         seed: Seed of all latents.
         batch_size: Number of images in one call of the network.
     """
@@ -136,9 +136,9 @@ def teacher_images(
     """Returns images that the teacher draws in many steps, from the latents that `drawn_images` has.
 
     Args:
-        model: The teacher.
+        model: The teacher, as it was loaded.
         condition: Keyword tensors with `count` rows; empty for a model without conditions.
-        count: Number of images.
+        count: Number of images that are drawn.
         seed: Seed of all latents.
         steps: Number of solver steps; by default 18 of Heun's for EDM networks, 50 for others.
         guidance_scale: Strength of classifier-free guidance; 1 is off.

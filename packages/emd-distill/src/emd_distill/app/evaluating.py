@@ -30,7 +30,7 @@ class Evaluation:
         loaded: Generator with its teacher.
         condition: Conditions of twice `count` images; empty for a model without any.
         count: Number of images of each side.
-        runtime: Seed and device.
+        runtime: Seed of the latents, and device.
         images: Images to measure against; None for the teacher's samples.
         guidance_scale: Strength of the teacher's guidance; 0 and 1 are off.
         teacher_steps: Number of solver steps of the teacher; None for the usual number.

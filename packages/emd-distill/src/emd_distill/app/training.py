@@ -100,7 +100,7 @@ class Training:
         """Returns conditions of images, the table's in turn.
 
         Args:
-            count: Number of images.
+            count: Number of images that need one.
             seen: Whether they are those of the sample grid.
         """
         table = self.shown if seen and self.shown else self.table

@@ -41,7 +41,7 @@ def save_generator(folder: Path, generator: OneStepGenerator, model: DiffusionMo
     Args:
         folder: Folder that is made where it does not exist.
         generator: Generator that was made from the model's denoiser.
-        model: The teacher.
+        model: The teacher, as it was loaded.
         source: Name by which `diffcore.models.load` finds the teacher.
         facts: Plain values that are written too, such as settings and the number of iterations.
     """

@@ -59,7 +59,8 @@ def train(
         keep_reference(prepared, run)
         facts = settings(loss=loss, chain=chain, levels=levels, training=training)
         result = train_generator(prepared, told, run, facts={"settings": facts})
-        return {**result, "loss": loss, "generator": "generator", "warning": warning_of(run)}
+        warning = warning_of(run)
+        return {"answer": _sentence(result, warning), **result, "loss": loss, "warning": warning}
 
     config = settings(
         model=model, loss=loss, prompts=prompts, validation_prompts=list(validation_prompts),
@@ -69,6 +70,17 @@ def train(
     folder = work.output.out or Path("runs") / f"train-{prepared.model.name}-{loss}"
     job = Job("emd-distill train", folder, work.output, config, inputs, ("checkpoint_every",))
     return job(compute, plan=lambda: prepared.plan(told), report=write_page)
+
+
+def _sentence(result: dict[str, Any], warning: str | None) -> str:
+    """Returns the result of a training in words."""
+    told = f"The generator has learned for {result['iterations']:,} iterations and lies in the folder generator"
+    if scores := result.get("scores"):
+        told += (
+            f"; against the teacher's samples its Fréchet distance is {scores['distance']:.3g}, its recall "
+            f"{scores['recall']:.2f}"
+        )
+    return f"{told}.{f' Warning: {warning}.' if warning else ''}"
 
 
 def prepare(
@@ -83,7 +95,7 @@ def prepare(
 
     Args:
         model: Name of the teacher on the command line.
-        prompts: File of prompts.
+        prompts: File of prompts, one a line.
         validation_prompts: Prompts of the sample grids.
         levels: Options of the noise levels.
         training: Options of the training.

@@ -137,7 +137,7 @@ def distill(
         >>> from diffcore.testing import tiny
         >>> from emd_distill.generator import OneStepGenerator
         >>> model = tiny.model("unet2d")
-        >>> generator = OneStepGenerator(copy.deepcopy(model.denoiser), 900)
+        >>> generator = OneStepGenerator(copy.deepcopy(model.denoiser).requires_grad_(True), 900)
         >>> classes = lambda step, rows: {"class_labels": rows % 10}
         >>> few = Settings(loss=EMD(num_steps=1), steps=2, batch_size=2)
         >>> done = distill(model.denoiser, generator, model.shape, few, conditions=classes)

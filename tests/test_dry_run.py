@@ -43,6 +43,10 @@ WORDS = {
     "diffusion-featsel correspond": ["model", "images/0.png", "images/1.png", "--features", FEATURE],
     "diffusion-featsel evaluate": ["model", "labelled", "--task", "segmentation", "--features", FEATURE],
     "diffusion-featsel probe": ["extracted", "labelled"],
+    "emd-distill train": ["model", "--prompts", "captions.txt"],
+    "emd-distill compare": ["model", "--prompts", "captions.txt"],
+    "emd-distill sample": ["distilled", "a cat"],
+    "emd-distill evaluate": ["distilled", "--prompts", "captions.txt"],
     "immiscible-noise train": ["images", "--steps", "2"],
     "immiscible-noise evaluate": ["trained", "images"],
     "immiscible-noise compare": ["images", "--steps", "2"],
@@ -136,6 +140,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ["nemo-localize", "calibrate", "model", "controls.txt", "--out", "calibrated", *few],
             ["w2w-space", "import", "loras", "--model", "model", "--out", "population"],
             ["w2w-space", "build", "population", "--out", "space"],
+            ["emd-distill", "train", "model", "--prompts", "captions.txt", "--steps", "1", "--out", "distilled"],
             ["diffusion-featsel", "score", "model", "images", "--filter", "none", "--out", "scored"],
             ["diffusion-featsel", "extract", "model", "images", "--features", FEATURE, "--out", "extracted"],
         ):

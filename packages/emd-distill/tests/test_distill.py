@@ -132,7 +132,7 @@ def test_the_chain_sees_one_network_and_the_students_loss_another():
 
 def test_a_teacher_that_is_a_network_gives_the_student_and_stays_as_it_is():
     model = tiny.model("unet2d")
-    generator = OneStepGenerator(copy.deepcopy(model.denoiser), 900)
+    generator = OneStepGenerator(copy.deepcopy(model.denoiser).requires_grad_(True), 900)
     before = weights(model.denoiser)
 
     def classes(step: int, rows: Tensor) -> dict[str, Tensor]:

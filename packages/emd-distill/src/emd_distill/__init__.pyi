@@ -8,6 +8,7 @@ from .losses import EMD as EMD
 from .losses import SiD as SiD
 from .losses import diff_instruct as diff_instruct
 from .losses import dmd as dmd
+from .module import DistillModule as DistillModule
 from .noise_levels import noise_levels as noise_levels
 
 __version__: str

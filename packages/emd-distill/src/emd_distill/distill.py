@@ -138,7 +138,7 @@ def distill(
         >>> from diffcore.testing import tiny
         >>> from emd_distill.generator import OneStepGenerator
         >>> model = tiny.model("unet2d")
-        >>> generator = OneStepGenerator(copy.deepcopy(model.denoiser), 900)
+        >>> generator = OneStepGenerator(copy.deepcopy(model.denoiser).requires_grad_(True), 900)
         >>> classes = lambda step, rows: {"class_labels": rows % 10}
         >>> few = Settings(loss=EMD(num_steps=1), steps=2, batch_size=2)
         >>> done = distill(model.denoiser, generator, model.shape, few, conditions=classes)
@@ -357,12 +357,17 @@ def check_levels(teacher: Denoiser, time_sampler: TimeSampler, loss: Loss) -> No
 
 
 class Watch:
-    """Ends a training in which many chains do not stay finite; looks at the device once in 100 iterations."""
+    """Ends a training in which many chains do not stay finite; looks at the device once in 100 iterations.
+
+    Args:
+        gather: Collects a tensor from all processes along a new first dimension, so that all end together.
+    """
 
     EVERY, SHARE = 100, 0.1
 
-    def __init__(self) -> None:
+    def __init__(self, gather: Callable[[Tensor], Tensor] = lambda own: own[None]) -> None:
         self._bad: list[Tensor] = []
+        self._gather = gather
 
     def __call__(self, step: int, finite: Tensor, t: Tensor) -> None:
         """Notes the rows of an iteration.
@@ -378,7 +383,7 @@ class Watch:
         self._bad.append(torch.stack([(~finite).float().mean(), t.where(~finite, torch.nan).nanmean()]))
         if (step + 1) % self.EVERY:
             return
-        share, level = torch.stack(self._bad).nanmean(0).tolist()
+        share, level = self._gather(torch.stack(self._bad).nanmean(0)).nanmean(0).tolist()
         self._bad = []
         if share > self.SHARE:
             raise MachineError(

@@ -5,9 +5,15 @@ from pathlib import Path
 
 from diffcore.report import Report, Series, lines_with_band
 from diffcore.run import Run
+from emd_distill.app.comparing import add_comparison
+from emd_distill.app.report_training import add_training
 
 TITLES = {
     "demo": "Digits in one step: Diff-Instruct and EM Distillation from the same teacher",
+    "compare": "Losses on the same teacher and draws",
+    "evaluate": "A one-step generator against its teacher",
+    "sample": "Images of a one-step generator",
+    "train": "A one-step generator from a many-step teacher",
 }
 _LIMITS = (
     "Precision and accuracy rise while modes are lost: they say that what is drawn is good, not that all is drawn. "
@@ -46,6 +52,7 @@ def _add_grids(report: Report, run: Run) -> None:
 
 def _add_quality(report: Report, run: Run) -> None:
     report.kept_table("quality", "How near to the real digits")
+    report.kept_table("scores", "How near the images are")
 
 
 def _add_curves(report: Report, run: Run) -> None:
@@ -77,5 +84,12 @@ def _add_limits(report: Report, run: Run) -> None:
         report.section("What may not be concluded").points(*_LIMITS)
 
 
-SECTIONS: tuple[Callable[[Report, Run], None], ...] = (_add_grids, _add_quality, _add_curves, _add_limits)
+SECTIONS: tuple[Callable[[Report, Run], None], ...] = (
+    _add_grids,
+    _add_quality,
+    _add_curves,
+    _add_limits,
+    add_training,
+    add_comparison,
+)
 """Parts of the page in their order; each adds nothing where the run does not hold what it shows."""

@@ -104,7 +104,7 @@ def generate(
         raise ValueError("there is nothing to generate; give at least one prompt and one seed")
     denoiser = model.denoiser
     if guidance_scale not in (0, 1) and generator is None:
-        denoiser = GuidedDenoiser(denoiser, guidance_scale, uncond or _uncond(model, negative_prompt, size))
+        denoiser = GuidedDenoiser(denoiser, guidance_scale, uncond or null_condition(model, negative_prompt, size))
     solve = partial(sample, denoiser, steps=steps, solver=solver, eta=eta, timesteps=timesteps, clip_x0=clip_x0)
     decoding, decode = InBatches(batch_size), decode or model.codec.decode
 
@@ -160,7 +160,17 @@ def _condition(
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
-def _uncond(model: DiffusionModel, negative_prompt: str, size: int | None) -> Condition:
+def null_condition(model: DiffusionModel, negative_prompt: str = "", size: int | None = None) -> Condition:
+    """Returns the condition, with one row, that guidance leads away from.
+
+    Args:
+        model: Model that is guided.
+        negative_prompt: Prompt in place of the family's empty condition.
+        size: Side of the images in pixels, for backbones that are conditioned on it.
+
+    Raises:
+        ValueError: The model has no such condition.
+    """
     if model.prompts is not None:
         sides = _sides(size)
         if negative_prompt:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import lightning as L
@@ -77,10 +77,11 @@ class ConsoleSummary(L.Callback):
 
     Args:
         description: Words that stand before the bar.
+        shown: Names of the values that are shown, of those that `training_step` returns.
     """
 
-    def __init__(self, description: str = "training") -> None:
-        self.description = description
+    def __init__(self, description: str = "training", shown: Sequence[str] = ("loss",)) -> None:
+        self.description, self.shown = description, shown
         self._progress: Progress | None = None
         self._start, self._first_step, self._last_line = 0.0, 0, 0.0
 
@@ -110,7 +111,8 @@ class ConsoleSummary(L.Callback):
             return
         self._last_line = now
         speed = (step - self._first_step) / (now - self._start)
-        note = f"loss {float(outputs['loss']):.4f}, {speed:.1f} steps/s"
+        values = ", ".join(f"{name} {float(outputs[name]):.4f}" for name in self.shown)
+        note = f"{values}, {speed:.1f} steps/s"
         if self._progress:
             self._progress.update(self._progress.task_ids[0], completed=step, note=note)
         else:

@@ -1,0 +1,167 @@
+"""The commands that use a trained generator: sample and evaluate."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from diffcore.cli import Job, LoadingAny, Output, settings
+from diffcore.errors import UserError, printable
+from diffcore.runtime import Runtime
+
+if TYPE_CHECKING:
+    from diffcore.denoiser import Condition
+    from diffcore.run import Run
+    from emd_distill.files.generator_folder import LoadedGenerator
+
+Texts = Annotated[tuple[str, ...], Parameter(negative="")]
+Teacher = Annotated[
+    str | None, Parameter(name="--model", help="Teacher, where it was moved since the training.", group="Model")
+]
+
+
+def sample(
+    generator: Path,
+    prompts: Texts = (),
+    *,
+    count: int = 1,
+    batch_size: int = 64,
+    model: Teacher = None,
+    loading: LoadingAny = LoadingAny(),
+    runtime: Runtime = Runtime(),
+    output: Output = Output(),
+) -> int:
+    """Draw images with a trained generator, in one step each, as PNG files and one grid.
+
+    Shortest form: emd-distill sample RUN
+
+    Image i depends on the seed, i and its prompt or class alone.
+
+    Args:
+        generator: Run folder of train, or the folder generator in it.
+        prompts: One or more prompts; a model of classes draws them in turn.
+        count: Number of images of each prompt; of all where there are none, rounded up to whole rounds of the classes.
+        batch_size: Number of images in one call of the network.
+    """
+    from diffcore.report import image_grid
+    from emd_distill.app.evaluating import Picture
+    from emd_distill.conditions import num_classes
+    from emd_distill.quality import drawn_images
+
+    if count < 1 or batch_size < 1:
+        raise UserError("`count` and `batch_size` must be at least 1")
+    loaded, inputs = _loaded(generator, model, loading, runtime)
+    table = _table(loaded, prompts)
+    kinds = len(next(iter(table.values()))) if table else 1
+    total = kinds * count
+
+    def compute(run: "Run", _: Any) -> dict[str, Any]:
+        condition = _rows(table, total, each=count)
+        images = drawn_images(
+            loaded.model, loaded.generator, condition, total, seed=runtime.seed, batch_size=batch_size
+        )
+        run.save("images", {"images": images})
+        for place, image in enumerate(images):
+            run.figure(f"image-{place:05d}", Picture(image))
+        run.figure("grid", image_grid(images, columns=count if count > 1 and kinds > 1 else None))
+        return {"images": total, "pixels": "x".join(map(str, images.shape[1:])), "grid": "figures/grid.png"}
+
+    config = settings(
+        generator=generator, prompts=list(prompts), count=count, batch_size=batch_size, model=model, loading=loading,
+        runtime=runtime,
+    )  # fmt: skip
+    folder = output.out or Path("runs") / f"sample-{generator.name}"
+    job = Job("emd-distill sample", folder, output, config, inputs, ("batch_size",))
+    plan: dict[str, Any] = {"images": total, "network_calls_for_each": 1, "level": loaded.generator.t}
+    if "class_labels" in table:
+        plan["classes"] = num_classes(loaded.model)
+    return job(compute, plan=plan)
+
+
+def evaluate(
+    generator: Path,
+    images: Path | None = None,
+    *,
+    prompts: Path | None = None,
+    count: int = 1000,
+    teacher_steps: int | None = None,
+    guidance_scale: float | None = None,
+    features: str | None = None,
+    batch_size: int = 64,
+    model: Teacher = None,
+    loading: LoadingAny = LoadingAny(),
+    runtime: Runtime = Runtime(),
+    output: Output = Output(),
+) -> int:
+    """Measure a trained generator against its teacher's samples, or against a folder of images.
+
+    Shortest form: emd-distill evaluate RUN
+
+    Fréchet distance, precision, recall and coverage with five neighbours, for the generator, for the teacher in one
+    step, and for a second set of the teacher's samples, which is as near as can be.
+
+    Args:
+        generator: Run folder of train, or the folder generator in it.
+        images: Folder or zip of images to measure against; by default the teacher's samples.
+        prompts: File of prompts, for models that take them; by default as in the training, which then must be a file.
+        count: Number of images of each side.
+        teacher_steps: Number of solver steps of the teacher; by default 18 for EDM networks and 50 for others.
+        guidance_scale: Strength of the teacher's guidance; by default that of the training.
+        features: Features of the measures: pixels, or an extractor such as random:0 or dino:FOLDER; by default
+            pixels for images up to 32 x 32 and random:0 for larger ones.
+        batch_size: Number of images in one call of a network.
+    """
+    from diffcore.data.prompts import load_prompts
+    from emd_distill.app.evaluating import Evaluation, reference_of
+    from emd_distill.app.report import write_page
+    from emd_distill.quality import LEAST
+
+    if count < LEAST or batch_size < 1:
+        raise UserError(f"`count` must be at least {LEAST} for five neighbours, and `batch_size` at least 1")
+    loaded, inputs = _loaded(generator, model, loading, runtime)
+    read = None if prompts is None else load_prompts(prompts)
+    table = _table(loaded, () if read is None else read.distinct)
+    trained = loaded.facts.get("settings", {})
+    scale = float(trained.get("guidance_scale") or 1.0) if guidance_scale is None else guidance_scale
+    told, more = reference_of(images, loaded.model)
+    evaluation = Evaluation(
+        loaded, _rows(table, 2 * count), count, runtime, told, scale, teacher_steps, features, batch_size
+    )
+    evaluation.check()
+    config = settings(
+        generator=generator, images=images, prompts=prompts, count=count, teacher_steps=teacher_steps,
+        guidance_scale=scale, features=features, batch_size=batch_size, model=model, loading=loading, runtime=runtime,
+    )  # fmt: skip
+    digests = inputs | more | ({} if read is None else {printable(read.path.name): read.sha256})
+    folder = output.out or Path("runs") / f"evaluate-{generator.name}"
+    job = Job("emd-distill evaluate", folder, output, config, digests, ("batch_size",))
+    return job(lambda run, _: evaluation(run), plan=evaluation.plan, report=write_page)
+
+
+def _loaded(
+    folder: Path, model: str | None, loading: LoadingAny, runtime: Runtime
+) -> "tuple[LoadedGenerator, dict[str, str]]":
+    from dataclasses import asdict
+
+    from diffcore.run import input_hash
+    from emd_distill.files.generator_folder import load_generator
+
+    runtime.apply_threads()
+    loaded = load_generator(folder, runtime, model=model, **asdict(loading))
+    place = folder / "generator" if (folder / "generator").is_dir() else folder
+    weights = place / "generator.safetensors"
+    return loaded, {loaded.model.name: loaded.model.fingerprint, "generator": input_hash(weights)}
+
+
+def _table(loaded: "LoadedGenerator", prompts: tuple[str, ...]) -> "Condition":
+    from emd_distill.conditions import condition_table
+
+    return condition_table(loaded.model, prompts)
+
+
+def _rows(table: "Condition", total: int, *, each: int = 1) -> "Condition":
+    """Returns so many rows of a table, each condition so many times before the next, in turn."""
+    import torch
+
+    place = torch.arange(total) // each
+    return {name: value[(place % len(value)).to(value.device)] for name, value in table.items()}

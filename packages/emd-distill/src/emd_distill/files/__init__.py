@@ -1,0 +1,1 @@
+"""What the package writes and reads: folders of generators."""

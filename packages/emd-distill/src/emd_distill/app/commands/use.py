@@ -11,9 +11,7 @@ from diffcore.runtime import Runtime
 if TYPE_CHECKING:
     pass
 
-TeacherName = Annotated[
-    str, Parameter(help="Teacher: pipeline folder, backbone folder, safetensors file, or zoo:NAME.")
-]
+TeacherName = Annotated[str, Parameter(help="Teacher: pipeline or backbone folder, safetensors file, or zoo:NAME.")]
 GeneratorPath = Annotated[Path, Parameter(help="Generator: its safetensors file, or a folder that export wrote.")]
 
 

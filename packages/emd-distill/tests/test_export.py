@@ -1,4 +1,4 @@
-"""Exported folders draw g(z) when diffusers loads and calls them by itself, and the schedulers that do not are known."""
+"""Exported folders draw g(z) when diffusers loads and calls them by itself; which schedulers do not is known."""
 
 import contextlib
 import copy
@@ -83,7 +83,7 @@ WRONG = [
 @pytest.mark.parametrize("t", [399, 500, 999])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_which_schedulers_draw_the_generators_sample(kind, t):
-    """Specification 16: LCM, DDPM, DDIM that ends clean; not DDIM that ends at level 0, Euler, nor others by themselves."""
+    """Specification 16: LCM, DDPM, DDIM that ends clean; not DDIM that ends at level 0, nor Euler."""
     model = teacher(kind=kind)
     generator = changed(model.denoiser, t)
     g = torch.Generator().manual_seed(0)

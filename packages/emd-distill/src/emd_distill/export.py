@@ -3,8 +3,8 @@
 A scheduler's step from timestep t with noise as input is a x + b F(x), with F the network's output. It is the
 generator's x0 only if the scheduler starts at the generator's timestep, multiplies the noise by the generator's factor,
 and ends at clean data. Measured with diffusers 0.42 (`tests/test_export.py`): LCM, DDPM and DPM-Solver++ do so where
-they are given the timestep, and DDIM with `set_alpha_to_one` on a schedule that ends there. DDIM without it and Euler do
-not, nor do DPM-Solver++ and UniPC that choose the timestep themselves.
+they are given the timestep, and DDIM with `set_alpha_to_one` on a schedule that ends there. DDIM without it and Euler
+do not, nor do DPM-Solver++ and UniPC that choose the timestep themselves.
 """
 
 from collections.abc import Mapping

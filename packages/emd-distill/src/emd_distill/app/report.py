@@ -5,9 +5,11 @@ from pathlib import Path
 
 from diffcore.report import Report, Series, lines_with_band
 from diffcore.run import Run
+from emd_distill.app import correcting
 
 TITLES = {
     "demo": "Digits in one step: Diff-Instruct and EM Distillation from the same teacher",
+    "correct": "Samples of a generator, corrected by a chain",
 }
 _LIMITS = (
     "Precision and accuracy rise while modes are lost: they say that what is drawn is good, not that all is drawn. "
@@ -45,6 +47,8 @@ def _add_grids(report: Report, run: Run) -> None:
 
 
 def _add_quality(report: Report, run: Run) -> None:
+    if run.has("correction"):
+        return
     report.kept_table("quality", "How near to the real digits")
 
 
@@ -75,5 +79,11 @@ def _add_limits(report: Report, run: Run) -> None:
         report.section("What may not be concluded").points(*_LIMITS)
 
 
-SECTIONS: tuple[Callable[[Report, Run], None], ...] = (_add_grids, _add_quality, _add_curves, _add_limits)
+SECTIONS: tuple[Callable[[Report, Run], None], ...] = (
+    _add_grids,
+    _add_quality,
+    _add_curves,
+    _add_limits,
+    correcting.add_sections,
+)
 """Parts of the page in their order; each adds nothing where the run does not hold what it shows."""

@@ -1,4 +1,4 @@
-"""EM Distillation on 25 Gaussians in the plane: what K, the cancelled noise and the sampler buy, and the rules that hold.
+"""EM Distillation on 25 Gaussians in the plane: what K, cancelled noise and sampler buy, and the rules that hold.
 
 Specification 18: exact teacher, small networks, three initialisations trained side by side in one tensor batch. Some
 minutes of one core with --quick, which runs the rows that rules need; about four times as long without. An interrupted
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class Networks(nn.Module):
         super().__init__()
         g = torch.Generator().manual_seed(seed)
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for into, out in zip(sizes[:-1], sizes[1:], strict=True):
+        for into, out in pairwise(sizes):
             for parts, shape in ((self.weights, (SEEDS, into, out)), (self.biases, (SEEDS, 1, out))):
                 parts.append(nn.Parameter((2 * torch.rand(shape, generator=g) - 1) / math.sqrt(into)))
 

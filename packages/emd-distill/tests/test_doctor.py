@@ -1,11 +1,18 @@
 """Checks before training find what is wrong, and are content with what is right."""
 
+import json
+from itertools import pairwise
+from pathlib import Path
+
 import torch
+from PIL import Image
 from torch import nn
 
+from diffcore.cli import main
 from diffcore.denoiser import DiscreteSchedule, EDMSchedule, NetworkDenoiser
 from diffcore.testing import tiny
 from diffcore.zoo.digits.data import load_digits
+from emd_distill.app.cli import app
 from emd_distill.digits import SHAPE, digit_classes, load_teacher
 from emd_distill.doctor import (
     check_prediction_type,
@@ -45,9 +52,9 @@ def test_a_wrong_prediction_type_is_found_from_denoised_data():
 
 
 def test_the_start_loses_its_spread_as_lambda_falls():
-    found = starts(load_teacher(), SHAPE, digit_classes(0, torch.arange(8)))
+    found = starts(load_teacher(), SHAPE, {"class_labels": torch.full((8,), 3)}, lambdas=(0.0, -2.0, -4.0, -6.0))
     assert [round(start.log_snr) for start in found][:3] == [0, -2, -4]
-    assert all(one.spread > other.spread for one, other in zip(found, found[1:], strict=False))
+    assert all(one.spread > other.spread for one, other in pairwise(found))
     model = tiny.model("dit")
     few = starts(
         model.denoiser, model.shape, {"class_labels": torch.zeros(8, dtype=torch.long)}, lambdas=(-50.0, -60.0)
@@ -100,3 +107,49 @@ def test_memory_counts_parameters_and_grows_with_the_batch_and_with_k():
     assert one.activations_per_row > 4 * 224 * 3  # at least the hidden units of three blocks
     more = memory_estimate(teacher, SHAPE, given, num_steps=16, batch_size=1)
     assert more.total - one.total == 12 * 2 * 4 * 64
+
+
+def told(capsys, *words: str) -> tuple[int, dict]:
+    code = main(app, ["doctor", *words, "--json", "--threads", "1"])
+    return code, json.loads(capsys.readouterr().out or "{}")
+
+
+def test_the_command_passes_a_good_teacher_and_names_what_is_wrong(tmp_path: Path, capsys):
+    code, good = told(capsys, "digits", "--out", str(tmp_path / "good"), "--high", "20")
+    assert (code, good["problems"]) == (0, [])
+    assert good["prediction_type"] == "edm"
+    page = (tmp_path / "good" / "report.html").read_text()
+    for heading in ("Samples before any training", "What the network predicts", "Memory of a training"):
+        assert heading in page
+    words = ["--high", "20", "--gamma-z", "50", "--memory", "0.001", "--call-level", "0.5"]
+    code, bad = told(capsys, "digits", "--out", str(tmp_path / "bad"), *words)
+    assert code == 1
+    said = " ".join(bad["problems"])
+    for part in ("gamma_z = 50 is above", "GiB", "more signal than noise"):
+        assert part in said
+    assert "In need of repair" in (tmp_path / "bad" / "report.html").read_text()
+    # A finished run is only read, and fails again.
+    assert told(capsys, "digits", "--out", str(tmp_path / "bad"), *words)[0] == 1
+
+
+def test_the_command_finds_a_model_that_is_loaded_as_another_type(tmp_path: Path, capsys):
+    images, _ = load_digits()
+    (tmp_path / "data").mkdir()
+    for place in range(20):
+        save_image(images[place], tmp_path / "data" / f"{place}.png")
+    few = ["--data", str(tmp_path / "data"), "--high", "20", "--gamma-z", "0"]
+    code, found = told(capsys, "zoo:digits8-edm", "--out", str(tmp_path / "zoo"), *few)
+    assert (code, found["prediction_type"]) == (0, "edm")
+    capsys.readouterr()
+    for words, part in (
+        (["digits", "--data", str(tmp_path)], "--data was given"),
+        (["digits", "--memory", "0"], "--memory is 0"),
+        (["digits", "--num-steps", "-1"], "--num-steps is -1"),
+    ):
+        assert main(app, ["doctor", *words, "--out", str(tmp_path / "none")]) == 2
+        assert part in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "none").exists()
+
+
+def save_image(x: torch.Tensor, path: Path) -> None:
+    Image.fromarray((x[0] * 255).round().byte().numpy()).save(path)

@@ -32,7 +32,7 @@ class Start:
         log_snr: Log signal-to-noise ratio lambda* of the level that was taken.
         t: That level in the units of the schedule.
         samples: Samples of the generator at iteration 0.
-        spread: Standard deviation of the samples over latents, mean over numbers: 0 means the mean image for all.
+        spread: Standard deviation of the samples over rows, mean over numbers.
     """
 
     log_snr: float
@@ -63,9 +63,9 @@ def starts(
         count: Number of samples; all levels see the same latents.
 
     Example:
-        >>> from emd_distill.digits import SHAPE, digit_classes, load_teacher
-        >>> given = digit_classes(0, torch.arange(8))
-        >>> found = starts(load_teacher(), SHAPE, given, lambdas=(0.0, -8.0))
+        >>> from emd_distill.digits import SHAPE, load_teacher
+        >>> given = {"class_labels": torch.full((8,), 3)}
+        >>> found = starts(load_teacher(), SHAPE, given, lambdas=(0.0, -6.0))
         >>> found[0].spread > found[1].spread
         True
     """
@@ -90,9 +90,11 @@ class PredictionCheck:
 
     Attributes:
         stated: Type that the teacher's files state.
-        errors: Mean squared error of denoised samples under each type, in units of the samples' variance.
+        errors: Mean squared error of denoised samples under each type, in units of their variance; geometric mean over
+            noise levels.
         best: Type with the smallest error.
-        matches: Whether the stated type is the best, or no worse than 1.2 times it.
+        matches: Whether the stated type is the best, or no worse than 1.01 times it: the true type is the posterior mean,
+            which no other can better.
     """
 
     stated: str
@@ -107,7 +109,7 @@ def check_prediction_type(
     x0: Float[Tensor, "n *data"],
     condition: Condition | None = None,
     *,
-    ratio: float = 0.5,
+    ratios: Sequence[float] = (0.2, 1.0, 4.0),
 ) -> PredictionCheck:
     """Finds a wrong prediction type by denoising samples under each type (a v teacher taken for epsilon collapses).
 
@@ -115,7 +117,7 @@ def check_prediction_type(
         teacher: Denoiser of the teacher, with the type that its files state.
         x0: Clean data, or samples that are known to be good; the teacher's own samples under a wrong type are not.
         condition: Keyword tensors of the backbone, one row for each sample.
-        ratio: Noise over signal of the noise that is added.
+        ratios: Noise over signal of the noise that is added; at low noise alone, types are hard to tell apart.
 
     Example:
         >>> from diffcore.zoo.digits.data import load_digits
@@ -125,9 +127,11 @@ def check_prediction_type(
         True
     """
     schedule = teacher.schedule
-    t = schedule.timestep_at(-2 * torch.tensor([ratio]).log()).float().expand(len(x0)).to(x0.device)
     noise = philox_normal(_SEED, torch.arange(len(x0), device=x0.device), tuple(x0.shape[1:]))
-    noisy = schedule.add_noise(x0, noise, t)
+    noisy = []
+    for ratio in ratios:
+        t = schedule.timestep_at(-2 * torch.tensor([ratio]).log()).float().expand(len(x0)).to(x0.device)
+        noisy.append((schedule.add_noise(x0, noise, t), t))
     kinds: tuple[PredictionType, ...] = ("epsilon", "sample", "v_prediction")
     if teacher.prediction_type not in kinds:
         kinds = (*kinds, teacher.prediction_type)
@@ -135,13 +139,16 @@ def check_prediction_type(
     errors = {}
     for kind in kinds:
         other = NetworkDenoiser(teacher.backbone, schedule, kind, sigma_data=teacher.sigma_data, call=teacher.call)
-        errors[kind] = float((other(noisy, t, condition).x0 - x0).square().mean()) / variance
+        squares = [(other(x, t, condition).x0 - x0).square().mean() / variance for x, t in noisy]
+        errors[kind] = float(torch.stack(squares).log().mean().exp())
     best = min(errors, key=lambda kind: errors[kind])
-    return PredictionCheck(teacher.prediction_type, errors, best, errors[teacher.prediction_type] <= 1.2 * errors[best])
+    return PredictionCheck(
+        teacher.prediction_type, errors, best, errors[teacher.prediction_type] <= 1.01 * errors[best]
+    )
 
 
 def schedule_problems(
-    schedule: NoiseSchedule, prediction_type: str, *, t: float, high: float | None = None
+    schedule: NoiseSchedule, prediction_type: str, *, t: float | int, high: float | None = None
 ) -> tuple[str, ...]:
     """Returns what is wrong with a schedule for distillation, in words; nothing where all is well.
 
@@ -161,8 +168,8 @@ def schedule_problems(
     zero = isinstance(schedule, DiscreteSchedule) and schedule.rescale_betas_zero_snr
     if zero and prediction_type == "epsilon":
         found.append(
-            "the schedule ends at pure noise, where a network that predicts epsilon says nothing about x0: the teacher's "
-            "scheduler or prediction type is stated wrongly"
+            "the schedule ends at pure noise, where a network that predicts epsilon says nothing about x0: the "
+            "teacher's scheduler or prediction type is stated wrongly"
         )
     if alpha < _LEAST_ALPHA and prediction_type == "epsilon":
         found.append(
@@ -171,13 +178,13 @@ def schedule_problems(
     top = ends[1] if high is None else min(high, ends[1])
     if 1 / (1 + top**2) ** 0.5 < _LEAST_ALPHA:
         found.append(
-            f"noise levels reach sigma / alpha = {top:.3g}, where displacements of clean samples explode; give --high 100 "
-            "or less, or the weighting eps"
+            f"noise levels reach sigma / alpha = {top:.3g}, where displacements of clean samples explode; train up to "
+            "100 or less, or with the weighting eps"
         )
     if sigma < alpha:
         found.append(
-            f"the generator's level t = {t:g} has more signal than noise (sigma / alpha = {sigma / alpha:.2g}): pure noise "
-            "is no plausible input there"
+            f"the generator's level t = {t:g} has more signal than noise (sigma / alpha = {sigma / alpha:.2g}): pure "
+            "noise is no plausible input there"
         )
     return tuple(found)
 
@@ -223,10 +230,10 @@ def memory_estimate(
 
         total = P w + 2 * 16 P + 4 P + batch (A + K (1 or 2) 4 D + 8 * 4 D)
 
-    16 bytes are weight, gradient and Adam's two moments in float32, for generator and student score; 4 P is the average.
-    A is what autograd saves in one pass with gradients, of which there is one at a time (the student's loss, the vector-
-    Jacobian product of a chain step, the M-step). The chain keeps noise for K steps, for eps and for z where it moves;
-    its calls of teacher and student keep nothing. What the allocator wastes comes on top.
+    16 bytes are weight, gradient and Adam's two moments in float32, for generator and student score; 4 P is for the
+    average. A is what autograd saves in one pass with gradients, of which there is one at a time: the student's loss,
+    the vector-Jacobian product of a chain step, or the M-step. The chain keeps noise for K steps, for eps and for z
+    where it moves; its calls of teacher and student keep nothing. What the allocator wastes comes on top.
 
     Args:
         teacher: Denoiser of the teacher.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from diffcore.cli import Flag, emit, main, make_app
 from diffcore.cli.package_commands import add_package_commands
-from emd_distill.app.commands import use
+from emd_distill.app.commands import check, use
 
 app = make_app(
     "emd-distill",
@@ -13,6 +13,7 @@ app = make_app(
     "Start with: emd-distill demo",
     "emd-distill",
 )
+app.command(check.doctor)
 app.command(use.export)
 app.command(use.correct)
 add_package_commands(app, timed="chains and iterations against a straightforward form in PyTorch")

@@ -9,6 +9,7 @@ from emd_distill.app import correcting
 
 TITLES = {
     "demo": "Digits in one step: Diff-Instruct and EM Distillation from the same teacher",
+    "doctor": "Before training: what the teacher and its settings are worth",
     "correct": "Samples of a generator, corrected by a chain",
 }
 _LIMITS = (
@@ -85,5 +86,6 @@ SECTIONS: tuple[Callable[[Report, Run], None], ...] = (
     _add_curves,
     _add_limits,
     correcting.add_sections,
+    checking.add_sections,
 )
 """Parts of the page in their order; each adds nothing where the run does not hold what it shows."""

@@ -135,3 +135,33 @@ def conditions_of(model: "DiffusionModel", prompts: tuple[str, ...]) -> Conditio
 def _classes(backbone: Any) -> int:
     config = backbone.config
     return int(config.get("num_class_embeds") or config.get("num_embeds_ada_norm") or 1)
+
+
+def clean_samples(teacher: Teacher, folder: Path | None, count: int = 64) -> Tensor:
+    """Returns clean data in the space of a teacher's samples.
+
+    Args:
+        teacher: Teacher whose codec encodes images.
+        folder: Folder of images; None takes the digits, in the order of the classes that rows take.
+        count: Largest number of images.
+
+    Raises:
+        UserError: The folder has no image, or a folder was given for the digits.
+    """
+    if teacher.model is None:
+        from diffcore.zoo.digits.data import load_digits
+
+        if folder is not None:
+            raise UserError("`data` was given, and the digits bring their own; leave it out")
+        images, labels = load_digits()
+        per_class = [(labels == digit).nonzero().flatten() for digit in range(10)]
+        order = torch.stack([per_class[row % 10][row // 10] for row in range(count)])
+        return 2 * images[order] - 1
+    from diffcore.data import load_images
+
+    assert folder is not None
+    side = teacher.shape[-1] * int(getattr(teacher.model.codec, "factor", 1))
+    channels = 1 if teacher.model.codec.__class__.__name__ == "PixelCodec" and teacher.shape[0] == 1 else 3
+    images = load_images(folder, size=side, channels=channels).images[:count].float() / 255
+    with torch.no_grad():
+        return teacher.model.codec.encode(images.to(teacher.model.device)).float()

@@ -93,8 +93,7 @@ class PredictionCheck:
         errors: Mean squared error of denoised samples under each type, in units of their variance; geometric mean over
             noise levels.
         best: Type with the smallest error.
-        matches: Whether the stated type is the best, or no worse than 1.01 times it: the true type is the posterior mean,
-            which no other can better.
+        matches: Whether the stated type is the best, or at most 1.01 times as bad.
     """
 
     stated: str

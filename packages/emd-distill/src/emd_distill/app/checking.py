@@ -115,8 +115,8 @@ def _keep_tables(run: Run, memory: Any, limits: Any) -> None:
         for limit in limits
     ]
     caption = (
-        f"Largest stable step of the latents, from the largest singular value {limits[0].jacobian:.3g} of the generator's "
-        "Jacobian at the start; it changes in training."
+        f"Largest stable step of the latents, from the largest singular value {limits[0].jacobian:.3g} of the "
+        "generator's Jacobian at the start; it changes in training."
     )
     run.keep_table("steps", rows, caption)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from diffcore.report import Report, Series, lines_with_band
 from diffcore.run import Run
-from emd_distill.app import correcting
+from emd_distill.app import checking, correcting
 
 TITLES = {
     "demo": "Digits in one step: Diff-Instruct and EM Distillation from the same teacher",

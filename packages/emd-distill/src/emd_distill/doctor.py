@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffcore.denoiser import Condition, DiscreteSchedule, NetworkDenoiser, NoiseSchedule, PredictionType
 from diffcore.noise import philox_normal
@@ -350,7 +351,8 @@ def jacobian_norm(
         size = x.flatten(1).norm(dim=1)
         return x / size.clamp(min=1e-30).view(ones), size
 
-    with frozen(generator) as call, torch.enable_grad():
+    # Fused attention has no second derivative.
+    with frozen(generator) as call, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         z = z.detach().requires_grad_()
         y = call(z, condition)
         probe = torch.zeros_like(y, requires_grad=True)

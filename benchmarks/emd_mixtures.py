@@ -37,8 +37,8 @@ SEEDS, STD, SPACING = 3, 0.03, 0.354
 GRID = SPACING * (torch.arange(5.0) - 2)
 MEANS = torch.cartesian_prod(GRID, GRID)
 SMOOTHING = 0.1
-CONSTANT = {"gamma_z": 0.001, "kappa": 0.0}
-LEVELLED = {"gamma_z": 0.05, "kappa": 0.25}
+CONSTANT: dict[str, Any] = {"gamma_z": 0.001, "kappa": 0.0}
+LEVELLED: dict[str, Any] = {"gamma_z": 0.05, "kappa": 0.25}
 
 
 class Mixture(Denoiser):
@@ -180,7 +180,7 @@ def _started(setting: Setting) -> tuple[Generator, NetworkDenoiser]:
     return generator, student
 
 
-def trained(name: str, loss: EMD, updates: int) -> tuple[nn.Module, nn.Module, float]:
+def trained(name: str, loss: EMD, updates: int) -> tuple[nn.Module, Any, float]:
     """Trains one row; returns the averaged generators, the student scores, and milliseconds per update."""
     setting = SETTINGS[name]
     generator, student = started(setting)
@@ -279,7 +279,8 @@ def one_step_ratio(dtype: torch.dtype) -> float:
     """Returns the ratio of the gradient norms of K=1, gamma_z=0 and K=0 on the same draws; it must be gamma_e."""
     torch.set_default_dtype(dtype)
     try:
-        generator, student = (module.to(dtype) for module in started(replace(SETTINGS["narrow"], batch=32)))
+        generator, student = started(replace(SETTINGS["narrow"], batch=32))
+        generator, student = generator.to(dtype), student.to(dtype)
         levels = noise_levels(EDMSchedule(), "loguniform", low=STD, high=0.05)
 
         class Wide(Draws):

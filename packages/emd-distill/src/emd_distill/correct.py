@@ -60,7 +60,7 @@ def correct(
     gamma_z: float = 0.01,
     kappa: float = 0.25,
     seed: int = 0,
-    on_step: Callable[[int], None] | None = None,
+    on_step: Callable[[int], object] | None = None,
 ) -> Corrected:
     """Runs a long chain from a generator's samples, and returns them before and after.
 
@@ -75,7 +75,7 @@ def correct(
         gamma_e: Step size of eps, in (0, 1).
         gamma_z: Step size of z; 0 leaves the latents where they are.
         kappa: Variance of the generator's samples, for a step of z that depends on the level.
-        seed: Seed of all noise.
+        seed: Seed of all injected noise.
         on_step: Called with the number of finished steps, some steps apart.
 
     Raises:
@@ -144,7 +144,7 @@ def fit_student(
     batch_size: int = 128,
     learning_rate: float = 1e-3,
     seed: int = 0,
-    on_step: Callable[[int], None] | None = None,
+    on_step: Callable[[int], object] | None = None,
 ) -> NetworkDenoiser:
     """Returns a denoiser of a generator's own samples, learned from the teacher's weights on.
 
@@ -154,10 +154,10 @@ def fit_student(
         shape: Shape of one latent.
         time_sampler: Distribution of noise levels.
         conditions: Conditions of each step; None for a model without any.
-        steps: Number of steps of Adam.
+        steps: Number of Adam's steps taken.
         batch_size: Number of samples of a step.
-        learning_rate: Learning rate of Adam.
-        seed: Seed of all draws.
+        learning_rate: Learning rate of Adam's steps.
+        seed: Seed of all random draws.
         on_step: Called with the number of finished steps.
 
     Raises:

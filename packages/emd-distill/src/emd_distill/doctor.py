@@ -60,7 +60,7 @@ def starts(
         teacher: Denoiser that generators start from.
         shape: Shape of one sample.
         condition: Keyword tensors of the backbone, one row for each sample.
-        lambdas: Log signal-to-noise ratios.
+        lambdas: Log signal-to-noise ratios to look at.
         count: Number of samples; all levels see the same latents.
 
     Example:
@@ -81,7 +81,7 @@ def starts(
         seen.add(t)
         x = OneStepGenerator(teacher, t)(z, condition)
         log_snr = float(teacher.schedule.log_snr(torch.tensor([t], dtype=torch.float64))[0])
-        found.append(Start(log_snr, t, x, float(x.std(0).mean())))
+        found.append(Start(log_snr + 0.0, t, x, float(x.std(0).mean())))
     return tuple(found)
 
 
@@ -308,7 +308,7 @@ def largest_steps(
     be below 2 over that. Products with J are taken as the derivative of v -> J^T v, so that any network will do.
 
     Args:
-        generator: One-step generator.
+        generator: One-step generator to look at.
         schedule: Schedule of the teacher.
         z: Latents at which the Jacobian is looked at; the worst one counts.
         condition: Keyword tensors of the backbones.
@@ -340,7 +340,7 @@ def jacobian_norm(
     """Returns the largest singular value of a generator's Jacobian over latents, each by its own power iteration.
 
     Args:
-        generator: One-step generator.
+        generator: One-step generator to look at.
         z: Latents at which it is looked at.
         condition: Keyword tensors of the backbones.
         iterations: Number of power iterations.

@@ -30,7 +30,7 @@ def compute(
         teacher: Teacher whose samples the corrected ones should be like.
         generator: Generator whose samples are corrected.
         chain: Options of the chain.
-        count: Number of samples.
+        count: Number of samples to draw.
         seed: Seed of all draws but the latents.
     """
     student = _student(run, teacher, generator, chain, seed)

@@ -51,7 +51,7 @@ class Teacher:
         """Returns the conditions of as many rows as are asked for, always the same.
 
         Args:
-            count: Number of rows.
+            count: Number of rows wanted.
         """
         return None if self.conditions is None else self.conditions(0, torch.arange(count))
 
@@ -113,7 +113,7 @@ def conditions_of(model: "DiffusionModel", prompts: tuple[str, ...]) -> Conditio
     """Returns the conditions of a model's iterations: prompts in turn, or classes in turn, or none.
 
     Args:
-        model: Diffusion model.
+        model: Diffusion model of the teacher.
         prompts: Prompts that rows take in turn; without any, the empty prompt.
 
     Raises:

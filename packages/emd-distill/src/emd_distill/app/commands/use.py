@@ -83,7 +83,7 @@ def correct(
     train with one.
 
     Args:
-        num: Number of samples.
+        num: Number of samples to draw.
         prompts: Prompts that the samples take in turn, for teachers that take prompts.
         call_level: Ratio sigma / alpha at which the teacher is called once, where no generator is given.
     """

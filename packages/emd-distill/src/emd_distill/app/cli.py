@@ -5,6 +5,7 @@ from pathlib import Path
 
 from diffcore.cli import Flag, emit, main, make_app
 from diffcore.cli.package_commands import add_package_commands
+from emd_distill.app.commands import check, finish
 from emd_distill.app.commands.compare import compare
 from emd_distill.app.commands.train import train
 from emd_distill.app.commands.use import evaluate, sample
@@ -16,10 +17,8 @@ app = make_app(
     "emd-distill",
 )
 add_package_commands(app, timed="chains and iterations against a straightforward form in PyTorch")
-app.command(train)
-app.command(compare)
-app.command(sample)
-app.command(evaluate)
+for command in (check.doctor, train, compare, sample, evaluate, finish.correct, finish.export):
+    app.command(command)
 
 
 def run() -> int:

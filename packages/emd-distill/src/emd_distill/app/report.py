@@ -5,6 +5,7 @@ from pathlib import Path
 
 from diffcore.report import Report, Series, lines_with_band
 from diffcore.run import Run
+from emd_distill.app import checking, correcting
 from emd_distill.app.comparing import add_comparison
 from emd_distill.app.report_training import add_training
 
@@ -14,6 +15,8 @@ TITLES = {
     "evaluate": "A one-step generator against its teacher",
     "sample": "Images of a one-step generator",
     "train": "A one-step generator from a many-step teacher",
+    "doctor": "Before training: what the teacher and its settings are worth",
+    "correct": "Samples of a generator, corrected by a chain",
 }
 _LIMITS = (
     "Precision and accuracy rise while modes are lost: they say that what is drawn is good, not that all is drawn. "
@@ -51,6 +54,8 @@ def _add_grids(report: Report, run: Run) -> None:
 
 
 def _add_quality(report: Report, run: Run) -> None:
+    if run.has("correction"):
+        return
     report.kept_table("quality", "How near to the real digits")
     report.kept_table("scores", "How near the images are")
 
@@ -91,5 +96,7 @@ SECTIONS: tuple[Callable[[Report, Run], None], ...] = (
     _add_limits,
     add_training,
     add_comparison,
+    correcting.add_sections,
+    checking.add_sections,
 )
 """Parts of the page in their order; each adds nothing where the run does not hold what it shows."""

@@ -1,0 +1,119 @@
+"""The commands that use a trained generator: export, correct."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from diffcore.cli import Flag, Loading, Output, emit, load_model
+from diffcore.errors import UserError
+from diffcore.runtime import Runtime
+from emd_distill.app.options import ChainOptions
+
+if TYPE_CHECKING:
+    from diffcore.run import Run, RunMap
+
+TeacherName = Annotated[str, Parameter(help="Teacher: pipeline or backbone folder, safetensors file, or zoo:NAME.")]
+GeneratorPath = Annotated[Path, Parameter(help="Generator: its safetensors file, or a folder that export wrote.")]
+
+
+def export(
+    model: TeacherName,
+    generator: GeneratorPath,
+    *,
+    out: Path,
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    licence: str | None = None,
+    verify: bool = True,
+    dry_run: Flag = False,
+    json: Flag = False,
+    loading: Loading = Loading(),
+) -> int:
+    """Write a generator as an ordinary folder of diffusers that draws in one step, and check that it does.
+
+    Shortest form: emd-distill export TEACHER GENERATOR --out FOLDER
+
+    Args:
+        out: New folder of the model; nothing may be there.
+        dtype: Precision of the written weights.
+        licence: Licence of the teacher's weights, such as openrail++, for the card; it binds the generator too.
+        verify: Read the folder back and compare what it draws with the generator.
+        dry_run: Print what would be written, and do nothing.
+        json: Print the result as one JSON object.
+    """
+    from emd_distill.files.export import export as write
+    from emd_distill.files.export import refuse_taken
+    from emd_distill.files.generators import load_generator
+
+    refuse_taken(out)
+    teacher = load_model(model, loading, Runtime(device="cpu"))
+    stored = load_generator(generator, teacher.denoiser)
+    if dry_run:
+        emit({"teacher": teacher.name, "t": stored.generator.t, "dtype": dtype, "writes": out}, json)
+        return 0
+    done = write(
+        teacher, stored.generator, out, dtype=dtype, licence=licence, training=stored.training, verify=verify
+    )  # fmt: skip
+    emit({"folder": done.folder, "scheduler": done.scheduler, "t": done.t, "error": done.error}, json)
+    return 0
+
+
+def correct(
+    teacher: Annotated[str, Parameter(help="Teacher: a model, or digits for the one that ships with this package.")],
+    generator: Annotated[
+        Path | None, Parameter(help="Generator file or folder; by default the teacher in one step.")
+    ] = None,
+    *,
+    num: int = 200,
+    prompts: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
+    call_level: float | None = None,
+    chain: ChainOptions = ChainOptions(),
+    loading: Loading = Loading(),
+    runtime: Runtime = Runtime(),
+    output: Output = Output(),
+) -> int:
+    """Repair a generator's samples by some hundred steps of the chain, and see them before and after.
+
+    Shortest form: emd-distill correct digits
+
+    The weights stay as they are. It is the paper's figure 1, and tells what a chain can do on your teacher before you
+    train with one.
+
+    Args:
+        num: Number of samples to draw.
+        prompts: Prompts that the samples take in turn, for teachers that take prompts.
+        call_level: Ratio sigma / alpha at which the teacher is called once, where no generator is given.
+    """
+    from diffcore.cli import Job
+    from diffcore.cli.app import settings
+    from emd_distill.app.correcting import compute as run_chains
+    from emd_distill.app.report import write_page
+    from emd_distill.app.teachers import read_teacher
+
+    if num < 2:
+        raise UserError(f"`num` is {num}; give at least 2")
+    if generator is not None and call_level is not None:
+        raise UserError("`call_level` is for the teacher alone; the generator says its own level")
+    known = read_teacher(teacher, loading, runtime, prompts)
+    network = known.generator(generator, call_level)
+
+    def compute(run: "Run", map: "RunMap") -> dict[str, Any]:
+        return run_chains(run, known, network, chain, num, runtime.seed)
+
+    options = {"teacher": teacher, "generator": generator, "num": num, "prompts": prompts, "call_level": call_level}
+    job = Job(
+        "emd-distill correct",
+        output.out or Path("runs") / f"correct-{known.name}",
+        output,
+        settings(**options, chain=chain, loading=loading, runtime=runtime),
+        {known.name: known.fingerprint} | ({} if generator is None else {"generator": _digest(generator)}),
+        (),
+    )
+    plan = {"teacher": known.name, "t of the call": network.t, "samples": num, "Langevin steps": chain.steps}
+    return job(compute, plan=plan, report=write_page)
+
+
+def _digest(path: Path) -> str:
+    from diffcore.run import input_hash
+
+    return input_hash(path if path.is_dir() else path.with_suffix(".safetensors"))

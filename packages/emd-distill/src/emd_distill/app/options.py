@@ -1,0 +1,78 @@
+"""The options that commands share, each described once."""
+
+from dataclasses import dataclass
+
+from cyclopts import Parameter
+
+from diffcore.errors import UserError
+
+
+@Parameter(name="*", group="Chain", negative="")
+@dataclass(frozen=True)
+class ChainOptions:
+    """How samples are corrected.
+
+    Attributes:
+        steps: Number of Langevin steps (paper, figure 1: 300).
+        level: Ratio sigma / alpha of the noise at which the chain runs.
+        gamma_e: Step size of the noise.
+        gamma_z: Step size of the latents; 0 leaves them where they are.
+        kappa: Variance of the generator's samples, which bounds the step of the latents at low noise.
+        student_steps: Number of steps in which the score of the generator's samples is learned first.
+        student_batch: Number of samples of each such step.
+        student_rate: Learning rate of the score.
+    """
+
+    steps: int = 300
+    level: float = 0.5
+    gamma_e: float = 0.04
+    gamma_z: float = 0.01
+    kappa: float = 0.25
+    student_steps: int = 400
+    student_batch: int = 128
+    student_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "student_steps", "student_batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"`{name}` is {getattr(self, name)}; give at least 1")
+        if not 0 < self.gamma_e < 1:
+            raise UserError(f"`gamma_e` is {self.gamma_e}; it must lie between 0 and 1")
+        if not self.gamma_z >= 0 or not self.kappa >= 0:
+            raise UserError(f"`gamma_z` is {self.gamma_z} and `kappa` {self.kappa}; they must be at least 0")
+        if not self.level > 0 or not self.student_rate > 0:
+            raise UserError(f"`level` is {self.level} and `student_rate` {self.student_rate}; they must be positive")
+
+
+@Parameter(name="*", group="Planned training", negative="")
+@dataclass(frozen=True)
+class Planned:
+    """The training that doctor checks.
+
+    Attributes:
+        num_steps: Number K of Langevin steps.
+        batch_size: Number of rows in a batch.
+        gamma_z: Step size of the latents.
+        kappa: Variance of the generator's samples, which bounds the step of the latents at low noise.
+        call_level: Ratio sigma / alpha of the level at which the generator is called.
+        high: Largest sigma / alpha that training draws; by default the teacher's.
+        memory: Memory of the device in GiB, to compare with.
+    """
+
+    num_steps: int = 8
+    batch_size: int = 16
+    gamma_z: float = 1.6e-5
+    kappa: float = 0.25
+    call_level: float = 2.5
+    high: float | None = None
+    memory: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 0 or self.batch_size < 1:
+            raise UserError(f"`num_steps` is {self.num_steps}, `batch_size` {self.batch_size}; give at least 0 and 1")
+        if not self.gamma_z >= 0 or not self.kappa >= 0:
+            raise UserError(f"`gamma_z` is {self.gamma_z} and `kappa` {self.kappa}; they must be at least 0")
+        for name in ("call_level", "high", "memory"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"`{name}` is {value}; it must be positive")

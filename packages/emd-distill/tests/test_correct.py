@@ -1,0 +1,148 @@
+"""Long chains that repair samples: that they end at the teacher's, segment by segment as in one go."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffcore.cli import main
+from diffcore.denoiser import Denoiser, EDMSchedule
+from emd_distill.app.cli import app
+from emd_distill.chain import ChainNoise, langevin_eps_z
+from emd_distill.correct import correct, fit_student
+from emd_distill.digits import SHAPE, digit_classes, load_teacher
+from emd_distill.distill import Draws
+from emd_distill.files.generators import save_generator
+from emd_distill.generator import OneStepGenerator
+
+from .conftest import Affine, normal
+
+
+def test_samples_of_a_wrong_generator_end_at_the_teachers():
+    """Exact scores: g(z) ~ N(-1, .5^2), teacher N(1, 1); x at sigma = .8 must become N(1, 1 + .64)."""
+    z = torch.randn(4000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    teacher, student = normal(1.0, 1.0), normal(-1.0, 0.5)
+    done = correct(
+        Affine(0.5, -1.0), teacher, student, z, t=0.8, steps=400, gamma_e=0.05, gamma_z=0.05, kappa=0.0, seed=1
+    )
+    assert float(done.before.mean()) == pytest.approx(-1.0, abs=0.05)
+    x = done.moved  # g(z) of the joint chain's z: E[g(z) | x] with x ~ q, so that its mean is between the two
+    assert float(x.mean()) > -0.5
+    assert float(done.after.mean()) == pytest.approx(1.0, abs=0.12)
+    assert bool(done.finite.all())
+    assert done.path_steps[0] == 0
+    assert done.path_steps[-1] == 400
+    assert torch.equal(done.path[0], done.before)
+    assert torch.equal(done.path[-1], done.after)
+
+
+@pytest.mark.parametrize("gamma_z", [0.0, 0.02])
+def test_segments_are_one_chain(gamma_z):
+    """u over 60 steps in segments of 25 is u of one chain with the same noise."""
+    z = torch.randn(6, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    teacher, student, generator = normal(1.0, 1.0), normal(-1.0, 0.5), Affine(0.5, -1.0)
+    done = correct(generator, teacher, student, z, t=0.8, steps=60, gamma_e=0.05, gamma_z=gamma_z, kappa=0.25, seed=2)
+    draws, rows = Draws(2, (1,), lambda u: u), torch.arange(6)
+    parts = [draws.chain(1 + start, rows, count, moves=True) for start, count in ((0, 25), (25, 25), (50, 10))]
+    n_e, n_z = (torch.cat([getattr(part, name) for part in parts], 1).double() for name in ("eps", "z"))
+    t = torch.full((6,), 0.8)
+    whole = langevin_eps_z(
+        generator, teacher, student, z, draws(0, rows).eps.double(), t,
+        gamma_e=0.05, gamma_z=gamma_z, kappa=0.25, noise=ChainNoise(n_e, n_z),
+    )  # fmt: skip
+    torch.testing.assert_close(done.after, generator(whole.z).detach() + whole.u, rtol=1e-9, atol=1e-9)
+
+
+def test_a_chain_that_is_lost_leaves_its_sample_as_it_was():
+    class Sick(Denoiser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = normal(1.0, 1.0)
+            self.schedule = EDMSchedule()
+
+        def forward(self, x_t, t, cond=None):
+            found = self.inner(x_t, t)
+            spoiled = found.x0.clone()
+            spoiled[0] = math.nan
+            return type(found)(spoiled, x_t, found.alpha, found.sigma, "sample")
+
+    z = torch.randn(3, 1, dtype=torch.float64)
+    sick = Sick()
+    done = correct(Affine(0.5, -1.0), sick, normal(-1.0, 0.5), z, t=0.8, steps=40, gamma_z=0.01)
+    assert done.finite.tolist() == [False, True, True]
+    assert torch.equal(done.after[0], done.before[0])
+    assert bool(done.after.isfinite().all())
+    assert not torch.equal(done.after[1:], done.before[1:])
+
+
+def test_the_score_of_a_generator_is_learned_from_its_samples():
+    teacher = load_teacher()
+    generator = OneStepGenerator(teacher, 2.5)
+    student = fit_student(teacher, generator, SHAPE, lambda u: 0.3 + u, conditions=digit_classes, steps=60)
+    rows = torch.arange(256)
+    z, given = torch.randn(256, *SHAPE, generator=torch.Generator().manual_seed(1)), digit_classes(0, rows)
+    with torch.no_grad():
+        x0 = generator(z, given)
+        noisy, t = x0 + 0.8 * torch.randn(x0.shape, generator=torch.Generator().manual_seed(2)), torch.full((256,), 0.8)
+        errors = [float((network(noisy, t, given).x0 - x0).square().mean()) for network in (teacher, student)]
+    assert errors[1] < 0.8 * errors[0]
+    with pytest.raises(ValueError, match="`steps` is 0"):
+        fit_student(teacher, generator, SHAPE, lambda u: u, steps=0)
+
+
+FEW = ["--steps", "4", "--student-steps", "2", "--student-batch", "8", "--num", "20", "--threads", "1"]
+
+
+def test_the_command_writes_pictures_and_figures(tmp_path: Path, capsys):
+    assert main(app, ["correct", "digits", "--out", str(tmp_path / "run"), "--json", *FEW]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["lost_chains"] == 0
+    assert told["quality"]["corrected"]["distance"] != told["quality"]["before"]["distance"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    for heading in ("Before and after", "Along the chain", "How near to the real digits"):
+        assert heading in page
+    first = (tmp_path / "run" / "report.html").read_bytes()
+    assert main(app, ["correct", "digits", "--out", str(tmp_path / "run"), *FEW]) == 0  # finished: only read
+    assert main(app, ["report", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "report.html").read_bytes() == first
+
+
+def test_the_command_takes_a_trained_generator_and_a_zoo_model(tmp_path: Path, capsys):
+    path = save_generator(tmp_path / "g.safetensors", OneStepGenerator(load_teacher(), 1.5))
+    assert main(app, ["correct", "digits", str(path), "--out", str(tmp_path / "run"), *FEW]) == 0
+    few = ["--steps", "1", "--student-steps", "1", "--student-batch", "2", "--num", "2", "--threads", "1"]
+    assert main(app, ["correct", "zoo:digits8-edm", "--out", str(tmp_path / "zoo"), *few]) == 0
+    capsys.readouterr()
+    for words, said in (
+        (["digits", str(tmp_path / "none")], "is no generator"),
+        (["digits", "--gamma-e", "1"], "--gamma-e is 1"),
+        (["digits", "--level", "0"], "--level is 0"),
+        (["digits", str(path), "--call-level", "2"], "--call-level is for the teacher alone"),
+        (["digits", "--prompts", "a"], "--prompts were given"),
+        (["digits", "--num", "1"], "--num is 1"),
+    ):
+        assert main(app, ["correct", *words, "--out", str(tmp_path / "bad")]) == 2
+        assert said in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "bad").exists()
+    assert main(app, ["correct", "digits", "--out", str(tmp_path / "dry"), "--dry-run", *FEW]) == 0
+    assert not (tmp_path / "dry").exists()
+
+
+def test_export_on_the_command_line(tmp_path: Path, capsys):
+    from diffcore.models import load
+    from diffcore.runtime import Runtime
+
+    model = load("zoo:digits8-edm", Runtime(device="cpu"))
+    path = save_generator(tmp_path / "g.safetensors", OneStepGenerator(model.denoiser, 2.5), num_steps=4)
+    words = ["export", "zoo:digits8-edm", str(path), "--out", str(tmp_path / "one")]
+    assert main(app, [*words, "--dry-run"]) == 0
+    assert not (tmp_path / "one").exists()
+    capsys.readouterr()
+    assert main(app, [*words, "--json", "--licence", "apache-2.0"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["error"] < 1e-5
+    assert "| num steps | 4 |" in (tmp_path / "one" / "README.md").read_text()
+    assert main(app, words) == 2
+    assert "is there already" in capsys.readouterr().err

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from diffcore.run import Run, RunMap
 
 TeacherName = Annotated[str, Parameter(help="Teacher: pipeline or backbone folder, safetensors file, or zoo:NAME.")]
-GeneratorPath = Annotated[Path, Parameter(help="Generator: its safetensors file, or a folder that export wrote.")]
+GeneratorPath = Annotated[
+    Path, Parameter(help="Generator: run folder of train, its safetensors file, or a folder that export wrote.")
+]
 
 
 def export(

@@ -259,3 +259,20 @@ def test_what_does_not_fit_is_refused(tmp_path):
     (tmp_path / "taken" / "emd-distill.json").write_text(json.dumps({"t": "high"}))
     with pytest.raises(UserError, match="no level"):
         load_generator(Path(tmp_path / "taken"), model.denoiser)
+
+
+def test_a_run_of_train_is_a_generator_that_export_takes(tmp_path: Path):
+    from diffcore.models import load
+    from diffcore.runtime import Runtime
+    from emd_distill.files import generator_folder
+
+    teacher = load("zoo:digits8-edm", Runtime(device="cpu"))
+    trained = OneStepGenerator(copy.deepcopy(teacher.denoiser), 2.5)
+    with torch.no_grad():
+        next(trained.parameters()).add_(0.01)
+    facts = {"settings": {"loss": {"num_steps": 4}, "steps": 20}, "iterations": 20}
+    generator_folder.save_generator(tmp_path / "run" / "generator", trained, teacher, "zoo:digits8-edm", **facts)
+    for place in (tmp_path / "run", tmp_path / "run" / "generator"):
+        read = load_generator(place, teacher.denoiser)
+        assert torch.equal(next(read.generator.parameters()), next(trained.parameters()))
+        assert (read.training["num_steps"], read.training["steps"], read.generator.t) == (4, 20, 2.5)

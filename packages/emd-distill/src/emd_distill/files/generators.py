@@ -81,7 +81,11 @@ def load_generator(source: Path | str, teacher: NetworkDenoiser, *, runtime: Run
             "give the teacher that it was distilled from"
         )
     denoiser.backbone.load_state_dict(stored.tensors)
-    told = stored.fields.get("training") or {**stored.fields.get("settings", {}), "teacher": stored.fields.get("model")}
+    told = stored.fields.get("training")
+    if told is None:  # a run of train tells its settings, the loss's own among them
+        told = {"teacher": stored.fields.get("model_name"), **stored.fields.get("settings", {})}
+        loss = told.pop("loss", None)
+        told |= loss if isinstance(loss, dict) else {}
     return StoredGenerator(OneStepGenerator(denoiser, stored.fields["t"]), told)
 
 

@@ -18,6 +18,7 @@ from diffcore.runtime import Runtime
 from diffcore.testing import tiny
 from emd_distill.export import one_step_scheduler
 from emd_distill.files import export as writing
+from emd_distill.files import generator_folder
 from emd_distill.files.export import export
 from emd_distill.files.generators import load_generator, save_generator
 from emd_distill.generator import OneStepGenerator
@@ -262,10 +263,6 @@ def test_what_does_not_fit_is_refused(tmp_path):
 
 
 def test_a_run_of_train_is_a_generator_that_export_takes(tmp_path: Path):
-    from diffcore.models import load
-    from diffcore.runtime import Runtime
-    from emd_distill.files import generator_folder
-
     teacher = load("zoo:digits8-edm", Runtime(device="cpu"))
     trained = OneStepGenerator(copy.deepcopy(teacher.denoiser), 2.5)
     with torch.no_grad():

@@ -1,11 +1,16 @@
-"""Populations with known answers."""
+"""Populations with known answers, and a folder in which commands run."""
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from diffcore.cli import main
+from w2w_space.app.cli import app
 from w2w_space.layout import Layout
 from w2w_space.population import Population, Stacked
 
@@ -14,6 +19,31 @@ LAYERS = {"blocks.10.to_q": (48, 64), "blocks.2.to_v": (40, 32), "mid.to_q": (56
 
 def names(count: int) -> tuple[str, ...]:
     return tuple(f"member {number}" for number in range(count))
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder with what commands take, which is the current folder while a test runs.
+
+    Attributes:
+        folder: The folder.
+        capsys: Output of the commands.
+    """
+
+    folder: Path
+    capsys: pytest.CaptureFixture[str]
+
+    def __call__(self, *tokens: str | Path, code: int = 0) -> tuple[str, str]:
+        """Runs a command, checks its exit code, and returns what it prints and what it tells."""
+        self.capsys.readouterr()
+        found = main(app, [str(token) for token in tokens])
+        out, err = self.capsys.readouterr()
+        assert found == code, err
+        return out, err
+
+    def json(self, *tokens: str | Path, code: int = 0) -> dict[str, Any]:
+        """Runs a command and returns the object that it prints."""
+        return json.loads(self(*tokens, "--json", code=code)[0])
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Every command in-process: from LoRA files to a space, its points, and files of other tools; bad input is told."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -23,32 +22,10 @@ from w2w_space.files.space import base_of_space, load_space, save_space
 from w2w_space.space import Point, WeightSpace
 from w2w_space.styles import load_styles
 
+from .conftest import Place
+
 TARGETS = ("attn1.to_q", "attn1.to_v", "attn2.to_q", "attn2.to_v")
 MEMBERS = 6
-
-
-@dataclass(frozen=True)
-class Place:
-    """A folder with a model, adapters of it, a population and a space, which is the current folder while tests run.
-
-    Attributes:
-        folder: The folder.
-        capsys: Output of the commands.
-    """
-
-    folder: Path
-    capsys: pytest.CaptureFixture[str]
-
-    def __call__(self, *tokens: str | Path, code: int = 0) -> tuple[str, str]:
-        """Runs a command, checks its exit code, and returns what it prints and what it tells."""
-        self.capsys.readouterr()
-        found = main(app, [str(token) for token in tokens])
-        out, err = self.capsys.readouterr()
-        assert found == code, err
-        return out, err
-
-    def json(self, *tokens: str | Path, code: int = 0) -> dict:
-        return json.loads(self(*tokens, "--json", code=code)[0])
 
 
 def drawn(shapes: dict[str, tuple[int, ...]], seed: int, rank: int = 1) -> Adapter:

@@ -34,6 +34,8 @@ from w2w_space.population import Population, Stacked
 from w2w_space.recipe import layout_for
 from w2w_space.space import WeightSpace
 
+from .conftest import Place
+
 searching: Any = importlib.import_module("w2w_space.invert")  # the package's attribute is the function
 PROMPT = "a photo of a sks toy"
 SETTINGS = InversionSettings(num_components=3, steps=4, batch_size=2, check_every=2, num_pairs=2, learning_rate=0.2)
@@ -43,24 +45,8 @@ BLIND = (*QUICK, "--num-images", "0")
 
 
 @dataclass(frozen=True)
-class Place:
-    """A folder with a model, a space and pictures, which is the current folder while a test runs.
-
-    Attributes:
-        folder: The folder.
-        capsys: Output of the commands.
-    """
-
-    folder: Path
-    capsys: pytest.CaptureFixture[str]
-
-    def __call__(self, *tokens: str | Path, code: int = 0) -> tuple[str, str]:
-        """Runs a command, checks its exit code, and returns what it prints and what it tells."""
-        self.capsys.readouterr()
-        found = main(app, [str(token) for token in tokens])
-        out, err = self.capsys.readouterr()
-        assert found == code, err
-        return out, err
+class Inverting(Place):
+    """Commands on one folder, in the words of this file."""
 
     def invert(self, *tokens: str | Path, code: int = 0) -> dict[str, Any]:
         words = ("invert", "space.safetensors", "model", *tokens, "--prompt", PROMPT, "--json")
@@ -103,12 +89,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Place:
+def place(made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Inverting:
     monkeypatch.chdir(made)
-    return Place(made, capsys)
+    return Inverting(made, capsys)
 
 
-def test_pictures_of_one_subject_share_a_point(place: Place):
+def test_pictures_of_one_subject_share_a_point(place: Inverting):
     """What the command writes is what the function finds from pictures in memory."""
     told = place.invert("0.png", "1.png", "words.txt", *BLIND, "--out", "one", "--name", "toy")
     assert list(told["subjects"]) == ["toy"]
@@ -129,7 +115,7 @@ def test_pictures_of_one_subject_share_a_point(place: Place):
     assert all(change.relative_error(older[module]) > 1e-2 for module, change in written.items())
 
 
-def test_every_picture_is_a_subject_and_all_are_compared(place: Place):
+def test_every_picture_is_a_subject_and_all_are_compared(place: Inverting):
     words = ("0.png", "1.png", "2.png", "--each", *QUICK, "--num-images", "1", "--image-steps", "2")
     words += ("--directions", "directions.safetensors", "--baseline", "--refine", "0.05", "--out", "each")
     told = place.invert(*words)
@@ -153,7 +139,7 @@ def test_every_picture_is_a_subject_and_all_are_compared(place: Place):
     assert place.invert(*words) == told
 
 
-def test_a_mask_is_cropped_with_its_picture(place: Place):
+def test_a_mask_is_cropped_with_its_picture(place: Inverting):
     """The left half of the central square, in masks of three kinds and two resolutions."""
     for name, size in (("grey", (24, 16)), ("small", (12, 8)), ("clear", (24, 16))):
         half = Image.new("L", size)
@@ -193,7 +179,7 @@ def test_a_mask_is_cropped_with_its_picture(place: Place):
     assert float(cells[0].sum()) == 16
 
 
-def test_masks_that_do_not_fit_are_refused(place: Place):
+def test_masks_that_do_not_fit_are_refused(place: Inverting):
     Image.new("L", (24, 16)).save("empty.png")
     edge = Image.new("L", (24, 16))
     edge.paste(255, (0, 0, 3, 16))
@@ -208,7 +194,7 @@ def test_masks_that_do_not_fit_are_refused(place: Place):
     assert not Path("refused").exists()
 
 
-def test_bad_input_is_told_before_anything_is_computed(place: Place):
+def test_bad_input_is_told_before_anything_is_computed(place: Inverting):
     Path("more").mkdir(exist_ok=True)
     picture(5).save("more/0.png")
     assert "two subjects of one name, '0'" in place.refused("0.png", "more/0.png", "--each")
@@ -231,7 +217,7 @@ def test_bad_input_is_told_before_anything_is_computed(place: Place):
     assert not Path("refused").exists()
 
 
-def test_a_space_of_another_model_is_refused_or_told(place: Place):
+def test_a_space_of_another_model_is_refused_or_told(place: Inverting):
     tiny.pipeline("sd15", width=64).save_pretrained("wide")
     tiny.pipeline("sd15", seed=1).save_pretrained("twin")
     words = ("0.png", "--prompt", PROMPT, *BLIND)
@@ -243,7 +229,7 @@ def test_a_space_of_another_model_is_refused_or_told(place: Place):
     assert "trained on other weights" in json.loads(out)["notes"][0]
 
 
-def test_an_interrupted_search_and_two_processes_end_alike(place: Place, monkeypatch: pytest.MonkeyPatch):
+def test_an_interrupted_search_and_two_processes_end_alike(place: Inverting, monkeypatch: pytest.MonkeyPatch):
     words = ("0.png", "1.png", "2.png", "--each", "--group-size", "2", *BLIND)
     whole = place.invert(*words, "--out", "whole")["subjects"]
     done, real = [], searching._search
@@ -272,7 +258,7 @@ def test_an_interrupted_search_and_two_processes_end_alike(place: Place, monkeyp
             assert path.read_bytes() == Path("whole", "points", f"{name}.safetensors").read_bytes()
 
 
-def test_a_subject_outside_the_space_is_told(place: Place, monkeypatch: pytest.MonkeyPatch):
+def test_a_subject_outside_the_space_is_told(place: Inverting, monkeypatch: pytest.MonkeyPatch):
     """A bound so narrow that the search lies on it, and a base model that explains the pictures better."""
     told = place.invert("0.png", *BLIND, "--max-std", "0.01", "--out", "narrow")
     assert told["subjects"]["0"]["at_bound"]
@@ -285,7 +271,7 @@ def test_a_subject_outside_the_space_is_told(place: Place, monkeypatch: pytest.M
     assert "lies outside the space" in Path("far/report.html").read_text()
 
 
-def test_a_dry_run_counts_and_writes_nothing(place: Place):
+def test_a_dry_run_counts_and_writes_nothing(place: Inverting):
     words = ("0.png", "1.png", "2.png", "--each", *BLIND, "--baseline", "--restarts", "2", "--dry-run", "--out", "dry")
     plan = place.invert(*words)
     assert (plan["subjects"], plan["pictures"], plan["components"]) == (3, 3, 3)
@@ -293,7 +279,7 @@ def test_a_dry_run_counts_and_writes_nothing(place: Place):
     assert not Path("dry").exists()
 
 
-def test_presets_set_what_the_specification_says(place: Place):
+def test_presets_set_what_the_specification_says(place: Inverting):
     from w2w_space.app.options_training import SearchOptions
 
     photo, art = SearchOptions().settings(0), SearchOptions(style="art").settings(0)

@@ -9,7 +9,6 @@ import socket
 import struct
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from diffcore.adapters import read_adapter
 from diffcore.errors import UserError
 from diffcore.models import from_pipeline
 from diffcore.testing import tiny
+from diffcore.testing.waiting import wait_until
 from w2w_space.app.studio import Scene, Studio
 from w2w_space.diagnose import cross_fitted
 from w2w_space.directions import Directions, find_directions
@@ -225,11 +225,8 @@ class Browser:
         return answer["result"].get("value")
 
     def wait_for(self, script: str) -> None:
-        end = time.monotonic() + 120
-        while not self.run(script):
-            if time.monotonic() > end:
-                raise TimeoutError(f"{script}: {self.run('document.body.innerText')}")
-            time.sleep(0.05)
+        if not wait_until(lambda: bool(self.run(script)), seconds=120):
+            raise TimeoutError(f"{script}: {self.run('document.body.innerText')}")
 
     def _do(self, method: str, **params: Any) -> dict[str, Any]:
         self._sent += 1

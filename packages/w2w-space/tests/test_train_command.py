@@ -1,7 +1,6 @@
 """Populations from folders of pictures: what is read, trained, resumed, shared among processes, and left out."""
 
 import importlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from w2w_space.app.cli import app
 from w2w_space.files.population import PopulationFolder
 from w2w_space.files.space import details_of_space, load_space
 
+from .conftest import Place
+
 training: Any = importlib.import_module("w2w_space.train_population")  # the package's attribute is the function
 PROMPT = "a photo of a sks toy"
 QUICK = ("--steps", "3", "--batch-size", "2", "--num-pairs", "2", "--learning-rate", "1e-2", "--alpha", "1")
@@ -29,27 +30,8 @@ SHORT = (*QUICK, "--group-size", "2", "--num-images", "0")
 
 
 @dataclass(frozen=True)
-class Place:
-    """A folder with a model and subjects, which is the current folder while a test runs.
-
-    Attributes:
-        folder: The folder.
-        capsys: Output of the commands.
-    """
-
-    folder: Path
-    capsys: pytest.CaptureFixture[str]
-
-    def __call__(self, *tokens: str | Path, code: int = 0) -> tuple[str, str]:
-        """Runs a command, checks its exit code, and returns what it prints and what it tells."""
-        self.capsys.readouterr()
-        found = main(app, [str(token) for token in tokens])
-        out, err = self.capsys.readouterr()
-        assert found == code, err
-        return out, err
-
-    def json(self, *tokens: str | Path, code: int = 0) -> dict[str, Any]:
-        return json.loads(self(*tokens, "--json", code=code)[0])
+class Training(Place):
+    """Commands on one folder, in the words of this file."""
 
     def train(self, *tokens: str | Path, code: int = 0) -> dict[str, Any]:
         return self.json("train", "model", "instances", "--prompt", PROMPT, *SHORT, *tokens, code=code)
@@ -88,9 +70,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Place:
+def place(made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Training:
     monkeypatch.chdir(made)
-    return Place(made, capsys)
+    return Training(made, capsys)
 
 
 def vectors(folder: str) -> torch.Tensor:
@@ -98,7 +80,7 @@ def vectors(folder: str) -> torch.Tensor:
     return found.rows(range(len(found)))
 
 
-def test_a_folder_becomes_a_population_that_build_takes(place: Place):
+def test_a_folder_becomes_a_population_that_build_takes(place: Training):
     told = place.train("--out", "whole")
     assert (told["members"], told["failed"]) == (3, [])
     left_out = dict(told["left_out"])
@@ -123,7 +105,7 @@ def test_a_folder_becomes_a_population_that_build_takes(place: Place):
         assert word in page
 
 
-def test_a_population_is_what_the_function_trains(place: Place):
+def test_a_population_is_what_the_function_trains(place: Training):
     """Pictures in memory, in one call of the library, give the members that the command writes."""
     from w2w_space import Instance, Recipe, train_population
 
@@ -144,7 +126,7 @@ def test_a_population_is_what_the_function_trains(place: Place):
     assert (torch.stack([member.vector for member in members]) - vectors("whole")).abs().max() < 1e-6
 
 
-def test_an_interrupted_training_ends_as_if_it_had_not_been(place: Place, monkeypatch: pytest.MonkeyPatch):
+def test_an_interrupted_training_ends_as_if_it_had_not_been(place: Training, monkeypatch: pytest.MonkeyPatch):
     done, real = [], training._train
 
     def stopping(*args: Any) -> Any:
@@ -170,7 +152,7 @@ def test_an_interrupted_training_ends_as_if_it_had_not_been(place: Place, monkey
     assert "prompt" in err
 
 
-def test_two_processes_train_the_population_of_one(place: Place):
+def test_two_processes_train_the_population_of_one(place: Training):
     words = ["train", "model", "instances", "--prompt", PROMPT, *SHORT, "--devices", "2", "--out", "both"]
     words += ["--export", "both-files"]
 
@@ -184,7 +166,7 @@ def test_two_processes_train_the_population_of_one(place: Place):
     assert len(list(Path("both-files").glob("*.safetensors"))) == 3
 
 
-def test_members_are_exported_as_files_that_draw_the_same(place: Place):
+def test_members_are_exported_as_files_that_draw_the_same(place: Training):
     for format in ("diffusers", "peft"):
         place.train("--out", "whole", "--export", f"files-{format}", "--format", format)
     again = ("train", "model", "instances", "--prompt", PROMPT, *SHORT, "--out", "whole", "--export", "files-peft")
@@ -199,7 +181,7 @@ def test_members_are_exported_as_files_that_draw_the_same(place: Place):
             assert max(change.relative_error(read[module]) for module, change in member.items()) < 5e-3
 
 
-def test_a_dry_run_counts_and_writes_nothing(place: Place):
+def test_a_dry_run_counts_and_writes_nothing(place: Training):
     (place.folder / "class").mkdir(exist_ok=True)
     picture(9).save("class/1.png")
     plan = place.train("--out", "planned", "--class-images", "class", "--class-prompt", "a toy", "--dry-run")
@@ -208,7 +190,7 @@ def test_a_dry_run_counts_and_writes_nothing(place: Place):
     assert not Path("planned").exists()
 
 
-def test_pictures_of_the_class_are_seen_beside_the_subjects(place: Place):
+def test_pictures_of_the_class_are_seen_beside_the_subjects(place: Training):
     (place.folder / "class").mkdir(exist_ok=True)
     picture(9).save("class/1.png")
     place.train("--out", "kept", "--class-images", "class", "--class-prompt", "a toy", "--num-members", "2")
@@ -235,7 +217,7 @@ def test_pictures_of_the_class_are_seen_beside_the_subjects(place: Place):
         assert message in err
 
 
-def test_failed_members_are_recorded_and_the_others_kept(place: Place, monkeypatch: pytest.MonkeyPatch):
+def test_failed_members_are_recorded_and_the_others_kept(place: Training, monkeypatch: pytest.MonkeyPatch):
     real = training._train
 
     def failing(model: Any, layout: Any, recipe: Any, instances: list[Any], *more: Any) -> Any:
@@ -262,7 +244,7 @@ def test_failed_members_are_recorded_and_the_others_kept(place: Place, monkeypat
     assert "No better than the base model: carol" in page
 
 
-def test_pictures_are_turned_cropped_and_composited(place: Place):
+def test_pictures_are_turned_cropped_and_composited(place: Training):
     """A half red, half blue picture, stored on its side with a note that it is to be turned."""
     from w2w_space.pictures import framed
 
@@ -283,7 +265,7 @@ def test_pictures_are_turned_cropped_and_composited(place: Place):
 
 def test_models_of_classes_take_them_from_folders(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.chdir(tmp_path)
-    place = Place(tmp_path, capsys)
+    place = Training(tmp_path, capsys)
     tiny.pipeline("dit").save_pretrained("model")
     for name, label in (("a", 3), ("a", 5), ("b", 7)):
         folder = Path("instances", name, str(label))
@@ -318,7 +300,7 @@ def test_models_of_classes_take_them_from_folders(tmp_path: Path, monkeypatch, c
     place("train", "model", "flat", "--class-label", "3", *SHORT, "--targets", "to_q", "--out", "labelled")
 
 
-def test_bad_sources_are_refused_with_a_clear_line(place: Place):
+def test_bad_sources_are_refused_with_a_clear_line(place: Training):
     Path("loose").mkdir(exist_ok=True)
     picture(1).save("loose/1.png")
     Path("twice/caf\u00e9").mkdir(parents=True, exist_ok=True)
@@ -349,7 +331,7 @@ def test_bad_sources_are_refused_with_a_clear_line(place: Place):
     assert "too long" in place("train", "model", "instances", "--prompt", long, *SHORT, "--out", "bad", code=2)[1]
 
 
-def test_styles_of_the_zoo_are_trained_with_their_labels(place: Place):
+def test_styles_of_the_zoo_are_trained_with_their_labels(place: Training):
     words = ("train", "zoo:digits-styles", "zoo:digits-styles", "--num-members", "3", *SHORT, "--out", "styles")
     assert place.json(*words)["members"] == 3
     rows = Path("styles/labels.csv").read_text().splitlines()

@@ -225,7 +225,7 @@ class Browser:
         return answer["result"].get("value")
 
     def wait_for(self, script: str) -> None:
-        if not wait_until(lambda: bool(self.run(script)), seconds=120):
+        if not wait_until(lambda: bool(self.run(script)), seconds=120.0):
             raise TimeoutError(f"{script}: {self.run('document.body.innerText')}")
 
     def _do(self, method: str, **params: Any) -> dict[str, Any]:

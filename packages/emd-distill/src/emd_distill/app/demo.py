@@ -56,8 +56,8 @@ class Arm:
 
 
 ARMS = (
-    Arm("Diff-Instruct (K = 0)", 0, 1800, 3500),
-    Arm("EM Distillation, K = 4", 4, 1150, 2300),
+    Arm("Diff-Instruct (K = 0)", 0, 1500, 3500),
+    Arm("EM Distillation, K = 4", 4, 970, 2300),
     Arm("EM Distillation, K = 16", 16, 0, 950),
 )
 

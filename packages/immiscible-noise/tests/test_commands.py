@@ -24,6 +24,7 @@ from diffcore.io import artifact
 from diffcore.models import load
 from diffcore.runtime import Runtime
 from immiscible_noise.app.cli import app
+from immiscible_noise.consistency import consistency_sample
 from immiscible_noise.study.train import load_snapshot, read_recipe
 
 
@@ -81,6 +82,8 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
         ["--method", "vanilla", "--objective", "ddpm"],
         ["--method", "assignment", "--objective", "edm", "--class-conditional"],
         ["--method", "knn", "--objective", "flow", "--normalisation", "standard"],
+        ["--method", "assignment", "--objective", "consistency", "--cost", "l1"],
+        ["--method", "assignment", "--objective", "consistency-improved", "--flip", "--until", "0.5"],
         ["--strength", "0.5", "--network", "unet", "--warmup", "3", "--gradient-clip", "1"],
     ],
     ids=lambda options: "-".join(options[1::2]),
@@ -131,6 +134,29 @@ def test_an_exported_unet_predicts_in_plain_diffusers_what_it_predicts_here(
     assert torch.equal(unet.conv_in.weight, loaded.backbone.get_submodule("conv_in").weight)
 
 
+def test_an_exported_consistency_function_samples_alike_in_plain_diffusers(
+    painted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import diffusers
+
+    out = tmp_path / "run"
+    options = ["--network", "unet", "--objective", "consistency", "--class-conditional"]
+    assert run("train", painted, "--out", out, *options, *small(steps=2, snapshots=1)) == 0
+    pipeline = diffusers.ConsistencyModelPipeline.from_pretrained(out / "model", local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    recipe = read_recipe(out)
+    denoiser, labels = load_snapshot(recipe, out, 2), torch.tensor([0, 1, 1])
+    noise, fresh = torch.randn(2, 3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr("diffusers.schedulers.scheduling_consistency_models.randn_tensor", lambda *_, **__: fresh)
+    monkeypatch.setattr("immiscible_noise.consistency.row_noise", lambda *_, **__: fresh)
+    for steps in ({"num_inference_steps": 1}, {"num_inference_steps": None, "timesteps": [22, 0]}):
+        images = pipeline(batch_size=3, class_labels=labels, latents=noise, output_type="pt", **steps).images
+        sigmas = tuple(pipeline.scheduler.sigmas[:-1].tolist())
+        ours = consistency_sample(denoiser, noise, {"class_labels": labels}, sigmas=sigmas, seeds=torch.arange(3))
+        assert (recipe.scale.decode(ours).clamp(0, 1) - images).abs().max() < 1e-5
+        assert images.std() > 0.05
+
+
 def test_couplings_of_one_seed_share_weights_order_and_noise(painted: Path, tmp_path: Path):
     """With strength 0 the assignment is vanilla to the last bit: nothing else may differ between couplings."""
     for name, options in {
@@ -168,6 +194,21 @@ def test_evaluate_warns_where_sampling_is_biased(painted: Path, tmp_path: Path, 
         assert run("evaluate", tmp_path / method, painted, "--eta", "1", *QUICK) == 0
         warned = [record for record in caplog.records if "stochastic sampling" in record.message]
         assert bool(warned) == (method == "assignment")
+
+
+def test_evaluate_takes_one_and_two_steps_of_a_consistency_function_and_warns_of_the_second(
+    painted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    for method in ("assignment", "vanilla"):
+        out = tmp_path / method
+        run("train", painted, "--out", out, "--method", method, "--objective", "consistency", *SMALL)
+        for steps in ([], ["--sampling-steps", "1"]):
+            caplog.clear()
+            told = ["--out", tmp_path / f"{method}-{len(steps)}", "--num-samples", "40", *steps]
+            assert run("evaluate", out, painted, *told) == 0
+            assert ("adds fresh noise" in caplog.text) == (method == "assignment" and not steps)
+        result = json.loads((tmp_path / f"{method}-0" / "result.json").read_text())
+        assert set(result["frechet"]) == {f"{method}, 1 steps", f"{method}, 2 steps"}
 
 
 def test_compare_shows_all_couplings_and_resumes_what_is_done(

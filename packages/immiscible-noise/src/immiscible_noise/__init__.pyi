@@ -1,5 +1,8 @@
 from .assign import assign_noise as assign_noise
 from .assign import immiscible_noise_like as immiscible_noise_like
+from .consistency import consistency_distillation_loss as consistency_distillation_loss
+from .consistency import consistency_sample as consistency_sample
+from .consistency import consistency_training_loss as consistency_training_loss
 from .coupling import PRESETS as PRESETS
 from .coupling import Coupling as Coupling
 from .diagnose import CouplingStatistics as CouplingStatistics

@@ -157,7 +157,8 @@ def compare(
 
     Args:
         data: Folder or zip of images; sub-folders are classes.
-        couplings: Any of vanilla, assignment, half (strength 0.5), ignore (labels ignored), knn, knn-inner.
+        couplings: Any of vanilla, assignment, half (strength 0.5), ignore (labels ignored), knn, knn-inner, early
+            (assigned in the first half of the training), flip (assigned, then negated).
         seeds: Number of trainings per coupling.
     """
     from immiscible_noise.app.report import write_page

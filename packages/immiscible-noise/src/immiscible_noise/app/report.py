@@ -24,12 +24,16 @@ _NAMES = {
     "ignore": "assignment, labels ignored",
     "knn": "nearest of 4",
     "knn-inner": "nearest of 4, inner product",
+    "early": "assignment, first half of the training",
+    "flip": "assignment, negated",
 }
 _COLUMNS = {
     "main_direction_variance": "variance PC1",
     "batch_size": "batch",
     "leak_error": "± leak",
     "frechet": "Fréchet distance",
+    "fewer_steps_at_first": "times fewer, at first",
+    "fewer_steps_for_good": "times fewer, for good",
 }
 _TITLES = {
     "demo": "Immiscible noise on handwritten digits",
@@ -135,6 +139,12 @@ def _add_comparison(report: Report, run: Run, folder: Path) -> None:
         f"images a side: {study.floor:.2f}.",
     )
     report.table([_readable(row) for row in study.summary_rows()], "After the last training step")
+    if rows := study.speedup_rows():
+        report.table(
+            [_readable(row) for row in rows],
+            "How many times fewer training steps than vanilla to the distance that vanilla ends at, when it is first "
+            "reached and from when on it stays: geometric mean over the seeds, with the least and the most",
+        )
     if _has(folder, "grids"):
         report.section("Samples")
         _add_samples(report, study, folder)

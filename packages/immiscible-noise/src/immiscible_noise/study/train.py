@@ -30,6 +30,13 @@ from diffcore.train import (
     iterations_done,
     snapshot_key,
 )
+from immiscible_noise.consistency import (
+    IMPROVED,
+    ORIGINAL,
+    consistency_sample,
+    consistency_training_loss,
+    sampling_levels,
+)
 from immiscible_noise.coupling import Coupling
 from immiscible_noise.study.network import build_denoiser
 from immiscible_noise.study.settings import TrainSettings
@@ -109,7 +116,9 @@ class Recipe:
         seed: int = 0,
         stream: int = _SAMPLING_STREAM,
     ) -> Float[Tensor, "b c h w"]:
-        """Returns an image per row, by DDIM steps from the row's own noise, whatever else is in the batch.
+        """Returns an image per row, from the row's own noise, whatever else is in the batch.
+
+        Consistency functions are applied `steps` times, with fresh noise between; others take DDIM steps.
 
         Args:
             denoiser: Trained model, around whose weights the recipe was kept.
@@ -123,6 +132,9 @@ class Recipe:
         device = next(denoiser.parameters()).device
         noise = row_noise(seed, rows, self.shape, stream=stream, device=device)
         cond = {} if labels is None else {"class_labels": labels.to(device)}
+        if self.settings.consistency:
+            x0 = consistency_sample(denoiser, noise, cond, sigmas=sampling_levels(steps), seeds=rows.to(device))
+            return self.scale.decode(x0)
         x0 = sample(denoiser, noise, cond, steps=steps, eta=eta, seeds=rows.to(device), clip_x0=self.clip_x0)
         return self.scale.decode(x0)
 
@@ -169,8 +181,6 @@ def train(
     coupling: Coupling,
     settings: TrainSettings,
     runtime: Runtime,
-    *,
-    pair_noise: Callable[[int], PairNoise] | None = None,
 ) -> Recipe:
     """Trains a model and keeps its averaged weights at `settings.snapshot_steps`.
 
@@ -184,7 +194,6 @@ def train(
         coupling: How noise meets images.
         settings: Objective, network and length of the training.
         runtime: Seed, device, precision and processes.
-        pair_noise: Function from the seed to a hook of one's own, which replaces the coupling.
 
     Returns:
         The recipe, which `load_snapshot` turns into a denoiser.
@@ -199,10 +208,10 @@ def train(
         return recipe
     _restart_before(missing[0], run)
     run.save("recipe", {}, **asdict(recipe))
-    module = DenoisingModule(
+    module = _MODULES.get(settings.objective, DenoisingModule)(
         recipe.denoiser(),
         optimizer=partial(torch.optim.Adam, lr=settings.learning_rate, fused=True),
-        pair_noise=(pair_noise or partial(pair_noise_of, coupling))(runtime.seed),
+        pair_noise=pair_noise_of(coupling, runtime.seed, settings.steps),
         learning_rate_factor=(lambda step: min(1.0, (step + 1) / settings.warmup)) if settings.warmup else None,
         seed=runtime.seed,
     )
@@ -228,7 +237,39 @@ def train(
     return recipe
 
 
-def pair_noise_of(coupling: Coupling, seed: int) -> PairNoise:
+class ConsistencyModule(DenoisingModule):
+    """Trains a consistency function as first published; noise is assigned once for both levels of a pair."""
+
+    consistency = ORIGINAL
+
+    def __init__(self, denoiser: NetworkDenoiser, **options: Any) -> None:
+        super().__init__(denoiser, time_sampler=lambda u: u, **options)
+
+    def loss(
+        self,
+        x0: Float[Tensor, "b *data"],
+        noise: Float[Tensor, "b *data"],
+        t: Float[Tensor, " b"],
+        condition: Mapping[str, Tensor],
+    ) -> Float[Tensor, ""]:
+        """Returns the loss at the pairs of levels that the uniform numbers `t` draw at this iteration."""
+        lower, upper = self.consistency.draw(t, self.iteration, self.num_iterations)
+        return consistency_training_loss(self.denoiser, x0, noise, lower, upper, condition, settings=self.consistency)
+
+
+class ImprovedConsistencyModule(ConsistencyModule):
+    """Trains a consistency function with log-normal levels and weights (Song and Dhariwal 2023)."""
+
+    consistency = IMPROVED
+
+
+_MODULES: Mapping[str, Callable[..., DenoisingModule]] = {
+    "consistency": ConsistencyModule,
+    "consistency-improved": ImprovedConsistencyModule,
+}
+
+
+def pair_noise_of(coupling: Coupling, seed: int, steps: int) -> PairNoise:
     """Returns the coupling as a hook of the training step.
 
     Whatever is drawn here is a function of (seed, step, rank), so that a resumed run repeats it.
@@ -236,9 +277,12 @@ def pair_noise_of(coupling: Coupling, seed: int) -> PairNoise:
     Args:
         coupling: How noise meets images.
         seed: Seed of the training.
+        steps: Number of its steps, of which the coupling may take a share.
     """
 
     def pair(x0: Tensor, noise: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        if batch["step"] >= coupling.until * steps:
+            return noise
         step_seed = mix_seed(seed, batch["step"], _STREAMS[coupling.method])
         generator = torch.Generator(x0.device).manual_seed(mix_seed(step_seed, batch["rank"]))
         return coupling(x0, noise, labels=batch.get("labels"), mask=batch.get("mask"), generator=generator)
@@ -303,4 +347,6 @@ def _restart_before(step: int, run: Run) -> None:
 
 def _grid(recipe: Recipe, denoiser: NetworkDenoiser, device: torch.device) -> Tensor:
     rows, labels = torch.arange(40), recipe.some_labels(40)
-    return recipe.generate(denoiser, rows, labels, steps=20, seed=recipe.seed, stream=_GRID_STREAM)
+    return recipe.generate(
+        denoiser, rows, labels, steps=1 if recipe.settings.consistency else 20, seed=recipe.seed, stream=_GRID_STREAM
+    )

@@ -28,7 +28,7 @@ class Speedup:
         least: Factor of the pair that gains least; None likewise.
         most: Factor of the pair that gains most; None likewise.
         reached: Number of pairs whose training reaches the distance.
-        pairs: Number of pairs.
+        pairs: Number of pairs that were compared.
     """
 
     mean: float | None
@@ -42,7 +42,7 @@ def crossing(steps: Sequence[int], distances: Sequence[float], goal: float) -> C
     """Returns when a curve reaches a goal; between its points, logarithms of steps and distances are on a line.
 
     Args:
-        steps: Training steps, ascending.
+        steps: Numbers of training steps, ascending.
         distances: Positive distance at each of them.
         goal: Positive distance that is to be reached.
 

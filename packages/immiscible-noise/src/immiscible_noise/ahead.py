@@ -57,13 +57,23 @@ class AssignedAhead:
     def __iter__(self) -> Iterator[Any]:
         with ThreadPoolExecutor(1, "assigned-ahead") as worker:
             waiting: tuple[int, Any, Future[Tensor]] | None = None
-            for index, batch in enumerate(self.loader, self.first_batch):
+            loader, index, failed = iter(self.loader), self.first_batch, None
+            while True:
+                try:
+                    batch = next(loader)
+                except StopIteration:
+                    break
+                except Exception as error:  # what came before it is still given
+                    failed = error
+                    break
                 following = (index, batch, worker.submit(self.noise, index, batch))
                 if waiting is not None:
                     yield self._with_noise(*waiting)
-                waiting = following
+                waiting, index = following, index + 1
             if waiting is not None:
                 yield self._with_noise(*waiting)
+            if failed is not None:
+                raise failed
 
     def noise(self, index: int, batch: Any) -> Tensor:
         """Returns the noise of a batch, which its index and the seed fix.

@@ -36,9 +36,10 @@ def test_each_window_holds_the_noises_that_were_drawn_assigned_as_a_batch():
     plan, vanilla = (NoisePlan.build(LATENTS, ORDER, window=24, strength=s) for s in (1.0, 0.0))
     for places in torch.arange(80).split(24):
         x, drawn = LATENTS[ORDER[places]], noise_of(vanilla.seeds[places], (4, 4, 4))
-        assert torch.equal(noise_of(plan.seeds[places], (4, 4, 4)), assign_noise(x, drawn))
+        assert torch.equal(plan.noise(places, like=x), assign_noise(x, drawn))
         assert sorted(plan.seeds[places].tolist()) == sorted(vanilla.seeds[places].tolist())
     assert len(set(plan.seeds.tolist())) == 80
+    assert len(set(noise_of(plan.seeds, (1,)).flatten().tolist())) == 80
 
 
 def test_a_longer_training_begins_as_a_shorter_one():

@@ -29,6 +29,8 @@ class Coupling:
         score: l2 as published, or inner, which keeps the noise's norm (knn).
         flip: Negate the assigned noise: each image owns a region still, but the far one (the paper's ablation of
             optimal transport).
+        window: Number of upcoming samples over which noise is assigned, for batches that are too small to exchange it;
+            0 assigns inside the batch. Trainings read it, as they know what comes; elsewhere build a `NoisePlan`.
         until: Share of the training after which noise is drawn independently again, an ablation. Trainings read it;
             a call of the coupling does not know how far training has come.
 
@@ -51,6 +53,7 @@ class Coupling:
     k: int = 4
     score: Literal["l2", "inner"] = "l2"
     flip: bool = False
+    window: int = 0
     until: float = 1.0
 
     def __post_init__(self) -> None:
@@ -58,6 +61,11 @@ class Coupling:
             raise ValueError(f"`strength` is {self.strength}; give a number from 0 (vanilla) to 1 (the paper)")
         if self.k < 1:
             raise ValueError(f"`k` is {self.k}; give the number of noise draws per image, at least 1")
+        if self.window < 0 or (self.window and self.method != "assignment"):
+            raise ValueError(
+                f"`window` is {self.window} with method {self.method}; give 0, or a number of samples with method "
+                "assignment"
+            )
         if not 0 <= self.until <= 1:
             raise ValueError(f"`until` is {self.until}; give a share of the training from 0 to 1")
 

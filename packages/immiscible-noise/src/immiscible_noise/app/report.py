@@ -41,6 +41,7 @@ _TITLES = {
     "evaluate": "A trained model, measured",
     "diagnose": "What assigning noise would do to these images",
     "train": "A training run",
+    "plan": "A plan of noise",
 }
 _GRID_COLUMNS = 12
 _CONDITIONS = {"assignment": "Labels respected", "ignore": "Labels ignored", "vanilla": "No assignment"}
@@ -78,6 +79,8 @@ def write_page(run: Run) -> Path:
         _add_diagnosis(report, run, answers=not compared)
     if run.has("recipe"):
         _add_training(report, run)
+    if verb == "plan":
+        _add_plan(report, run)
     if compared:
         report.section("What may be concluded").points(*_MAY)
         report.section("What may not").points(*_MAY_NOT)
@@ -217,6 +220,24 @@ def _add_training(report: Report, run: Run) -> None:
     samples = run.folder / "figures" / "samples.png"
     if samples.exists():
         report.figure(samples, f"Samples of the averaged weights after {steps:,} steps.")
+
+
+def _add_plan(report: Report, run: Run) -> None:
+    told = run.load("plan").fields
+    report.answer(
+        f"{told['visits']:,} visits in windows of {told['window']:,}: noise lies {told['distance_reduction']:.2%} "
+        "nearer to its sample than independent noise does."
+    )
+    images = run.load("gallery").tensors
+    report.section("Distances")
+    figure = histogram(
+        {"independent": images["independent"], "planned": images["planned"]}, x_label="L2 distance of sample and noise"
+    )
+    report.plot("distances", figure, f"Samples and noises of the first {len(images['planned']):,} visits.")
+    report.section("Take it into a trainer").text(
+        f"plan = NoisePlan.load('{told['file']}'); the loader's sampler is plan.order; in the step, noise = "
+        "plan.noise(visits, like=x), where visits are the numbers of samples that the training took before."
+    )
 
 
 def verdict(study: Comparison) -> str:

@@ -15,7 +15,7 @@ from diffcore.data import ImageSet
 from diffcore.denoiser import NetworkDenoiser, sample
 from diffcore.errors import MachineError, UserError, printable
 from diffcore.io import artifact
-from diffcore.noise import mix_seed, row_noise
+from diffcore.noise import mix_seed, philox_normal, row_noise
 from diffcore.run import Run
 from diffcore.runtime import Runtime
 from diffcore.train import (
@@ -26,6 +26,7 @@ from diffcore.train import (
     SampleGrid,
     Snapshots,
     StepData,
+    StepSampler,
     fit,
     iterations_done,
     snapshot_key,
@@ -43,7 +44,7 @@ from immiscible_noise.study.settings import TrainSettings
 
 _LOG = logging.getLogger("diffcore.immiscible_noise")
 # Streams of the run's seed, apart from those of the trainer: which rows are assigned, candidates, and samples.
-_STREAMS = {"vanilla": 0, "assignment": 101, "knn": 102}
+_STREAMS = {"vanilla": 0, "assignment": 101, "knn": 102, "window": 107}
 _GRID_STREAM, _SAMPLING_STREAM = 103, 104
 
 
@@ -208,10 +209,11 @@ def train(
         return recipe
     _restart_before(missing[0], run)
     run.save("recipe", {}, **asdict(recipe))
+    batches = Batches(images, recipe.scale, settings.class_conditional)
     module = _MODULES.get(settings.objective, DenoisingModule)(
         recipe.denoiser(),
         optimizer=partial(torch.optim.Adam, lr=settings.learning_rate, fused=True),
-        pair_noise=pair_noise_of(coupling, runtime.seed, settings.steps),
+        pair_noise=pair_noise_of(coupling, runtime.seed, settings, batches),
         learning_rate_factor=(lambda step: min(1.0, (step + 1) / settings.warmup)) if settings.warmup else None,
         seed=runtime.seed,
     )
@@ -224,7 +226,7 @@ def train(
     ]
     fit(
         module,
-        StepData(Batches(images, recipe.scale, settings.class_conditional), settings.batch_size, runtime.seed),
+        StepData(batches, settings.batch_size, runtime.seed),
         steps=settings.steps,
         folder=run.folder,
         runtime=runtime,
@@ -269,7 +271,46 @@ _MODULES: Mapping[str, Callable[..., DenoisingModule]] = {
 }
 
 
-def pair_noise_of(coupling: Coupling, seed: int, steps: int) -> PairNoise:
+class WindowNoise:
+    """Assigns noise over windows of the samples that a training will visit, whatever its batch size.
+
+    Args:
+        coupling: How noise meets the samples of a window.
+        batches: Data set of the training.
+        batch_size: Number of samples per step over all processes.
+        seed: Seed of the training, which fixes its order.
+    """
+
+    def __init__(self, coupling: Coupling, batches: Batches, batch_size: int, seed: int) -> None:
+        self.coupling, self.batches, self.batch_size, self.seed = coupling, batches, batch_size, seed
+        self.order = StepSampler(len(batches), batch_size, seed)
+        self._built: tuple[int, Tensor] | None = None
+
+    def __call__(self, x0: Tensor, noise: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        """Returns the noise that the plan gives to this rank's share of a batch."""
+        first = batch["step"] * self.batch_size + batch["rank"] * len(x0)
+        rows = [
+            self.window(visit // self.coupling.window, x0)[visit % self.coupling.window]
+            for visit in range(first, first + len(x0))
+        ]
+        return torch.stack(rows)
+
+    def window(self, number: int, like: Tensor) -> Tensor:
+        """Returns the noises of a window's visits, in their order; the last window is kept."""
+        if self._built is None or self._built[0] != number:
+            size = self.coupling.window
+            visits = torch.arange(number * size, (number + 1) * size)
+            batch = self.batches.__getitems__(self.order.samples(int(visits[0]), int(visits[-1]) + 1))
+            drawn = philox_normal(self.seed, visits, like.shape[1:], stream=_STREAMS["window"])
+            step_seed = mix_seed(self.seed, number, _STREAMS["window"])
+            found = self.coupling(
+                batch["x0"], drawn, labels=batch.get("labels"), generator=torch.Generator().manual_seed(step_seed)
+            )
+            self._built = (number, found.to(like))
+        return self._built[1]
+
+
+def pair_noise_of(coupling: Coupling, seed: int, settings: TrainSettings, batches: Batches) -> PairNoise:
     """Returns the coupling as a hook of the training step.
 
     Whatever is drawn here is a function of (seed, step, rank), so that a resumed run repeats it.
@@ -277,12 +318,16 @@ def pair_noise_of(coupling: Coupling, seed: int, steps: int) -> PairNoise:
     Args:
         coupling: How noise meets images.
         seed: Seed of the training.
-        steps: Number of its steps, of which the coupling may take a share.
+        settings: Length and batch size of the training.
+        batches: Data set of the training.
     """
+    windows = WindowNoise(coupling, batches, settings.batch_size, seed) if coupling.window else None
 
     def pair(x0: Tensor, noise: Tensor, batch: Mapping[str, Any]) -> Tensor:
-        if batch["step"] >= coupling.until * steps:
+        if batch["step"] >= coupling.until * settings.steps:
             return noise
+        if windows is not None:
+            return windows(x0, noise, batch)
         step_seed = mix_seed(seed, batch["step"], _STREAMS[coupling.method])
         generator = torch.Generator(x0.device).manual_seed(mix_seed(step_seed, batch["rank"]))
         return coupling(x0, noise, labels=batch.get("labels"), mask=batch.get("mask"), generator=generator)

@@ -60,6 +60,7 @@ def share(x: torch.Tensor, noise: torch.Tensor, conditions: torch.Tensor, weight
 @pytest.mark.parametrize("start", [1e-3, 1.0, 1e4])
 def test_the_weight_leaves_the_share_that_was_asked_for(target: float, start: float):
     x, noise, text = draw(48, 3, 4), draw(48, 3, 4, seed=1), draw(48, 16, seed=2)
+    x = x * torch.linspace(0.1, 3, 48).view(-1, 1, 1)
     found = assign_noise_softly(x, noise, text, target=target, start=start)
     assert share(x, noise, text, float(found.weight)) == pytest.approx(target, abs=0.01)
     assert float(found.share) == pytest.approx(target, abs=0.01)

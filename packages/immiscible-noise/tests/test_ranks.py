@@ -32,6 +32,13 @@ def test_two_ranks_assign_as_one_process_does(sizes: tuple[int, int], labels: Te
         assert not torch.equal(together, global_noise(step))
 
 
+def test_three_ranks_take_their_own_rows():
+    def work(rank: int) -> Tensor:
+        return assign_across_ranks(X[[slice(0, 2), slice(2, 5), slice(5, 8)][rank]], seed=0, step=0)
+
+    assert torch.equal(torch.cat(run_forked(work, ranks=3)), assign_across_ranks(X, seed=0, step=0))
+
+
 def test_steps_and_seeds_have_noise_of_their_own():
     seen = {(seed, step): assign_across_ranks(X, seed=seed, step=step) for seed in range(3) for step in range(3)}
     flat = torch.stack([noise.flatten().sort().values for noise in seen.values()])

@@ -82,7 +82,7 @@ def assign_noise_softly(
     if len(x) < 2:
         return SoftAssignment(noise.clone(), torch.as_tensor(float(start)), torch.ones(()))
     images, rows = x.flatten(1).float(), noise.flatten(1).float()
-    distance = (2 * cost_matrix(images, rows)).add_(images.square().sum(1)[:, None]).add_(rows.square().sum(1))
+    distance = (2 * cost_matrix(images, rows)).add_(rows.square().sum(1))  # less |x_i|^2, which both sides hold
     unit = functional.normalize(conditions.flatten(1).float(), dim=1)
     apart = (1 - unit @ unit.T).clamp_min(0).fill_diagonal_(0)
     weight = _weight(distance, apart, target, start)

@@ -43,7 +43,7 @@ def require_enough(count: int) -> None:
     """Refuses a population that is too small for a space.
 
     Args:
-        count: Number of adapters.
+        count: Number of adapters in the population.
 
     Raises:
         UserError: There are fewer than three.

@@ -288,12 +288,11 @@ def _legend(figure: Figure, labels: Sequence[str]) -> None:
     if len(labels) < 2:
         return
     options: dict[str, Any] = {"loc": "outside upper left", "handlelength": 3.0, "columnspacing": 1.6}
-    for rows in range(1, len(labels) + 1):
-        columns = -(-len(labels) // rows)
-        legend = figure.legend(ncols=columns, **options)
-        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
-            break
+    rows, legend = 1, figure.legend(ncols=len(labels), **options)
+    while rows < len(labels) and legend.get_window_extent().width > figure.bbox.width:
         legend.remove()
+        rows += 1
+        legend = figure.legend(ncols=-(-len(labels) // rows), **options)
     texts = legend.get_texts()
     names = [text.get_text() for text in texts]
     for letters in range(_LEGEND_LETTERS, 10, -5):

@@ -247,7 +247,7 @@ def test_labels_that_say_nothing_are_refused(planted: Planted):
     same = {"a": y[:, 0].tolist(), "b": (3 - 2 * y[:, 0]).tolist()}
     with pytest.raises(UserError, match="follow from the other attributes"):
         find_directions(space, Labels.of(space.names, same))
-    with pytest.raises(UserError, match="1 labels of 'age' name no member: nobody"):
+    with pytest.raises(UserError, match="'age' has labels of what is no member: nobody"):
         Labels.of(space.names, {"age": {"nobody": 3.0}})
     with pytest.raises(UserError, match="has 2 values for 1000 members"):
         Labels.of(space.names, {"age": [1.0, 2.0]})
@@ -260,6 +260,13 @@ def test_labels_that_say_nothing_are_refused(planted: Planted):
         edit(space.point(), {"age": 1.0}, found, keep=["age"])
     with pytest.raises(UserError, match="belong to another space"):
         edit(space.truncated(5).point(), {"age": 1.0}, found)
+
+
+def test_more_attributes_than_members_are_refused(noisy: tuple[WeightSpace, Directions]):
+    space, _ = noisy
+    values = torch.randn(60, 60, generator=torch.Generator().manual_seed(3))
+    with pytest.raises(UserError, match="60 members have all 60 labels; so many attributes need more members"):
+        find_directions(space, Labels.of(space.names, {f"a{i}": row.tolist() for i, row in enumerate(values)}))
 
 
 def test_what_is_one_with_a_kept_attribute_cannot_be_moved(planted: Planted):

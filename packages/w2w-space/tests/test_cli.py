@@ -372,20 +372,20 @@ def test_from_labels_to_a_direction_an_edit_and_samples(place: Place, tmp_path: 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["build", "space", "--out", "x"], "space holds no adapter"),
-        (["import", "labels.txt", "--model", "model", "--out", "x"], "error: labels.txt is not a safetensors file"),
-        (["build", "loras/m0.safetensors", "--model", "model", "--out", "x"], "there is 1 adapter; a space needs"),
+        (["build", "space", "--out", "odd"], "space holds no adapter"),
+        (["import", "labels.txt", "--model", "model", "--out", "odd"], "error: labels.txt is not a safetensors file"),
+        (["build", "loras/m0.safetensors", "--model", "model", "--out", "odd"], "there is 1 adapter; a space needs"),
         (["remove", "pop", "nobody"], "no member 'nobody'; its 6 members are m0, m1, m2 and others"),
-        (["sample", "space", "x", "--num", "0"], "--num is 0"),
+        (["sample", "space", "odd", "--num", "0"], "--num is 0"),
         (["sample", "space", "taken"], "taken/sample-002.safetensors is there already"),
         (
-            ["edit", "space", "m2", "a=1", "--directions", "x", "--out", "x.safetensors"],
+            ["edit", "space", "m2", "a=1", "--directions", "x", "--out", "odd.safetensors"],
             "run folder in which they were",
         ),
-        (["export", "space", "m22", "x.safetensors"], "neither a file nor one of the 6 members; nearest: 'm2'"),
-        (["compose", "nothing", "m2", "--out", "x.safetensors"], "nothing is neither a space nor a base model"),
-        (["directions", "private", "labels.txt", "--out", "x"], "written without its members, whom labels are about"),
-        (["invert", "space", "zoo:portraits-sd", "a.png", "--prompt", "x", "--out", "x"], "take the base model"),
+        (["export", "space", "m22", "odd.safetensors"], "neither a file nor one of the 6 members; nearest: 'm2'"),
+        (["compose", "nothing", "m2", "--out", "odd.safetensors"], "nothing is neither a space nor a base model"),
+        (["directions", "private", "labels.txt", "--out", "odd"], "written without its members, whom labels are about"),
+        (["invert", "space", "zoo:portraits-sd", "a.png", "--prompt", "x", "--out", "odd"], "take the base model"),
     ],
 )
 def test_a_stranger_is_told_what_to_do(place: Place, words: list[str], message: str):
@@ -396,8 +396,8 @@ def test_a_stranger_is_told_what_to_do(place: Place, words: list[str], message: 
     if "private" in words:
         place("build", "loras", "--model", "model", "--out", "private", "--no-members", "--num-components", "3")
     assert message in place(*words, code=2)[1]
-    assert not Path("x").exists()
-    assert not Path("x.safetensors").exists()
+    assert not Path("odd").exists()
+    assert not Path("odd.safetensors").exists()
     assert [path.name for path in Path("taken").iterdir()] == ["sample-002.safetensors"]
 
 

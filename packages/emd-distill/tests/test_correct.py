@@ -135,7 +135,7 @@ def test_export_on_the_command_line(tmp_path: Path, capsys):
     from diffcore.runtime import Runtime
 
     model = load("zoo:digits8-edm", Runtime(device="cpu"))
-    path = save_generator(tmp_path / "g.safetensors", OneStepGenerator(model.denoiser, 2.5), num_steps=4)
+    path = save_generator(tmp_path / "g.safetensors", OneStepGenerator(model.denoiser, 2.5), training={"num_steps": 4})
     words = ["export", "zoo:digits8-edm", str(path), "--out", str(tmp_path / "one")]
     assert main(app, [*words, "--dry-run"]) == 0
     assert not (tmp_path / "one").exists()

@@ -10,7 +10,7 @@ from diffcore.cli import track
 from diffcore.noise import philox_normal
 from diffcore.report import Report, Series, lines_with_band
 from diffcore.run import Run
-from emd_distill.app.options import ChainOptions
+from emd_distill.app.options import CorrectionOptions
 from emd_distill.app.teachers import DIGITS, Teacher, time_of
 from emd_distill.correct import Corrected, correct, fit_student
 from emd_distill.generator import OneStepGenerator
@@ -21,7 +21,7 @@ _SHOWN, _FOLLOWED = 10, 6
 
 
 def compute(
-    run: Run, teacher: Teacher, generator: OneStepGenerator, chain: ChainOptions, count: int, seed: int
+    run: Run, teacher: Teacher, generator: OneStepGenerator, chain: CorrectionOptions, count: int, seed: int
 ) -> dict[str, Any]:
     """Learns the score, runs the chains, keeps what the page shows, and returns the summary.
 
@@ -57,7 +57,7 @@ def compute(
     return _told(run, teacher, done, z, given, chain)
 
 
-def _student(run: Run, teacher: Teacher, generator: OneStepGenerator, chain: ChainOptions, seed: int) -> Any:
+def _student(run: Run, teacher: Teacher, generator: OneStepGenerator, chain: CorrectionOptions, seed: int) -> Any:
     """Returns the denoiser of the generator's samples, learned once in a run."""
     if run.has("student"):
         student = copy.deepcopy(teacher.denoiser)
@@ -96,7 +96,9 @@ def _keep_pictures(run: Run, teacher: Teacher, done: Corrected) -> None:
     run.save("movement", {}, steps=list(done.path_steps[1:]), drift=done.drift.tolist(), moves=moves)
 
 
-def _told(run: Run, teacher: Teacher, done: Corrected, z: Tensor, given: Any, chain: ChainOptions) -> dict[str, Any]:
+def _told(
+    run: Run, teacher: Teacher, done: Corrected, z: Tensor, given: Any, chain: CorrectionOptions
+) -> dict[str, Any]:
     lost = int((~done.finite).sum())
     away = float((done.after - done.before).flatten(1).square().mean(1).sqrt().mean())
     answer = (

@@ -9,7 +9,7 @@ from diffcore.errors import UserError
 
 @Parameter(name="*", group="Chain", negative="")
 @dataclass(frozen=True)
-class ChainOptions:
+class CorrectionOptions:
     """How samples are corrected.
 
     Attributes:

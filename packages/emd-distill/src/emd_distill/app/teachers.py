@@ -63,7 +63,7 @@ class Teacher:
             level: Ratio sigma / alpha of the call, for the teacher alone; by default 2.5.
         """
         if source is not None:
-            return load_generator(source, self.denoiser).generator
+            return load_generator(source, self.model or self.denoiser).generator
         return OneStepGenerator(copy.deepcopy(self.denoiser), time_of(self.denoiser, level or GENERATOR_SIGMA))
 
 

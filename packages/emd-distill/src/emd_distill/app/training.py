@@ -24,7 +24,7 @@ from emd_distill.app.options_training import TrainingOptions
 from emd_distill.conditions import InTurn
 from emd_distill.cost import passes, weight_megabytes
 from emd_distill.distill import Settings
-from emd_distill.files.generator_folder import save_generator
+from emd_distill.files.generators import NAME, save_generator
 from emd_distill.generator import OneStepGenerator
 from emd_distill.losses import EMD
 from emd_distill.module import DistillModule
@@ -316,8 +316,8 @@ def train_generator(
         raise MachineError("the training stopped before its last iteration; run the same command again to go on")
     if run.leading:
         save_generator(
-            folder / "generator", ema.average, training.model, training.source,
-            iterations=module.iteration, noise_level_edges=module.edges, training=asdict(settings), **(facts or {}),
+            folder / NAME / NAME, ema.average, model=training.model, source=training.source, training=asdict(settings),
+            iterations=module.iteration, noise_level_edges=module.edges, **(facts or {}),
         )  # fmt: skip
     seen = scored(run, prefix)
     return {"iterations": module.iteration, "edges": module.edges} | ({"scores": seen[-1][1].to_json()} if seen else {})

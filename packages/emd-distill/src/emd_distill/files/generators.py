@@ -1,4 +1,8 @@
-"""Trained generators in files: a safetensors file with a sidecar, or the folder of an exported model."""
+"""Trained generators in files: weights in safetensors with a sidecar, or the folder of an exported model.
+
+`generator.safetensors` holds the weights of the network, `generator.json` the level t at which it is called, the
+teacher's name and fingerprint where it is a model, and how it was trained.
+"""
 
 import copy
 from collections.abc import Mapping
@@ -7,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffcore.denoiser import NetworkDenoiser
-from diffcore.errors import UserError, printable
+from diffcore.errors import IncompatibleModelError, UserError, printable
 from diffcore.io import artifact
 from diffcore.io.strictjson import read_untrusted
 from diffcore.models import DiffusionModel, load
@@ -17,6 +21,8 @@ from emd_distill.generator import OneStepGenerator
 SCHEMA = "emd-distill/generator@1"
 CARD = "emd-distill.json"
 """File of an exported folder that says how its network is called."""
+NAME = "generator"
+"""Folder of a run that holds the generator, and the stem of its files."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,55 +31,113 @@ class StoredGenerator:
 
     Attributes:
         generator: The generator, in evaluation mode, with weights that do not learn.
-        training: How it was trained, as far as its file says.
-        model: Whole model, where an exported folder was read.
+        facts: What its file says of it: t, model, iterations, training, settings.
+        model: The teacher, whose codec and prompt encoder belong to the generator too, or the whole exported model;
+            None where the teacher was given as a bare network.
     """
 
     generator: OneStepGenerator
-    training: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
     model: DiffusionModel | None = None
 
+    @property
+    def training(self) -> dict[str, Any]:
+        """How it was trained in plain values, the loss's own among them."""
+        told = {key: self.facts[key] for key in ("model_name", "iterations") if key in self.facts}
+        told |= self.facts.get("training") or {}
+        loss = told.pop("loss", None)
+        return told | (loss if isinstance(loss, dict) else {})
 
-def save_generator(path: Path, generator: OneStepGenerator, **training: Any) -> Path:
-    """Writes a generator's weights with the noise level at which it is called; returns the path.
+
+def save_generator(
+    path: Path,
+    generator: OneStepGenerator,
+    *,
+    model: DiffusionModel | None = None,
+    source: str = "",
+    training: Mapping[str, Any] | None = None,
+    **facts: Any,
+) -> Path:
+    """Writes a generator's weights, and what is needed to draw with it; returns the path.
 
     Args:
         path: File that ends in .safetensors; its sidecar is written beside it.
         generator: Trained generator around a network.
-        **training: Plain values that say how it was trained: num_steps, gamma_e, gamma_z, iterations, teacher.
+        model: The teacher, where it is a model.
+        source: Name by which `diffcore.models.load` finds that model.
+        training: Plain values that say how it was trained, such as the fields of `Settings`.
+        **facts: Further plain values, such as the number of iterations.
 
     Example:
         >>> from tempfile import mkdtemp
         >>> from emd_distill.digits import load_teacher
-        >>> path = save_generator(Path(mkdtemp()) / "g.safetensors", OneStepGenerator(load_teacher(), 2.5), num_steps=0)
-        >>> load_generator(path, load_teacher()).training
+        >>> teacher = load_teacher()
+        >>> told = {"num_steps": 0}
+        >>> path = save_generator(Path(mkdtemp()) / "g.safetensors", OneStepGenerator(teacher, 2.5), training=told)
+        >>> load_generator(path, teacher).training
         {'num_steps': 0}
     """
     assert isinstance(generator.denoiser, NetworkDenoiser)
-    tensors = {name: value.detach() for name, value in generator.denoiser.backbone.state_dict().items()}
-    return artifact.save(path, tensors, schema=SCHEMA, t=generator.t, training=training)
+    told: dict[str, Any] = {"t": generator.t, "training": dict(training or {})}
+    if model is not None:
+        told |= {
+            "model": source,
+            "model_name": model.name,
+            "model_fingerprint": model.fingerprint,
+            "prediction_type": model.denoiser.prediction_type,
+            "schedule": _schedule(model),
+            "shape": list(model.shape),
+        }
+    return artifact.save(path, generator.denoiser.backbone.state_dict(), schema=SCHEMA, **told, **facts)
 
 
-def load_generator(source: Path | str, teacher: NetworkDenoiser, *, runtime: Runtime | None = None) -> StoredGenerator:
-    """Reads a generator.
+def load_generator(
+    source: Path | str,
+    teacher: DiffusionModel | NetworkDenoiser | str | None = None,
+    *,
+    runtime: Runtime | None = None,
+    **loading: Any,
+) -> StoredGenerator:
+    """Reads a generator that `emd-distill train` or `export` wrote.
 
     Args:
-        source: Run folder of a training, file that `save_generator` wrote, or the folder of an exported model.
-        teacher: Denoiser of the teacher, whose network has the generator's architecture.
-        runtime: Options that say where the network of a folder is put; by default the CPU.
+        source: Run folder of a training, folder `generator` in it, file that `save_generator` wrote, or an exported
+            folder.
+        teacher: The teacher, its bare network, or its name where it was moved; by default the one that the file names.
+        runtime: Device and precision of what is loaded by name; by default the CPU.
+        loading: Keyword arguments of `diffcore.models.load`.
 
     Raises:
-        UserError: There is no generator, or it is of another architecture than the teacher.
+        UserError: There is no generator, it names no teacher, or it is of another architecture than the teacher.
+        CorruptArtifactError: The weights are damaged.
+        IncompatibleModelError: The model is not the one that it was distilled from.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> cpu = Runtime(device="cpu")
+        >>> teacher = load("zoo:digits8-edm", cpu)
+        >>> path = Path(mkdtemp()) / "generator.safetensors"
+        >>> _ = save_generator(path, OneStepGenerator(teacher.denoiser, 2.5), model=teacher, source="zoo:digits8-edm")
+        >>> load_generator(path.parent, runtime=cpu).generator.t
+        2.5
     """
-    source = Path(source)
-    trained = next((one for one in (source / "generator", source) if (one / "generator.json").is_file()), None)
-    source = source if trained is None else trained / "generator.safetensors"
-    if source.is_dir():
-        return _from_folder(source, runtime or Runtime(device="cpu"))
-    if not source.with_suffix(".safetensors").is_file():
-        raise UserError(f"{printable(source, 300)} is no generator; give its safetensors file, or an exported folder")
-    stored = artifact.load(source, schema=SCHEMA)
-    denoiser = copy.deepcopy(teacher).requires_grad_(False).eval()
+    source, runtime = Path(source), runtime or Runtime(device="cpu")
+    trained = weights_of(source)
+    if trained is None:
+        return _exported(source, runtime)
+    stored = artifact.load(trained, schema=SCHEMA)
+    facts = stored.fields
+    if teacher is None and not facts.get("model"):
+        raise UserError(f"{printable(source, 300)} does not say which teacher it belongs to; give `teacher`")
+    if teacher is None or isinstance(teacher, str):
+        teacher = load(teacher or facts["model"], runtime, **loading)
+    model = teacher if isinstance(teacher, DiffusionModel) else None
+    if model is not None and facts.get("model_fingerprint", model.fingerprint) != model.fingerprint:
+        raise IncompatibleModelError(
+            f"{printable(model.name)} is not the model that this generator was distilled from, which was called "
+            f"{printable(facts['model_name'])}; point to that one with `model`"
+        )
+    denoiser = copy.deepcopy(teacher.denoiser if isinstance(teacher, DiffusionModel) else teacher)
     own = denoiser.backbone.state_dict()
     if sorted(own) != sorted(stored.tensors) or any(own[n].shape != v.shape for n, v in stored.tensors.items()):
         raise UserError(
@@ -81,24 +145,48 @@ def load_generator(source: Path | str, teacher: NetworkDenoiser, *, runtime: Run
             "give the teacher that it was distilled from"
         )
     denoiser.backbone.load_state_dict(stored.tensors)
-    told = stored.fields.get("training")
-    if told is None:  # a run of train tells its settings, the loss's own among them
-        told = {"teacher": stored.fields.get("model_name"), **stored.fields.get("settings", {})}
-        loss = told.pop("loss", None)
-        told |= loss if isinstance(loss, dict) else {}
-    return StoredGenerator(OneStepGenerator(denoiser, stored.fields["t"]), told)
+    return StoredGenerator(OneStepGenerator(denoiser, facts["t"]).requires_grad_(False).eval(), facts, model)
 
 
-def _from_folder(folder: Path, runtime: Runtime) -> StoredGenerator:
+def weights_of(source: Path) -> Path | None:
+    """Returns the file of weights that a path stands for; None for an exported folder.
+
+    Args:
+        source: Run folder of a training, folder `generator` in it, or file.
+
+    Raises:
+        UserError: There is nothing of the kind.
+    """
+    for folder in (source / NAME, source):
+        if (folder / f"{NAME}.json").is_file():
+            return folder / f"{NAME}.safetensors"
+    if source.is_dir():
+        return None
+    path = source.with_suffix(".safetensors")
+    if not path.is_file():
+        raise UserError(
+            f"{printable(source, 300)} is no generator; give the run folder of a finished training, a safetensors file "
+            "of one, or a folder that export wrote"
+        )
+    return path
+
+
+def _exported(folder: Path, runtime: Runtime) -> StoredGenerator:
     if not (folder / CARD).is_file():
         raise UserError(
-            f"{printable(folder, 300)} has no {CARD}, which says at which level its network is called; give a folder "
-            "that export wrote"
+            f"{printable(folder, 300)} holds no generator: neither a finished training's, nor {CARD}, which a folder "
+            "that export wrote has"
         )
     stated = read_untrusted(folder / CARD)
     t = stated.get("t")
     if not isinstance(t, int | float) or not t >= 0:
         raise UserError(f"{printable(folder / CARD, 300)} says t = {printable(t)}, which is no level; export it again")
     model = load(folder, runtime)
-    training = stated.get("training")
-    return StoredGenerator(OneStepGenerator(model.denoiser, t), training if isinstance(training, dict) else {}, model)
+    facts = stated if isinstance(stated.get("training"), dict) else {**stated, "training": {}}
+    return StoredGenerator(OneStepGenerator(model.denoiser, t), facts, model)
+
+
+def _schedule(model: DiffusionModel) -> dict[str, Any]:
+    schedule = model.denoiser.schedule
+    plain = {name: value for name, value in vars(schedule).items() if isinstance(value, bool | int | float | str)}
+    return {"kind": type(schedule).__name__, **plain}

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 from diffcore.cli import Flag, Loading, Output, emit, load_model
 from diffcore.errors import UserError
 from diffcore.runtime import Runtime
-from emd_distill.app.options import ChainOptions
+from emd_distill.app.options import CorrectionOptions
 
 if TYPE_CHECKING:
     from diffcore.run import Run, RunMap
@@ -49,7 +49,7 @@ def export(
 
     refuse_taken(out)
     teacher = load_model(model, loading, Runtime(device="cpu"))
-    stored = load_generator(generator, teacher.denoiser)
+    stored = load_generator(generator, teacher)
     if dry_run:
         emit({"teacher": teacher.name, "t": stored.generator.t, "dtype": dtype, "writes": out}, json)
         return 0
@@ -69,7 +69,7 @@ def correct(
     num: int = 200,
     prompts: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
     call_level: float | None = None,
-    chain: ChainOptions = ChainOptions(),
+    chain: CorrectionOptions = CorrectionOptions(),
     loading: Loading = Loading(),
     runtime: Runtime = Runtime(),
     output: Output = Output(),
@@ -117,5 +117,6 @@ def correct(
 
 def _digest(path: Path) -> str:
     from diffcore.run import input_hash
+    from emd_distill.files.generators import weights_of
 
-    return input_hash(path if path.is_dir() else path.with_suffix(".safetensors"))
+    return input_hash(weights_of(path) or path)

@@ -168,6 +168,7 @@ def fit_student(
         if value < 1:
             raise ValueError(f"`{name}` is {value}; give at least 1")
     student = student_of(teacher)
+    assert isinstance(student, NetworkDenoiser)
     optimizer = torch.optim.Adam(student.parameters(), learning_rate, (0.0, 0.99))
     average = copy.deepcopy(student)
     draws = Draws(seed, shape, time_sampler, conditions)

@@ -23,6 +23,7 @@ from diffcore.errors import MachineError, UserError
 from diffcore.noise import philox_normal, philox_uniform
 from diffcore.train.timesteps import TimeSampler
 from emd_distill.chain import ChainNoise, Generator
+from emd_distill.lora import LoraDenoiser, learnable, lora_of
 from emd_distill.losses import EMD, GeneratorLoss, Loss, Situation
 from emd_distill.noise_levels import noise_levels
 
@@ -30,6 +31,7 @@ from emd_distill.noise_levels import noise_levels
 _TIME, _Z, _EPS, _CHAIN_EPS, _CHAIN_Z, CONDITION = range(6)
 _UPDATES = 64  # streams kept apart for each further update of the student score in one iteration
 _LEAST_ALPHA = 1e-3
+_STUDENT_SEED = 1  # of a student that is a LoRA, apart from the generator's
 
 Conditions = Callable[[int, Int[Tensor, " b"]], Condition]
 """Conditions of an iteration: (iteration, rows) to keyword tensors of the backbone, one row for each row."""
@@ -109,7 +111,7 @@ def distill(
     shape: Sequence[int],
     settings: Settings = DEFAULTS,
     *,
-    student: NetworkDenoiser | None = None,
+    student: Denoiser | None = None,
     time_sampler: TimeSampler | None = None,
     conditions: Conditions | None = None,
     on_step: Callable[[int, GeneratorLoss, nn.Module], None] | None = None,
@@ -119,11 +121,12 @@ def distill(
     Args:
         teacher: Denoiser of the teacher, with guidance inside where that is wanted; its weights stay as they are.
         generator: Network (z, condition) to samples, trained in place; see `OneStepGenerator` for one from the teacher.
-            Of a network of which some weights require gradients, these are trained; else all are.
+            Of a network of which some weights require gradients, these are trained; else all are, and of a
+            `LoraDenoiser` its LoRA.
         shape: Shape of one latent z, which for a generator from the teacher is that of a sample.
         settings: Loss, steps, learning rates and seed.
         student: Denoiser that learns the score of the generator's samples, trained in place, on the teacher's schedule;
-            by default a copy of the teacher, which must then be a network without guidance.
+            by default a copy of the teacher without its guidance, or a LoRA on it where the generator is one.
         time_sampler: Distribution of noise levels p(t); by default log-normal in the teacher's range.
         conditions: Conditions of each iteration; None for a model without any.
         on_step: Called after each iteration with its number, what the loss tells, and the generator with averaged
@@ -145,11 +148,12 @@ def distill(
         >>> done.generator(torch.zeros(1, *model.shape), {"class_labels": torch.tensor([3])}).shape[0]
         1
     """
-    student = student or student_of(teacher)
+    student = student or student_of(teacher, generator)
     time_sampler = time_sampler or noise_levels(teacher.schedule)
     check_levels(teacher, time_sampler, settings.loss)
     if not any(part.requires_grad for part in generator.parameters()):
-        generator.requires_grad_(True)  # loaded models come with weights that do not learn
+        for part in learnable(generator):
+            part.requires_grad_(True)  # loaded models come with weights that do not learn
     teacher.eval()
     generator.eval()  # g must be a function of z: no dropout, no statistics of a batch
     optimizers = [
@@ -157,6 +161,7 @@ def distill(
         for network, rate in ((student, settings.student_learning_rate), (generator, settings.learning_rate))
     ]
     average = copy.deepcopy(generator).requires_grad_(False).eval()
+    own, others = learnable(average), learnable(generator)
     device = next(generator.parameters()).device
     rows = torch.arange(settings.batch_size, device=device)
     draws = Draws(settings.seed, tuple(shape), time_sampler, conditions)
@@ -171,7 +176,7 @@ def distill(
         _descend(generator, optimizers[1], told.loss, settings.clip)
         decay = min(settings.ema, (1 + step + 1) / (10 + step + 1))
         with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(generator.parameters()), 1 - decay)
+            torch._foreach_lerp_(own, others, 1 - decay)
         drifts.append(told.drift.square().mean().sqrt())
         dropped.append((~told.finite).sum())
         watch(step, told.finite, drawn.t)
@@ -265,7 +270,7 @@ def sampled(
         return drawn, generator(drawn.z, drawn.condition)
 
 
-def student_loss(student: NetworkDenoiser, x0: Float[Tensor, "b *data"], drawn: Drawn) -> Float[Tensor, ""]:
+def student_loss(student: Denoiser, x0: Float[Tensor, "b *data"], drawn: Drawn) -> Float[Tensor, ""]:
     """Returns the denoising loss of the student score on the generator's samples, in its own parameterisation.
 
     For EDM networks the mean square in the space of the output is EDM's own weighting (specification, section 6).
@@ -319,11 +324,14 @@ def situation(
     )
 
 
-def student_of(teacher: Denoiser) -> NetworkDenoiser:
-    """Returns a copy of the teacher that can learn, where the teacher is a plain network.
+def student_of(teacher: Denoiser, generator: nn.Module | None = None) -> Denoiser:
+    """Returns a student score that starts as the teacher, where that is a plain network.
+
+    It is a copy that can learn, or a LoRA on the teacher's own weights where the generator is one on them.
 
     Args:
         teacher: Denoiser of the teacher.
+        generator: Generator that it will be trained with.
 
     Raises:
         UserError: The teacher is no plain network, so that it is not known what the student should be.
@@ -331,6 +339,9 @@ def student_of(teacher: Denoiser) -> NetworkDenoiser:
     plain = getattr(teacher, "denoiser", teacher)  # guidance is not the student's
     if not isinstance(plain, NetworkDenoiser):
         raise UserError(f"a {type(plain).__name__} has no weights for a student to start from; give `student`")
+    lora = None if generator is None else lora_of(generator)
+    if lora is not None and lora.teacher is plain:
+        return LoraDenoiser(plain, lora.rank, alpha=lora.alpha, targets=lora.targets, seed=_STUDENT_SEED)
     return copy.deepcopy(plain).requires_grad_(True)
 
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from diffcore.denoiser import Denoiser, NetworkDenoiser
+from diffcore.denoiser import Denoiser
 from diffcore.errors import UserError
 from diffcore.train.iteration import IterationModule
 from diffcore.train.timesteps import TimeSampler
@@ -51,7 +51,8 @@ class DistillModule(IterationModule):
         shape: Shape of one latent z.
         settings: Loss, batch size over all processes, learning rates and seed; `steps`, `clip` and `ema` are for the
             caller of `fit`.
-        student: Denoiser that learns the score of the generator's samples; by default a copy of the teacher.
+        student: Denoiser that learns the score of the generator's samples; by default a copy of the teacher,
+            or a LoRA on it where the generator is one.
         time_sampler: Distribution of noise levels p(t), rising; by default log-normal in the teacher's range.
         conditions: Conditions of each iteration; None for a model without any.
 
@@ -86,7 +87,7 @@ class DistillModule(IterationModule):
         shape: Sequence[int],
         settings: Settings = DEFAULTS,
         *,
-        student: NetworkDenoiser | None = None,
+        student: Denoiser | None = None,
         time_sampler: TimeSampler | None = None,
         conditions: Conditions | None = None,
     ) -> None:
@@ -94,7 +95,7 @@ class DistillModule(IterationModule):
         self.automatic_optimization = False
         time_sampler = time_sampler or noise_levels(teacher.schedule)
         check_levels(teacher, time_sampler, settings.loss)
-        self.student, self.generator = student or student_of(teacher), generator
+        self.student, self.generator = student or student_of(teacher, generator), generator
         self._teacher: tuple[Denoiser] = (teacher.eval(),)  # in a tuple, it enters neither checkpoints nor DDP
         self.settings = settings
         self.draws = Draws(settings.seed, tuple(shape), time_sampler, conditions)

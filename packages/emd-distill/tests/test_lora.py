@@ -13,18 +13,28 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from diffcore.cli import main
 from diffcore.denoiser import GuidedDenoiser, NetworkDenoiser
-from diffcore.errors import UserError
+from diffcore.errors import IncompatibleModelError, MachineError, UserError
 from diffcore.models import from_pipeline
+from diffcore.run import Run
 from diffcore.runtime import Runtime
 from diffcore.testing import tiny
 from diffcore.train import EMA, fit, iterations_done
+from emd_distill.app.cli import app
+from emd_distill.app.options_training import TrainingOptions
+from emd_distill.app.training import Training, train_generator
 from emd_distill.chain import frozen
+from emd_distill.cost import weight_megabytes
 from emd_distill.distill import Settings, distill, student_of
+from emd_distill.doctor import memory_estimate
+from emd_distill.files.export import export, export_lora
+from emd_distill.files.generators import load_generator, save_generator
 from emd_distill.generator import OneStepGenerator
 from emd_distill.lora import LoraDenoiser, learnable, lora_of
 from emd_distill.losses import EMD
 from emd_distill.module import DistillModule
+from emd_distill.noise_levels import noise_levels
 
 CPU = Runtime(device="cpu")
 RANK = 3
@@ -108,7 +118,7 @@ def test_three_networks_hold_the_teachers_weights_once():
         assert sum(own.values()) == 4 * sum(p.numel() for p in learnable(network))
         assert sum(own.values()) < sum(base.values()) / 3
     apart = [{id(p) for p in learnable(network)} for network in (generator, student, done.generator)]
-    assert not (apart[0] & apart[1] or apart[0] & apart[2] or apart[1] & apart[2])
+    assert len(set.union(*apart)) == sum(map(len, apart))
     # moved together: where the teacher goes, all go
     teacher.to(torch.float64)
     assert next(lora_of(generator).base_parameters()).dtype == torch.float64
@@ -213,3 +223,146 @@ def test_what_cannot_be_is_refused():
         LoraDenoiser(teacher, 2, targets=["to_x"])
     with pytest.raises(UserError, match="carries a LoRA"):
         LoraDenoiser(LoraDenoiser(teacher, 2).network, 2)
+
+
+def pipeline_generator(t: float) -> tuple[Any, OneStepGenerator]:
+    model = from_pipeline(tiny.pipeline("sd15"))
+    return model, OneStepGenerator(moved(LoraDenoiser(model.denoiser, RANK, alpha=2.0)), t).eval()
+
+
+@pytest.mark.parametrize("t", [999, 399])
+def test_a_lora_file_draws_g_in_the_teachers_pipeline_by_plain_diffusers(tmp_path: Path, t: int):
+    import diffusers
+
+    model, generator = pipeline_generator(t)
+    done = export_lora(model, generator, tmp_path / "lora", licence="mit", training={"num_steps": 4})
+    assert done.error is not None
+    assert done.error < 1e-5
+    pipe: Any = tiny.pipeline("sd15")  # the teacher as its users have it
+    pipe.load_lora_weights(tmp_path / "lora")
+    stated = json.loads((tmp_path / "lora" / "scheduler" / "scheduler_config.json").read_text())
+    pipe.scheduler = getattr(diffusers, stated["_class_name"]).from_pretrained(tmp_path / "lora" / "scheduler")
+    pipe.set_progress_bar_config(disable=True)
+    prompts, z = ["a cat", "two dogs"], torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    found = pipe(prompts, num_inference_steps=1, guidance_scale=1.0, latents=z.clone(), output_type="latent").images
+    given = model.prompts(prompts)
+    with torch.no_grad():
+        wanted, plain = generator(z, given), OneStepGenerator(model.denoiser, t)(z, given)
+    assert float((found - wanted).abs().max()) < 1e-5 * max(float(wanted.abs().max()), 1)
+    assert float((plain - wanted).abs().max()) > 1e-2  # the LoRA matters
+    assert not any("lora" in name for name, _ in model.denoiser.named_parameters())  # the teacher is left alone
+    card = (tmp_path / "lora" / "README.md").read_text()
+    assert "load_lora_weights" in card
+    assert stated["_class_name"] in card
+    assert str(tmp_path) not in "".join(path.read_text() for path in (tmp_path / "lora").rglob("*.json"))
+    with pytest.raises(UserError, match="holds a LoRA for pipelines"):
+        load_generator(tmp_path / "lora", model)
+
+
+def test_it_is_merged_into_an_ordinary_folder_too(tmp_path: Path):
+    from diffusers import DiffusionPipeline
+
+    model, generator = pipeline_generator(999)
+    before = copy.deepcopy(model.denoiser.state_dict())
+    export(model, generator, tmp_path / "one")
+    pipe: Any = DiffusionPipeline.from_pretrained(tmp_path / "one")
+    assert not any("lora" in name for name, _ in pipe.unet.named_parameters())
+    pipe.set_progress_bar_config(disable=True)
+    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    found = pipe(["a cat"], num_inference_steps=1, guidance_scale=1.0, latents=z.clone(), output_type="latent").images
+    with torch.no_grad():
+        wanted = generator(z, model.prompts(["a cat"]))
+    assert float((found - wanted).abs().max()) < 1e-5 * max(float(wanted.abs().max()), 1)
+    assert_equal(model.denoiser.state_dict(), before)
+
+
+def test_a_lora_is_exported_only_where_it_can_be_read(tmp_path: Path):
+    model, generator = pipeline_generator(999)
+    with pytest.raises(UserError, match="is no LoRA"):
+        export_lora(model, OneStepGenerator(model.denoiser, 999), tmp_path / "a")
+    bare = from_pipeline(tiny.backbone("unet2d"))
+    with pytest.raises(IncompatibleModelError, match="no pipeline that reads"):
+        export_lora(bare, OneStepGenerator(LoraDenoiser(bare.denoiser, 2), 900), tmp_path / "a")
+    with pytest.MonkeyPatch.context() as patched:
+        factors = LoraDenoiser.factors.fget(generator.denoiser)
+        doubled = {name: (down, 2 * up) for name, (down, up) in factors.items()}
+        patched.setattr(LoraDenoiser, "factors", property(lambda self: doubled))
+        with pytest.raises(MachineError, match="other samples than the generator"):
+            export_lora(model, generator, tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_is_stored_as_small_as_it_is_and_read_on_its_teacher_alone(tmp_path: Path):
+    model, generator = pipeline_generator(999)
+    path = save_generator(tmp_path / "g.safetensors", generator, model=model, source="somewhere")
+    assert path.stat().st_size < 8 * 4 * sum(p.numel() for p in learnable(generator)) + 40_000
+    read = load_generator(path, model).generator
+    z, given = torch.randn(2, 4, 8, 8), model.prompts(["a", "b"])
+    with torch.no_grad():
+        assert torch.equal(read(z, given), generator(z, given))
+    assert lora_of(read) is not None
+    other = from_pipeline(tiny.pipeline("sd15", seed=1))
+    with pytest.raises(IncompatibleModelError, match="not the model"):
+        load_generator(path, other)
+
+
+def test_the_command_trains_samples_and_exports_a_lora(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    tiny.pipeline("sd15").save_pretrained(tmp_path / "teacher")
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    run = str(tmp_path / "run")
+    command = ["train", str(tmp_path / "teacher"), "--prompts", str(tmp_path / "prompts.txt"), "--lora-rank", "2"]
+    command += ["--steps", "2", "--batch-size", "2", "--num-langevin-steps", "1", "--num-looks", "1", "--preset", "toy"]
+    command += ["--device", "cpu", "--timestep", "999", "--high", "14", "--out", run]
+    assert main(app, [*command, "--dry-run", "--json"]) == 0
+    small = json.loads(capsys.readouterr().out)
+    assert "LoRA of rank 2" in small["generator"]
+    assert main(app, [*command[:4], *command[6:], "--dry-run", "--json"]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    assert small["megabytes_on_disk"] < whole["megabytes_on_disk"] / 4
+    assert small["megabytes_without_activations"] < whole["megabytes_without_activations"] / 4
+    assert main(app, command) == 0
+    loaded = load_generator(run)
+    assert loaded.facts["lora"] == {"rank": 2, "alpha": 2.0, "targets": None}
+    assert float(lora_of(loaded.generator).factors["conv_in"][1].abs().max()) > 0
+    assert main(app, ["sample", run, "a cat", "--device", "cpu", "--out", str(tmp_path / "drawn")]) == 0
+    capsys.readouterr()
+    for words in ([], ["--lora"]):
+        out = tmp_path / f"exported{len(words)}"
+        assert main(app, ["export", str(tmp_path / "teacher"), run, *words, "--out", str(out), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["error"] < 1e-5
+        assert (out / "pytorch_lora_weights.safetensors").exists() == bool(words)
+
+
+def test_half_precision_keeps_one_copy_and_learns_in_float32(tmp_path: Path):
+    model = tiny.model("unet2d")
+    told = settings(steps=1)
+    made = Training(
+        model, "", classes(0, torch.arange(10)), 900.0, noise_levels(model.denoiser.schedule, high=20.0),
+        TrainingOptions(lora_rank=RANK, steps=1, num_looks=1), Runtime(device="cpu", dtype="bfloat16"),
+    )  # fmt: skip
+    seen: list[Any] = []
+    with Run.open(tmp_path / "run", command="emd-distill train", config={}, inputs={}) as run:
+        train_generator(made, told, run, callbacks=[Seen(seen)])
+    (module,) = seen
+    base = pointers(module.teacher)
+    assert base.keys() <= pointers(module.student).keys() & pointers(module.generator).keys()
+    assert {p.dtype for p in module.teacher.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in learnable(module.generator)} == {torch.float32}
+
+
+class Seen(L.Callback):
+    def __init__(self, seen: list[Any]) -> None:
+        self.seen = seen
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.seen.append(pl_module)
+
+
+def test_memory_counts_the_shared_weights_once():
+    teacher, given = tiny.denoiser("unet2d"), classes(0, torch.arange(1))
+    count = sum(p.numel() for p in teacher.parameters())
+    lora = LoraDenoiser(teacher, RANK)
+    own = sum(p.numel() for p in learnable(lora))
+    found = memory_estimate(teacher, (3, 8, 8), given, num_steps=2, batch_size=1, lora_rank=RANK)
+    assert (found.weights, found.trained, found.average) == (4 * count, 32 * own, 4 * own)
+    assert weight_megabytes(teacher, lora, lora) == pytest.approx((4 * count + 36 * own) / 1e6)

@@ -61,18 +61,21 @@ def passes(loss: Loss, iteration: int = 0, *, student_updates: int = 1, guided: 
 def weight_megabytes(teacher: nn.Module, generator: nn.Module, student: nn.Module, *, teacher_bytes: int = 4) -> float:
     """Returns the memory of all weights, gradients, Adam's two moments and the average, without activations.
 
+    Weights that generator and student score share with the teacher are counted once, as the teacher's.
+
     Args:
         teacher: Network that stays as it is.
         generator: Network that learns and is averaged.
         student: Network that learns, without an average.
         teacher_bytes: Bytes of one of the teacher's weights: 4 in float32, 2 in bfloat16.
     """
+    shared = {id(p) for p in teacher.parameters()}
 
     def learning(network: nn.Module) -> int:
         return sum(p.numel() for p in network.parameters() if p.requires_grad)
 
-    def all_of(network: nn.Module) -> int:
-        return sum(p.numel() for p in network.parameters())
+    def own(network: nn.Module) -> int:
+        return sum(p.numel() for p in network.parameters() if id(p) not in shared)
 
-    own = 4 * (2 * all_of(generator) + all_of(student)) + 12 * (learning(generator) + learning(student))
-    return (own + teacher_bytes * all_of(teacher)) / 1e6
+    weights = 4 * (2 * own(generator) + own(student)) + teacher_bytes * sum(p.numel() for p in teacher.parameters())
+    return (weights + 12 * (learning(generator) + learning(student))) / 1e6

@@ -104,21 +104,10 @@ class LoraDenoiser(Denoiser):
         found = {}
         for name, module in self.network.backbone.named_modules():
             if isinstance(module, LoraLayer):
-                down, up = (part[_NAME].weight.detach() for part in (module.lora_A, module.lora_B))
+                pair: list[Any] = [part[_NAME] for part in (module.lora_A, module.lora_B)]
+                down, up = (part.weight.detach() for part in pair)
                 found[name] = (down, up.flatten(1))
         return found
-
-    @torch.no_grad()
-    def load_factors(self, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
-        """Takes the factors of a LoRA on the same modules.
-
-        Args:
-            factors: Pairs (A, B) by module name, as the property `factors` tells them.
-        """
-        for name, (down, up) in factors.items():
-            layer: Any = self.network.backbone.get_submodule(name)
-            for own, given in ((layer.lora_A, down), (layer.lora_B, up)):
-                own[_NAME].weight.copy_(given.view_as(own[_NAME].weight))
 
     def adapter(self, backbone: str = "unet", name: str = "one-step generator") -> Adapter:
         """Returns the LoRA as a value that `diffcore.adapters.write_adapter` writes.
@@ -144,20 +133,20 @@ class LoraDenoiser(Denoiser):
             del found[name]
         return found
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **options: Any) -> None:
         own = super().state_dict(prefix=prefix)  # the teacher's weights are where they belong already
         state_dict.update({name: part for name, part in own.items() if name[len(prefix) :] not in self._own})
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args, **options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LoraDenoiser":
         memo.update({id(part): part for part in (*self.base_parameters(), self.teacher)})
         made = type(self).__new__(type(self))
         memo[id(self)] = made
-        made.__dict__ = copy.deepcopy(self.__dict__, memo)
+        vars(made).update(copy.deepcopy(vars(self), memo))
         return made
 
 
-def learnable(network: nn.Module) -> list[nn.Parameter]:
+def learnable(network: nn.Module) -> list[Tensor]:
     """Returns the parameters of a network that may learn: all, but for the shared weights under a LoRA.
 
     Args:

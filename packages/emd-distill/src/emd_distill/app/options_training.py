@@ -173,6 +173,8 @@ class TrainingOptions:
         student_updates: Number of updates of the student score in an iteration; DMD2 takes 5 to 10.
         gradient_clip: Largest norm of each network's gradient; 0 clips nothing.
         ema: Decay of the average of the generator's weights; by default the preset's.
+        lora_rank: Rank of generator and student score as LoRA on one copy of the teacher's weights; 0 trains whole
+            networks. The presets' learning rates are for whole networks; a LoRA takes larger ones, such as 1e-4.
         guidance_scale: Strength of the teacher's classifier-free guidance, which the generator learns; 1 is off.
         checkpoint_every: Number of iterations between checkpoints.
         log_every: Number of iterations between log lines.
@@ -191,6 +193,7 @@ class TrainingOptions:
     student_updates: int = 1
     gradient_clip: float = 1.0
     ema: float | None = None
+    lora_rank: int = 0
     guidance_scale: float = 1.0
     checkpoint_every: int = 500
     log_every: int = 50
@@ -220,6 +223,8 @@ class TrainingOptions:
                 raise UserError(f"`{name}` is {getattr(self, name)}; give at least 1")
         if self.teacher_steps is not None and self.teacher_steps < 1:
             raise UserError(f"`teacher_steps` is {self.teacher_steps}; give at least 1")
+        if self.lora_rank < 0:
+            raise UserError(f"`lora_rank` is {self.lora_rank}; give 0 or more")
         if not self.gradient_clip >= 0:
             raise UserError(f"`gradient_clip` is {self.gradient_clip}; give 0 or more")
         defaults = _PRESETS[preset]

@@ -23,9 +23,10 @@ from diffcore.train.timesteps import TimeSampler
 from emd_distill.app.options_training import TrainingOptions
 from emd_distill.conditions import InTurn
 from emd_distill.cost import passes, weight_megabytes
-from emd_distill.distill import Settings
+from emd_distill.distill import Settings, student_of
 from emd_distill.files.generators import NAME, save_generator
 from emd_distill.generator import OneStepGenerator
+from emd_distill.lora import LoraDenoiser
 from emd_distill.losses import EMD
 from emd_distill.module import DistillModule
 from emd_distill.quality import Scores, drawn_images, features_for, losing_modes, measured, teacher_images
@@ -86,13 +87,16 @@ class Training:
         return GuidedDenoiser(plain, self.options.guidance_scale, self.uncond) if self.uncond else plain
 
     def generator(self) -> OneStepGenerator:
-        """Returns a generator with the teacher's weights, which can learn.
+        """Returns a generator that starts as the teacher: its weights, or a LoRA on them, can learn.
 
         Raises:
             UserError: The teacher cannot be called at the level.
         """
+        plain, rank = self.model.denoiser, self.options.lora_rank
         try:
-            return OneStepGenerator(copy.deepcopy(self.model.denoiser).requires_grad_(True), self.t)
+            if rank:
+                return OneStepGenerator(LoraDenoiser(plain, rank, seed=self.runtime.seed), self.t)
+            return OneStepGenerator(copy.deepcopy(plain).requires_grad_(True), self.t)
         except ValueError as error:
             raise UserError(str(error).replace("`t`", "`timestep`")) from error
 
@@ -118,13 +122,15 @@ class Training:
         network = self.model.denoiser
         count = sum(p.numel() for p in network.parameters())
         generator = self.generator()
-        half = self.runtime.dtype == "bfloat16"
+        learning = sum(p.numel() for p in generator.parameters() if p.requires_grad)
+        half, rank = self.runtime.dtype == "bfloat16", self.options.lora_rank
         guided = self.uncond is not None
         loss = settings.loss
         starts = sorted(loss.num_steps) if isinstance(loss, EMD) and not isinstance(loss.num_steps, int) else [0]
         spent = [passes(loss, at, student_updates=settings.student_updates, guided=guided) for at in starts]
         return {
             "teacher": f"{type(self.model.backbone).__name__}, {count:,} parameters",
+            "generator": f"LoRA of rank {rank}, {learning:,} parameters" if rank else "whole network",
             "conditions": self.captions,
             "level_of_the_generator": self.t,
             "iterations": settings.steps,
@@ -139,7 +145,7 @@ class Training:
             "megabytes_without_activations": round(
                 weight_megabytes(network, generator, generator, teacher_bytes=2 if half else 4), 1
             ),
-            "megabytes_on_disk": round(count * 4 * (2 * 3 + 2) / 1e6, 1),
+            "megabytes_on_disk": round(learning * 4 * (2 * 3 + 2) / 1e6, 1),
             "looks_after_iterations": self.options.looks,
         }
 
@@ -290,13 +296,13 @@ def train_generator(
     folder.mkdir(parents=True, exist_ok=True)
     generator = training.generator()
     teacher = training.teacher
-    if training.runtime.dtype == "bfloat16":
-        teacher = copy.deepcopy(teacher).to(torch.bfloat16)
+    student = student_of(teacher, generator)
+    if training.runtime.dtype == "bfloat16":  # in place where LoRA share the weights, of which there is one copy
+        teacher = (teacher if training.options.lora_rank else copy.deepcopy(teacher)).to(torch.bfloat16)
     conditions = InTurn(training.table, settings.batch_size, settings.seed) if training.table else None
     module = DistillModule(
         teacher, generator, training.model.shape, settings,
-        student=copy.deepcopy(training.model.denoiser).requires_grad_(True),
-        time_sampler=training.time_sampler, conditions=conditions,
+        student=student, time_sampler=training.time_sampler, conditions=conditions,
     )  # fmt: skip
     ema = EMA(settings.ema, network="generator")
     options = training.options

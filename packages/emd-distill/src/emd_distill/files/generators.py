@@ -1,7 +1,7 @@
 """Trained generators in files: weights in safetensors with a sidecar, or the folder of an exported model.
 
-`generator.safetensors` holds the weights of the network, `generator.json` the level t at which it is called, the
-teacher's name and fingerprint where it is a model, and how it was trained.
+`generator.safetensors` holds the weights of the network, or its LoRA; `generator.json` the level t at which it is
+called, the teacher's name and fingerprint where it is a model, and how it was trained.
 """
 
 import copy
@@ -10,13 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffcore.denoiser import NetworkDenoiser
+from torch import Tensor
+
+from diffcore.denoiser import Denoiser, NetworkDenoiser
 from diffcore.errors import IncompatibleModelError, UserError, printable
 from diffcore.io import artifact
 from diffcore.io.strictjson import read_untrusted
 from diffcore.models import DiffusionModel, load
 from diffcore.runtime import Runtime
 from emd_distill.generator import OneStepGenerator
+from emd_distill.lora import LoraDenoiser
 
 SCHEMA = "emd-distill/generator@1"
 CARD = "emd-distill.json"
@@ -77,8 +80,10 @@ def save_generator(
         >>> load_generator(path, teacher).training
         {'num_steps': 0}
     """
-    assert isinstance(generator.denoiser, NetworkDenoiser)
     told: dict[str, Any] = {"t": generator.t, "training": dict(training or {})}
+    denoiser = generator.denoiser
+    if isinstance(denoiser, LoraDenoiser):
+        told["lora"] = {"rank": denoiser.rank, "alpha": denoiser.alpha, "targets": denoiser.targets}
     if model is not None:
         told |= {
             "model": source,
@@ -88,7 +93,7 @@ def save_generator(
             "schedule": _schedule(model),
             "shape": list(model.shape),
         }
-    return artifact.save(path, generator.denoiser.backbone.state_dict(), schema=SCHEMA, **told, **facts)
+    return artifact.save(path, _tensors(denoiser), schema=SCHEMA, **told, **facts)
 
 
 def load_generator(
@@ -137,14 +142,17 @@ def load_generator(
             f"{printable(model.name)} is not the model that this generator was distilled from, which was called "
             f"{printable(facts['model_name'])}; point to that one with `model`"
         )
-    denoiser = copy.deepcopy(teacher.denoiser if isinstance(teacher, DiffusionModel) else teacher)
-    own = denoiser.backbone.state_dict()
+    plain = teacher.denoiser if isinstance(teacher, DiffusionModel) else teacher
+    lora = facts.get("lora")
+    denoiser = LoraDenoiser(plain, **lora) if lora else copy.deepcopy(plain)
+    own = _tensors(denoiser)
     if sorted(own) != sorted(stored.tensors) or any(own[n].shape != v.shape for n, v in stored.tensors.items()):
         raise UserError(
-            f"the weights in {printable(source, 300)} do not fit the teacher's {type(denoiser.backbone).__name__}; "
+            f"the weights in {printable(source, 300)} do not fit the teacher's {type(plain.backbone).__name__}; "
             "give the teacher that it was distilled from"
         )
-    denoiser.backbone.load_state_dict(stored.tensors)
+    for name, value in stored.tensors.items():
+        own[name].copy_(value)
     return StoredGenerator(OneStepGenerator(denoiser, facts["t"]).requires_grad_(False).eval(), facts, model)
 
 
@@ -181,9 +189,22 @@ def _exported(folder: Path, runtime: Runtime) -> StoredGenerator:
     t = stated.get("t")
     if not isinstance(t, int | float) or not t >= 0:
         raise UserError(f"{printable(folder / CARD, 300)} says t = {printable(t)}, which is no level; export it again")
+    if "lora" in stated:
+        raise UserError(
+            f"{printable(folder, 300)} holds a LoRA for pipelines; give the run folder that it was exported from"
+        )
     model = load(folder, runtime)
     facts = stated if isinstance(stated.get("training"), dict) else {**stated, "training": {}}
     return StoredGenerator(OneStepGenerator(model.denoiser, t), facts, model)
+
+
+def _tensors(denoiser: Denoiser) -> dict[str, Tensor]:
+    """Returns what is stored of a generator's network, as the tensors that it calls."""
+    if isinstance(denoiser, LoraDenoiser):
+        parts = ((name, zip("AB", pair, strict=True)) for name, pair in denoiser.factors.items())
+        return {f"{name}.lora_{letter}.weight": part for name, pair in parts for letter, part in pair}
+    assert isinstance(denoiser, NetworkDenoiser)
+    return denoiser.backbone.state_dict()
 
 
 def _schedule(model: DiffusionModel) -> dict[str, Any]:

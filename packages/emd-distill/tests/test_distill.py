@@ -11,7 +11,8 @@ from diffcore.denoiser import DiscreteSchedule, EDMSchedule, FlowSchedule, Guide
 from diffcore.errors import MachineError, UserError
 from diffcore.testing import tiny
 from emd_distill.chain import ChainNoise, langevin_eps_z
-from emd_distill.distill import Draws, Settings, Watch, distill, student_of
+from emd_distill.distill import Settings, Watch, distill, student_of
+from emd_distill.draws import Draws
 from emd_distill.generator import OneStepGenerator, level_of
 from emd_distill.losses import EMD, GeneratorLoss, diff_instruct
 from emd_distill.noise_levels import noise_levels, trained_range

@@ -229,7 +229,7 @@ def test_drift_is_told_in_bins_of_equal_shares():
     squares, counts = module._binned(t.square(), torch.ones(1000, dtype=torch.bool), t)
     assert counts.sum() == 1000
     assert counts.min() > 150
-    told = means(torch.cat([torch.ones(5), squares, counts]).double())
+    told = means(torch.cat([torch.ones(7), squares, counts]).double())
     drifts = [float(told[f"drift_{place}"]) for place in range(1, 6)]
     assert drifts == sorted(drifts)
     assert drifts[0] <= module.edges[0] <= drifts[1] <= module.edges[1]

@@ -14,7 +14,7 @@ from diffcore.denoiser import Condition, NetworkDenoiser
 from diffcore.errors import UserError
 from diffcore.runtime import Runtime
 from emd_distill.digits import GENERATOR_SIGMA, SHAPE, load_teacher
-from emd_distill.distill import Conditions
+from emd_distill.draws import Conditions
 from emd_distill.files.generators import load_generator
 from emd_distill.generator import OneStepGenerator
 

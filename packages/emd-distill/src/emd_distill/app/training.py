@@ -123,18 +123,25 @@ class Training:
         count = sum(p.numel() for p in network.parameters())
         generator = self.generator()
         learning = sum(p.numel() for p in generator.parameters() if p.requires_grad)
+        scored, drawn = (settings.batch_size * count for count in settings.accumulation)
         half, rank = self.runtime.dtype == "bfloat16", self.options.lora_rank
         guided = self.uncond is not None
         loss = settings.loss
         starts = sorted(loss.num_steps) if isinstance(loss, EMD) and not isinstance(loss.num_steps, int) else [0]
-        spent = [passes(loss, at, student_updates=settings.student_updates, guided=guided) for at in starts]
+        spent = [
+            passes(
+                loss, at, student_updates=settings.student_updates, guided=guided,
+                student_guided=settings.student_guidance != 1, accumulation=settings.accumulation,
+            )
+            for at in starts
+        ]  # fmt: skip
         return {
             "teacher": f"{type(self.model.backbone).__name__}, {count:,} parameters",
             "generator": f"LoRA of rank {rank}, {learning:,} parameters" if rank else "whole network",
             "conditions": self.captions,
             "level_of_the_generator": self.t,
             "iterations": settings.steps,
-            "rows_an_iteration": settings.batch_size,
+            "rows_a_step": f"student score {scored:,}, generator {drawn:,}" if scored != drawn else drawn,
             **{
                 f"forward_passes_an_iteration{f'_from_{at}' if len(starts) > 1 else ''}": one.total
                 for at, one in zip(starts, spent, strict=True)
@@ -299,7 +306,8 @@ def train_generator(
     student = student_of(teacher, generator)
     if training.runtime.dtype == "bfloat16":  # in place where LoRA share the weights, of which there is one copy
         teacher = (teacher if training.options.lora_rank else copy.deepcopy(teacher)).to(torch.bfloat16)
-    conditions = InTurn(training.table, settings.batch_size, settings.seed) if training.table else None
+    largest = settings.batch_size * max(settings.accumulation)
+    conditions = InTurn(training.table, largest, settings.seed) if training.table else None
     module = DistillModule(
         teacher, generator, training.model.shape, settings,
         student=student, time_sampler=training.time_sampler, conditions=conditions,

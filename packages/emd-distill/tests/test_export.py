@@ -12,7 +12,7 @@ import torch
 
 from diffcore.denoiser import DiscreteSchedule, NetworkDenoiser
 from diffcore.denoiser.library import built
-from diffcore.errors import IncompatibleModelError, MachineError, UserError
+from diffcore.errors import CorruptArtifactError, IncompatibleModelError, MachineError, UserError
 from diffcore.models import from_pipeline, load
 from diffcore.runtime import Runtime
 from diffcore.testing import tiny
@@ -239,6 +239,31 @@ def test_a_network_that_reads_back_with_other_weights_is_not_kept(tmp_path, monk
     monkeypatch.setattr(writing, "library_class", spoiled)
     with pytest.raises(MachineError, match="vae was read back with another"):
         export(model, changed(model.denoiser, 999), tmp_path / "one")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_folder_knows_what_it_drew_and_is_refused_once_it_draws_something_else(tmp_path, dtype):
+    from safetensors.torch import load_file, save_file
+
+    model = teacher("dit")
+    folder = tmp_path / "one"
+    export(model, changed(model.denoiser, 700), folder, dtype=dtype)
+    stated = json.loads((folder / "emd-distill.json").read_text())
+    assert len(stated["self_test"]) == 64
+    load_generator(folder)  # as it was written
+    (weights,) = (folder / "transformer").glob("*.safetensors")
+    tensors = load_file(weights)
+    save_file({name: 1.3 * value if value.ndim > 1 else value for name, value in tensors.items()}, weights)
+    with pytest.raises(CorruptArtifactError, match="draws other samples than when it was exported"):
+        load_generator(folder)
+    save_file(tensors, weights)
+    for spoiled in (stated["self_test"][1:], ["a"] * 64):
+        (folder / "emd-distill.json").write_text(json.dumps({**stated, "self_test": spoiled}))
+        with pytest.raises(CorruptArtifactError, match="draws other samples"):
+            load_generator(folder)
+    (folder / "emd-distill.json").write_text(json.dumps({**stated, "t": 300}))
+    with pytest.raises(CorruptArtifactError, match="weights or settings"):
+        load_generator(folder)
 
 
 def test_what_does_not_fit_is_refused(tmp_path):

@@ -81,11 +81,25 @@ def test_a_training_leaves_a_generator_that_draws_what_was_seen_last(trained: Pa
     assert loaded.facts["t"] == pytest.approx(2.5)
     assert loaded.facts["training"]["loss"]["gamma_z"] == 0.05
     assert result["scores"] == looks[-1].fields["scores"]
+    assert None not in result.values()  # nothing is told as "warning None"
     lines = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 3]
-    assert {"drift", "drift_1", "drift_5", "loss_g", "loss_phi", "z_move", "finite"} <= set(lines[0])
+    assert {
+        "drift",
+        "drift_1",
+        "drift_5",
+        "loss_g",
+        "loss_phi",
+        "z_move",
+        "finite",
+        "grad_norm_g",
+        "grad_norm_phi",
+    } <= set(lines[0])
     page = (trained / "report.html").read_text()
-    assert all(part in page for part in ("Convergence", "Samples along the way", "Against the teacher"))
+    assert all(
+        part in page
+        for part in ("Convergence", "Norms of both networks", "Samples along the way", "Against the teacher")
+    )
 
 
 def test_it_is_what_distill_trains(trained: Path, folder: Path):

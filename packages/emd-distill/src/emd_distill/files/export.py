@@ -20,15 +20,13 @@ from diffcore.models import DiffusionModel, backbone_call
 from diffcore.models.save import new_folder, write_backbone
 from diffcore.noise import row_noise
 from emd_distill.export import OneStepModel, largest_error, one_step_model
-from emd_distill.files.generators import CARD
+from emd_distill.files.generators import CARD, TOLERANCE, self_test
 from emd_distill.generator import OneStepGenerator
 from emd_distill.lora import lora_of
 
 LORA = "pytorch_lora_weights.safetensors"
 """File name that `load_lora_weights` looks for in a folder."""
 Precision = Literal["float32", "float16", "bfloat16"]
-TOLERANCE: Mapping[str, float] = {"float32": 1e-5, "float16": 2e-2, "bfloat16": 1e-1}
-"""Largest difference to g(z) of a folder in each precision, relative to the largest value of g(z) or 1."""
 _ROWS = 2  # latents that the folder is compared on
 
 
@@ -106,7 +104,7 @@ def export(
         forget_origins(partial)
         if verify:
             error = _checked(folder, _error_of(partial, made, dtype, condition), dtype)
-        write_json(partial / CARD, {**stated, "error": error})
+        write_json(partial / CARD, {**stated, "error": error, "self_test": self_test(made.model, generator)})
         write_text(partial / "README.md", card(made, stated, error))
     return Exported(Path(folder), scheduler, generator.t, error)
 

@@ -5,18 +5,21 @@ called, the teacher's name and fingerprint where it is a model, and how it was t
 """
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from diffcore.denoiser import Denoiser, NetworkDenoiser
-from diffcore.errors import IncompatibleModelError, UserError, printable
+from diffcore.errors import CorruptArtifactError, IncompatibleModelError, UserError, printable
 from diffcore.io import artifact
 from diffcore.io.strictjson import read_untrusted
 from diffcore.models import DiffusionModel, load
+from diffcore.noise import row_noise
 from diffcore.runtime import Runtime
 from emd_distill.generator import OneStepGenerator
 from emd_distill.lora import LoraDenoiser
@@ -26,6 +29,12 @@ CARD = "emd-distill.json"
 """File of an exported folder that says how its network is called."""
 NAME = "generator"
 """Folder of a run that holds the generator, and the stem of its files."""
+
+
+TOLERANCE: Mapping[str, float] = {"float32": 1e-5, "float16": 2e-2, "bfloat16": 1e-1}
+"""Largest difference to g(z) of a folder in each precision, relative to the largest value of g(z) or 1."""
+_OTHER_MACHINE = 10  # times as much may a folder differ in float32 that is read on another machine
+_TESTED = 64  # numbers of g(z) that a folder keeps of itself
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +123,8 @@ def load_generator(
 
     Raises:
         UserError: There is no generator, it names no teacher, or it is of another architecture than the teacher.
-        CorruptArtifactError: The weights are damaged.
+        CorruptArtifactError: The weights are damaged, or an exported folder draws other samples than when it was
+            written.
         IncompatibleModelError: The model is not the one that it was distilled from.
 
     Example:
@@ -195,7 +205,43 @@ def _exported(folder: Path, runtime: Runtime) -> StoredGenerator:
         )
     model = load(folder, runtime)
     facts = stated if isinstance(stated.get("training"), dict) else {**stated, "training": {}}
-    return StoredGenerator(OneStepGenerator(model.denoiser, t), facts, model)
+    generator = OneStepGenerator(model.denoiser, t)
+    _require_unchanged(folder, stated, self_test(model, generator))
+    return StoredGenerator(generator, facts, model)
+
+
+@torch.no_grad()
+def self_test(model: DiffusionModel, generator: OneStepGenerator) -> list[float] | None:
+    """Returns some numbers of g(z) for the latent of seed 0, and the empty prompt or class 0.
+
+    An exported folder keeps them, and whoever reads it can see whether it still draws what it drew.
+
+    Args:
+        model: Model whose network the generator calls.
+        generator: Generator that is tested; None comes back where its text encoders are missing.
+    """
+    try:
+        given = {key: value.to(model.device) for key, value in model.empty_condition(1).items()}
+    except IncompatibleModelError:
+        return None
+    found = generator(row_noise(0, range(1), model.shape).to(model.device), given).float().flatten()
+    places = torch.linspace(0, len(found) - 1, min(_TESTED, len(found))).round().long()
+    return found.cpu()[places].tolist()
+
+
+def _require_unchanged(folder: Path, stated: Mapping[str, Any], found: list[float] | None) -> None:
+    """Raises where a folder does not draw what it drew when it was written."""
+    kept = stated.get("self_test")
+    if kept is None or found is None:
+        return
+    allowed = max(TOLERANCE.get(str(stated.get("dtype")), 0.0), _OTHER_MACHINE * TOLERANCE["float32"])
+    known = isinstance(kept, list) and len(kept) == len(found) and all(isinstance(one, int | float) for one in kept)
+    apart = max(abs(one - other) for one, other in zip(kept, found, strict=True)) if known else math.inf
+    if not known or not apart <= allowed * max(1.0, *(abs(one) for one in kept)):
+        raise CorruptArtifactError(
+            f"{printable(folder, 300)} draws other samples than when it was exported (they differ by {apart:.2g}): its "
+            "weights or settings were changed since; export it again"
+        )
 
 
 def _tensors(denoiser: Denoiser) -> dict[str, Tensor]:

@@ -60,7 +60,8 @@ def train(
         facts = settings(loss=loss, chain=chain, levels=levels, training=training)
         result = train_generator(prepared, told, run, facts={"settings": facts})
         warning = warning_of(run)
-        return {"answer": _sentence(result, warning), **result, "loss": loss, "warning": warning}
+        answer = {"answer": _sentence(result, warning), **result, "loss": loss}
+        return answer | ({"warning": warning} if warning else {})
 
     config = settings(
         model=model, loss=loss, prompts=prompts, validation_prompts=list(validation_prompts),

@@ -139,6 +139,47 @@ def test_a_chain_that_is_lost_leaves_its_sample_as_it_was():
     assert not torch.equal(done.after[1:], done.before[1:])
 
 
+def test_a_chain_that_was_lost_once_stays_lost():
+    """Though it goes on from where it was: what it has left in eps is not whole."""
+    calls = []
+
+    class SickAtFirst(Denoiser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.schedule = normal(1.0, 1.0), EDMSchedule()
+
+        def forward(self, x_t, t, cond=None):
+            calls.append(bool(x_t.isfinite().all()))
+            found = self.inner(x_t, t)
+            spoiled = found.x0.clone()
+            spoiled[0] = math.nan if len(calls) == 3 else spoiled[0]
+            return type(found)(spoiled, x_t, found.alpha, found.sigma, "sample")
+
+    z = torch.randn(3, 1, dtype=torch.float64)
+    done = correct(Affine(0.5, -1.0), SickAtFirst(), normal(-1.0, 0.5), z, t=0.8, steps=60, gamma_z=0.01)
+    assert done.finite.tolist() == [False, True, True]
+    assert torch.equal(done.after[0], done.before[0])
+    assert all(calls[25:])  # the second segment starts from numbers again
+    assert bool(done.drift.isfinite().all())
+
+
+def test_a_score_is_an_average_over_steps():
+    """After two steps that of the two: (1 - 1/2) first + 1/2 second."""
+    teacher = load_teacher()
+    generator, found = OneStepGenerator(teacher, 2.5), []
+    for steps in (1, 2):
+        student = fit_student(
+            teacher, generator, SHAPE, lambda u: 0.3 + u, conditions=digit_classes, steps=steps, learning_rate=0.1
+        )
+        found.append(torch.cat([p.flatten() for p in student.parameters()]))
+        assert not any(p.requires_grad for p in student.parameters())
+    start = torch.cat([p.detach().flatten() for p in teacher.parameters()])
+    first, second = (float((part - start).norm()) for part in found)
+    # Adam's first step has one size; a second of that size alone would double the way, the average does not.
+    assert float((found[1] - found[0]).norm()) < 0.75 * first
+    assert second < 1.6 * first
+
+
 def test_the_score_of_a_generator_is_learned_from_its_samples():
     teacher = load_teacher()
     generator = OneStepGenerator(teacher, 2.5)

@@ -131,6 +131,17 @@ def test_the_chain_sees_one_network_and_the_students_loss_another():
     assert student.backbone.modes == [True, False, False] * 2
 
 
+def test_networks_that_come_in_training_mode_are_functions_all_the_same():
+    """Rule 4 of specification 4.5: no dropout in teacher and generator, and in the student in its own loss alone."""
+    nets = [NetworkDenoiser(Score(dropout=0.5), EDMSchedule(), "edm").train() for _ in range(3)]
+    teacher, student, inner = nets
+    settings = Settings(loss=EMD(num_steps=2, gamma_z=0.01), steps=2, **SETTINGS)
+    distill(teacher, OneStepGenerator(inner, 2.5).train(), (2,), settings, student=student)
+    assert set(teacher.backbone.modes) == {False}
+    assert set(inner.backbone.modes) == {False}
+    assert student.backbone.modes == [True, False, False] * 2
+
+
 def test_a_teacher_that_is_a_network_gives_the_student_and_stays_as_it_is():
     model = tiny.model("unet2d")
     generator = OneStepGenerator(copy.deepcopy(model.denoiser).requires_grad_(True), 900)

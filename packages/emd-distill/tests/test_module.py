@@ -20,6 +20,7 @@ from diffcore.runtime import Runtime
 from diffcore.testing.distributed import run_forked
 from diffcore.train import EMA, fit, iterations_done
 from emd_distill.distill import Settings, distill
+from emd_distill.generator import OneStepGenerator
 from emd_distill.losses import EMD, SiD, diff_instruct
 from emd_distill.module import DistillModule, means
 from emd_distill.noise_levels import noise_levels
@@ -169,6 +170,18 @@ def test_two_processes_equal_one_at_the_whole_batch(tmp_path: Path, loss: Any):
     assert_equal(first, second)
     torch.testing.assert_close(first[1], alone.kept, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(first[0], one, rtol=1e-3, atol=1e-4)  # Adam divides small gradients by their size
+
+
+def test_networks_that_come_in_training_mode_are_functions_all_the_same(tmp_path: Path):
+    """Rule 4 of specification 4.5, whatever the trainer does to the modes of its modules."""
+    nets = [NetworkDenoiser(Score(dropout=0.5), EDMSchedule(), "edm").train() for _ in range(3)]
+    teacher, student, inner = nets
+    told = settings(steps=2, loss=EMD(num_steps=2, gamma_z=0.01), student_updates=1)
+    module = DistillModule(teacher, OneStepGenerator(inner, 2.5).train(), (2,), told, student=student)
+    fit(module, steps=2, folder=tmp_path, runtime=CPU)
+    assert set(teacher.backbone.modes) == {False}
+    assert set(inner.backbone.modes) == {False}
+    assert student.backbone.modes == [True, False, False] * 2
 
 
 def test_float16_is_refused_and_bfloat16_keeps_chains_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

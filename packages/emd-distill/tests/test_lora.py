@@ -20,6 +20,7 @@ from diffcore.models import from_pipeline
 from diffcore.run import Run
 from diffcore.runtime import Runtime
 from diffcore.testing import tiny
+from diffcore.testing.distributed import run_forked
 from diffcore.train import EMA, fit, iterations_done
 from emd_distill.app.cli import app
 from emd_distill.app.options_training import TrainingOptions
@@ -171,11 +172,14 @@ def module_of(model: Any, told: Settings) -> DistillModule:
     return DistillModule(model.denoiser, generator, model.shape, told, conditions=classes)
 
 
-def train_to(folder: Path, *callbacks: L.Callback) -> dict[str, dict[str, Tensor]]:
-    told = settings()
+def train_to(
+    folder: Path, *callbacks: L.Callback, runtime: Runtime = CPU, **changes: Any
+) -> dict[str, dict[str, Tensor]]:
+    """Returns the LoRA of all networks that the training leaves."""
+    told = settings(**changes)
     module, ema = module_of(tiny.model("unet2d"), told), EMA(0.9, network="generator")
     fit(
-        module, steps=told.steps, folder=folder, runtime=CPU, callbacks=[ema, *callbacks],
+        module, steps=told.steps, folder=folder, runtime=runtime, callbacks=[ema, *callbacks],
         checkpoint_every=2, log_every=2, gradient_clip=1.0,
     )  # fmt: skip
     parts = {"student": module.student, "generator": module.generator, "average": ema.average}
@@ -204,6 +208,26 @@ def test_a_killed_training_goes_on_bit_for_bit_from_a_small_checkpoint(tmp_path:
     assert [len(part["state"]) for part in kept["optimizer_states"]] == [count, count]
     assert_equal(train_to(tmp_path / "killed"), whole)
     assert (tmp_path / "killed" / "log.jsonl").read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
+
+
+def test_two_processes_equal_one_at_the_whole_batch(tmp_path: Path):
+    def on_rank(rank: int) -> dict[str, dict[str, Tensor]]:
+        os.environ.update(
+            {"TORCHELASTIC_RUN_ID": "test", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+            | {"GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+        )
+        return train_to(tmp_path / "two", runtime=Runtime(device="cpu", devices=2, strategy="ddp"), steps=2)
+
+    one = train_to(tmp_path / "one", steps=2)
+    first, second = run_forked(on_rank, timeout_seconds=300.0)
+    assert_equal(first, second)
+    start = module_of(tiny.model("unet2d"), settings()).state_dict()
+    for name in ("student", "generator"):
+        way, other = (
+            torch.cat([(part - start[f"{name}.{key}"]).flatten() for key, part in found[name].items()])
+            for found in (one, first)
+        )
+        assert float((way - other).norm() / way.norm()) < 0.05  # Adam divides small gradients by their size
 
 
 def test_it_is_distill_with_lightning(tmp_path: Path):

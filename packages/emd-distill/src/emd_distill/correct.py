@@ -56,7 +56,7 @@ class Segment:
         done: Number of finished Langevin steps.
         z: Latents at this place.
         eps: Noise at this place.
-        residual: What the drifts so far have left in eps.
+        residual: Part of eps that the drifts so far have left.
         sample: Corrected samples at this place.
         drift: Root mean square of the drift at the first of the segment's steps.
         finite: Rows whose chain has stayed finite so far.

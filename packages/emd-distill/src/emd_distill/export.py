@@ -139,7 +139,7 @@ def merged(generator: OneStepGenerator) -> OneStepGenerator:
     """Returns a generator with weights of its own: the same where it has some, the sums where it is a LoRA.
 
     Args:
-        generator: Trained generator.
+        generator: Trained generator of either kind.
     """
     denoiser = generator.denoiser
     return OneStepGenerator(denoiser.merged(), generator.t) if isinstance(denoiser, LoraDenoiser) else generator

@@ -43,7 +43,7 @@ class StoredGenerator:
 
     Attributes:
         generator: The generator, in evaluation mode, with weights that do not learn.
-        facts: What its file says of it: t, model, iterations, training, settings.
+        facts: Content of its file: t, model, iterations, training, settings.
         model: The teacher, whose codec and prompt encoder belong to the generator too, or the whole exported model;
             None where the teacher was given as a bare network.
     """

@@ -109,10 +109,11 @@ def test_each_iteration_updates_the_student_first_and_the_generator_once():
     class Spy:
         def __call__(self, s) -> GeneratorLoss:
             seen.append((weights(s.student), weights(s.generator)))
+            assert torch.equal(s.z, draws(s.iteration, torch.arange(64)).z)  # of the student's last update
             assert torch.equal(s.x0, s.generator(s.z))  # the online weights (rule 3), which the student has seen
             return diff_instruct()(s)
 
-    first = weights(student)
+    first, draws = weights(student), Draws(0, (2,), noise_levels(teacher.schedule))
     settings = Settings(loss=Spy(), steps=3, student_updates=2, **SETTINGS)
     reached: list[int] = []
     distill(

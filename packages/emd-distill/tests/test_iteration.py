@@ -157,6 +157,16 @@ def test_a_guided_student_learns_without_conditions_too_and_nothing_else_does():
     assert (made.teacher, made.student) == (4, 5)  # of 40 rows each
 
 
+def test_rows_without_a_condition_are_of_all_noise_levels():
+    draws = Draws(0, (2,), LEVELS, classes, uncond=uncond(), null_share=0.25)
+    drawn, others = draws(0, torch.arange(2000)), draws(0, torch.arange(2000), 1)
+    assert drawn.nulls is not None
+    assert float(drawn.nulls.float().mean()) == pytest.approx(0.25, abs=0.04)
+    low = drawn.t < drawn.t.median()
+    assert float(low[drawn.nulls].float().mean()) == pytest.approx(0.5, abs=0.08)
+    assert not torch.equal(drawn.nulls, others.nulls)
+
+
 def test_without_guidance_no_row_loses_its_condition():
     draws = Draws(0, (2,), LEVELS, classes, null_share=0.9)
     drawn = draws(0, torch.arange(8))

@@ -19,9 +19,10 @@ from diffcore.errors import MachineError, UserError
 from diffcore.runtime import Runtime
 from diffcore.testing.distributed import run_forked
 from diffcore.train import EMA, fit, iterations_done
+from diffcore.train.iteration import Descent
 from emd_distill.distill import Settings, distill
 from emd_distill.generator import OneStepGenerator
-from emd_distill.losses import EMD, SiD, diff_instruct
+from emd_distill.losses import EMD, GeneratorLoss, SiD, diff_instruct
 from emd_distill.module import DistillModule, means
 from emd_distill.noise_levels import noise_levels
 
@@ -35,7 +36,7 @@ assert_equal = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 def settings(**changes: Any) -> Settings:
     return Settings(
-        **{"loss": LOSS, "steps": STEPS, "batch_size": 16, "learning_rate": 1e-2, "student_learning_rate": 1e-2}
+        **{"loss": LOSS, "steps": STEPS, "batch_size": 16, "learning_rate": 1e-2, "student_learning_rate": 5e-3}
         | {"student_updates": 2, "ema": 0.9}
         | changes
     )
@@ -234,6 +235,18 @@ def test_a_row_that_is_lost_costs_that_row_alone_and_many_end_the_training(tmp_p
     assert line["drift"] is not None
     with pytest.raises(MachineError, match="did not stay finite"):
         run(0.0, 100)
+
+
+def test_a_row_that_is_lost_along_its_chain_enters_no_sum():
+    module = module_of(settings())
+    module._trainer = type("Quiet", (), {"log_every_n_steps": 1000})()  # pyright: ignore
+    finite, drift = torch.tensor([True, False]), torch.tensor([[1.0, 1.0], [100.0, 100.0]])
+    told = GeneratorLoss(torch.tensor(0.5), finite, drift, torch.tensor([0.25, 50.0]))
+    step = Descent(torch.tensor(0.5), torch.tensor(2.0))
+    found, share = module._note(told, [step, step], torch.tensor([0.1, 0.1]))
+    assert (float(found), float(share)) == (1.0, 0.5)
+    logged = means(module._window)
+    assert (float(logged["drift"]), float(logged["z_move"])) == (1.0, 0.25)
 
 
 def test_drift_is_told_in_bins_of_equal_shares():

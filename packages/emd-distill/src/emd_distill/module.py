@@ -149,8 +149,7 @@ class DistillModule(IterationModule):
         """Moves what is no part of the module to its device, and makes the generator a function of its latent."""
         self.teacher.to(self.device)
         self._edges, self._window = self._edges.to(self.device), self._window.to(self.device)
-        self.generator.eval()  # no dropout, no statistics of a batch
-        self.student.eval()  # but in its own loss
+        self.generator.eval()  # no dropout, no statistics of a batch; the student is so outside of its own loss
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Updates the student score, then the generator, and returns the generator's loss.

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from diffcore.adapters import write_adapter
-from diffcore.checkpoint.origin import forget_origins
 from diffcore.denoiser import Condition
 from diffcore.denoiser.library import library_class
 from diffcore.errors import IncompatibleModelError, MachineError, UserError, printable
@@ -101,7 +100,6 @@ def export(
             written.pipeline.save_pretrained(partial, safe_serialization=True)
         else:
             write_backbone(written, partial)
-        forget_origins(partial)
         if verify:
             error = _checked(folder, _error_of(partial, made, dtype, condition), dtype)
         write_json(partial / CARD, {**stated, "error": error, "self_test": self_test(made.model, generator)})
@@ -168,7 +166,6 @@ def export_lora(
         adapter = lora.adapter(model.backbone_name, printable(model.name))
         write_adapter(adapter, partial / LORA, dtype=getattr(torch, dtype))
         scheduler.save_pretrained(partial / "scheduler")
-        forget_origins(partial)
         if verify:
             error = _checked(folder, _lora_error(partial, model, made, condition), dtype)
         write_json(partial / CARD, {**stated, "error": error})

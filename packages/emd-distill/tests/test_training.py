@@ -222,8 +222,10 @@ def test_the_plan_counts_the_passes_that_are_made(loss: Any, updates: int):
 
 
 def test_memory_is_that_of_weights_gradients_moments_and_average():
-    layer = nn.Linear(1000, 1000, bias=False)
-    assert weight_megabytes(layer, layer, layer, teacher_bytes=2) == pytest.approx(2 + 20 + 16)
+    teacher, generator, student = (nn.Linear(1000, 1000, bias=False) for _ in range(3))
+    assert weight_megabytes(teacher, generator, student, teacher_bytes=2) == pytest.approx(2 + 20 + 16)
+    frozen = teacher.requires_grad_(False)
+    assert weight_megabytes(teacher, frozen, frozen, teacher_bytes=2) == pytest.approx(2)  # shared, and learns nothing
 
 
 def test_a_generator_is_sampled_at_fixed_seeds_whatever_the_batch(trained: Path, tmp_path: Path):

@@ -5,8 +5,9 @@
     python benchmarks/immiscible_consistency.py ZIP --split train --size 32 --seeds 1   # a U-Net: hours of a core
 
 Fréchet distance over training steps, and how many times fewer steps a coupling takes to the distance that vanilla ends
-at. Without a path it trains on 1797 real digits; with one, on the images of a folder or zip. An interrupted run continues. Writes `immiscible-consistency.json` and `.md` in benchmarks/results, a part for each set of
-images, and a run folder with a report for each recipe.
+at. Without a path it trains on 1797 real digits; with one, on the images of a folder or zip. An interrupted run
+continues. Writes `immiscible-consistency.json` and `.md` in benchmarks/results, a part for each set of images, and a
+run folder with a report for each recipe.
 """
 
 import os

@@ -1,13 +1,16 @@
 """The population of portraits: what comes with the package, how it was made, and that plain diffusers draws it."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from diffcore.adapters import write_adapter
+import w2w_space
+from diffcore.errors import CorruptArtifactError
 from diffcore.io import artifact
 from diffcore.models import DiffusionModel
 from diffcore.noise import row_noise
@@ -64,11 +67,13 @@ def test_members_that_failed_are_not_stored(base: DiffusionModel, tmp_path: Path
         for name, value, loss in (("one", 1.0, 0.5), ("two", 2.0, float("nan")), ("three", 3.0, 0.25))
     ]
     labels = torch.arange(3.0)[:, None].expand(3, len(ATTRIBUTES))
-    path = store_portraits(base, members, labels, tmp_path / "members.safetensors")
+    path = store_portraits(base, members, labels, tmp_path)
     stored = artifact.load(path, schema=SCHEMA)
     assert stored.fields["names"] == ["one", "three"]
     assert stored.tensors["labels"][:, 0].tolist() == [0, 2]
-    assert stored.tensors["vectors"][:, 0].tolist() == [1, 3]
+    assert sorted(file.name for file in (tmp_path / "adapters").iterdir()) == ["one.safetensors", "three.safetensors"]
+    third = load_file(tmp_path / "adapters" / "three.safetensors")
+    assert all((tensor == 3).all() for tensor in third.values())
     assert stored.fields["loss"] == 0.375
 
 
@@ -112,14 +117,24 @@ def test_weights_carry_the_attributes():
     assert told["hat"] > 0.4
 
 
-def test_plain_diffusers_draws_a_member(base: DiffusionModel, tmp_path: Path):
-    """Written as an ordinary LoRA and loaded by `load_lora_weights`, a member draws what our rendering draws."""
+def test_a_damaged_installation_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shipped = Path(w2w_space.__file__).parent / "portraits_population"
+    shutil.copytree(shipped, tmp_path / "portraits_population")
+    monkeypatch.setattr("w2w_space.portraits.files", lambda _: tmp_path)
+    assert len(load_portraits()[0]) == MEMBERS
+    (tmp_path / "portraits_population" / "adapters" / "person-017.safetensors").unlink()
+    with pytest.raises(CorruptArtifactError, match="install w2w-space again"):
+        load_portraits()
+
+
+def test_plain_diffusers_draws_a_member(base: DiffusionModel):
+    """The file that comes with the package, loaded by `load_lora_weights`, draws what our rendering draws."""
     population, _ = load_portraits()
     vector = population.vectors.rows([5])[0]
-    path = write_adapter(population.layout.adapter(vector, "person"), tmp_path / "person.safetensors")
+    shipped = Path(w2w_space.__file__).parent / "portraits_population" / "adapters"
     pipeline = base.pipeline
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.load_lora_weights(tmp_path, weight_name=path.name)
+    pipeline.load_lora_weights(shipped, weight_name=f"{population.names[5]}.safetensors")
     try:
         noise = row_noise(0, range(2), base.shape)
         options = {"num_inference_steps": 8, "guidance_scale": 1.0, "output_type": "pt"}

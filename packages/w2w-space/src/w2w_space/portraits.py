@@ -6,14 +6,18 @@ equally often, in an order of its own, so that attributes are hardly correlated;
 attributes off a picture, and its features tell persons apart.
 """
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from importlib.resources import as_file, files
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diffcore.errors import CorruptArtifactError
 from diffcore.io import artifact
 from diffcore.io.shipped import shipped_folder
 from diffcore.metrics.attribute_network import load_attribute_network
@@ -215,7 +219,7 @@ def load_portraits() -> tuple[Population, Labels]:
     """Returns the population that comes with this package, and the exact labels of its members.
 
     Raises:
-        CorruptArtifactError: The installed file is damaged.
+        CorruptArtifactError: The installed files are damaged.
 
     Example:
         >>> population, labels = load_portraits()
@@ -223,7 +227,32 @@ def load_portraits() -> tuple[Population, Labels]:
         (256, 11)
     """
     with as_file(files("w2w_space") / "portraits_population") as folder:
-        stored = artifact.load(folder / "members.safetensors", schema=SCHEMA)
-    layout, names = Layout.from_json(stored.fields["layout"]), tuple(stored.fields["names"])
+        stored = artifact.load(folder / "labels.safetensors", schema=SCHEMA)
+        layout, names = Layout.from_json(stored.fields["layout"]), tuple(stored.fields["names"])
+        if digest_of_files(folder / "adapters", names) != stored.fields["adapters"]:
+            raise CorruptArtifactError(f"{folder / 'adapters'} is damaged; install w2w-space again")
+        vectors = torch.stack(
+            [_vector(layout, load_file(folder / "adapters" / f"{name}.safetensors")) for name in names]
+        )
     labels = Labels(tuple(stored.fields["attributes"]), stored.tensors["labels"].double())
-    return Population(layout, names, Stacked(stored.tensors["vectors"].float())), labels
+    return Population(layout, names, Stacked(vectors.float())), labels
+
+
+def digest_of_files(folder: Path, names: Sequence[str]) -> str:
+    """Returns the sha256 of the adapters of some members, in their order; missing files count as empty.
+
+    Args:
+        folder: Place of the adapters.
+        names: Names of the members.
+    """
+    digest = hashlib.sha256()
+    for name in names:
+        path = folder / f"{name}.safetensors"
+        digest.update(path.read_bytes() if path.exists() else b"")
+    return digest.hexdigest()
+
+
+def _vector(layout: Layout, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Returns the vector of an adapter in diffusers' names, whose alpha is its rank."""
+    factors = [tensors[f"{layout.backbone}.{name}.lora_{side}.weight"] for name in layout.modules for side in "AB"]
+    return torch.cat([factor.flatten() for factor in factors])

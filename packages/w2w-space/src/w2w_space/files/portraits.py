@@ -1,7 +1,7 @@
 """The population of portraits on disk: as it comes with the package, and as a population that commands take.
 
-It comes as one matrix in half precision with its table, a row of 15 kB for each member, instead of a file for each,
-whose header alone would take another 10 kB; each member is written as an ordinary LoRA in one call.
+It comes as people have theirs: an ordinary LoRA of diffusers in half precision for each member, beside a file of
+exact labels.
 """
 
 import csv
@@ -9,32 +9,38 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from diffcore.adapters import write_adapter
 from diffcore.io import artifact
 from diffcore.io.jsonfile import write_text
 from diffcore.models import DiffusionModel
 from w2w_space.files.population import LABELS, Member, PopulationFolder
-from w2w_space.portraits import ATTRIBUTES, RECIPE, SCHEMA, load_portraits
+from w2w_space.portraits import ATTRIBUTES, RECIPE, SCHEMA, digest_of_files, load_portraits
 from w2w_space.recipe import layout_for
 from w2w_space.train_population import Trained, population_of
 
 
-def store_portraits(model: DiffusionModel, members: Sequence[Trained], labels: Tensor, path: Path) -> Path:
-    """Writes trained members as they come with the package, and returns the file.
+def store_portraits(model: DiffusionModel, members: Sequence[Trained], labels: Tensor, folder: Path) -> Path:
+    """Writes trained members as they come with the package, and returns the file of their labels.
 
     Args:
         model: Base model that they were trained on.
         members: Members as `train_portraits` returns them.
         labels: Their exact labels, one row each.
-        path: File that ends in .safetensors.
+        folder: Place of the files, which are written anew.
     """
     population = population_of(layout_for(model, RECIPE.targets, RECIPE.rank), members)
     kept = [place for place, member in enumerate(members) if not member.failed]
+    for place, name in enumerate(population.names):
+        adapter = population.layout.adapter(population.vectors.rows([place])[0].half(), name)
+        write_adapter(adapter, folder / "adapters" / f"{name}.safetensors", dtype=torch.float16, overwrite=True)
     return artifact.save(
-        path,
-        {"vectors": population.vectors.rows(range(len(population))).half(), "labels": labels[kept].float()},
+        folder / "labels.safetensors",
+        {"labels": labels[kept].float()},
         schema=SCHEMA,
+        adapters=digest_of_files(folder / "adapters", population.names),
         layout=population.layout.to_json(),
         names=list(population.names),
         attributes=list(ATTRIBUTES),

@@ -152,15 +152,20 @@ def overview(run: Run, seeds: int) -> Tensor:
     """Returns a grid of digits: a row for each way of drawing, the same latents in each column."""
     parts = list(run.load("teacher").tensors.values())
     parts += [run.load(f"seed-0-{place}").tensors["samples"] for place in range(len(ARMS))]
-    return (torch.cat([part[: 2 * SHOWN] for part in parts]) / 2 + 0.5).clamp(0, 1)
+    return (torch.cat([part[:SHOWN] for part in parts]) / 2 + 0.5).clamp(0, 1)
 
 
 def page(run: Run, result: dict[str, Any], seeds: int) -> None:
     """Writes the page of the run, and the pictures."""
     report = Report("Digits in one step", run)
+    ends = {arm: looks[0][-1] for arm, looks in result["curves"].items()}
+    told = [f"{arm} {one['distance']:.2f} and {one['recall']:.2f}" for arm, one in ends.items()]
+    report.answer(f"Fréchet distance and recall at equal seconds, seed 0: {'; '.join(told)}.")
     report.section("At equal seconds").table(result["rows"], NOTE)
     labels = ["teacher, 18 steps", "teacher, 1 step", *ARMS]
-    report.images(overview(run, seeds), "The same latents and classes in each column.", columns=20, row_labels=labels)
+    report.images(
+        overview(run, seeds), "The same latents and classes in each column.", columns=SHOWN, row_labels=labels
+    )
     report.section("While they train")
     for name in ("distance", "recall"):
         series = [
@@ -170,7 +175,7 @@ def page(run: Run, result: dict[str, Any], seeds: int) -> None:
         figure = lines_with_band(series, x_label="CPU seconds", y_label=name, log_y=name == "distance")
         report.plot(name, figure, f"{name.capitalize()} of the averaged generators by CPU seconds, seed 0.")
     report.save()
-    figure = image_grid(overview(run, seeds), columns=20, row_labels=labels)
+    figure = image_grid(overview(run, seeds), columns=SHOWN, row_labels=labels)
     write_whole(RESULTS / "emd-digits.png", run.figure("digits", figure).read_bytes())
 
 

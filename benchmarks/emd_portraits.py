@@ -265,7 +265,7 @@ def study_part(part: Part, minutes: float, out: Path, *, smoke: bool) -> dict[st
 NOTE = (
     f"{EVALUATED} full captions of strangers that no training contains, one image each. Caption accuracy is the mean "
     "of eight attributes as the zoo's oracle reads them; distance, precision, recall and coverage are against 2000 "
-    "real images, in the oracle's features. Copies: SSIM above .7 to the memorised image, 24 captions of 8 latents each; "
+    "real images, in the oracle's features. Copies: SSIM above .7 to the memorised image, 24 captions of 8 latents; "
     "decoys are captions of the same form that no training holds."
 )
 

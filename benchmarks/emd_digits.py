@@ -228,6 +228,7 @@ def run(
             for arm in ARMS:
                 train_arm(part, arm, seed, 2 if smoke else round(60 * minutes / len(ARMS) / each[arm]))
         result = told(part, seeds)
+        part.finish(result)  # further seeds can still be added
         if not smoke:
             page(part, result, seeds)
             write_json(RESULTS / "emd-digits.json", result)

@@ -464,6 +464,7 @@ def run(*, out: Path = Path("runs/emd-mixtures"), quick: bool = False, updates: 
         if not part.has("cost"):
             part.save("cost", {}, milliseconds=cost())
         result = _told(part)
+        part.finish(result)  # a run of the quick rows can go on with the others
         _page(part, result)
         write_whole(RESULTS / "emd-mixtures.png", (part.folder / "figures" / "overview.png").read_bytes())
     write_json(RESULTS / "emd-mixtures.json", result)

@@ -259,6 +259,7 @@ def study_part(part: Part, minutes: float, out: Path, *, smoke: bool) -> dict[st
             result["export"] = exported(study, generator, run.folder / "exported")
         if not smoke:
             write_whole(RESULTS / f"emd-portraits-{part}.png", picture.read_bytes())
+        run.finish(result)
     return result
 
 

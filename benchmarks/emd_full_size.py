@@ -46,12 +46,12 @@ LIMIT, WITHIN, RANK = 20e9, 0.15, 16
 
 
 COLUMNS = (
-    "case", "parameters", "learning", "precision", "peak, GB", "forecast, GB", "off by", "s an iteration", "gate",
-    "held",
+    "case", "parameters", "learning", "latents", "precision", "peak, GB", "forecast, GB", "off by", "s an iteration",
+    "gate", "held",
 )  # fmt: skip
 NOTE = (
-    "Random weights in the published architecture (whole-fifth and whole-third at .2 and .3 of its width), latents of "
-    "4 x 64 x 64, one row, one chain step in eps and z, one thread. Peak is what the process held at most above its "
+    "Random weights in the published architecture (whole-fifth and whole-third at .2 and .3 of its width), "
+    "one row, one chain step in eps and z, one thread. Peak is what the process held at most above its "
     "libraries."
 )
 
@@ -86,12 +86,11 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def measured(case: Case, *, smoke: bool) -> dict[str, Any]:
+def measured(case: Case, side: int, *, smoke: bool) -> dict[str, Any]:
     """Runs a case in this process and returns what it took."""
     torch.set_num_threads(1)
     import peft  # noqa: F401
 
-    side = 16 if smoke else 64
     condition = {"encoder_hidden_states": torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(1))}
     before = resident()
     teacher = teacher_of(case, smoke=smoke)
@@ -113,6 +112,7 @@ def measured(case: Case, *, smoke: bool) -> dict[str, Any]:
     told = {
         "parameters": sum(p.numel() for p in teacher.parameters()),
         "learning": sum(p.numel() for p in generator.parameters() if p.requires_grad),
+        "side": side,
         "dtype": str(dtype).removeprefix("torch."),
         "iterations": len(ends) - 1,
         "seconds of the last": ends[-1] - ends[-2],
@@ -150,7 +150,8 @@ def markdown(results: dict[str, Any]) -> str:
         forecast = f"{one['forecast'] / 1e9:.2f}" if "forecast" in one else ""
         off = f"{100 * one['forecast over peak - 1']:+.0f} %" if "forecast" in one else ""
         lines.append(
-            f"| {case} | {one['parameters'] / 1e6:.0f} M | {one['learning'] / 1e6:.1f} M | {one['dtype']} "
+            f"| {case} | {one['parameters'] / 1e6:.0f} M | {one['learning'] / 1e6:.1f} M "
+            f"| 4 x {one['side']} x {one['side']} | {one['dtype']} "
             f"| {one['peak'] / 1e9:.2f} | {forecast} | {off} | {one['seconds of the last']:.0f} | {one['gate']} "
             f"| {'yes' if one['held'] else '**no**'} |"
         )
@@ -160,6 +161,7 @@ def markdown(results: dict[str, Any]) -> str:
 def run(
     *,
     case: Case | None = None,
+    side: int = 64,
     here: Annotated[bool, Parameter(negative="", show=False)] = False,
     smoke: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
@@ -167,17 +169,27 @@ def run(
 
     Args:
         case: One case; by default all.
+        side: Height and width of the latents.
         here: Measure in this process and print the figures as JSON.
         smoke: Narrow layers and small latents, no results.
     """
     if here:
         assert case is not None
-        print(json.dumps(measured(case, smoke=smoke)))
+        print(json.dumps(measured(case, 16 if smoke else side, smoke=smoke)))
         return 0
     path, held = RESULTS / "emd-full-size.json", True
     chosen: tuple[Case, ...] = (case,) if case else CASES
     for name in chosen:
-        command = [sys.executable, __file__, "--here", "--case", name, *(["--smoke"] if smoke else [])]
+        command = [
+            sys.executable,
+            __file__,
+            "--here",
+            "--case",
+            name,
+            "--side",
+            str(side),
+            *(["--smoke"] if smoke else []),
+        ]
         answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         told = judged(name, json.loads(answer.splitlines()[-1]))
         results = read_trusted(path) if path.exists() and not smoke else {}

@@ -50,7 +50,7 @@ from emd_distill.quality import drawn_images, measured, teacher_images
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ATTRIBUTES = ("background", "skin", "style", "hair", "beard", "hat", "gender", "glasses")
-GUIDANCE, BATCH, CAPTIONS, EVALUATED, COPIES = 2.0, 32, 3000, 400, 8
+GUIDANCE, BATCH, CAPTIONS, EVALUATED, COPIES = 2.0, 32, 3000, 200, 4
 _LEVEL = -1.8326  # log signal-to-noise ratio at which sigma / alpha is 2.5
 Part = Literal["ordinary", "memories", "others"]
 MODEL: dict[Part, str] = {
@@ -266,7 +266,7 @@ def study_part(part: Part, minutes: float, out: Path, *, smoke: bool) -> dict[st
 NOTE = (
     f"{EVALUATED} full captions of strangers that no training contains, one image each. Caption accuracy is the mean "
     "of eight attributes as the zoo's oracle reads them; distance, precision, recall and coverage are against 2000 "
-    "real images, in the oracle's features. Copies: SSIM above .7 to the memorised image, 24 captions of 8 latents; "
+    "real images, in the oracle's features. Copies: SSIM above .7 to the memorised image, 24 captions of 4 latents; "
     "decoys are captions of the same form that no training holds."
 )
 

@@ -150,7 +150,8 @@ def told(run: Run, seeds: int) -> dict[str, Any]:
 
 def overview(run: Run, seeds: int) -> Tensor:
     """Returns a grid of digits: a row for each way of drawing, the same latents in each column."""
-    parts = list(run.load("teacher").tensors.values())
+    kept = run.load("teacher").tensors  # safetensors keeps no order
+    parts = [kept["0"], kept["1"]]
     parts += [run.load(f"seed-0-{place}").tensors["samples"] for place in range(len(ARMS))]
     return (torch.cat([part[:SHOWN] for part in parts]) / 2 + 0.5).clamp(0, 1)
 

@@ -6,7 +6,6 @@ benchmarks/results, and a run folder with a report per objective.
 
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -16,59 +15,32 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
 
 import torch
 from cyclopts import App
-from torch import Tensor
 
 from diffcore.io.jsonfile import write_json, write_text
 from diffcore.run import Run
 from diffcore.runtime import Runtime
-from diffcore.train import PairNoise
 from immiscible_noise.app.demo import SETTINGS
 from immiscible_noise.app.report import write_page
-from immiscible_noise.assign import assign_noise
 from immiscible_noise.coupling import PRESETS, Coupling
 from immiscible_noise.study.classifier import shared_classifier
 from immiscible_noise.study.compare import Comparison, compare
 from immiscible_noise.study.digits import load_digits
 from immiscible_noise.study.evaluate import Evaluator
 from immiscible_noise.study.settings import EvaluationSettings, TrainSettings
-from immiscible_noise.study.train import load_snapshot, pair_noise_of
+from immiscible_noise.study.train import load_snapshot
 
 RESULTS = Path(__file__).resolve().parent / "results"
 STEPS = 2000
-
-# Two couplings for ablation alone, made from the public pieces; a strength of their own tells their runs apart.
-EARLY = Coupling("assignment", strength=0.999)  # assigned in the first half of the training
-FLIP = Coupling("assignment", strength=0.998)  # assigned, then negated: every image owns the far side of noise space
-NAMES = {EARLY.name: "early", FLIP.name: "flip"}
-
-
-def early(seed: int) -> PairNoise:
-    """Returns the coupling that stops half-way."""
-    assign = pair_noise_of(PRESETS["assignment"], seed)
-    return lambda x0, noise, batch: assign(x0, noise, batch) if batch["step"] < STEPS // 2 else noise
-
-
-def flip(seed: int) -> PairNoise:
-    """Returns the coupling with the farthest noise."""
-
-    def pair(x0: Tensor, noise: Tensor, batch: Any) -> Tensor:
-        return -assign_noise(x0, noise)
-
-    return pair
-
-
-HOOKS: dict[str, Callable[[int], PairNoise]] = {EARLY.name: early, FLIP.name: flip}
-
 
 BASE = replace(SETTINGS, steps=STEPS, snapshots=4)
 STUDIES: dict[str, tuple[TrainSettings, list[Coupling]]] = {
     "flow": (
         BASE,
-        [PRESETS[n] for n in ("vanilla", "assignment", "half")] + [EARLY, PRESETS["knn"], PRESETS["knn-inner"]],
+        [PRESETS[n] for n in ("vanilla", "assignment", "half", "early", "knn", "knn-inner")],
     ),
     "ddpm": (
         replace(BASE, objective="ddpm"),
-        [PRESETS[n] for n in ("vanilla", "assignment", "half")] + [FLIP, PRESETS["knn"], PRESETS["knn-inner"]],
+        [PRESETS[n] for n in ("vanilla", "assignment", "half", "flip", "knn", "knn-inner")],
     ),
     "flow-conditional": (
         replace(BASE, class_conditional=True),
@@ -94,7 +66,7 @@ def run(out: Path = Path("runs/immiscible-digits"), seeds: int = 3) -> int:
             evaluation = EvaluationSettings()
             study = compare(
                 images, inputs, part, couplings, range(seeds), settings, evaluation, runtime,
-                classifier=classifier, pair_noise=HOOKS,
+                classifier=classifier,
             )  # fmt: skip
             ancestral = _ancestral(study, part, runtime, images) if name == "ddpm" else {}
             part.finish(study.summary())
@@ -135,7 +107,7 @@ def _table(name: str, study: Comparison, ancestral: dict[str, list[float]]) -> s
             told = f", {mean(accuracies):.1%}" if accuracies else ""
             cells.append(_spread([s.frechet for s in final]) + told)
         cells += [_spread(ancestral[coupling])] if ancestral else []
-        lines.append(_row([NAMES.get(coupling, coupling), *cells]))
+        lines.append(_row([coupling, *cells]))
     lines += ["", f"Real against real: {study.floor:.2f}. Features: {study.features}.", ""]
     return "\n".join(lines)
 

@@ -54,6 +54,7 @@ WORDS = {
     "immiscible-noise evaluate": ["trained", "images"],
     "immiscible-noise compare": ["images", "--steps", "2"],
     "immiscible-noise diagnose": ["images"],
+    "immiscible-noise plan": ["images"],
     "nemo-localize statistics": ["model", "captions.txt"],
     "nemo-localize calibrate": ["model", "captions.txt"],
     "nemo-localize detect": ["model", "captions.txt", "--calibration", "calibration.json", "--num-seeds", "2"],

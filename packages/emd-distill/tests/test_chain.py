@@ -247,6 +247,20 @@ def test_parameters_get_no_gradient_from_a_chain():
     assert generator.a.grad is None
 
 
+def test_neither_score_is_differentiated():
+    """Rule 4 of specification 4.5: what a chain returns hangs on no weight of teacher and student."""
+    teacher, student = tiny.denoiser("unet2d"), tiny.denoiser("unet2d", seed=1).requires_grad_(True)
+    z, eps, n_e, n_z = torch.randn(4, 1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    t, given = torch.tensor([300.0]), {"class_labels": torch.tensor([0])}
+    noise = ChainNoise(n_e[:, None], n_z[:, None])
+    for run in (langevin_eps_z, langevin_x_z):
+        end = run(
+            lambda z, condition: 0.3 * z, teacher, student, z, eps, t, given, gamma_e=GAMMA, gamma_z=0.05, noise=noise
+        )
+        for part in (end.z, end.eps, end.u, end.teacher_x0, end.first_drift):
+            assert not part.requires_grad
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

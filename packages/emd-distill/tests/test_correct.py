@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,11 +11,12 @@ import torch
 
 from diffcore.cli import main
 from diffcore.denoiser import Denoiser, EDMSchedule
+from diffcore.run import Run
 from emd_distill.app.cli import app
 from emd_distill.chain import ChainNoise, langevin_eps_z
 from emd_distill.correct import correct, fit_student
 from emd_distill.digits import SHAPE, digit_classes, load_teacher
-from emd_distill.distill import Draws
+from emd_distill.draws import Draws
 from emd_distill.files.generators import save_generator
 from emd_distill.generator import OneStepGenerator
 
@@ -55,6 +58,65 @@ def test_segments_are_one_chain(gamma_z):
     torch.testing.assert_close(done.after, generator(whole.z).detach() + whole.u, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("gamma_z", [0.0, 0.02])
+def test_a_chain_goes_on_from_any_segment_bit_for_bit(gamma_z):
+    z = torch.randn(6, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    kept = []
+
+    def run(**more):
+        return correct(
+            Affine(0.5, -1.0), normal(1.0, 1.0), normal(-1.0, 0.5), z, t=0.8, steps=60, gamma_e=0.05, gamma_z=gamma_z,
+            seed=2, **more,
+        )  # fmt: skip
+
+    whole = run(on_segment=kept.append)
+    assert [segment.done for segment in kept] == [25, 50, 60]
+    for count in (1, 2, 3):
+        seen = []
+        again = run(begun=kept[:count], on_segment=seen.append)
+        assert [segment.done for segment in seen] == [25, 50, 60][count:]
+        for name in ("before", "after", "moved", "z", "path", "drift", "finite"):
+            assert torch.equal(getattr(again, name), getattr(whole, name)), name
+        assert again.path_steps == whole.path_steps
+
+
+def test_the_same_command_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from emd_distill.app import correcting
+
+    few = ["--steps", "60", "--student-steps", "2", "--student-batch", "8", "--num", "20", "--threads", "1"]
+    command = ["correct", "digits", *few, "--out"]
+    assert main(app, [*command, str(tmp_path / "whole")]) == 0
+    child = os.fork()
+    if child == 0:
+        save = Run.save
+
+        def once(self, key, *args, **options):
+            path = save(self, key, *args, **options)
+            if key == "segment-000050":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return path
+
+        monkeypatch.setattr(Run, "save", once)
+        main(app, [*command, str(tmp_path / "killed")])
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    steps = []
+    chain = correcting.correct
+    monkeypatch.setattr(
+        correcting,
+        "correct",
+        lambda *a, begun, **k: steps.append([s.done for s in begun]) or chain(*a, begun=begun, **k),
+    )
+    assert main(app, [*command, str(tmp_path / "killed")]) == 0
+    assert steps == [[25, 50]]
+    told = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "killed")]
+    assert told[0] == told[1]
+    with Run.reopen(tmp_path / "whole") as one, Run.reopen(tmp_path / "killed") as other:
+        for key in ("correction", "path"):
+            assert torch.equal(one.load(key).tensors["pictures"], other.load(key).tensors["pictures"])
+        assert one.load("movement").fields == other.load("movement").fields
+
+
 def test_a_chain_that_is_lost_leaves_its_sample_as_it_was():
     class Sick(Denoiser):
         def __init__(self) -> None:
@@ -75,6 +137,47 @@ def test_a_chain_that_is_lost_leaves_its_sample_as_it_was():
     assert torch.equal(done.after[0], done.before[0])
     assert bool(done.after.isfinite().all())
     assert not torch.equal(done.after[1:], done.before[1:])
+
+
+def test_a_chain_that_was_lost_once_stays_lost():
+    """Though it goes on from where it was: what it has left in eps is not whole."""
+    calls = []
+
+    class SickAtFirst(Denoiser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.schedule = normal(1.0, 1.0), EDMSchedule()
+
+        def forward(self, x_t, t, cond=None):
+            calls.append(bool(x_t.isfinite().all()))
+            found = self.inner(x_t, t)
+            spoiled = found.x0.clone()
+            spoiled[0] = math.nan if len(calls) == 3 else spoiled[0]
+            return type(found)(spoiled, x_t, found.alpha, found.sigma, "sample")
+
+    z = torch.randn(3, 1, dtype=torch.float64)
+    done = correct(Affine(0.5, -1.0), SickAtFirst(), normal(-1.0, 0.5), z, t=0.8, steps=60, gamma_z=0.01)
+    assert done.finite.tolist() == [False, True, True]
+    assert torch.equal(done.after[0], done.before[0])
+    assert all(calls[25:])  # the second segment starts from numbers again
+    assert bool(done.drift.isfinite().all())
+
+
+def test_a_score_is_an_average_over_steps():
+    """After two steps that of the two: (1 - 1/2) first + 1/2 second."""
+    teacher = load_teacher()
+    generator, found = OneStepGenerator(teacher, 2.5), []
+    for steps in (1, 2):
+        student = fit_student(
+            teacher, generator, SHAPE, lambda u: 0.3 + u, conditions=digit_classes, steps=steps, learning_rate=0.1
+        )
+        found.append(torch.cat([p.flatten() for p in student.parameters()]))
+        assert not any(p.requires_grad for p in student.parameters())
+    start = torch.cat([p.detach().flatten() for p in teacher.parameters()])
+    first, second = (float((part - start).norm()) for part in found)
+    # Adam's first step has one size; a second of that size alone would double the way, the average does not.
+    assert float((found[1] - found[0]).norm()) < 0.75 * first
+    assert second < 1.6 * first
 
 
 def test_the_score_of_a_generator_is_learned_from_its_samples():
@@ -135,7 +238,7 @@ def test_export_on_the_command_line(tmp_path: Path, capsys):
     from diffcore.runtime import Runtime
 
     model = load("zoo:digits8-edm", Runtime(device="cpu"))
-    path = save_generator(tmp_path / "g.safetensors", OneStepGenerator(model.denoiser, 2.5), num_steps=4)
+    path = save_generator(tmp_path / "g.safetensors", OneStepGenerator(model.denoiser, 2.5), training={"num_steps": 4})
     words = ["export", "zoo:digits8-edm", str(path), "--out", str(tmp_path / "one")]
     assert main(app, [*words, "--dry-run"]) == 0
     assert not (tmp_path / "one").exists()

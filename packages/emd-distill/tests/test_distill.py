@@ -11,7 +11,8 @@ from diffcore.denoiser import DiscreteSchedule, EDMSchedule, FlowSchedule, Guide
 from diffcore.errors import MachineError, UserError
 from diffcore.testing import tiny
 from emd_distill.chain import ChainNoise, langevin_eps_z
-from emd_distill.distill import Draws, Settings, Watch, distill, student_of
+from emd_distill.distill import Settings, Watch, distill, student_of
+from emd_distill.draws import Draws
 from emd_distill.generator import OneStepGenerator, level_of
 from emd_distill.losses import EMD, GeneratorLoss, diff_instruct
 from emd_distill.noise_levels import noise_levels, trained_range
@@ -108,10 +109,11 @@ def test_each_iteration_updates_the_student_first_and_the_generator_once():
     class Spy:
         def __call__(self, s) -> GeneratorLoss:
             seen.append((weights(s.student), weights(s.generator)))
+            assert torch.equal(s.z, draws(s.iteration, torch.arange(64)).z)  # of the student's last update
             assert torch.equal(s.x0, s.generator(s.z))  # the online weights (rule 3), which the student has seen
             return diff_instruct()(s)
 
-    first = weights(student)
+    first, draws = weights(student), Draws(0, (2,), noise_levels(teacher.schedule))
     settings = Settings(loss=Spy(), steps=3, student_updates=2, **SETTINGS)
     reached: list[int] = []
     distill(
@@ -127,6 +129,17 @@ def test_the_chain_sees_one_network_and_the_students_loss_another():
     student, generator = small(dropout=0.5)
     settings = Settings(loss=EMD(num_steps=2, gamma_z=0.0), steps=2, **SETTINGS)
     distill(four_modes(), generator, (2,), settings, student=student)
+    assert student.backbone.modes == [True, False, False] * 2
+
+
+def test_networks_that_come_in_training_mode_are_functions_all_the_same():
+    """Rule 4 of specification 4.5: no dropout in teacher and generator, and in the student in its own loss alone."""
+    nets = [NetworkDenoiser(Score(dropout=0.5), EDMSchedule(), "edm").train() for _ in range(3)]
+    teacher, student, inner = nets
+    settings = Settings(loss=EMD(num_steps=2, gamma_z=0.01), steps=2, **SETTINGS)
+    distill(teacher, OneStepGenerator(inner, 2.5).train(), (2,), settings, student=student)
+    assert set(teacher.backbone.modes) == {False}
+    assert set(inner.backbone.modes) == {False}
     assert student.backbone.modes == [True, False, False] * 2
 
 

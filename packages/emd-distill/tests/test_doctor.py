@@ -60,6 +60,9 @@ def test_the_start_loses_its_spread_as_lambda_falls():
         model.denoiser, model.shape, {"class_labels": torch.zeros(8, dtype=torch.long)}, lambdas=(-50.0, -60.0)
     )
     assert [start.t for start in few] == [999.0]  # both beyond the schedule: its end, once
+    given = {"class_labels": torch.zeros(8, dtype=torch.long)}
+    few = starts(load_teacher(), SHAPE, given, lambdas=(-12.0, -14.0))
+    assert [round(start.t, 3) for start in few] == [80.0]  # where EDM's training ends
 
 
 def test_problems_of_schedules_are_told():
@@ -70,6 +73,7 @@ def test_problems_of_schedules_are_told():
     assert "pure noise" in said[0]
     assert "alpha = 0" in said[1]
     assert any("explode" in line for line in schedule_problems(zero, "v_prediction", t=900))
+    assert schedule_problems(zero, "v_prediction", t=900, high=50.0) == ()  # where training stops before
     assert any("more signal than noise" in line for line in schedule_problems(DiscreteSchedule(), "epsilon", t=50))
 
 
@@ -121,6 +125,10 @@ def test_the_command_passes_a_good_teacher_and_names_what_is_wrong(tmp_path: Pat
     page = (tmp_path / "good" / "report.html").read_text()
     for heading in ("Samples before any training", "What the network predicts", "Memory of a training"):
         assert heading in page
+    # Steps that shrink at low noise may be larger than constant ones; their own limit counts.
+    for share, name in ((0.9, "below"), (1.1, "above")):
+        words = ["--high", "20", "--gamma-z", str(share * good["largest_gamma_z"])]
+        assert told(capsys, "digits", "--out", str(tmp_path / name), *words)[0] == (name == "above")
     words = ["--high", "20", "--gamma-z", "50", "--memory", "0.001", "--call-level", "0.5"]
     code, bad = told(capsys, "digits", "--out", str(tmp_path / "bad"), *words)
     assert code == 1

@@ -12,13 +12,12 @@ import torch
 
 from diffcore.denoiser import DiscreteSchedule, NetworkDenoiser
 from diffcore.denoiser.library import built
-from diffcore.errors import IncompatibleModelError, MachineError, UserError
+from diffcore.errors import CorruptArtifactError, IncompatibleModelError, MachineError, UserError
 from diffcore.models import from_pipeline, load
 from diffcore.runtime import Runtime
 from diffcore.testing import tiny
 from emd_distill.export import one_step_scheduler
 from emd_distill.files import export as writing
-from emd_distill.files import generator_folder
 from emd_distill.files.export import export
 from emd_distill.files.generators import load_generator, save_generator
 from emd_distill.generator import OneStepGenerator
@@ -242,6 +241,31 @@ def test_a_network_that_reads_back_with_other_weights_is_not_kept(tmp_path, monk
         export(model, changed(model.denoiser, 999), tmp_path / "one")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_folder_knows_what_it_drew_and_is_refused_once_it_draws_something_else(tmp_path, dtype):
+    from safetensors.torch import load_file, save_file
+
+    model = teacher("dit")
+    folder = tmp_path / "one"
+    export(model, changed(model.denoiser, 700), folder, dtype=dtype)
+    stated = json.loads((folder / "emd-distill.json").read_text())
+    assert len(stated["self_test"]) == 64
+    load_generator(folder)  # as it was written
+    (weights,) = (folder / "transformer").glob("*.safetensors")
+    tensors = load_file(weights)
+    save_file({name: 1.3 * value if value.ndim > 1 else value for name, value in tensors.items()}, weights)
+    with pytest.raises(CorruptArtifactError, match="draws other samples than when it was exported"):
+        load_generator(folder)
+    save_file(tensors, weights)
+    for spoiled in (stated["self_test"][1:], ["a"] * 64):
+        (folder / "emd-distill.json").write_text(json.dumps({**stated, "self_test": spoiled}))
+        with pytest.raises(CorruptArtifactError, match="draws other samples"):
+            load_generator(folder)
+    (folder / "emd-distill.json").write_text(json.dumps({**stated, "t": 300}))
+    with pytest.raises(CorruptArtifactError, match="weights or settings"):
+        load_generator(folder)
+
+
 def test_what_does_not_fit_is_refused(tmp_path):
     model, other = teacher(), teacher("dit")
     with pytest.raises(IncompatibleModelError, match="no UNet2DConditionModel"):
@@ -249,11 +273,11 @@ def test_what_does_not_fit_is_refused(tmp_path):
     (tmp_path / "taken").mkdir()
     with pytest.raises(UserError, match="is there already"):
         export(model, changed(model.denoiser, 900), tmp_path / "taken")
-    with pytest.raises(UserError, match="no generator"):
+    with pytest.raises(UserError, match="is no generator"):
         load_generator(tmp_path / "none", model.denoiser)
-    with pytest.raises(UserError, match=r"has no emd-distill\.json"):
+    with pytest.raises(UserError, match=r"nor emd-distill\.json"):
         load_generator(tmp_path / "taken", model.denoiser)
-    path = save_generator(tmp_path / "g.safetensors", changed(other.denoiser, 900), iterations=3)
+    path = save_generator(tmp_path / "g.safetensors", changed(other.denoiser, 900), training={"iterations": 3})
     with pytest.raises(UserError, match="do not fit the teacher's UNet2DConditionModel"):
         load_generator(path, model.denoiser)
     assert load_generator(path, other.denoiser).training == {"iterations": 3}
@@ -267,9 +291,13 @@ def test_a_run_of_train_is_a_generator_that_export_takes(tmp_path: Path):
     trained = OneStepGenerator(copy.deepcopy(teacher.denoiser), 2.5)
     with torch.no_grad():
         next(trained.parameters()).add_(0.01)
-    facts = {"settings": {"loss": {"num_steps": 4}, "steps": 20}, "iterations": 20}
-    generator_folder.save_generator(tmp_path / "run" / "generator", trained, teacher, "zoo:digits8-edm", **facts)
+    path, told = tmp_path / "run" / "generator" / "generator", {"loss": {"num_steps": 4}, "steps": 20}
+    save_generator(path, trained, model=teacher, source="zoo:digits8-edm", training=told, iterations=20)
     for place in (tmp_path / "run", tmp_path / "run" / "generator"):
-        read = load_generator(place, teacher.denoiser)
+        read = load_generator(place)
         assert torch.equal(next(read.generator.parameters()), next(trained.parameters()))
         assert (read.training["num_steps"], read.training["steps"], read.generator.t) == (4, 20, 2.5)
+        assert read.training["iterations"] == 20
+    bare = save_generator(tmp_path / "bare.safetensors", trained)
+    with pytest.raises(UserError, match="which teacher"):
+        load_generator(bare)

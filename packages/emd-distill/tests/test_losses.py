@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from diffcore.denoiser import EDMSchedule, GaussianMixtureDenoiser, NetworkDenoiser
 from emd_distill.chain import ChainNoise, langevin_eps_z, levels
-from emd_distill.distill import Drawn, student_loss
+from emd_distill.distill import student_loss
+from emd_distill.draws import Drawn
 from emd_distill.losses import EMD, SiD, Situation, diff_instruct, dmd, mean_over, omega
 
 from .conftest import Affine, Modes, drawn, normal

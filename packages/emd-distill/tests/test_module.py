@@ -19,8 +19,10 @@ from diffcore.errors import MachineError, UserError
 from diffcore.runtime import Runtime
 from diffcore.testing.distributed import run_forked
 from diffcore.train import EMA, fit, iterations_done
+from diffcore.train.iteration import Descent
 from emd_distill.distill import Settings, distill
-from emd_distill.losses import EMD, SiD, diff_instruct
+from emd_distill.generator import OneStepGenerator
+from emd_distill.losses import EMD, GeneratorLoss, SiD, diff_instruct
 from emd_distill.module import DistillModule, means
 from emd_distill.noise_levels import noise_levels
 
@@ -34,7 +36,7 @@ assert_equal = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 def settings(**changes: Any) -> Settings:
     return Settings(
-        **{"loss": LOSS, "steps": STEPS, "batch_size": 16, "learning_rate": 1e-2, "student_learning_rate": 1e-2}
+        **{"loss": LOSS, "steps": STEPS, "batch_size": 16, "learning_rate": 1e-2, "student_learning_rate": 5e-3}
         | {"student_updates": 2, "ema": 0.9}
         | changes
     )
@@ -171,6 +173,18 @@ def test_two_processes_equal_one_at_the_whole_batch(tmp_path: Path, loss: Any):
     torch.testing.assert_close(first[0], one, rtol=1e-3, atol=1e-4)  # Adam divides small gradients by their size
 
 
+def test_networks_that_come_in_training_mode_are_functions_all_the_same(tmp_path: Path):
+    """Rule 4 of specification 4.5, whatever the trainer does to the modes of its modules."""
+    nets = [NetworkDenoiser(Score(dropout=0.5), EDMSchedule(), "edm").train() for _ in range(3)]
+    teacher, student, inner = nets
+    told = settings(steps=2, loss=EMD(num_steps=2, gamma_z=0.01), student_updates=1)
+    module = DistillModule(teacher, OneStepGenerator(inner, 2.5).train(), (2,), told, student=student)
+    fit(module, steps=2, folder=tmp_path, runtime=CPU)
+    assert set(teacher.backbone.modes) == {False}
+    assert set(inner.backbone.modes) == {False}
+    assert student.backbone.modes == [True, False, False] * 2
+
+
 def test_float16_is_refused_and_bfloat16_keeps_chains_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     states: list[torch.dtype] = []
 
@@ -223,13 +237,25 @@ def test_a_row_that_is_lost_costs_that_row_alone_and_many_end_the_training(tmp_p
         run(0.0, 100)
 
 
+def test_a_row_that_is_lost_along_its_chain_enters_no_sum():
+    module = module_of(settings())
+    module._trainer = type("Quiet", (), {"log_every_n_steps": 1000})()  # pyright: ignore
+    finite, drift = torch.tensor([True, False]), torch.tensor([[1.0, 1.0], [100.0, 100.0]])
+    told = GeneratorLoss(torch.tensor(0.5), finite, drift, torch.tensor([0.25, 50.0]))
+    step = Descent(torch.tensor(0.5), torch.tensor(2.0))
+    found, share = module._note(told, [step, step], torch.tensor([0.1, 0.1]))
+    assert (float(found), float(share)) == (1.0, 0.5)
+    logged = means(module._window)
+    assert (float(logged["drift"]), float(logged["z_move"])) == (1.0, 0.25)
+
+
 def test_drift_is_told_in_bins_of_equal_shares():
     module = module_of(settings())
     t = torch.sort(module.draws.time_sampler(torch.rand(1000, generator=torch.Generator().manual_seed(0)))).values
     squares, counts = module._binned(t.square(), torch.ones(1000, dtype=torch.bool), t)
     assert counts.sum() == 1000
     assert counts.min() > 150
-    told = means(torch.cat([torch.ones(5), squares, counts]).double())
+    told = means(torch.cat([torch.ones(7), squares, counts]).double())
     drifts = [float(told[f"drift_{place}"]) for place in range(1, 6)]
     assert drifts == sorted(drifts)
     assert drifts[0] <= module.edges[0] <= drifts[1] <= module.edges[1]

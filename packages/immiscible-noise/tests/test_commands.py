@@ -17,13 +17,16 @@ import pytest
 import torch
 from lightning import Trainer
 from PIL import Image
+from safetensors.torch import save_file
 
 from diffcore.cli import main
 from diffcore.denoiser import schedule_from
 from diffcore.io import artifact
 from diffcore.models import load
 from diffcore.runtime import Runtime
+from immiscible_noise import NoisePlan
 from immiscible_noise.app.cli import app
+from immiscible_noise.consistency import consistency_sample
 from immiscible_noise.study.train import load_snapshot, read_recipe
 
 
@@ -81,13 +84,16 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
         ["--method", "vanilla", "--objective", "ddpm"],
         ["--method", "assignment", "--objective", "edm", "--class-conditional"],
         ["--method", "knn", "--objective", "flow", "--normalisation", "standard"],
+        ["--method", "assignment", "--objective", "consistency", "--cost", "l1"],
+        ["--method", "assignment", "--objective", "consistency-improved", "--flip", "--until", "0.5"],
+        ["--method", "assignment", "--window", "64"],
         ["--strength", "0.5", "--network", "unet", "--warmup", "3", "--gradient-clip", "1"],
     ],
     ids=lambda options: "-".join(options[1::2]),
 )
 def test_train_writes_weights_pictures_and_a_report(painted: Path, tmp_path: Path, options: list[str]):
     out = tmp_path / "run"
-    assert run("train", painted, "--out", out, *options, *SMALL) == 0
+    assert run("train", painted, "--out", out, *SMALL, *options) == 0
     assert all(value.isfinite().all() for value in weights(out).values())
     assert any(not torch.equal(weights(out)[name], weights(out, 6)[name]) for name in weights(out))
     assert (out / "figures" / "samples.png").stat().st_size > 1000
@@ -131,6 +137,29 @@ def test_an_exported_unet_predicts_in_plain_diffusers_what_it_predicts_here(
     assert torch.equal(unet.conv_in.weight, loaded.backbone.get_submodule("conv_in").weight)
 
 
+def test_an_exported_consistency_function_samples_alike_in_plain_diffusers(
+    painted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import diffusers
+
+    out = tmp_path / "run"
+    options = ["--network", "unet", "--objective", "consistency", "--class-conditional"]
+    assert run("train", painted, "--out", out, *options, *small(steps=2, snapshots=1)) == 0
+    pipeline = diffusers.ConsistencyModelPipeline.from_pretrained(out / "model", local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    recipe = read_recipe(out)
+    denoiser, labels = load_snapshot(recipe, out, 2), torch.tensor([0, 1, 1])
+    noise, fresh = torch.randn(2, 3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr("diffusers.schedulers.scheduling_consistency_models.randn_tensor", lambda *_, **__: fresh)
+    monkeypatch.setattr("immiscible_noise.consistency.row_noise", lambda *_, **__: fresh)
+    for steps in ({"num_inference_steps": 1}, {"num_inference_steps": None, "timesteps": [22, 0]}):
+        images = pipeline(batch_size=3, class_labels=labels, latents=noise, output_type="pt", **steps).images
+        sigmas = tuple(pipeline.scheduler.sigmas[:-1].tolist())
+        ours = consistency_sample(denoiser, noise, {"class_labels": labels}, sigmas=sigmas, seeds=torch.arange(3))
+        assert (recipe.scale.decode(ours).clamp(0, 1) - images).abs().max() < 1e-5
+        assert images.std() > 0.05
+
+
 def test_couplings_of_one_seed_share_weights_order_and_noise(painted: Path, tmp_path: Path):
     """With strength 0 the assignment is vanilla to the last bit: nothing else may differ between couplings."""
     for name, options in {
@@ -170,6 +199,21 @@ def test_evaluate_warns_where_sampling_is_biased(painted: Path, tmp_path: Path, 
         assert bool(warned) == (method == "assignment")
 
 
+def test_evaluate_takes_one_and_two_steps_of_a_consistency_function_and_warns_of_the_second(
+    painted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    for method in ("assignment", "vanilla"):
+        out = tmp_path / method
+        run("train", painted, "--out", out, "--method", method, "--objective", "consistency", *SMALL)
+        for steps in ([], ["--sampling-steps", "1"]):
+            caplog.clear()
+            told = ["--out", tmp_path / f"{method}-{len(steps)}", "--num-samples", "40", *steps]
+            assert run("evaluate", out, painted, *told) == 0
+            assert ("adds fresh noise" in caplog.text) == (method == "assignment" and not steps)
+        result = json.loads((tmp_path / f"{method}-0" / "result.json").read_text())
+        assert set(result["frechet"]) == {f"{method}, 1 steps", f"{method}, 2 steps"}
+
+
 def test_compare_shows_all_couplings_and_resumes_what_is_done(
     painted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -197,6 +241,42 @@ def test_diagnose_recommends_and_measures_the_leak(painted: Path, tmp_path: Path
     assert result["options_of_train"] == "--method assignment --strength 1 --class-conditional --condition block"
     assert result["leak"]["assignment, batch 32"] > 0.7 > result["leak"]["blocks, batch 32"]
     assert result["reduction"]["assignment, batch 32"] > result["reduction"]["assignment, batch 8"] > 0
+
+
+def test_plan_writes_what_the_library_builds_from_latents(painted: Path, tmp_path: Path):
+    latents, labels = torch.randn(30, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 3
+    save_file({"latents": latents, "labels": labels}, tmp_path / "latents.safetensors")
+    told = ["--epochs", "2", "--window", "20", "--seed", "4", "--use-labels"]
+    assert run("plan", tmp_path / "latents.safetensors", "--out", tmp_path / "out", *told) == 0
+    plan = NoisePlan.load(tmp_path / "out" / "plan.safetensors")
+    assert sorted(plan.order[:30].tolist()) == sorted(plan.order[30:].tolist()) == list(range(30))
+    expected = NoisePlan.build(latents, plan.order, window=20, seed=4, labels=labels)
+    assert torch.equal(plan.seeds, expected.seeds)
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert 0 < result["distance_reduction"] < 0.2
+    assert "nearer" in (tmp_path / "out" / "report.html").read_text()
+    assert run("plan", painted, "--out", tmp_path / "pixels", "--window", "40") == 0
+    assert len(NoisePlan.load(tmp_path / "pixels" / "plan.safetensors")) == 40
+
+
+@pytest.mark.parametrize(
+    ("tensors", "options", "told"),
+    [
+        ({"images": torch.zeros(3, 4)}, [], "no floating tensor latents"),
+        ({"latents": torch.zeros(3, 4), "labels": torch.zeros(2).long()}, [], "not one integer for each of 3"),
+        ({"latents": torch.zeros(3, 4)}, ["--use-labels"], "no labels for --use-labels"),
+        ({"latents": torch.zeros(3, 4)}, ["--window", "0"], "--window is 0"),
+        ({"latents": torch.zeros(3, 4)}, ["--strength", "2"], "--strength is 2"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, (dict, list)) else None,
+)
+def test_latents_that_cannot_be_planned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tensors: dict, options: list[str], told: str
+):
+    save_file(tensors, tmp_path / "latents.safetensors")
+    assert main(app, ["plan", str(tmp_path / "latents.safetensors"), "--out", str(tmp_path / "out"), *options]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_plan_writes_nothing(painted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -65,6 +65,7 @@ def test_members_are_what_the_formula_gives(published: Published):
     assert bool((space.scale < 0).any())
     assert space.layout.modules == tuple(MODULES)
     assert space.num_components == N - 1
+    torch.testing.assert_close(space.variances.float(), published.beta.var(0), atol=1e-5, rtol=1e-5)
     for row in range(N):
         # With all components, theta = mu + s (V beta) is the member itself.
         theta = published.mean + published.std * (published.v @ published.beta[row])
@@ -120,6 +121,7 @@ def test_a_table_in_another_order_gives_the_same_changes(published: Published):
     for name, value in (("mean", published.mean[order]), ("std", published.std[order]), ("V", published.v[order])):
         torch.save(value, published.folder / f"{name}.pt")
     other = import_authors(published.folder, allow_pickle=True)
+    assert other.layout.modules == ("down.attn2.to_q", "down.attn1.to_q", "down.attn10.to_q")
     for name, change in whole.member("4").adapter().modules.items():
         assert change.relative_error(other.member("4").adapter().modules[name]) < 1e-6
 
@@ -142,6 +144,9 @@ class Program:
 def test_pickles_need_permission_and_programs_are_refused(published: Published, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(UserError, match="`allow_pickle`"):
         import_authors(published.folder)
+    space = import_authors(published.folder, allow_pickle=True)
+    with pytest.raises(UserError, match="`allow_pickle`"):
+        read_authors_point(published.folder / "mean.pt", space)
     torch.save(Program(), published.folder / "mean.pt")
     with pytest.raises(CorruptArtifactError, match="no file of tensors"):
         import_authors(published.folder, allow_pickle=True)
@@ -155,6 +160,14 @@ def test_pickles_need_permission_and_programs_are_refused(published: Published, 
         ("V", torch.zeros(3, 4), "27 rows"),
         ("weight_dimensions", {"x": [(3,), (1, 3)]}, "no table of factors"),
         ("weight_dimensions", torch.zeros(3), "no table of factors"),
+        (
+            "weight_dimensions",
+            {
+                f"base_model.model.m.lora_{part}.x.weight": [(6,), torch.Size(s)]
+                for part, s in {"A": (2, 3), "B": (3, 2)}.items()
+            },
+            "rank above 1",
+        ),
         ("mean", {"a": 1}, "holds no tensor"),
     ],
 )

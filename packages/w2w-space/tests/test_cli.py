@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffcore.adapters import Adapter, LowRank, read_adapter, write_adapter
@@ -366,6 +367,49 @@ def test_from_labels_to_a_direction_an_edit_and_samples(place: Place, tmp_path: 
         assert message in place(*bad, code=2)[1]
     Path("long.csv").write_text("adapter,attribute,value\nstyle-001,age,old\n")
     assert "line 2: 'old' is no number" in place("directions", "styles.safetensors", "long.csv", code=2)[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["build", "space", "--out", "odd"], "space holds no adapter"),
+        (["import", "labels.txt", "--model", "model", "--out", "odd"], "error: labels.txt is not a safetensors file"),
+        (["build", "loras/m0.safetensors", "--model", "model", "--out", "odd"], "there is 1 adapter; a space needs"),
+        (["remove", "pop", "nobody"], "no member 'nobody'; its 6 members are m0, m1, m2 and others"),
+        (["sample", "space", "odd", "--num", "0"], "--num is 0"),
+        (["sample", "space", "taken"], "taken/sample-002.safetensors is there already"),
+        (
+            ["edit", "space", "m2", "a=1", "--directions", "x", "--out", "odd.safetensors"],
+            "run folder in which they were",
+        ),
+        (["export", "space", "m22", "odd.safetensors"], "neither a file nor one of the 6 members; nearest: 'm2'"),
+        (["compose", "nothing", "m2", "--out", "odd.safetensors"], "nothing is neither a space nor a base model"),
+        (["directions", "private", "labels.txt", "--out", "odd"], "written without its members, whom labels are about"),
+        (["invert", "space", "zoo:portraits-sd", "a.png", "--prompt", "x", "--out", "odd"], "take the base model"),
+    ],
+)
+def test_a_stranger_is_told_what_to_do(place: Place, words: list[str], message: str):
+    Path("labels.txt").write_text("words")
+    Image.new("RGB", (16, 16)).save("a.png")
+    Path("taken").mkdir(exist_ok=True)
+    Path("taken/sample-002.safetensors").write_bytes(b"mine")
+    if "private" in words:
+        place("build", "loras", "--model", "model", "--out", "private", "--no-members", "--num-components", "3")
+    assert message in place(*words, code=2)[1]
+    assert not Path("odd").exists()
+    assert not Path("odd.safetensors").exists()
+    assert [path.name for path in Path("taken").iterdir()] == ["sample-002.safetensors"]
+
+
+def test_samples_of_a_space_without_members_are_told_by_their_distance_from_the_mean(place: Place):
+    place("build", "loras", "--model", "model", "--out", "private", "--no-members", "--num-components", "3")
+    out, _ = place("sample", "private", "drawn", "--num", "1")
+    assert "nan" not in out
+    assert "sd from the mean" in out
+    assert "not told" in out
+    told = place.json("sample", "private", "drawn", "--num", "1", "--overwrite")
+    assert told["near_copies"] is None
+    assert [told["samples"][0][name] for name in ("nearest", "near_copy", "distance")] == [None, None, None]
 
 
 def test_the_benchmark_compares_equals():

@@ -1,6 +1,6 @@
 """Directions, edits and samples on planted attributes, and against scikit-learn."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from sklearn.linear_model import LinearRegression, Ridge
 from torch import Tensor
 
 from diffcore.errors import UserError
+from w2w_space.diagnose import cross_fitted
 from w2w_space.directions import Directions, bootstrapped, find_directions
 from w2w_space.edit import edit
 from w2w_space.labels import Labels
@@ -117,6 +118,68 @@ def test_edits_move_by_the_stated_strength_commute_and_return(planted: Planted):
     assert not edit(planted.space.point(), {"age": 0.5}, found).warnings
 
 
+@pytest.fixture(scope="module")
+def noisy() -> tuple[WeightSpace, Directions]:
+    """A space of few members with much noise, whose held-out coordinates are a third as long as the members'."""
+    g = torch.Generator().manual_seed(0)
+    layout = Layout.of({"to_q": (100, 100)}, rank=1)
+    matrix = torch.randn(60, layout.size, generator=g)
+    whole = WeightSpace.build(Population(layout, names(60), Stacked(matrix)), gauge="raw", scaling="none")
+    space, _ = cross_fitted(whole, num_components=10)
+    assert space.shrinkage < 0.5
+    return space, find_directions(space, Labels.of(space.names, {"age": space.members[:, 0].tolist()}))
+
+
+def test_an_edit_is_warned_about_beyond_what_members_reach(noisy: tuple[WeightSpace, Directions]):
+    """Places and lengths are compared with the members' own coordinates, not with shorter ones."""
+    space, found = noisy
+    row = found["age"]
+    places = row.place(space.members)
+    order = places.argsort().tolist()
+    for member in (order[-3], order[len(order) // 2], order[2]):
+        point = space.point(space.members[member])
+        for strength in (0.0, float(places.max()) - float(places[member]) - 0.05, float(places.min() - places[member])):
+            done = edit(point, {"age": strength}, found)
+            assert not [note for note in done.warnings if "'age'" in note]
+    assert edit(space.point(), {"age": 2.0}, found).warnings == ()
+    assert edit(space.point(), {"age": -2.0}, found).warnings == ()
+    # The member that is farthest out is where it is.
+    far = int(space.members.norm(dim=1).argmax())
+    assert edit(space.point(space.members[far]), {"age": 0.0}, found).warnings == ()
+    for strength in (8.0, -8.0):
+        done = edit(space.point(), {"age": strength}, found)
+        assert len(done.warnings) == 2
+        assert (
+            f"'age' is at {strength:+.1f} standard deviations, farther out than 99.9 % of the members"
+            in (done.warnings[0])
+        )
+        assert f"who lie between {float(places.min()):+.1f} and {float(places.max()):+.1f}" in done.warnings[0]
+        assert f"the farthest is at {float(space.members.norm(dim=1).max()):.1f}" in done.warnings[1]
+    alone = replace(space, names=(), members=space.members[:0], held_out=space.held_out[:0])
+    done = edit(alone.point(), {"age": 8.0}, replace(found, space=alone.fingerprint))
+    assert done.warnings == ()
+    assert done.places[0].percentile != done.places[0].percentile
+
+
+def test_what_was_projected_is_compared_with_what_is_as_short(noisy: tuple[WeightSpace, Directions]):
+    space, found = noisy
+    adapter = space.member("member 7").adapter()
+    short, long = space.project(adapter), space.project(adapter, unshrink=True)
+    assert (short.projected, long.projected, space.member("member 7").projected) == (True, False, False)
+    for point, among in ((short, space.held_out), (long, space.members)):
+        place = edit(point, {}, found).places[0]
+        assert place.percentile == pytest.approx(100 * float((found["age"].place(among) < place.after).double().mean()))
+        one = described(space, point.z[None], projected=point.projected)[0]
+        assert one.typical == pytest.approx(100 * float((among.norm(dim=1) < point.length).float().mean()))
+    moved = edit(short, {"age": 1.0}, found)
+    assert not moved.point.projected
+    assert moved.places[0].percentile == pytest.approx(
+        100 * float((found["age"].place(space.members) < moved.places[0].after).double().mean())
+    )
+    # Draws are as far out as members, and not as far as held-out ones.
+    assert 20 < float(torch.tensor([one.typical for one in sample(space, 50)]).mean()) < 80
+
+
 def test_the_published_direction_is_least_squares(planted: Planted):
     """Oracle 12: scikit-learn's coefficients, with and without an intercept and penalty; raw strengths are theirs."""
     space, labels = planted.space, planted.labels
@@ -184,7 +247,7 @@ def test_labels_that_say_nothing_are_refused(planted: Planted):
     same = {"a": y[:, 0].tolist(), "b": (3 - 2 * y[:, 0]).tolist()}
     with pytest.raises(UserError, match="follow from the other attributes"):
         find_directions(space, Labels.of(space.names, same))
-    with pytest.raises(UserError, match="1 labels of 'age' name no member: nobody"):
+    with pytest.raises(UserError, match="'age' has labels of what is no member: nobody"):
         Labels.of(space.names, {"age": {"nobody": 3.0}})
     with pytest.raises(UserError, match="has 2 values for 1000 members"):
         Labels.of(space.names, {"age": [1.0, 2.0]})
@@ -197,6 +260,13 @@ def test_labels_that_say_nothing_are_refused(planted: Planted):
         edit(space.point(), {"age": 1.0}, found, keep=["age"])
     with pytest.raises(UserError, match="belong to another space"):
         edit(space.truncated(5).point(), {"age": 1.0}, found)
+
+
+def test_more_attributes_than_members_are_refused(noisy: tuple[WeightSpace, Directions]):
+    space, _ = noisy
+    values = torch.randn(60, 60, generator=torch.Generator().manual_seed(3))
+    with pytest.raises(UserError, match="60 members have all 60 labels; so many attributes need more members"):
+        find_directions(space, Labels.of(space.names, {f"a{i}": row.tolist() for i, row in enumerate(values)}))
 
 
 def test_what_is_one_with_a_kept_attribute_cannot_be_moved(planted: Planted):

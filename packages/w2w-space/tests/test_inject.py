@@ -17,7 +17,7 @@ from w2w_space.inject import inject, translated
 from w2w_space.layout import Layout
 from w2w_space.population import Population, Stacked
 from w2w_space.space import WeightSpace
-from w2w_space.swap import swap
+from w2w_space.swap import LiveAdapter, swap
 
 STEPS = 5
 SCHEDULERS: dict[str, Any] = {
@@ -238,6 +238,20 @@ def test_a_swap_divides_the_layers_own_scale_out(rooted: bool):
         delta = layer.get_delta_weight("live")
         expected = adapter.modules[name].delta() if name in adapter.modules else torch.zeros_like(delta)
         assert torch.allclose(delta, expected, atol=1e-6)
+
+
+def test_adapters_take_turns_in_half_precision_and_are_scaled_before_they_are_rounded():
+    pipeline = tiny.pipeline("sd15")
+    pipeline.unet.half()
+    pipeline.unet.add_adapter(LoraConfig(r=1, lora_alpha=27, target_modules=["attn2.to_q"]), "live")
+    live, name = LiveAdapter(pipeline, "live"), "mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
+    layer = pipeline.unet.get_submodule(name)
+    for value in (70_000.0, 1e-5):
+        live.put(Adapter.from_factors({name: (torch.ones(1, 64), torch.full((64, 1), value))}))
+        assert torch.equal(layer.lora_B["live"].weight, torch.full((64, 1), value / 27).half())
+    pipeline.unet.delete_adapters("live")
+    with pytest.raises(UserError, match="was deleted"):
+        live.put(Adapter.from_factors({name: (torch.ones(1, 64), torch.ones(64, 1))}))
 
 
 def test_what_cannot_be_swapped_leaves_the_pipeline_alone(tmp_path: Path):

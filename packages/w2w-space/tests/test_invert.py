@@ -1,6 +1,9 @@
 """Inversion and its comparison with free adapters."""
 
+import importlib
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from diffcore.adapters.fusing import fuse
 from diffcore.denoiser import NetworkDenoiser
 from diffcore.errors import UserError
 from diffcore.models import DiffusionModel
+from diffcore.run import Run, RunMap
 from diffcore.testing import tiny
 from w2w_space.baseline import free_adapters
 from w2w_space.instance import Errors, Instance, NoisyBatch, denoising_errors
@@ -206,3 +210,33 @@ def test_bad_settings_are_refused(model: DiffusionModel, space: WeightSpace):
         invert(space, model, [], SHORT)
     with pytest.raises(UserError, match="without its members"):
         invert(space.without_members(), model, people, replace(SHORT, start="nearest"))
+
+
+def test_a_search_is_kept_by_all_that_it_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What a run holds of one subject is not taken for that of other pictures, settings or spaces."""
+    module: Any = importlib.import_module("w2w_space.invert")  # the package's attribute is the function
+    searched, real = list[str](), module._search
+    monkeypatch.setattr(module, "_search", lambda *args: searched.extend(s.name for s in args[2]) or real(*args))
+    model = tiny.model("unet2d")
+    layout = layout_for(model, ("to_q",), rank=1)
+    g = torch.Generator().manual_seed(0)
+    vectors = torch.randn(6, layout.size, generator=g)
+    space = WeightSpace.build(Population(layout, tuple("abcdef"), Stacked(vectors)))
+    one = Instance("me", torch.randn(1, *model.shape, generator=g), {"class_labels": torch.tensor([3])})
+    short = InversionSettings(steps=1, batch_size=2, num_pairs=2, check_every=1, num_components=2)
+    with Run.open(tmp_path / "run", command="t", config={}) as run:
+        for what, changed, new in (
+            ("first", {}, True),
+            ("same", {}, False),
+            ("picture", {"subject": replace(one, x0=one.x0 + 1)}, True),
+            ("class", {"subject": replace(one, condition={"class_labels": torch.tensor([4])})}, True),
+            ("steps", {"settings": replace(short, steps=2)}, True),
+            ("seed", {"settings": replace(short, seed=1)}, True),
+            ("components", {"settings": replace(short, num_components=3)}, True),
+            ("space", {"space": space.truncated(3)}, True),
+            ("same", {}, False),
+        ):
+            searched.clear()
+            asked = {"space": space, "subject": one, "settings": short} | changed
+            invert(asked["space"], model, [asked["subject"]], asked["settings"], map=RunMap(run))
+            assert bool(searched) == new, what

@@ -243,7 +243,11 @@ def test_an_interrupted_search_and_two_processes_end_alike(place: Inverting, mon
     with monkeypatch.context() as patch:
         patch.setattr(searching, "_search", stopping)
         place("invert", "space.safetensors", "model", *words, "--prompt", PROMPT, "--out", "stopped", code=130)
+    # A command that was killed while it wrote the adapters leaves pieces of them.
+    Path("stopped/adapters").mkdir()
+    Path("stopped/adapters/0.safetensors").write_bytes(b"half")
     assert place.invert(*words, "--out", "stopped")["subjects"] == whole
+    assert Path("stopped/adapters/0.safetensors").read_bytes() == Path("whole/adapters/0.safetensors").read_bytes()
 
     def on_rank(rank: int) -> int:
         if rank == 0:
@@ -256,6 +260,20 @@ def test_an_interrupted_search_and_two_processes_end_alike(place: Inverting, mon
         for folder in ("stopped", "both"):
             path = Path(folder, "points", f"{name}.safetensors")
             assert path.read_bytes() == Path("whole", "points", f"{name}.safetensors").read_bytes()
+
+
+def test_a_run_is_of_its_pictures_and_masks(place: Inverting):
+    picture(7).save("changing.png")
+    Image.new("L", (24, 16), 255).save("changing-mask.png")
+    words = ("changing.png", "--mask", "changing-mask.png", *BLIND, "--out", "changing")
+    told = place.invert(*words)
+    assert place.invert(*words, "--group-size", "3")["subjects"] == told["subjects"]  # no result depends on it
+    Image.new("L", (24, 16), 200).save("changing-mask.png")
+    refused = ("invert", "space.safetensors", "model", *words, "--prompt", PROMPT)
+    assert "masks" in place(*refused, code=2)[1]
+    Image.new("L", (24, 16), 255).save("changing-mask.png")
+    picture(8).save("changing.png")
+    assert "pictures" in place(*refused, code=2)[1]
 
 
 def test_a_subject_outside_the_space_is_told(place: Inverting, monkeypatch: pytest.MonkeyPatch):

@@ -21,6 +21,7 @@ import torch
 from diffcore.adapters import read_adapter
 from diffcore.errors import UserError
 from diffcore.models import from_pipeline
+from diffcore.models.generation import generate
 from diffcore.testing import tiny
 from diffcore.testing.waiting import wait_until
 from w2w_space.app.studio import Scene, Studio
@@ -102,15 +103,20 @@ def test_the_written_file_is_the_edited_subject(studio: Studio, styles: tuple[We
         studio.export(tmp_path, " ../ ", "mean", {})
 
 
-def test_prompts_are_taken_where_the_model_takes_them_and_components_where_there_are_no_directions(tmp_path: Path):
-    pipe = tiny.pipeline("sd15")
-    model = from_pipeline(pipe)
+def prompted() -> Studio:
+    """A small text-to-image model with a space of nine members, one of a hostile name, without directions."""
+    model = from_pipeline(tiny.pipeline("sd15"))
     shapes = {n: s for n, s in model.adapter_base.shapes["backbone"].items() if n.endswith("to_v")}
     layout, g = Layout.of(shapes, rank=1), torch.Generator().manual_seed(0)
     matrix = 0.3 * torch.randn(9, layout.size, generator=g)
     names = ("<script>", *(f"m{i}" for i in range(8)))
     space = WeightSpace.build(Population(layout, names, Stacked(matrix)), num_components=3)
-    studio = Studio(model, space, model.adapter_base)
+    return Studio(model, space, model.adapter_base)
+
+
+def test_prompts_are_taken_where_the_model_takes_them_and_components_where_there_are_no_directions():
+    studio = prompted()
+    model, space = studio.model, studio.space
     assert [knob.name for knob in studio.knobs] == ["component 1", "component 2", "component 3"]
     assert (studio.takes_prompts, studio.num_classes) == (True, 0)
     one, moved = studio.pictures("m1", {"component 1": 3.0}, Scene("a cat", steps=2))
@@ -150,11 +156,81 @@ def test_the_page_is_for_this_machine_alone(served: tuple[str, Path]):
     labels = [part["props"].get("label") for part in config["components"]]
     assert [name for name in labels if name and name.endswith(", sd")] == [f"{style}, sd" for style in STYLES]
     assert config["analytics_enabled"] is False
+    assert config["stylesheets"] == []  # fonts of other servers
     port = int(address.rstrip("/").rpartition(":")[2])
     own = socket.gethostbyname(socket.gethostname())
     if not own.startswith("127."):
         with pytest.raises(OSError, match="refused"):
             socket.create_connection((own, port), timeout=5)
+
+
+def function(page: Any, name: str) -> Any:
+    """Returns the function that a button or control of the page calls."""
+    return next(each.fn for each in page.fns.values() if each.api_name == name)
+
+
+def test_the_page_asks_for_what_its_controls_say(studio: Studio, tmp_path: Path):
+    gradio = pytest.importorskip("gradio")
+    from w2w_space.app.page import make_page
+
+    page = make_page(studio, QUICK, tmp_path)
+    draw, export = function(page, "draw"), function(page, "export")
+    moved = dict.fromkeys(STYLES, 0.0) | {"ink": 2.0, "slant": -1.0}
+    one, other, words = draw("style-003", "", 3, 1, 4, ["shift"], *moved.values())
+    before, after = studio.pictures("style-003", moved, Scene(label=3, steps=4, seed=1), ["shift"])
+    assert (pixels(one) == pixels(before)).all()
+    assert (pixels(other) == pixels(after)).all()
+    assert words == studio.words(studio.edited("style-003", moved, ["shift"]))
+    free = draw("style-003", "", 3, 1, 4, None, *moved.values())
+    assert free[2] == studio.words(studio.edited("style-003", moved))
+    assert free[2] != words
+    empty = draw("mean", None, None, None, 4, None, *[0.0] * 5)
+    assert (pixels(empty[0]) == pixels(studio.pictures("mean", {}, Scene(steps=4))[0])).all()
+    told = export("my edit", "style-003", "", 3, 1, 4, ["shift"], *moved.values())
+    assert str(tmp_path / "my edit.safetensors") in told
+    read = studio.space.project(read_adapter(tmp_path / "my edit.safetensors", base_of_layout(studio.space.layout)))
+    assert (read.z - studio.edited("style-003", moved, ["shift"]).point.z).abs().max() < 0.2
+    with pytest.raises(gradio.Error, match="there already"):
+        export("my edit", "style-003", "", 3, 1, 4, [], *moved.values())
+    with pytest.raises(gradio.Error, match="no member 'nobody'"):
+        draw("nobody", "", 3, 1, 4, [], *moved.values())
+    resets = [each.fn() for each in page.fns.values() if each.fn is not None and not each.inputs]
+    assert [0] * 5 in resets
+
+
+def test_prompts_reach_the_model_from_the_page(tmp_path: Path):
+    pytest.importorskip("gradio")
+    from w2w_space.app.page import make_page
+
+    studio, scene = prompted(), Scene("a cat", steps=2, guidance_scale=4.0, size=40)
+    draw = function(make_page(studio, scene, tmp_path), "draw")
+    drawn = draw("m1", "a dog", None, 0, 2, [], 0.0, 0.0, 0.0)[0]
+    wanted = studio.pictures("m1", {}, Scene("a dog", steps=2, guidance_scale=4.0, size=40))[0]
+    assert (pixels(drawn) == pixels(wanted)).all()
+    assert drawn.size == (360, 360)  # nine times forty pixels
+    plain = studio.pictures("m1", {}, Scene("a dog", steps=2, guidance_scale=1.0, size=40))[0]
+    assert (pixels(plain) != pixels(wanted)).any()
+
+
+def test_what_pixel_models_predict_is_bounded(studio: Studio, monkeypatch: pytest.MonkeyPatch):
+    asked = list[float | None]()
+
+    def noted(*args: Any, **options: Any) -> torch.Tensor:
+        asked.append(options["clip_x0"])
+        return generate(*args, **options)
+
+    monkeypatch.setattr("w2w_space.app.studio.generate", noted)
+    studio.pictures("mean", {}, Scene(label=9, steps=2, seed=77))
+    prompted().pictures("mean", {}, Scene("a cat", steps=2))
+    assert set(asked) == {1.2, None}
+    assert asked[0] == 1.2
+
+
+def test_sliders_reach_as_far_as_members_do(styles: tuple[WeightSpace, Directions], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("w2w_space.app.studio.useful_places", lambda row, space: (-4.2, 1.0))
+    space, directions = styles
+    studio = Studio(load_base(), space, base_of_layout(space.layout), directions)
+    assert {knob.reach for knob in studio.knobs} == {5}
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")

@@ -135,8 +135,12 @@ def test_bad_files_are_named_and_cost_nothing(write, tmp_path: Path):
         assert word == "noise" or word in reasons[path.stem], reasons[path.stem]
     with pytest.raises(UserError, match="no file to be left out"):
         add(found, [bad["changes nothing"]], strict=True)
-    with pytest.raises(UserError, match="none of 1 files is an adapter of tiny; the first: "):
+    with pytest.raises(UserError, match=r"none of 2 files is an adapter of tiny; the first: .*noise"):
+        import_adapters(tmp_path / "none", [bad["noise"], bad["text encoders alone"]], BASE)
+    with pytest.raises(UserError, match=r"^[^;]*noise.safetensors is not a safetensors file"):
         import_adapters(tmp_path / "none", [bad["noise"]], BASE)
+    with pytest.raises(UserError, match="there are no files"):
+        import_adapters(tmp_path / "none", [], BASE)
 
 
 def test_the_same_adapter_in_another_gauge_is_a_duplicate(write, tmp_path: Path):

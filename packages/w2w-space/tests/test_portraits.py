@@ -8,16 +8,18 @@ import torch
 from torch import Tensor
 
 from diffcore.adapters import write_adapter
+from diffcore.io import artifact
 from diffcore.models import DiffusionModel
 from diffcore.noise import row_noise
 from diffcore.zoo.portraits.people import select
 from w2w_space.files.population import PopulationFolder
-from w2w_space.files.portraits import write_portraits
+from w2w_space.files.portraits import store_portraits, write_portraits
 from w2w_space.portraits import (
     ATTRIBUTES,
     MEMBERS,
     PROMPT,
     RECIPE,
+    SCHEMA,
     background_mask,
     drawing_options,
     load_portraits,
@@ -32,6 +34,7 @@ from w2w_space.portraits import (
 from w2w_space.recipe import layout_for
 from w2w_space.render import render_vectors
 from w2w_space.scaling import scaling
+from w2w_space.train_population import Trained
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +55,21 @@ def test_persons_are_balanced_and_stored_with_their_members(base: DiffusionModel
     apart = torch.corrcoef(labels.values.T).abs()
     places = [labels.attributes.index(name) for name in ("hat", "glasses", "dark skin", "man")]
     assert float((apart[places][:, places] - torch.eye(4)).max()) < 0.2
+
+
+def test_members_that_failed_are_not_stored(base: DiffusionModel, tmp_path: Path):
+    size = layout_for(base, RECIPE.targets, RECIPE.rank).size
+    members = [
+        Trained(name, torch.full((size,), value), loss, 1.0, torch.zeros(1), failed=loss != loss)
+        for name, value, loss in (("one", 1.0, 0.5), ("two", 2.0, float("nan")), ("three", 3.0, 0.25))
+    ]
+    labels = torch.arange(3.0)[:, None].expand(3, len(ATTRIBUTES))
+    path = store_portraits(base, members, labels, tmp_path / "members.safetensors")
+    stored = artifact.load(path, schema=SCHEMA)
+    assert stored.fields["names"] == ["one", "three"]
+    assert stored.tensors["labels"][:, 0].tolist() == [0, 2]
+    assert stored.tensors["vectors"][:, 0].tolist() == [1, 3]
+    assert stored.fields["loss"] == 0.375
 
 
 def test_pictures_show_their_persons_and_seeds_show_them_anew():

@@ -1,6 +1,8 @@
 """Pictures of points, and what is read off them: rendering, probing, and scores of edits and samples."""
 
+import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from diffcore.io.shipped import shipped_folder
 from diffcore.metrics import FeatureExtractor, Preprocessing
 from diffcore.metrics.attribute_network import load_attribute_network
 from diffcore.models import DiffusionModel, from_pipeline, generate
+from diffcore.run import Run, RunMap
 from diffcore.testing import tiny
 from diffcore.zoo.portraits.draw import draw
 from diffcore.zoo.portraits.people import portraits
@@ -181,6 +184,65 @@ class _Flat(Brightness):
         return Brightness.__call__(self, images) * torch.tensor([0.0, 1.0])
 
 
+class _Blind(Brightness):
+    def __call__(self, images: Tensor) -> Tensor:
+        return 0 * Brightness.__call__(self, images)
+
+
+def test_what_shows_nothing_is_told(model: DiffusionModel, space: WeightSpace):
+    with pytest.raises(UserError, match="the pictures of all members score alike"):
+        probe(model, space, _Blind(), prompts=["ab"], seeds=[0], steps=1)
+
+
+def test_probing_is_kept_by_all_that_it_depends_on(model: DiffusionModel, space: WeightSpace, tmp_path: Path):
+    drawn = list[int]()
+
+    class Counted(Brightness):
+        def __call__(self, images: Tensor) -> Tensor:
+            drawn.append(len(images))
+            return Brightness.__call__(self, images)
+
+    asked: dict[str, Any] = {"prompts": ["ab"], "seeds": [0], "steps": 1, "group_size": 100}
+    with Run.open(tmp_path / "run", command="t", config={}) as run:
+        for changed, new in (
+            ({}, True),
+            ({}, False),
+            ({"seeds": [1]}, True),
+            ({"prompts": ["cd"]}, True),
+            ({"steps": 2}, True),
+            ({"guidance_scale": 2.0}, True),
+            ({}, False),
+        ):
+            drawn.clear()
+            probe(model, space, Counted(), map=RunMap(run), **(asked | changed))
+            assert bool(drawn) == new, changed
+        drawn.clear()
+        probe(model, space, Counted(digest="another"), map=RunMap(run), **asked)
+        assert drawn
+
+
+def test_models_of_classes_are_probed_by_class():
+    model = tiny.model("unet2d")
+    layout = layout_for(model, ("to_q", "to_v"), 1)
+    matrix = torch.randn(4, layout.size, generator=torch.Generator().manual_seed(0))
+    space = WeightSpace.build(Population(layout, tuple("abcd"), Stacked(matrix)))
+    options: dict[str, Any] = {"labels": [3, 5], "seeds": [0], "steps": 2}
+    found, _ = probe(model, space, Brightness(), **options)
+    drawn = render(model, [space.member(name) for name in space.names], **options)
+    assert (found.values - drawn[:, :, :, :2].mean((1, 2, 4, 5)).double()).abs().max() < 1e-5
+
+
+def test_a_classifier_with_its_weights_in_another_order_is_another():
+    one, other = (load_attribute_network(shipped_folder("portraits-oracle")) for _ in range(2))
+    asked = classifier_values(one, ["hat"])
+    assert ClassifierScorer(one, asked).digest == ClassifierScorer(other, asked).digest
+    with torch.no_grad():
+        for value in other.parameters():
+            value.copy_(value.flip(0))
+    assert ClassifierScorer(one, asked).digest != ClassifierScorer(other, asked).digest
+    assert ClassifierScorer(one, asked).digest != ClassifierScorer(one, classifier_values(one, ["man"])).digest
+
+
 def test_the_classifier_scores_portraits_by_their_classes():
     oracle = load_attribute_network(shipped_folder("portraits-oracle"))
     people = portraits(5, range(100))
@@ -218,6 +280,15 @@ def test_a_text_scorer_tells_which_text_is_nearer():
     scores = scorer(pictures)
     assert scores[:, 0].tolist() == pytest.approx([1.0, 0.0], abs=1e-6)
     assert (scores.sum(1) - 1).abs().max() < 1e-6
+    # Texts that are nearly alike, and pictures of any brightness: the score is that of the cosines.
+    near = {"red": torch.tensor([1.0, 0.0]), "green": torch.tensor([0.995, 0.1])}
+    scorer = TextScorer(extractor, lambda words: torch.stack([near[word] for word in words]), {"red": ("red", "green")})
+    shown = torch.tensor([1.0, 0.06])
+    with_, without = (float(shown @ text / shown.norm() / text.norm()) for text in near.values())
+    expected = 1 / (1 + math.exp(100 * (without - with_)))
+    for brightness in (1.0, 0.2):
+        picture = brightness * torch.cat([shown, torch.zeros(1)]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
+        assert float(scorer(picture)) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from diffcore.run import Run
 from w2w_space.app.cli import app
 from w2w_space.app.figures import members_map, scree, signed_matrix, turned_signs
 from w2w_space.app.report import answer_of, percentiles_of, save_directions_parts, save_map_parts, save_space_parts
-from w2w_space.diagnose import diagnosed, members_by_distance
+from w2w_space.diagnose import cross_fitted, diagnosed, members_by_distance
 from w2w_space.directions import find_directions, held_out_leaks
 from w2w_space.files.population import Member
 from w2w_space.files.previews import previews
@@ -116,14 +116,17 @@ def test_noise_that_two_labels_share_is_no_leak():
     assert float(leaks[apart].abs().max()) < 0.15
 
 
-def test_percentiles_are_those_of_held_out_members():
-    population, places = planted(200)
-    space = diagnosed(population, WeightSpace.build(population, gauge="raw")).space
-    found = find_directions(space, Labels.of(population.names, {"one": places[:, 0].tolist()}))
+def test_percentiles_are_those_of_members_where_strengths_put_points():
+    """Held-out coordinates are short: by them a strength that many members reach would be beyond all."""
+    g = torch.Generator().manual_seed(0)
+    population = Population(LAYOUT, tuple(map(str, range(100))), Stacked(torch.randn(100, LAYOUT.size, generator=g)))
+    space, _ = cross_fitted(WeightSpace.build(population, gauge="raw"), num_components=20)
+    found = find_directions(space, Labels.of(population.names, {"one": space.members[:, 3].tolist()}))
     row = percentiles_of(found, space)[0]
-    held_out = found["one"].place(space.held_out)
-    assert float((held_out < row["5th"]).double().mean()) == pytest.approx(0.05, abs=0.01)
+    places = found["one"].place(space.members)
+    assert float((places < row["5th"]).double().mean()) == pytest.approx(0.05, abs=0.01)
     assert row["99th"] > row["95th"] > row["50th"] > row["1st"]
+    assert float((found["one"].place(space.held_out) < row["5th"]).double().mean()) < 0.01
 
 
 def test_members_are_told_by_distance():

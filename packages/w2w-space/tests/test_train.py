@@ -10,14 +10,18 @@ from torch import Tensor, nn
 
 from diffcore.adapters.fusing import apply
 from diffcore.errors import IncompatibleModelError, NoMatchError, UserError
-from diffcore.models import DiffusionModel
+from diffcore.models import DiffusionModel, from_pipeline
 from diffcore.run import Run, RunMap
 from diffcore.testing import tiny
-from diffcore.train.timesteps import uniform_timesteps
+from diffcore.train.timesteps import default_time_sampler, uniform_timesteps
 from w2w_space.bank import bank
 from w2w_space.instance import Deck, Instance, denoising_errors
+from w2w_space.invert import InversionSettings, invert
 from w2w_space.layout import Layout
+from w2w_space.pictures import condition_of
+from w2w_space.population import Population, Stacked
 from w2w_space.recipe import Recipe, initial_vectors, layout_for
+from w2w_space.space import WeightSpace
 from w2w_space.train_population import Trained, population_of, train_population
 
 
@@ -185,6 +189,37 @@ def test_training_beats_the_base_model():
     assert all(len(member.history) == 40 for member in members)
     population = population_of(layout_for(model, recipe.targets, 1), members)
     assert population.names == ("0", "1")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sd21", "v"), ("sdxl", "epsilon"), ("sd3", "flow")])
+def test_models_of_every_kind_are_trained_and_searched(name: str, kind: str):
+    """Other targets than the noise, conditions besides the prompt, and several text encoders (specification, 16)."""
+    model = from_pipeline(tiny.pipeline(name))
+    condition = condition_of(model, prompt="a sks toy")
+    assert (name == "sdxl") == ("time_ids" in condition)
+    generator = torch.Generator().manual_seed(0)
+    people = [Instance(str(i), torch.randn(1, *model.shape, generator=generator), condition) for i in range(2)]
+    schedule = model.denoiser.schedule
+    deck = Deck(people, default_time_sampler(schedule), seed=0, antithetic=False, like=torch.empty(()))
+    batch = deck.deal(3, 0)
+    alpha, sigma = (part.view(-1, 1, 1, 1) for part in schedule.alpha_sigma(batch.t))
+    target = {
+        "v": alpha * batch.noise - sigma * batch.x0,
+        "epsilon": batch.noise,
+        "flow": batch.noise - batch.x0,
+    }[kind]
+    output = model.denoiser(alpha * batch.x0 + sigma * batch.noise, batch.t, batch.condition).output
+    expected = (output - target).square().flatten(1).mean(1)
+    torch.testing.assert_close(denoising_errors(model.denoiser, batch), expected, atol=1e-5, rtol=1e-5)
+    recipe = Recipe(alpha=4.0, learning_rate=3e-2, steps=12, batch_size=4, warmup=1, weight_decay=0.0)
+    members = train_population(model, people, recipe, num_pairs=8)
+    assert all(member.gain > 0.005 for member in members), [member.gain for member in members]
+    layout = layout_for(model, recipe.targets, 1)
+    trained = torch.stack([member.vector.float() for member in members])
+    rows = torch.cat([trained, 0.1 * torch.randn(4, layout.size, generator=generator)])
+    space = WeightSpace.build(Population(layout, tuple("abcdef"), Stacked(rows)))
+    found = invert(space, model, people, InversionSettings(steps=10, batch_size=4, check_every=5, learning_rate=0.3))
+    assert bool((found.losses < found.start_losses).all())
 
 
 def test_the_initial_a_is_shared_unless_asked():

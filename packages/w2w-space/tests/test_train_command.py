@@ -152,6 +152,38 @@ def test_an_interrupted_training_ends_as_if_it_had_not_been(place: Training, mon
     assert "prompt" in err
 
 
+def test_finished_members_are_kept_by_groups_of_any_size(place: Training, monkeypatch: pytest.MonkeyPatch):
+    """Interrupted with one size of the groups, and continued with others, no member is trained twice."""
+    trained, real = list[list[str]](), training._train
+
+    def spied(*args: Any) -> Any:
+        if trained and trained[-1] == ["stop"]:
+            raise KeyboardInterrupt
+        trained.append([each.name for each in args[3]])
+        found = real(*args)
+        if stopped:
+            trained.append(["stop"])
+        return found
+
+    monkeypatch.setattr(training, "_train", spied)
+    words = ("train", "model", "instances", "--prompt", PROMPT, *QUICK, "--num-images", "0", "--out", "sizes")
+    stopped = True
+    place(*words, "--group-size", "1", code=130)
+    assert trained == [["alice"], ["stop"]]
+    trained.clear()
+    place(*words, "--group-size", "1", code=130)
+    assert trained == [["bob"], ["stop"]]
+    trained.clear()
+    # The part of one group was damaged meanwhile.
+    alice = min(Path("sizes/parts").glob("train-*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+    alice.write_bytes(b"damaged")
+    stopped = False
+    place(*words, "--group-size", "2")
+    assert trained == [["alice", "carol"]]
+    torch.testing.assert_close(vectors("sizes"), vectors("whole"), atol=1e-5, rtol=1e-4)
+    assert PopulationFolder.open("sizes").names == ("alice", "bob", "carol")
+
+
 def test_two_processes_train_the_population_of_one(place: Training):
     words = ["train", "model", "instances", "--prompt", PROMPT, *SHORT, "--devices", "2", "--out", "both"]
     words += ["--export", "both-files"]

@@ -291,6 +291,30 @@ def test_lines_show_each_series_in_its_colour_and_band():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"n{i}" for i in range(8)],
+        ["hat", "glasses", "beard", "man", "dark skin", "bald", "long hair", "WWWWWWWW"],
+        [f"an attribute of many words {i}" for i in range(7)],
+        ["_hidden", "mmmmm mmmmm " * 12, "b", "word " * 60],
+    ],
+)
+def test_legends_of_many_or_long_names_are_whole(names: list[str]):
+    figure = lines_with_band([Series(name, [0, 1], [0, 1]) for name in names], x_label="x", y_label="y")
+    figure.canvas.draw()
+    legend = figure.legends[0]
+    box, plot = legend.get_window_extent(), figure.axes[0].get_window_extent()
+    assert 0 <= box.x0 <= box.x1 <= figure.bbox.width + 1
+    assert plot.y1 < box.y0 + 1
+    assert box.y1 <= figure.bbox.height + 1
+    assert plot.height > 0.55 * 3.4 * figure.dpi  # it is not squeezed by its legend
+    shown = [text.get_text().replace("\n", " ").strip() for text in legend.get_texts()]
+    assert shown == [name.strip() for name in names if not name.startswith("_")]
+    styles = {(line.get_color(), str(line.get_linestyle())) for line in figure.axes[0].lines}
+    assert len(styles) == len(names)
+
+
 def test_logarithmic_axes_have_plain_numbers():
     figure = lines_with_band(
         [Series("a", [100, 1000], [0.5, 20])], x_label="x", y_label="y", log_x=True, log_y=True, title="t"

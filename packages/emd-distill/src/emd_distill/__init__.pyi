@@ -4,6 +4,7 @@ from .distill import Settings as Settings
 from .distill import distill as distill
 from .generator import OneStepGenerator as OneStepGenerator
 from .generator import level_of as level_of
+from .lora import LoraDenoiser as LoraDenoiser
 from .losses import EMD as EMD
 from .losses import SiD as SiD
 from .losses import diff_instruct as diff_instruct

@@ -7,7 +7,7 @@ the generator's own samples must be known: `fit_student` learns it for a generat
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor
 from diffcore.denoiser import Condition, Denoiser, NetworkDenoiser
 from diffcore.train.timesteps import TimeSampler
 from emd_distill.chain import ChainNoise, Generator, langevin_eps_z
-from emd_distill.distill import Conditions, Draws, sampled, student_loss, student_of
+from emd_distill.distill import sampled, student_loss, student_of
+from emd_distill.draws import Conditions, Draws
 
 _SEGMENT = 25  # Langevin steps whose noise is drawn at once
 
@@ -47,6 +48,29 @@ class Corrected:
     finite: Bool[Tensor, " b"]
 
 
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Where a chain stands after some of its steps: all that it goes on from.
+
+    Attributes:
+        done: Number of finished Langevin steps.
+        z: Latents at this place.
+        eps: Noise at this place.
+        residual: Part of eps that the drifts so far have left.
+        sample: Corrected samples at this place.
+        drift: Root mean square of the drift at the first of the segment's steps.
+        finite: Rows whose chain has stayed finite so far.
+    """
+
+    done: int
+    z: Float[Tensor, "b *latent"]
+    eps: Float[Tensor, "b *data"]
+    residual: Float[Tensor, "b *data"]
+    sample: Float[Tensor, "b *data"]
+    drift: Float[Tensor, ""]
+    finite: Bool[Tensor, " b"]
+
+
 def correct(
     generator: Generator,
     teacher: Denoiser,
@@ -60,7 +84,8 @@ def correct(
     gamma_z: float = 0.01,
     kappa: float = 0.25,
     seed: int = 0,
-    on_step: Callable[[int], object] | None = None,
+    begun: Sequence[Segment] = (),
+    on_segment: Callable[[Segment], object] | None = None,
 ) -> Corrected:
     """Runs a long chain from a generator's samples, and returns them before and after.
 
@@ -76,7 +101,9 @@ def correct(
         gamma_z: Step size of z; 0 leaves the latents where they are.
         kappa: Variance of the generator's samples, for a step of z that depends on the level.
         seed: Seed of all injected noise.
-        on_step: Called with the number of finished steps, some steps apart.
+        begun: Segments that an earlier call with the same arguments has finished, in order; the chain goes on from the
+            last one, to the same result.
+        on_segment: Called with each segment when it is finished.
 
     Raises:
         ValueError: A number is out of its range.
@@ -99,19 +126,23 @@ def correct(
         before = generator(z, condition)
     if before.shape[1:] != z.shape[1:]:
         draws = Draws(seed, tuple(z.shape[1:]), lambda u: u, data_shape=tuple(before.shape[1:]))
-    eps, x0 = draws(0, rows).eps.to(before), before
+    eps = draws(0, rows).eps.to(before)
     alpha, sigma = (part.view(-1, *[1] * (before.ndim - 1)) for part in teacher.schedule.alpha_sigma(level))
     ones = (-1, *[1] * (before.ndim - 1))
     finite = torch.ones(len(z), dtype=torch.bool, device=z.device)
-    residual, u = torch.zeros_like(before), torch.zeros_like(before)
-    path, counts, drifts, done = [before], [0], [], 0
+    residual = torch.zeros_like(before)
+    segments = list(begun)
+    if segments:
+        last = segments[-1]
+        z, eps, residual, finite = last.z, last.eps, last.residual, last.finite
+    done = segments[-1].done if segments else 0
     while done < steps:
         count = min(_SEGMENT, steps - done)
         noise = draws.chain(1 + done, rows, count, gamma_z > 0)
         noise = ChainNoise(noise.eps.to(before), None if noise.z is None else noise.z.to(z))
         end = langevin_eps_z(
             generator, teacher, student, z, eps, level, condition,
-            gamma_e=gamma_e, gamma_z=gamma_z, kappa=kappa, noise=noise, x0=None if gamma_z > 0 else x0,
+            gamma_e=gamma_e, gamma_z=gamma_z, kappa=kappa, noise=noise, x0=None if gamma_z > 0 else before,
         )  # fmt: skip
         # What the drifts have left is linear in them: that of the segments before decays along this one.
         residual = (1 - gamma_e) ** count * residual + end.residual
@@ -119,18 +150,28 @@ def correct(
         # A lost row goes on from where it was, and is left out at the end.
         kept = end.finite.view(ones)
         z, eps = end.z.detach(), end.eps.where(kept, eps)
-        if gamma_z > 0:
-            with torch.no_grad():
-                x0 = generator(z, condition)
-        u = sigma / alpha * residual
+        x0 = _samples(generator, z, condition, before, gamma_z > 0)
         done += count
-        path.append((x0 + u).where(finite.view(ones), before))
-        counts.append(done)
-        drifts.append(end.first_drift.where(kept, 0.0).square().mean().sqrt())
-        if on_step is not None:
-            on_step(done)
-    found = torch.stack(path)
-    return Corrected(before, found[-1], x0, z, found, tuple(counts), torch.stack(drifts).cpu(), finite)
+        sample = (x0 + sigma / alpha * residual).where(finite.view(ones), before)
+        drift = end.first_drift.where(kept, 0.0).square().mean().sqrt()
+        segments.append(Segment(done, z, eps, residual, sample, drift, finite))
+        if on_segment is not None:
+            on_segment(segments[-1])
+    path = torch.stack([before, *(segment.sample for segment in segments)])
+    drifts = torch.stack([segment.drift.cpu() for segment in segments])
+    counts = (0, *(segment.done for segment in segments))
+    moved = _samples(generator, z, condition, before, gamma_z > 0)
+    return Corrected(before, path[-1], moved, z, path, counts, drifts, finite)
+
+
+def _samples(
+    generator: Generator, z: Tensor, condition: Condition | None, before: Tensor, moves: bool
+) -> Float[Tensor, "b *data"]:
+    """Returns g(z), which is what it was before where z does not move."""
+    if not moves:
+        return before
+    with torch.no_grad():
+        return generator(z, condition)
 
 
 def fit_student(
@@ -168,6 +209,7 @@ def fit_student(
         if value < 1:
             raise ValueError(f"`{name}` is {value}; give at least 1")
     student = student_of(teacher)
+    assert isinstance(student, NetworkDenoiser)
     optimizer = torch.optim.Adam(student.parameters(), learning_rate, (0.0, 0.99))
     average = copy.deepcopy(student)
     draws = Draws(seed, shape, time_sampler, conditions)

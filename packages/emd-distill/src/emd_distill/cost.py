@@ -9,7 +9,7 @@ from emd_distill.losses import EMD, Loss
 
 @dataclass(frozen=True)
 class Passes:
-    """Passes of the networks in one iteration, for the rows of a batch.
+    """Passes of the networks in one iteration, each of the rows of a batch.
 
     Attributes:
         teacher: Number of forward passes of the teacher; under guidance each is of two rows for one.
@@ -31,7 +31,15 @@ class Passes:
         return self.teacher + self.student + self.generator + self.input_gradients + 2 * self.weight_gradients
 
 
-def passes(loss: Loss, iteration: int = 0, *, student_updates: int = 1, guided: bool = False) -> Passes:
+def passes(
+    loss: Loss,
+    iteration: int = 0,
+    *,
+    student_updates: int = 1,
+    guided: bool = False,
+    student_guided: bool = False,
+    accumulation: tuple[int, int] = (1, 1),
+) -> Passes:
     """Returns the passes of an iteration of `distill`.
 
     Args:
@@ -39,27 +47,34 @@ def passes(loss: Loss, iteration: int = 0, *, student_updates: int = 1, guided: 
         iteration: Number of finished iterations, for schedules.
         student_updates: Number of updates of the student score.
         guided: Whether the teacher is guided.
+        student_guided: Whether the student score is guided inside chains.
+        accumulation: Numbers of batches in one step of the student score and of the generator.
 
     Example:
         >>> passes(EMD(num_steps=0)).total, passes(EMD(num_steps=16, gamma_z=0.0)).total
         (9, 39)
     """
-    each = 2 if guided else 1
+    each, scored = 2 if guided else 1, 2 if student_guided else 1
+    learned, count = student_updates * accumulation[0], accumulation[1]
+    drawn = learned + max(count - accumulation[0], 0)  # the last update's samples are the chains'
+    gradients = learned + count
     if not isinstance(loss, EMD):  # SiD, whose gradient goes through both scores
-        return Passes(each, student_updates + 1, student_updates + 1, each + 1, student_updates + 1)
+        return Passes(each * count, learned + scored * count, drawn + count, (each + scored) * count, gradients)
     steps, moves = loss.steps_at(iteration), loss.gamma_z > 0 and loss.steps_at(iteration) > 0
     ends = steps == 0 or loss.noise_cancel == "stein"  # the drift is taken once more, at the last state
     return Passes(
-        teacher=each * (steps + ends),
-        student=student_updates + steps + ends,
-        generator=student_updates + 1 + (steps + (steps > 0 and ends) if moves else 0),
-        input_gradients=steps if moves else 0,
-        weight_gradients=student_updates + 1,
+        teacher=each * count * (steps + ends),
+        student=learned + scored * count * (steps + ends),
+        generator=drawn + count * (1 + (steps + (steps > 0 and ends) if moves else 0)),
+        input_gradients=count * steps if moves else 0,
+        weight_gradients=gradients,
     )
 
 
 def weight_megabytes(teacher: nn.Module, generator: nn.Module, student: nn.Module, *, teacher_bytes: int = 4) -> float:
     """Returns the memory of all weights, gradients, Adam's two moments and the average, without activations.
+
+    Weights that generator and student score share with the teacher are counted once, as the teacher's.
 
     Args:
         teacher: Network that stays as it is.
@@ -67,12 +82,13 @@ def weight_megabytes(teacher: nn.Module, generator: nn.Module, student: nn.Modul
         student: Network that learns, without an average.
         teacher_bytes: Bytes of one of the teacher's weights: 4 in float32, 2 in bfloat16.
     """
+    shared = {id(p) for p in teacher.parameters()}
 
     def learning(network: nn.Module) -> int:
         return sum(p.numel() for p in network.parameters() if p.requires_grad)
 
-    def all_of(network: nn.Module) -> int:
-        return sum(p.numel() for p in network.parameters())
+    def own(network: nn.Module) -> int:
+        return sum(p.numel() for p in network.parameters() if id(p) not in shared)
 
-    own = 4 * (2 * all_of(generator) + all_of(student)) + 12 * (learning(generator) + learning(student))
-    return (own + teacher_bytes * all_of(teacher)) / 1e6
+    weights = 4 * (2 * own(generator) + own(student)) + teacher_bytes * sum(p.numel() for p in teacher.parameters())
+    return (weights + 12 * (learning(generator) + learning(student))) / 1e6

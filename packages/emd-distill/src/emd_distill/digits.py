@@ -26,7 +26,8 @@ from diffcore.metrics.precision_recall import precision_recall
 from diffcore.noise import philox_normal
 from diffcore.train.timesteps import log_normal_sigmas
 from diffcore.zoo.digits.data import load_digits
-from emd_distill.distill import Draws, student_loss
+from emd_distill.distill import student_loss
+from emd_distill.draws import Draws
 
 SHAPE = (1, 8, 8)
 SCHEMA = "emd-distill/digits-teacher@1"

@@ -11,28 +11,25 @@ No data are needed, only conditions. All draws are functions of seed, iteration 
 """
 
 import copy
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from diffcore.denoiser import Condition, Denoiser, NetworkDenoiser
+from diffcore.denoiser import Condition, Denoiser, GuidedDenoiser, NetworkDenoiser
 from diffcore.errors import MachineError, UserError
-from diffcore.noise import philox_normal, philox_uniform
 from diffcore.train.timesteps import TimeSampler
-from emd_distill.chain import ChainNoise, Generator
+from emd_distill.chain import Generator
+from emd_distill.draws import Conditions, Drawn, Draws
+from emd_distill.lora import LoraDenoiser, learnable, lora_of
 from emd_distill.losses import EMD, GeneratorLoss, Loss, Situation
 from emd_distill.noise_levels import noise_levels
 
-# Streams of the counter-based generator: each kind of draw has its own, so that K changes no other draw.
-_TIME, _Z, _EPS, _CHAIN_EPS, _CHAIN_Z, CONDITION = range(6)
-_UPDATES = 64  # streams kept apart for each further update of the student score in one iteration
 _LEAST_ALPHA = 1e-3
-
-Conditions = Callable[[int, Int[Tensor, " b"]], Condition]
-"""Conditions of an iteration: (iteration, rows) to keyword tensors of the backbone, one row for each row."""
+_STUDENT_SEED = 1  # of a student that is a LoRA, apart from the generator's
 
 
 @dataclass(frozen=True)
@@ -48,6 +45,12 @@ class Settings:
         betas: Decay rates of Adam's two moments, for both networks.
         student_updates: Number of updates of the student score in an iteration, all but the last one on draws of their
             own.
+        gradient_accumulation_steps: Number of batches whose gradients add up to one step of the generator.
+        student_accumulation_steps: The same for the student score; None takes the generator's. All of its batches come
+            before the first of the generator's.
+        student_guidance: Guidance scale of the student score inside chains; 1 is off (DMD2). Others need a guided
+            teacher, whose unconditional input is taken (SiD-LSG guides both).
+        null_share: Share of rows on which a guided student score learns without their condition.
         clip: Largest norm of each network's gradient; None clips nothing.
         ema: Decay of the average of the generator's weights; after iteration s at most (1 + s) / (10 + s).
         seed: Seed of all draws.
@@ -67,19 +70,34 @@ class Settings:
     student_learning_rate: float = 1e-5
     betas: tuple[float, float] = (0.0, 0.99)
     student_updates: int = 1
+    gradient_accumulation_steps: int = 1
+    student_accumulation_steps: int | None = None
+    student_guidance: float = 1.0
+    null_share: float = 0.1
     clip: float | None = 1.0
     ema: float = 0.999
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "student_updates"):
-            if getattr(self, name) < 1:
+        counts = ("steps", "batch_size", "student_updates", "gradient_accumulation_steps", "student_accumulation_steps")
+        for name in counts:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; give at least 1")
+        if not math.isfinite(self.student_guidance):
+            raise ValueError(f"`student_guidance` is {self.student_guidance}; give a finite number")
+        if not 0 <= self.null_share < 1:
+            raise ValueError(f"`null_share` is {self.null_share}; it must lie in [0, 1)")
         for name in ("learning_rate", "student_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be positive")
         if not 0 <= self.ema < 1:
             raise ValueError(f"`ema` is {self.ema}; it must lie in [0, 1)")
+
+    @property
+    def accumulation(self) -> tuple[int, int]:
+        """Numbers of batches in one step of the student score and of the generator."""
+        own = self.gradient_accumulation_steps
+        return self.student_accumulation_steps or own, own
 
 
 DEFAULTS = Settings()
@@ -109,7 +127,7 @@ def distill(
     shape: Sequence[int],
     settings: Settings = DEFAULTS,
     *,
-    student: NetworkDenoiser | None = None,
+    student: Denoiser | None = None,
     time_sampler: TimeSampler | None = None,
     conditions: Conditions | None = None,
     on_step: Callable[[int, GeneratorLoss, nn.Module], None] | None = None,
@@ -119,11 +137,12 @@ def distill(
     Args:
         teacher: Denoiser of the teacher, with guidance inside where that is wanted; its weights stay as they are.
         generator: Network (z, condition) to samples, trained in place; see `OneStepGenerator` for one from the teacher.
-            Of a network of which some weights require gradients, these are trained; else all are.
+            Of a network of which some weights require gradients, these are trained; else all are, and of a
+            `LoraDenoiser` its LoRA.
         shape: Shape of one latent z, which for a generator from the teacher is that of a sample.
         settings: Loss, steps, learning rates and seed.
         student: Denoiser that learns the score of the generator's samples, trained in place, on the teacher's schedule;
-            by default a copy of the teacher, which must then be a network without guidance.
+            by default a copy of the teacher without its guidance, or a LoRA on it where the generator is one.
         time_sampler: Distribution of noise levels p(t); by default log-normal in the teacher's range.
         conditions: Conditions of each iteration; None for a model without any.
         on_step: Called after each iteration with its number, what the loss tells, and the generator with averaged
@@ -145,11 +164,12 @@ def distill(
         >>> done.generator(torch.zeros(1, *model.shape), {"class_labels": torch.tensor([3])}).shape[0]
         1
     """
-    student = student or student_of(teacher)
+    student = student or student_of(teacher, generator)
     time_sampler = time_sampler or noise_levels(teacher.schedule)
     check_levels(teacher, time_sampler, settings.loss)
     if not any(part.requires_grad for part in generator.parameters()):
-        generator.requires_grad_(True)  # loaded models come with weights that do not learn
+        for part in learnable(generator):
+            part.requires_grad_(True)  # loaded models come with weights that do not learn
     teacher.eval()
     generator.eval()  # g must be a function of z: no dropout, no statistics of a batch
     optimizers = [
@@ -157,95 +177,105 @@ def distill(
         for network, rate in ((student, settings.student_learning_rate), (generator, settings.learning_rate))
     ]
     average = copy.deepcopy(generator).requires_grad_(False).eval()
+    own, others = learnable(average), learnable(generator)
     device = next(generator.parameters()).device
     rows = torch.arange(settings.batch_size, device=device)
-    draws = Draws(settings.seed, tuple(shape), time_sampler, conditions)
+    scored, uncond = guided_student(student, teacher, settings.student_guidance)
+    draws = Draws(settings.seed, tuple(shape), time_sampler, conditions, uncond=uncond, null_share=settings.null_share)
     watch, drifts, dropped = Watch(), [], []
     for step in range(settings.steps):
-        for update in range(settings.student_updates - 1, 0, -1):
-            more, x0 = sampled(generator, draws, step, rows, update)
-            _descend(student, optimizers[0], student_loss(student, x0, more), settings.clip)
-        drawn, x0 = sampled(generator, draws, step, rows)
-        _descend(student, optimizers[0], student_loss(student, x0, drawn), settings.clip)
-        told = settings.loss(situation(generator, teacher, student, x0, drawn, draws, step, rows))
-        _descend(generator, optimizers[1], told.loss, settings.clip)
+        iteration = Iteration(generator, teacher, student, scored, draws, settings, step, rows)
+        for update in reversed(range(settings.student_updates)):
+            _descend(student, optimizers[0], iteration.student_losses(update), settings.clip)
+        _descend(generator, optimizers[1], iteration.generator_losses(), settings.clip)
+        told = iteration.told
         decay = min(settings.ema, (1 + step + 1) / (10 + step + 1))
         with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(generator.parameters()), 1 - decay)
+            torch._foreach_lerp_(own, others, 1 - decay)
         drifts.append(told.drift.square().mean().sqrt())
         dropped.append((~told.finite).sum())
-        watch(step, told.finite, drawn.t)
+        watch(step, told.finite, iteration.t)
         if on_step is not None:
             on_step(step, told, average)
     return Distilled(average, student, torch.stack(drifts).cpu(), torch.stack(dropped).cpu())
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """The draws of one iteration.
+class Iteration:
+    """The losses of one iteration, batch by batch, in the order in which they are to be descended.
 
-    Attributes:
-        z: Latents of the rows, standard normal.
-        eps: Noise in the shape of samples, standard normal.
-        t: Noise level of each row.
-        condition: Keyword tensors of the backbones.
+    Args:
+        generator: Generator whose parameters learn.
+        teacher: Denoiser of the teacher.
+        student: Denoiser that learns the score of the generator's samples.
+        scored: The student score as chains see it, with guidance inside where that is wanted.
+        draws: Random numbers of the whole training.
+        settings: Loss of the generator, batch size and numbers of batches.
+        step: Number of finished iterations.
+        rows: Places of the first batch's rows that this process holds.
     """
 
-    z: Float[Tensor, "b *latent"]
-    eps: Float[Tensor, "b *data"]
-    t: Float[Tensor, " b"]
-    condition: Condition | None
+    def __init__(
+        self,
+        generator: nn.Module,
+        teacher: Denoiser,
+        student: Denoiser,
+        scored: Denoiser,
+        draws: Draws,
+        settings: Settings,
+        step: int,
+        rows: Int[Tensor, " b"],
+    ) -> None:
+        self.generator, self.teacher, self.student, self.scored = generator, teacher, student, scored
+        self.draws, self.settings, self.step, self.rows = draws, settings, step, rows
+        self._shared: list[tuple[Drawn, Tensor]] = []
+        self._told: list[GeneratorLoss] = []
 
-
-@dataclass(frozen=True)
-class Draws:
-    """All random numbers, as functions of seed, iteration and row: nothing else need be stored to go on.
-
-    Attributes:
-        seed: Seed that the user chose.
-        shape: Shape of one latent.
-        time_sampler: Distribution of noise levels.
-        conditions: Conditions of each iteration; None for a model without any.
-        data_shape: Shape of one sample, where it differs from that of a latent.
-    """
-
-    seed: int
-    shape: tuple[int, ...]
-    time_sampler: TimeSampler
-    conditions: Conditions | None = None
-    data_shape: tuple[int, ...] | None = None
-
-    def __call__(self, step: int, rows: Int[Tensor, " b"], update: int = 0) -> Drawn:
-        """Returns the draws of an iteration.
+    def student_losses(self, update: int = 0) -> Iterator[Float[Tensor, ""]]:
+        """Yields the losses of an update of the student score, whose gradients add up.
 
         Args:
-            step: Number of finished iterations.
-            rows: Places of the rows in the whole batch.
-            update: Number of student updates that follow in the iteration; 0 for the last, which the chain shares.
+            update: Number of student updates that follow in the iteration; the last one's samples are the chains'.
         """
+        count, _ = self.settings.accumulation
+        for place in range(count):
+            drawn, x0 = self._sampled(place, update)
+            if update == 0:
+                self._shared.append((drawn, x0))
+            yield student_loss(self.student, x0, drawn) / count
 
-        def normal(stream: int, shape: tuple[int, ...]) -> Tensor:
-            return philox_normal(self.seed, rows, shape, step=step, stream=stream + _UPDATES * update)
+    def generator_losses(self) -> Iterator[Float[Tensor, ""]]:
+        """Yields the losses of the generator, whose gradients add up."""
+        _, count = self.settings.accumulation
+        for place in range(count):
+            if place == len(self._shared):
+                self._shared.append(self._sampled(place))
+            drawn, x0 = self._shared[place]
+            rows = self._rows(place)
+            told = self.settings.loss(
+                situation(self.generator, self.teacher, self.scored, x0, drawn, self.draws, self.step, rows)
+            )
+            self._told.append(told)
+            yield told.loss / count
 
-        u = philox_uniform(self.seed, rows, (), step=step, stream=_TIME + _UPDATES * update)
-        condition = None if self.conditions is None else self.conditions(step + update * 2**20, rows)
-        return Drawn(
-            normal(_Z, self.shape), normal(_EPS, self.data_shape or self.shape), self.time_sampler(u), condition
-        )
+    @property
+    def told(self) -> GeneratorLoss:
+        """What the generator's losses have told, over all of its batches."""
+        if len(self._told) == 1:
+            return self._told[0]
+        loss = torch.stack([told.loss.detach() for told in self._told]).mean()
+        rows = (torch.cat([getattr(told, name) for told in self._told]) for name in ("finite", "drift", "moved"))
+        return GeneratorLoss(loss, *rows)
 
-    def chain(self, step: int, rows: Int[Tensor, " b"], count: int, moves: bool) -> ChainNoise:
-        """Returns the noise of a chain; more steps change none of the first ones' noise.
+    @property
+    def t(self) -> Float[Tensor, " b"]:
+        """Noise levels of the rows in `told`."""
+        return torch.cat([drawn.t for drawn, _ in self._shared[: len(self._told)]])
 
-        Args:
-            step: Number of finished iterations.
-            rows: Places of the rows in the whole batch.
-            count: Number of Langevin steps.
-            moves: Whether z moves along the chain.
-        """
-        data = self.data_shape or self.shape
-        eps = philox_normal(self.seed, rows, (count, *data), step=step, stream=_CHAIN_EPS)
-        z = philox_normal(self.seed, rows, (count, *self.shape), step=step, stream=_CHAIN_Z) if moves else None
-        return ChainNoise(eps, z)
+    def _rows(self, place: int) -> Tensor:
+        return self.rows + place * self.settings.batch_size
+
+    def _sampled(self, place: int, update: int = 0) -> tuple[Drawn, Tensor]:
+        return sampled(self.generator, self.draws, self.step, self._rows(place), update)
 
 
 def sampled(
@@ -262,10 +292,11 @@ def sampled(
     """
     drawn = draws(step, rows, update)
     with torch.no_grad():
-        return drawn, generator(drawn.z, drawn.condition)
+        x0 = generator(drawn.z, drawn.condition)
+    return drawn, x0.float() if x0.dtype.itemsize < 4 else x0  # networks may compute in bfloat16, chains do not
 
 
-def student_loss(student: NetworkDenoiser, x0: Float[Tensor, "b *data"], drawn: Drawn) -> Float[Tensor, ""]:
+def student_loss(student: Denoiser, x0: Float[Tensor, "b *data"], drawn: Drawn) -> Float[Tensor, ""]:
     """Returns the denoising loss of the student score on the generator's samples, in its own parameterisation.
 
     For EDM networks the mean square in the space of the output is EDM's own weighting (specification, section 6).
@@ -276,7 +307,7 @@ def student_loss(student: NetworkDenoiser, x0: Float[Tensor, "b *data"], drawn: 
         drawn: Noise, levels and conditions of the iteration.
     """
     student.train()  # for this loss alone: chains need the same network at each step
-    prediction = student(student.schedule.add_noise(x0, drawn.eps, drawn.t), drawn.t, drawn.condition)
+    prediction = student(student.schedule.add_noise(x0, drawn.eps, drawn.t), drawn.t, drawn.student_condition)
     student.eval()
     squares = (prediction.output.float() - prediction.target(x0, drawn.eps)).square().flatten(1).mean(1)
     finite = squares.detach().isfinite()
@@ -319,11 +350,14 @@ def situation(
     )
 
 
-def student_of(teacher: Denoiser) -> NetworkDenoiser:
-    """Returns a copy of the teacher that can learn, where the teacher is a plain network.
+def student_of(teacher: Denoiser, generator: nn.Module | None = None) -> Denoiser:
+    """Returns a student score that starts as the teacher, where that is a plain network.
+
+    It is a copy that can learn, or a LoRA on the teacher's own weights where the generator is one on them.
 
     Args:
         teacher: Denoiser of the teacher.
+        generator: Generator that it will be trained with.
 
     Raises:
         UserError: The teacher is no plain network, so that it is not known what the student should be.
@@ -331,7 +365,31 @@ def student_of(teacher: Denoiser) -> NetworkDenoiser:
     plain = getattr(teacher, "denoiser", teacher)  # guidance is not the student's
     if not isinstance(plain, NetworkDenoiser):
         raise UserError(f"a {type(plain).__name__} has no weights for a student to start from; give `student`")
+    lora = None if generator is None else lora_of(generator)
+    if lora is not None and lora.teacher is plain:
+        return LoraDenoiser(plain, lora.rank, alpha=lora.alpha, targets=lora.targets, seed=_STUDENT_SEED)
     return copy.deepcopy(plain).requires_grad_(True)
+
+
+def guided_student(student: Denoiser, teacher: Denoiser, scale: float) -> tuple[Denoiser, Condition | None]:
+    """Returns the student score as chains see it, and the unconditional input of its guidance.
+
+    Args:
+        student: Denoiser that learns the score of the generator's samples.
+        teacher: Denoiser of the teacher.
+        scale: Guidance scale of the student score; 1 is off.
+
+    Raises:
+        UserError: The student should be guided and the teacher is not, so that nothing is known to lead away from.
+    """
+    if scale == 1:
+        return student, None
+    if not isinstance(teacher, GuidedDenoiser) or not teacher.uncond:
+        raise UserError(
+            f"`student_guidance` is {scale:g}, and the teacher has no guidance whose unconditional input could be "
+            "taken; guide the teacher too, or leave it out"
+        )
+    return GuidedDenoiser(student, scale, teacher.uncond), teacher.uncond
 
 
 def check_levels(teacher: Denoiser, time_sampler: TimeSampler, loss: Loss) -> None:
@@ -392,9 +450,12 @@ class Watch:
             )
 
 
-def _descend(network: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, clip: float | None) -> None:
+def _descend(
+    network: nn.Module, optimizer: torch.optim.Optimizer, losses: Iterable[Tensor], clip: float | None
+) -> None:
     optimizer.zero_grad()
-    loss.backward()
+    for loss in losses:
+        loss.backward()
     if clip is not None:
         nn.utils.clip_grad_norm_(network.parameters(), clip)
     optimizer.step()

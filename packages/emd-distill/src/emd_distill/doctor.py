@@ -16,6 +16,7 @@ from diffcore.denoiser import Condition, DiscreteSchedule, NetworkDenoiser, Nois
 from diffcore.noise import philox_normal
 from emd_distill.chain import Generator, frozen
 from emd_distill.generator import OneStepGenerator, level_of
+from emd_distill.lora import LoraDenoiser, learnable
 from emd_distill.noise_levels import trained_range
 
 LAMBDAS = (0.0, -2.0, -4.0, -6.0, -8.0, -10.0)
@@ -195,7 +196,8 @@ class Memory:
 
     Attributes:
         weights: Bytes of the teacher's weights.
-        trained: Bytes of generator and student score in float32, with gradients and both moments of Adam.
+        trained: Bytes of generator and student score in float32, or of their LoRA, with gradients and both moments of
+            Adam.
         average: Bytes of the averaged generator.
         activations_per_row: Bytes that one row keeps between the forward and the backward pass, in the M-step.
         chain_per_row: Bytes that one row's noise and states take in a chain of K steps.
@@ -223,14 +225,16 @@ def memory_estimate(
     num_steps: int,
     batch_size: int,
     gamma_z: bool = True,
+    lora_rank: int = 0,
 ) -> Memory:
     """Returns the memory that training takes: parameters are counted, activations of one forward pass are measured.
 
-    With P parameters of w bytes in the teacher, A bytes of activations for a row, D numbers in a sample:
+    With P parameters of w bytes in the teacher, L that learn in the generator (P, or those of its LoRA), A bytes of
+    activations for a row, D numbers in a sample:
 
-        total = P w + 2 * 16 P + 4 P + batch (A + K (1 or 2) 4 D + 8 * 4 D)
+        total = P w + 2 * 16 L + 4 L + batch (A + K (1 or 2) 4 D + 8 * 4 D)
 
-    16 bytes are weight, gradient and Adam's two moments in float32, for generator and student score; 4 P is for the
+    16 bytes are weight, gradient and Adam's two moments in float32, for generator and student score; 4 L is for the
     average. A is what autograd saves in one pass with gradients, of which there is one at a time: the student's loss,
     the vector-Jacobian product of a chain step, or the M-step. The chain keeps noise for K steps, for eps and for z
     where it moves; its calls of teacher and student keep nothing. What the allocator wastes comes on top.
@@ -242,6 +246,7 @@ def memory_estimate(
         num_steps: Number K of Langevin steps.
         batch_size: Number of rows in a batch.
         gamma_z: Whether the latents move.
+        lora_rank: Rank of generator and student score as LoRA on the teacher's weights; 0 for whole networks.
 
     Raises:
         ValueError: A number is out of its range.
@@ -249,8 +254,8 @@ def memory_estimate(
     if num_steps < 0 or batch_size < 1:
         raise ValueError(f"`num_steps` is {num_steps}, `batch_size` {batch_size}; give at least 0 and 1")
     parameters = list(teacher.parameters())
-    count = sum(part.numel() for part in parameters)
-    network = copy.deepcopy(teacher).requires_grad_(True)
+    network = LoraDenoiser(teacher, lora_rank) if lora_rank else copy.deepcopy(teacher).requires_grad_(True)
+    count = sum(part.numel() for part in learnable(network))
     held = {part.untyped_storage().data_ptr() for part in network.parameters()}
     saved: dict[int, int] = {}
 

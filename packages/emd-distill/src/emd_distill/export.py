@@ -20,6 +20,7 @@ from diffcore.denoiser.library import built
 from diffcore.errors import IncompatibleModelError, printable
 from diffcore.models import DiffusionModel
 from emd_distill.generator import OneStepGenerator
+from emd_distill.lora import LoraDenoiser
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +29,7 @@ class OneStepModel:
 
     Attributes:
         model: Model with the generator's weights, and the scheduler that takes one step where it has a pipeline.
-        generator: The generator, around that model's own network.
+        generator: The generator as it was trained: around that model's network, or as a LoRA on the teacher's.
         input_factor: Factor a of the input z in x0 = a z + b F(c z), which holds for every generator.
         output_factor: Factor b of the network's output.
         network_factor: Factor c of z where it enters the network.
@@ -98,6 +99,8 @@ def one_step_scheduler(schedule: DiscreteSchedule, t: int, prediction_type: str,
 def one_step_model(model: DiffusionModel, generator: OneStepGenerator) -> OneStepModel:
     """Returns the teacher's model with a generator in the place of its network.
 
+    A LoRA is merged into the weights.
+
     Args:
         model: Model of the teacher, whose codec and text encoders go with the generator.
         generator: Trained generator of the same architecture.
@@ -115,7 +118,8 @@ def one_step_model(model: DiffusionModel, generator: OneStepGenerator) -> OneSte
         >>> type(one_step_model(teacher, student).model.scheduler).__name__
         'LCMScheduler'
     """
-    denoiser = generator.denoiser
+    whole = merged(generator)
+    denoiser = whole.denoiser
     if not isinstance(denoiser, NetworkDenoiser) or type(denoiser.backbone) is not type(model.backbone):
         raise IncompatibleModelError(
             f"the generator is no {type(model.backbone).__name__}, which {printable(model.name)} has; export it with "
@@ -125,10 +129,20 @@ def one_step_model(model: DiffusionModel, generator: OneStepGenerator) -> OneSte
     changed = model.with_modules(f"one-step generator at {generator.t!r}", {model.backbone_name: network})
     changed = replace(changed, denoiser=denoiser)
     if model.pipeline_class is not None:
-        scheduler = _scheduler_of(model, generator)
+        scheduler = _scheduler_of(model, whole)
         if scheduler is not None:
             changed = replace(changed, components={**model.components, "scheduler": scheduler})
-    return OneStepModel(changed, generator, *factors(generator))
+    return OneStepModel(changed, generator, *factors(whole))
+
+
+def merged(generator: OneStepGenerator) -> OneStepGenerator:
+    """Returns a generator with weights of its own: the same where it has some, the sums where it is a LoRA.
+
+    Args:
+        generator: Trained generator of either kind.
+    """
+    denoiser = generator.denoiser
+    return OneStepGenerator(denoiser.merged(), generator.t) if isinstance(denoiser, LoraDenoiser) else generator
 
 
 def factors(generator: OneStepGenerator) -> tuple[float, float, float, float]:

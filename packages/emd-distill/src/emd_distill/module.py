@@ -11,20 +11,19 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from diffcore.denoiser import Denoiser, NetworkDenoiser
+from diffcore.denoiser import Denoiser
 from diffcore.errors import UserError
-from diffcore.train.iteration import IterationModule
+from diffcore.train.iteration import Descent, IterationModule
 from diffcore.train.timesteps import TimeSampler
 from emd_distill.distill import (
     DEFAULTS,
     Conditions,
     Draws,
+    Iteration,
     Settings,
     Watch,
     check_levels,
-    sampled,
-    situation,
-    student_loss,
+    guided_student,
     student_of,
 )
 from emd_distill.losses import GeneratorLoss
@@ -32,7 +31,7 @@ from emd_distill.noise_levels import noise_levels
 
 BINS = 5
 """Number of bins of noise levels in which the drift is logged, each with an equal share of the draws."""
-_SUMS = ("loss_g", "loss_phi", "z_move", "finite", "iterations")
+_SUMS = ("loss_g", "loss_phi", "z_move", "finite", "grad_norm_g", "grad_norm_phi", "iterations")
 _STUDENT, _GENERATOR = 0, 1  # places of the optimizers
 
 
@@ -41,9 +40,10 @@ class DistillModule(IterationModule):
 
     It draws its own batches, so `fit` needs no data; clip gradients by the `gradient_clip` of `fit`, and average the
     generator by `EMA(settings.ema, network="generator")`. Logged are means over the iterations between two log lines:
-    `loss_g`, `loss_phi`, `z_move` (root mean square distance that latents moved), `finite` (share of rows whose chain
-    stayed finite) and `drift_1` to `drift_5`, the root mean square of the drift in bins of rising noise levels: how far
-    the generator's samples are from the teacher's, which the losses do not tell.
+    `loss_g`, `loss_phi`, `grad_norm_g` and `grad_norm_phi` (norms of the gradients before they are clipped, of the
+    student score's last update), `z_move` (root mean square distance that latents moved), `finite` (share of rows whose
+    chain stayed finite) and `drift_1` to `drift_5`, the root mean square of the drift in bins of rising noise levels:
+    how far the generator's samples are from the teacher's, which the losses do not tell.
 
     Args:
         teacher: Denoiser of the teacher, with guidance inside where that is wanted. It is no part of checkpoints.
@@ -51,7 +51,8 @@ class DistillModule(IterationModule):
         shape: Shape of one latent z.
         settings: Loss, batch size over all processes, learning rates and seed; `steps`, `clip` and `ema` are for the
             caller of `fit`.
-        student: Denoiser that learns the score of the generator's samples; by default a copy of the teacher.
+        student: Denoiser that learns the score of the generator's samples; by default a copy of the teacher,
+            or a LoRA on it where the generator is one.
         time_sampler: Distribution of noise levels p(t), rising; by default log-normal in the teacher's range.
         conditions: Conditions of each iteration; None for a model without any.
 
@@ -86,7 +87,7 @@ class DistillModule(IterationModule):
         shape: Sequence[int],
         settings: Settings = DEFAULTS,
         *,
-        student: NetworkDenoiser | None = None,
+        student: Denoiser | None = None,
         time_sampler: TimeSampler | None = None,
         conditions: Conditions | None = None,
     ) -> None:
@@ -94,10 +95,14 @@ class DistillModule(IterationModule):
         self.automatic_optimization = False
         time_sampler = time_sampler or noise_levels(teacher.schedule)
         check_levels(teacher, time_sampler, settings.loss)
-        self.student, self.generator = student or student_of(teacher), generator
+        self.student, self.generator = student or student_of(teacher, generator), generator
         self._teacher: tuple[Denoiser] = (teacher.eval(),)  # in a tuple, it enters neither checkpoints nor DDP
         self.settings = settings
-        self.draws = Draws(settings.seed, tuple(shape), time_sampler, conditions)
+        scored, uncond = guided_student(self.student, teacher, settings.student_guidance)
+        self._scored: tuple[Denoiser] = (scored,)  # the student under guidance has no weights of its own
+        self.draws = Draws(
+            settings.seed, tuple(shape), time_sampler, conditions, uncond=uncond, null_share=settings.null_share
+        )
         self._edges = time_sampler(torch.arange(1, BINS) / BINS).sort().values
         self._window = _empty()
         self._watch = Watch(self._gathered)
@@ -144,8 +149,7 @@ class DistillModule(IterationModule):
         """Moves what is no part of the module to its device, and makes the generator a function of its latent."""
         self.teacher.to(self.device)
         self._edges, self._window = self._edges.to(self.device), self._window.to(self.device)
-        self.generator.eval()  # no dropout, no statistics of a batch
-        self.student.eval()  # but in its own loss
+        self.generator.eval()  # no dropout, no statistics of a batch; the student is so outside of its own loss
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Updates the student score, then the generator, and returns the generator's loss.
@@ -154,19 +158,18 @@ class DistillModule(IterationModule):
             batch: Nothing: all draws are functions of seed, iteration and row.
             batch_idx: Number of the batch, which is not used.
         """
-        step, rows = self.iteration, self._rows()
-        for update in range(self.settings.student_updates - 1, 0, -1):
-            more, x0 = self._sampled(step, rows, update)
-            self.step_optimizer(_STUDENT, student_loss(self.student, x0, more))
-        drawn, x0 = self._sampled(step, rows)
-        loss_phi = student_loss(self.student, x0, drawn)
-        self.step_optimizer(_STUDENT, loss_phi)
-        told = self.settings.loss(
-            situation(self.generator, self.teacher, self.student, x0, drawn, self.draws, step, rows)
-        )
-        self.step_optimizer(_GENERATOR, told.loss)
-        self._watch(step, told.finite, drawn.t)
-        drift, finite = self._note(told, loss_phi.detach(), drawn.t)
+        iteration = Iteration(
+            self.generator, self.teacher, self.student, self._scored[0], self.draws, self.settings, self.iteration,
+            self._rows(),
+        )  # fmt: skip
+        steps = [
+            self.step_optimizer(_STUDENT, iteration.student_losses(update))
+            for update in reversed(range(self.settings.student_updates))
+        ]
+        steps.append(self.step_optimizer(_GENERATOR, iteration.generator_losses()))
+        told = iteration.told
+        self._watch(self.iteration, told.finite, iteration.t)
+        drift, finite = self._note(told, steps[-2:], iteration.t)
         return {"loss": told.loss.detach(), "drift": drift, "finite": finite}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -188,10 +191,6 @@ class DistillModule(IterationModule):
         # With several processes each goes on with the sums of the first: their mean is taken in the end.
         self._window = checkpoint["window"]
 
-    def _sampled(self, step: int, rows: Tensor, update: int = 0) -> Any:
-        drawn, x0 = sampled(self.generator, self.draws, step, rows, update)
-        return drawn, x0.float()  # under bfloat16 networks compute in it, chains do not
-
     def _gathered(self, own: Tensor) -> Tensor:
         """Returns a tensor of each process along a new first dimension."""
         found: Any = self.all_gather(own)
@@ -202,13 +201,16 @@ class DistillModule(IterationModule):
         share = self.settings.batch_size // self.trainer.world_size
         return self.global_rank * share + torch.arange(share, device=self.device)
 
-    def _note(self, told: GeneratorLoss, loss_phi: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def _note(self, told: GeneratorLoss, steps: Sequence[Descent], t: Tensor) -> tuple[Tensor, Tensor]:
         """Adds an iteration to the sums, logs them where a line is due, and returns drift and share of finite rows."""
         squares = told.drift.float().flatten(1).square().mean(1)
         known = told.finite & squares.isfinite()
         squares, moved = squares.where(known, 0.0), told.moved.float().where(known, 0.0)
         finite, count = told.finite.float().mean(), known.sum().clamp(min=1)
-        sums = [told.loss.detach().float(), loss_phi.float(), moved.sum() / count, finite, torch.ones_like(finite)]
+        sums = [
+            *(one.loss.float() for one in reversed(steps)), moved.sum() / count, finite,
+            *(one.gradient_norm.float() for one in reversed(steps)), torch.ones_like(finite),
+        ]  # fmt: skip
         self._window = self._window + torch.cat([torch.stack(sums), *self._binned(squares, known, t)]).double()
         if (self.iteration + 1) % self.trainer.log_every_n_steps == 0:  # pyright: ignore[reportAttributeAccessIssue]
             self.log_dict(means(self._gathered(self._window).sum(0)))

@@ -202,6 +202,29 @@ def immiscible_noise_like(
     return assign_noise(x, draw_noise(x, generator), generator=generator, **options)
 
 
+def solve_costs(
+    costs: Float[Tensor, "b b"], table: Int[Tensor, "b m"] | None = None, solver: Solver = "auto"
+) -> Int[Tensor, "b"]:
+    """Returns, on the host, the noise row of every image in the assignment of least total cost.
+
+    Args:
+        costs: Cost of each image with each noise, as `cost_matrix` gives them.
+        table: Labels as integers; rows exchange noise only where they are equal. None: all rows do.
+        solver: Exact solver, as for `assign_noise`.
+
+    Raises:
+        ValueError: A cost is NaN or infinite, or the solver is not installed.
+    """
+    check_choice("solver", solver, Solver)
+    if len(costs) < 2:
+        return torch.arange(len(costs))
+    try:
+        return _match(costs, table, choose_solver(solver, on_host=costs.device.type == "cpu"))[0]
+    except FloatingPointError:
+        row = int((~torch.isfinite(costs)).any(1).nonzero()[0])
+        raise ValueError(f"the costs of image {row} hold NaN or infinite values; look at the images") from None
+
+
 def _match(
     costs: Float[Tensor, "b b"], table: Int[Tensor, "b m"] | None, solver: Solver
 ) -> tuple[Int[Tensor, "b"], tuple[SolvedBlock, ...]]:

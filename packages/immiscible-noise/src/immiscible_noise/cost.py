@@ -17,12 +17,12 @@ Precision = Literal["float32", "bfloat16"]
 
 def cost_matrix(
     x: Float[Tensor, "b d"],
-    noise: Float[Tensor, "b d"],
+    noise: Float[Tensor, "m d"],
     *,
     cost: Cost = "sq",
     mask: Bool[Tensor, "b d"] | None = None,
     precision: Precision = "float32",
-) -> Float[Tensor, "b b"]:
+) -> Float[Tensor, "b m"]:
     """Returns the cost of every pair, on the device of the inputs and in float32 (float64 if an input is).
 
     Args:

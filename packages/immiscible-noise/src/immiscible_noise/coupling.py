@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, Literal
 
-Preset = Literal["vanilla", "assignment", "half", "ignore", "knn", "knn-inner"]
+Preset = Literal["vanilla", "assignment", "half", "ignore", "knn", "knn-inner", "early", "flip"]
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,21 @@ class Coupling:
         method: vanilla keeps the independent draw; assignment permutes the noise inside the batch (the paper); knn
             keeps the nearest of k draws per image (its follow-up).
         strength: Share of each batch that is assigned; 1 is the paper, 0.5 was best on small images.
-        cost: Squared (sq) or plain (l2, the paper) distance between image and noise.
+        cost: Squared (sq), plain (l2, the paper) or absolute (l1, slow, the paper's comparison) distance between image
+            and noise.
         condition: With labels: block exchanges noise only inside a label, ignore over all of the batch (the paper);
             auto is block.
         k: Number of draws per image (knn).
         score: l2 as published, or inner, which keeps the noise's norm (knn).
+        flip: Negate the assigned noise: each image owns a region still, but the far one (the paper's ablation of
+            optimal transport).
+        window: Number of upcoming samples over which noise is assigned, for batches that are too small to exchange it;
+            0 assigns inside the batch. Trainings read it, as they know what comes; elsewhere build a `NoisePlan`.
+        until: Share of the training after which noise is drawn independently again, an ablation. Trainings read it;
+            a call of the coupling does not know how far training has come.
 
     Raises:
-        ValueError: `strength` or `k` is out of its range.
+        ValueError: `strength`, `k` or `until` is out of its range.
 
     Example:
         >>> import torch
@@ -41,16 +48,26 @@ class Coupling:
 
     method: Literal["vanilla", "assignment", "knn"] = "assignment"
     strength: float = 1.0
-    cost: Literal["sq", "l2"] = "sq"
+    cost: Literal["sq", "l2", "l1"] = "sq"
     condition: Literal["auto", "block", "ignore"] = "auto"
     k: int = 4
     score: Literal["l2", "inner"] = "l2"
+    flip: bool = False
+    window: int = 0
+    until: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength <= 1:
             raise ValueError(f"`strength` is {self.strength}; give a number from 0 (vanilla) to 1 (the paper)")
         if self.k < 1:
             raise ValueError(f"`k` is {self.k}; give the number of noise draws per image, at least 1")
+        if self.window < 0 or (self.window and self.method != "assignment"):
+            raise ValueError(
+                f"`window` is {self.window} with method {self.method}; give 0, or a number of samples with method "
+                "assignment"
+            )
+        if not 0 <= self.until <= 1:
+            raise ValueError(f"`until` is {self.until}; give a share of the training from 0 to 1")
 
     def __call__(
         self,
@@ -79,7 +96,7 @@ class Coupling:
             case "knn":
                 return select_noise(x, self.k, score=self.score, generator=generator)
             case "assignment":
-                return assign_noise(
+                assigned = assign_noise(
                     x,
                     noise,
                     labels=labels,
@@ -89,6 +106,7 @@ class Coupling:
                     strength=self.strength,
                     generator=generator,
                 )
+                return -assigned if self.flip else assigned
 
     @property
     def name(self) -> str:
@@ -109,6 +127,8 @@ PRESETS: Mapping[Preset, Coupling] = MappingProxyType(
         "ignore": Coupling("assignment", condition="ignore"),
         "knn": Coupling("knn"),
         "knn-inner": Coupling("knn", score="inner"),
+        "early": Coupling("assignment", until=0.5),
+        "flip": Coupling("assignment", flip=True),
     }
 )
-"""The couplings that have names: the paper's, its follow-up's, and ours (half)."""
+"""The couplings that have names: the paper's, its follow-up's, ours (half), and two ablations (early, flip)."""

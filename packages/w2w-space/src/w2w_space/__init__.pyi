@@ -17,6 +17,7 @@ from .sample import sample as sample
 from .slider import slider as slider
 from .space import Point as Point
 from .space import WeightSpace as WeightSpace
+from .swap import LiveAdapter as LiveAdapter
 from .swap import swap as swap
 from .train_population import train_population as train_population
 

@@ -78,7 +78,10 @@ def changed_modules(network: nn.Module, layout: Layout) -> dict[str, nn.Linear]:
             )
         if not isinstance(module, nn.Linear):
             what = "no such module" if module is None else f"a {type(module).__name__} there"
-            raise IncompatibleModelError(f"{type(network).__name__} cannot be changed at {name!r}: it has {what}")
+            raise IncompatibleModelError(
+                f"{type(network).__name__} cannot be changed at {name!r}: it has {what}; take the base model that the "
+                "adapters were made for"
+            )
         if tuple(module.weight.shape) != shape:
             raise IncompatibleModelError(
                 f"the weight of {name!r} has shape {tuple(module.weight.shape)}, and the adapters change {shape}; "

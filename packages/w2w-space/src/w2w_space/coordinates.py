@@ -124,10 +124,15 @@ class Space(ABC):
         """Standard deviation of the members' coefficients along each component."""
         return self.variances.sqrt().float()
 
-    @property
-    def reference(self) -> Float[Tensor, "n m"]:
-        """Coordinates that new points are compared with: the held-out members, or else the members."""
-        return self.held_out if len(self.held_out) else self.members
+    def peers(self, *, projected: bool) -> Float[Tensor, "n m"]:
+        """Returns the members' coordinates that those of points can be compared with.
+
+        Args:
+            projected: Whether the points are adapters that were not in the fit, as projection gives them. Their
+                coordinates are too short, and so are those of held-out members; where these were not computed, and for
+                all other points, it is the members' own.
+        """
+        return self.held_out if projected and len(self.held_out) else self.members
 
     def truncated(self: S, num_components: int) -> S:
         """Returns the space of the first components alone.
@@ -162,7 +167,7 @@ class Space(ABC):
             IncompatibleModelError: The adapter changes none of the modules, or other shapes.
         """
         z, residual = self.projected(adapter)
-        return Point(self, z / max(self.shrinkage, 0.5) if unshrink else z, residual)
+        return Point(self, z / max(self.shrinkage, 0.5) if unshrink else z, residual, projected=not unshrink)
 
     def point(self, z: Float[Tensor, " m"] | None = None) -> "Point":
         """Returns a point of the space.
@@ -205,16 +210,24 @@ class Point:
         z: Coordinates in standard deviations.
         residual: For a projected adapter, the Frobenius norm of what the space does not hold of its changes, divided by
             that of the changes; None for points that were not projected.
+        projected: Whether the coordinates are those of an adapter as projection gives them: too short by `shrinkage`,
+            where the adapter was not in the fit.
     """
 
     space: Space
     z: Float[Tensor, " m"]
     residual: float | None = None
+    projected: bool = False
 
     @property
     def vector(self) -> Float[Tensor, " size"]:
         """The adapter's vector."""
         return self.space.vectors(self.z)
+
+    @property
+    def peers(self) -> Float[Tensor, "n m"]:
+        """Coordinates of the members that the point's can be compared with; see `Space.peers`."""
+        return self.space.peers(projected=self.projected)
 
     @property
     def length(self) -> float:

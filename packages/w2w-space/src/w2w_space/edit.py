@@ -5,6 +5,7 @@ then -s returns. Attributes that are kept have their span taken out of the direc
 one after the other, as the published code does, leaves a rest where they are correlated.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -19,6 +20,7 @@ from w2w_space.directions import Direction, Directions
 
 Unit = Literal["std", "max", "raw"]
 Metric = Literal["whitened", "euclidean"]
+_NEARLY_ALL = 99.9  # percent of the members, beyond whom an edit is warned about
 _LEAST_LEFT = 0.1  # of a direction's length, below which the request contradicts the data
 
 
@@ -30,13 +32,15 @@ class Placed:
         name: Name of the attribute.
         before: Place before the edit.
         after: Place after the edit.
-        percentile: Share of the members, in percent, that lie below the place after the edit.
+        percentile: Share of the members, in percent, that lie below the place after the edit; NaN where there are none.
+        reach: Least and largest place of a member; NaN where there are none.
     """
 
     name: str
     before: float
     after: float
     percentile: float
+    reach: tuple[float, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,10 +120,11 @@ def edit(
         # However much was taken out of it, the vector moves the attribute's own place by 1.
         size = {"std": row.std, "max": row.largest, "raw": row.raw}[unit]
         moved = moved + strength * size * vector / (vector @ row.axis)
-    after = Point(point.space, moved.float())
+    after = Point(point.space, moved.float()) if any(strengths.values()) else point
     places = tuple(_placed(row, point, after) for row in directions.rows)
     length = float(moved.norm())
-    return Edit(after, places, length, tuple(_warnings(after, [p for p in places if p.name in strengths], length)))
+    warnings = _warnings(after, [place for place in places if strengths.get(place.name)], length)
+    return Edit(after, places, length, tuple(warnings))
 
 
 def _without(
@@ -152,18 +157,26 @@ def _without(
 
 def _placed(row: Direction, before: Point, after: Point) -> Placed:
     end = float(row.place(after.z))
-    members = row.place(before.space.reference)
-    share = 100 * float((members < end).double().mean()) if len(members) else float("nan")
-    return Placed(row.name, float(row.place(before.z)), end, share)
+    members = row.place(after.peers)
+    if not len(members):
+        return Placed(row.name, float(row.place(before.z)), end, math.nan, (math.nan, math.nan))
+    share = 100 * float((members < end).double().mean())
+    return Placed(row.name, float(row.place(before.z)), end, share, (float(members.min()), float(members.max())))
 
 
 def _warnings(after: Point, moved: Sequence[Placed], length: float) -> list[str]:
+    """Returns a sentence for each axis on which the point was moved off the members, and for its distance."""
     found = [
-        f"{place.name!r} is at {place.after:.1f} standard deviations, farther out than all members"
+        f"{place.name!r} is at {place.after:+.1f} standard deviations, farther out than {_NEARLY_ALL:g} % of the "
+        f"members, who lie between {place.reach[0]:+.1f} and {place.reach[1]:+.1f}"
         for place in moved
-        if place.percentile in (0.0, 100.0) and abs(place.after) > 1
+        if (place.percentile <= 100 - _NEARLY_ALL and place.after < 0)
+        or (place.percentile >= _NEARLY_ALL and place.after > 0)
     ]
-    lengths = after.space.reference.double().norm(dim=1)
-    if len(lengths) and length > float(lengths.quantile(0.999)):
-        found.append(f"the point is {length:.1f} standard deviations from the mean, farther than 99.9 % of the members")
+    lengths = after.peers.double().norm(dim=1)
+    if moved and len(lengths) and length > float(lengths.quantile(_NEARLY_ALL / 100)):
+        found.append(
+            f"the point is {length:.1f} standard deviations from the mean, farther than {_NEARLY_ALL:g} % of the "
+            f"members, of whom the farthest is at {float(lengths.max()):.1f}"
+        )
     return found

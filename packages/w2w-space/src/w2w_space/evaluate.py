@@ -174,7 +174,7 @@ class SampleScores:
         nearest: Distance of each sample to its nearest member, in standard deviations.
         members_nearest: The same of each member to the others.
         lengths: Distance of each sample from the mean.
-        reference_lengths: Distances from the mean of held-out members, or of the members.
+        reference_lengths: Distances of the members from the mean.
         diversity: Mean distance (1 - cosine) of features of two samples' pictures from the same noise; NaN without
             pictures.
         members_diversity: The same of as many members.
@@ -221,7 +221,7 @@ def evaluate_samples(
         distances,
         nearest_among_members(space),
         z.norm(dim=1),
-        space.reference.float().norm(dim=1),
+        space.members.float().norm(dim=1),
         varied[0],
         varied[1],
     )

@@ -8,6 +8,7 @@ mean of the population, of the subject's own adapter, and of its projection on t
 The norm of what a projection leaves out says little: most of it is noise of the training (specification, section 3.6).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,6 +48,16 @@ class Kept:
     def gain_kept(self) -> Float64[Tensor, "components factors"]:
         """Share of the adapters' gain over the base model that their projections keep, over all subjects."""
         return (self.base - self.projected).sum(2) / (self.base - self.own).sum()
+
+    @property
+    def gain(self) -> float:
+        """Share of the base model's loss that the own adapters remove; 0 where that is less than two standard errors.
+
+        What is kept of a gain that may be chance says nothing.
+        """
+        gains = self.base - self.own
+        chance = 2 * float(gains.std()) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
+        return float(gains.sum() / self.base.sum()) if float(gains.mean()) > chance else 0.0
 
     @property
     def gain_of_mean(self) -> float:

@@ -45,9 +45,7 @@ class Labels:
                 unknown = [name for name in given if name not in places]
                 if unknown:
                     shown = ", ".join(printable(name) for name in unknown[:5])
-                    raise UserError(
-                        f"{len(unknown)} labels of {attribute!r} name no member: {shown}; correct the names"
-                    )
+                    raise UserError(f"{attribute!r} has labels of what is no member: {shown}; correct the names")
                 for name, value in given.items():
                     column[places[name]] = float(value)
             else:

@@ -4,6 +4,7 @@ This makes attributes known of collected adapters that came without labels (spec
 member is the mean score of its pictures, from the same prompts and noise for all members.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -13,7 +14,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 from torch.nn import functional
 
-from diffcore.digests import digest_of_values
+from diffcore.digests import add_tensors, digest_of_values
 from diffcore.errors import UserError, printable
 from diffcore.metrics.attribute_network import AttributeNetwork
 from diffcore.metrics.features import FeatureExtractor
@@ -78,8 +79,10 @@ class ClassifierScorer:
     @property
     def digest(self) -> str:
         """Digest of the network and of the values of its classes."""
-        sums = {name: float(value.double().sum()) for name, value in self.network.state_dict().items()}
-        return digest_of_values([sums, {name: [head, *values] for name, (head, values) in self.values.items()}])[:16]
+        weights = hashlib.sha256()
+        add_tensors(weights, self.network.state_dict())
+        asked = {name: [head, *values] for name, (head, values) in self.values.items()}
+        return digest_of_values([weights.hexdigest(), asked])[:16]
 
     @torch.no_grad()
     def __call__(self, images: Float[Tensor, "b c h w"]) -> Float64[Tensor, "b attributes"]:

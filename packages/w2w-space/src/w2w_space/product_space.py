@@ -26,7 +26,7 @@ from w2w_space.population import Population, vector_of
 from w2w_space.products import product_gram
 from w2w_space.ranks import RankLoss, at_rank
 from w2w_space.solve import leading
-from w2w_space.space import FEWEST
+from w2w_space.space import require_enough
 
 PRODUCTS_UP_TO = 5000
 """Largest number of members, whose inner products and vectors are held in memory."""
@@ -75,8 +75,7 @@ class ProductSpace(Space):
             True
         """
         n = len(population)
-        if n < FEWEST:
-            raise UserError(f"there are {n} adapters; a space needs at least {FEWEST}, and hundreds to be of use")
+        require_enough(n)
         if n > PRODUCTS_UP_TO:
             raise UserError(
                 f"there are {n} adapters; a space of products holds at most {PRODUCTS_UP_TO}: take the factors' space"

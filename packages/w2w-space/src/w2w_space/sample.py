@@ -35,7 +35,7 @@ class Sample:
         distance: Distance to it in standard deviations.
         cosine: Cosine of both points' coordinates, the paper's measure.
         near_copy: Whether it is nearer to that member than 99 % of the members are to one another.
-        typical: Share of the held-out members, in percent, that lie nearer to the mean.
+        typical: Share of the members, in percent, that lie nearer to the mean.
     """
 
     point: Point
@@ -93,17 +93,19 @@ def sample(
     return described(space, _conditioned(z, condition, directions) if condition else z)
 
 
-def described(space: Space, z: Float[Tensor, "b m"]) -> list[Sample]:
+def described(space: Space, z: Float[Tensor, "b m"], *, projected: bool = False) -> list[Sample]:
     """Returns points with their nearest member and how typical they are.
 
     Args:
         space: Space of the points.
         z: Coordinates of the points.
+        projected: Whether the points are adapters that were not in the fit, as projection gives them: these are
+            compared with held-out members, whose coordinates are as short.
     """
     unknown = float("nan")
     if not len(space.members):
         return [Sample(space.point(row), "", unknown, unknown, near_copy=False, typical=unknown) for row in z]
-    limit, reference = float(nearest_among_members(space).quantile(_COPY)), space.reference.norm(dim=1)
+    limit, lengths = float(nearest_among_members(space).quantile(_COPY)), space.peers(projected=projected).norm(dim=1)
     return [
         Sample(
             space.point(row),
@@ -111,7 +113,7 @@ def described(space: Space, z: Float[Tensor, "b m"]) -> list[Sample]:
             float(distance),
             float(cosine),
             near_copy=float(distance) < limit,
-            typical=100 * float((reference < row.norm()).float().mean()),
+            typical=100 * float((lengths < row.norm()).float().mean()),
         )
         for row, name, distance, cosine in zip(z, *nearest_members(space, z), strict=True)
     ]

@@ -116,7 +116,7 @@ def useful_places(direction: Direction, space: Space) -> tuple[float, float]:
         direction: Direction of an attribute.
         space: Space that it belongs to.
     """
-    reference: Float[Tensor, "n m"] = space.reference
+    reference: Float[Tensor, "n m"] = space.peers(projected=True)
     if not len(reference):
         return -2.0, 2.0
     places = direction.place(reference) / (max(space.shrinkage, _LEAST_SHRINKAGE) if len(space.held_out) else 1.0)

@@ -39,6 +39,20 @@ FEWEST = 3
 """Fewest members that span a space."""
 
 
+def require_enough(count: int) -> None:
+    """Refuses a population that is too small for a space.
+
+    Args:
+        count: Number of adapters in the population.
+
+    Raises:
+        UserError: There are fewer than three.
+    """
+    if count < FEWEST:
+        told = "there is 1 adapter" if count == 1 else f"there are {count} adapters"
+        raise UserError(f"{told}; a space needs at least {FEWEST}, and hundreds to be of use")
+
+
 @dataclass(frozen=True, eq=False)
 class WeightSpace(Space):
     """The space of the paper, linear in the factors of the changes; see `Space` for what it shares with others.
@@ -99,8 +113,7 @@ class WeightSpace(Space):
             ((3, 7), (10, 3))
         """
         n, layout = len(population), population.layout
-        if n < FEWEST:
-            raise UserError(f"there are {n} adapters; a space needs at least {FEWEST}, and hundreds to be of use")
+        require_enough(n)
         count = n - 1 if num_components is None else min(num_components, n - 1)
         if count < 1:
             raise UserError(f"`num_components` is {num_components}; give at least 1")

@@ -12,7 +12,8 @@ from diffcore.denoiser import Condition, GuidedDenoiser, NetworkDenoiser
 from diffcore.models import load
 from diffcore.runtime import Runtime
 from emd_distill.chain import ChainNoise, langevin_eps_z
-from emd_distill.distill import Draws, sampled, situation, student_loss
+from emd_distill.distill import sampled, situation, student_loss
+from emd_distill.draws import Draws
 from emd_distill.generator import OneStepGenerator
 from emd_distill.losses import EMD
 from emd_distill.noise_levels import noise_levels

@@ -60,12 +60,12 @@ def compute(run: Run, teacher: Teacher, planned: Planned, data: Tensor | None) -
         )  # fmt: skip
     memory = memory_estimate(
         denoiser, teacher.shape, given, num_steps=planned.num_steps, batch_size=planned.batch_size,
-        gamma_z=planned.gamma_z > 0,
+        gamma_z=planned.gamma_z > 0, lora_rank=planned.lora_rank,
     )  # fmt: skip
     if planned.memory is not None and memory.gibibytes > planned.memory:
         problems.append(
             f"training takes about {memory.gibibytes:.1f} GiB, more than the {planned.memory:g} GiB there are; take a "
-            "smaller batch or fewer steps"
+            f"smaller batch or fewer steps{'' if planned.lora_rank else ', or a LoRA, such as lora_rank 64'}"
         )
     generator = OneStepGenerator(denoiser, t)
     z = philox_normal(_ROWS, torch.arange(_LATENTS), teacher.shape).to(next(denoiser.parameters()).device)

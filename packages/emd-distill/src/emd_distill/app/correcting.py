@@ -10,18 +10,19 @@ from diffcore.cli import track
 from diffcore.noise import philox_normal
 from diffcore.report import Report, Series, lines_with_band
 from diffcore.run import Run
-from emd_distill.app.options import ChainOptions
+from emd_distill.app.options import CorrectionOptions
 from emd_distill.app.teachers import DIGITS, Teacher, time_of
-from emd_distill.correct import Corrected, correct, fit_student
+from emd_distill.correct import Corrected, Segment, correct, fit_student
 from emd_distill.generator import OneStepGenerator
 from emd_distill.noise_levels import noise_levels
 
 _SEED = 9  # of the latents
 _SHOWN, _FOLLOWED = 10, 6
+_PARTS = ("z", "eps", "residual", "sample", "drift", "finite")  # of a segment, as tensors
 
 
 def compute(
-    run: Run, teacher: Teacher, generator: OneStepGenerator, chain: ChainOptions, count: int, seed: int
+    run: Run, teacher: Teacher, generator: OneStepGenerator, chain: CorrectionOptions, count: int, seed: int
 ) -> dict[str, Any]:
     """Learns the score, runs the chains, keeps what the page shows, and returns the summary.
 
@@ -36,7 +37,16 @@ def compute(
     student = _student(run, teacher, generator, chain, seed)
     rows = torch.arange(count)
     z, given = philox_normal(_SEED, rows, teacher.shape), teacher.given(count)
-    bar = iter(track(range(chain.steps), "chain"))
+    begun = _begun(run)
+    bar = iter(track(range(chain.steps - (begun[-1].done if begun else 0)), "chain"))
+
+    def keep(segment: Segment) -> None:
+        parts = {name: getattr(segment, name) for name in _PARTS}
+        run.save(f"segment-{segment.done:06d}", parts, done=segment.done)
+        for _ in range(segment.done - (begun[-1].done if begun else 0)):
+            next(bar, None)
+        begun.append(segment)
+
     done = correct(
         generator,
         teacher.denoiser,
@@ -49,7 +59,8 @@ def compute(
         gamma_z=chain.gamma_z,
         kappa=chain.kappa,
         seed=seed,
-        on_step=lambda step: [next(bar, None) for _ in range(25)],
+        begun=tuple(begun),
+        on_segment=keep,
     )
     for _ in bar:
         pass
@@ -57,7 +68,18 @@ def compute(
     return _told(run, teacher, done, z, given, chain)
 
 
-def _student(run: Run, teacher: Teacher, generator: OneStepGenerator, chain: ChainOptions, seed: int) -> Any:
+def _begun(run: Run) -> list[Segment]:
+    """Returns the segments of the chain that an interrupted command has kept, without any gap."""
+    found: list[Segment] = []
+    for path in sorted((run.folder / "parts").glob("segment-*.json")):
+        if not run.has(path.stem):
+            break
+        part = run.load(path.stem)
+        found.append(Segment(part.fields["done"], **part.tensors))
+    return found
+
+
+def _student(run: Run, teacher: Teacher, generator: OneStepGenerator, chain: CorrectionOptions, seed: int) -> Any:
     """Returns the denoiser of the generator's samples, learned once in a run."""
     if run.has("student"):
         student = copy.deepcopy(teacher.denoiser)
@@ -96,7 +118,9 @@ def _keep_pictures(run: Run, teacher: Teacher, done: Corrected) -> None:
     run.save("movement", {}, steps=list(done.path_steps[1:]), drift=done.drift.tolist(), moves=moves)
 
 
-def _told(run: Run, teacher: Teacher, done: Corrected, z: Tensor, given: Any, chain: ChainOptions) -> dict[str, Any]:
+def _told(
+    run: Run, teacher: Teacher, done: Corrected, z: Tensor, given: Any, chain: CorrectionOptions
+) -> dict[str, Any]:
     lost = int((~done.finite).sum())
     away = float((done.after - done.before).flatten(1).square().mean(1).sqrt().mean())
     answer = (

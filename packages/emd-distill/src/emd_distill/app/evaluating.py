@@ -15,7 +15,6 @@ from diffcore.models import DiffusionModel
 from diffcore.models.generation import null_condition
 from diffcore.run import Run
 from diffcore.runtime import Runtime
-from emd_distill.files.generator_folder import LoadedGenerator
 from emd_distill.generator import OneStepGenerator
 from emd_distill.quality import LEAST, drawn_images, features_for, measured, teacher_images
 
@@ -27,7 +26,8 @@ class Evaluation:
     """What a generator is measured on.
 
     Attributes:
-        loaded: Generator with its teacher.
+        model: The teacher, whose codec belongs to the generator too.
+        generator: Generator that is measured.
         condition: Conditions of twice `count` images; empty for a model without any.
         count: Number of images of each side.
         runtime: Seed of the latents, and device.
@@ -38,7 +38,8 @@ class Evaluation:
         batch_size: Number of images in one call of a network.
     """
 
-    loaded: LoadedGenerator
+    model: DiffusionModel
+    generator: OneStepGenerator
     condition: Condition
     count: int
     runtime: Runtime
@@ -70,10 +71,10 @@ class Evaluation:
         Args:
             run: Run folder that keeps them.
         """
-        model, seed = self.loaded.model, self.runtime.seed
-        plain = OneStepGenerator(model.denoiser, self.loaded.generator.t)
+        model, seed = self.model, self.runtime.seed
+        plain = OneStepGenerator(model.denoiser, self.generator.t)
         drawn = {
-            "generator, 1 step": self._kept(run, "generator", lambda: self._drawn(self.loaded.generator, seed)),
+            "generator, 1 step": self._kept(run, "generator", lambda: self._drawn(self.generator, seed)),
             "teacher, 1 step": self._kept(run, "one-step", lambda: self._drawn(plain, seed)),
             "teacher, many steps": self._kept(run, "teacher", lambda: self._teacher(seed, 0)),
         }
@@ -116,13 +117,11 @@ class Evaluation:
         return {name: value[start : start + self.count] for name, value in self.condition.items()}
 
     def _drawn(self, generator: torch.nn.Module, seed: int) -> Tensor:
-        return drawn_images(
-            self.loaded.model, generator, self._rows(0), self.count, seed=seed, batch_size=self.batch_size
-        )
+        return drawn_images(self.model, generator, self._rows(0), self.count, seed=seed, batch_size=self.batch_size)
 
     def _teacher(self, seed: int, start: int) -> Tensor:
         return teacher_images(
-            self.loaded.model, self._rows(start), self.count, seed=seed, steps=self.teacher_steps,
+            self.model, self._rows(start), self.count, seed=seed, steps=self.teacher_steps,
             guidance_scale=self.guidance_scale, uncond=self._uncond(), batch_size=self.batch_size,
         )  # fmt: skip
 
@@ -130,10 +129,10 @@ class Evaluation:
         if self.guidance_scale in (0, 1):
             return None
         try:
-            return null_condition(self.loaded.model)
+            return null_condition(self.model)
         except ValueError as error:
             raise UserError(
-                f"{printable(self.loaded.model.name)} has no condition that guidance could lead away from; leave out "
+                f"{printable(self.model.name)} has no condition that guidance could lead away from; leave out "
                 "`guidance_scale`"
             ) from error
 

@@ -9,7 +9,7 @@ from diffcore.errors import UserError
 
 @Parameter(name="*", group="Chain", negative="")
 @dataclass(frozen=True)
-class ChainOptions:
+class CorrectionOptions:
     """How samples are corrected.
 
     Attributes:
@@ -56,6 +56,7 @@ class Planned:
         kappa: Variance of the generator's samples, which bounds the step of the latents at low noise.
         call_level: Ratio sigma / alpha of the level at which the generator is called.
         high: Largest sigma / alpha that training draws; by default the teacher's.
+        lora_rank: Rank of generator and student score as LoRA on the teacher's weights; 0 for whole networks.
         memory: Memory of the device in GiB, to compare with.
     """
 
@@ -65,9 +66,12 @@ class Planned:
     kappa: float = 0.25
     call_level: float = 2.5
     high: float | None = None
+    lora_rank: int = 0
     memory: float | None = None
 
     def __post_init__(self) -> None:
+        if self.lora_rank < 0:
+            raise UserError(f"`lora_rank` is {self.lora_rank}; give at least 0")
         if self.num_steps < 0 or self.batch_size < 1:
             raise UserError(f"`num_steps` is {self.num_steps}, `batch_size` {self.batch_size}; give at least 0 and 1")
         if not self.gamma_z >= 0 or not self.kappa >= 0:

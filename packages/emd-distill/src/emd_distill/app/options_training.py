@@ -171,8 +171,14 @@ class TrainingOptions:
         learning_rate: Learning rate of the generator; by default the preset's.
         student_learning_rate: Learning rate of the student score; by default the preset's.
         student_updates: Number of updates of the student score in an iteration; DMD2 takes 5 to 10.
+        gradient_accumulation_steps: Number of batches whose gradients add up to one step of the generator.
+        student_accumulation_steps: The same for the student score; by default the generator's.
+        student_guidance: Guidance scale of the student score inside chains; 1 is off (DMD2), others need a guided
+            teacher.
         gradient_clip: Largest norm of each network's gradient; 0 clips nothing.
         ema: Decay of the average of the generator's weights; by default the preset's.
+        lora_rank: Rank of generator and student score as LoRA on one copy of the teacher's weights; 0 trains whole
+            networks. The presets' learning rates are for whole networks; a LoRA takes larger ones, such as 1e-4.
         guidance_scale: Strength of the teacher's classifier-free guidance, which the generator learns; 1 is off.
         checkpoint_every: Number of iterations between checkpoints.
         log_every: Number of iterations between log lines.
@@ -189,8 +195,12 @@ class TrainingOptions:
     learning_rate: float | None = None
     student_learning_rate: float | None = None
     student_updates: int = 1
+    gradient_accumulation_steps: int = 1
+    student_accumulation_steps: int | None = None
+    student_guidance: float = 1.0
     gradient_clip: float = 1.0
     ema: float | None = None
+    lora_rank: int = 0
     guidance_scale: float = 1.0
     checkpoint_every: int = 500
     log_every: int = 50
@@ -220,6 +230,8 @@ class TrainingOptions:
                 raise UserError(f"`{name}` is {getattr(self, name)}; give at least 1")
         if self.teacher_steps is not None and self.teacher_steps < 1:
             raise UserError(f"`teacher_steps` is {self.teacher_steps}; give at least 1")
+        if self.lora_rank < 0:
+            raise UserError(f"`lora_rank` is {self.lora_rank}; give 0 or more")
         if not self.gradient_clip >= 0:
             raise UserError(f"`gradient_clip` is {self.gradient_clip}; give 0 or more")
         defaults = _PRESETS[preset]
@@ -233,6 +245,9 @@ class TrainingOptions:
                 steps=self.steps,
                 batch_size=self.batch_size,
                 student_updates=self.student_updates,
+                gradient_accumulation_steps=self.gradient_accumulation_steps,
+                student_accumulation_steps=self.student_accumulation_steps,
+                student_guidance=self.student_guidance,
                 clip=self.gradient_clip or None,
                 seed=seed,
                 learning_rate=number("learning_rate"),

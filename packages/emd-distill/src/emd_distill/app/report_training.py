@@ -60,6 +60,18 @@ def _add_drift(report: Report, run: Run, lines: list[dict[str, Any]]) -> None:
         "to 0 as the generator's samples come to be the teacher's. The losses do not tell this: that of the generator "
         "is a step length, that of the student score follows its data.",
     )
+    norms = []
+    for name, label in (("grad_norm_g", "generator"), ("grad_norm_phi", "student score")):
+        known = [line for line in lines if line.get(name)]
+        if known:
+            norms.append(Series(label, [line["step"] + 1 for line in known], [line[name] for line in known]))
+    if norms:
+        report.plot(
+            "gradients",
+            lines_with_band(norms, x_label="iteration", y_label="norm of the gradient", log_y=True),
+            "Norms of both networks' gradients before they are clipped. That of the generator falls with the drift "
+            "where noise is cancelled; one that jumps wants a smaller step or a smaller learning rate.",
+        )
     finite = min(line["finite"] for line in lines)
     if finite < 1:
         report.text(f"Not all chains stayed finite: in the worst stretch of the log {1 - finite:.2%} were left out.")

@@ -14,7 +14,7 @@ from diffcore.denoiser import Condition, NetworkDenoiser
 from diffcore.errors import UserError
 from diffcore.runtime import Runtime
 from emd_distill.digits import GENERATOR_SIGMA, SHAPE, load_teacher
-from emd_distill.distill import Conditions
+from emd_distill.draws import Conditions
 from emd_distill.files.generators import load_generator
 from emd_distill.generator import OneStepGenerator
 
@@ -63,7 +63,7 @@ class Teacher:
             level: Ratio sigma / alpha of the call, for the teacher alone; by default 2.5.
         """
         if source is not None:
-            return load_generator(source, self.denoiser).generator
+            return load_generator(source, self.model or self.denoiser).generator
         return OneStepGenerator(copy.deepcopy(self.denoiser), time_of(self.denoiser, level or GENERATOR_SIGMA))
 
 

@@ -23,9 +23,10 @@ from diffcore.train.timesteps import TimeSampler
 from emd_distill.app.options_training import TrainingOptions
 from emd_distill.conditions import InTurn
 from emd_distill.cost import passes, weight_megabytes
-from emd_distill.distill import Settings
-from emd_distill.files.generator_folder import save_generator
+from emd_distill.distill import Settings, student_of
+from emd_distill.files.generators import NAME, save_generator
 from emd_distill.generator import OneStepGenerator
+from emd_distill.lora import LoraDenoiser
 from emd_distill.losses import EMD
 from emd_distill.module import DistillModule
 from emd_distill.quality import Scores, drawn_images, features_for, losing_modes, measured, teacher_images
@@ -86,13 +87,16 @@ class Training:
         return GuidedDenoiser(plain, self.options.guidance_scale, self.uncond) if self.uncond else plain
 
     def generator(self) -> OneStepGenerator:
-        """Returns a generator with the teacher's weights, which can learn.
+        """Returns a generator that starts as the teacher: its weights, or a LoRA on them, can learn.
 
         Raises:
             UserError: The teacher cannot be called at the level.
         """
+        plain, rank = self.model.denoiser, self.options.lora_rank
         try:
-            return OneStepGenerator(copy.deepcopy(self.model.denoiser).requires_grad_(True), self.t)
+            if rank:
+                return OneStepGenerator(LoraDenoiser(plain, rank, seed=self.runtime.seed), self.t)
+            return OneStepGenerator(copy.deepcopy(plain).requires_grad_(True), self.t)
         except ValueError as error:
             raise UserError(str(error).replace("`t`", "`timestep`")) from error
 
@@ -118,17 +122,26 @@ class Training:
         network = self.model.denoiser
         count = sum(p.numel() for p in network.parameters())
         generator = self.generator()
-        half = self.runtime.dtype == "bfloat16"
+        learning = sum(p.numel() for p in generator.parameters() if p.requires_grad)
+        scored, drawn = (settings.batch_size * count for count in settings.accumulation)
+        half, rank = self.runtime.dtype == "bfloat16", self.options.lora_rank
         guided = self.uncond is not None
         loss = settings.loss
         starts = sorted(loss.num_steps) if isinstance(loss, EMD) and not isinstance(loss.num_steps, int) else [0]
-        spent = [passes(loss, at, student_updates=settings.student_updates, guided=guided) for at in starts]
+        spent = [
+            passes(
+                loss, at, student_updates=settings.student_updates, guided=guided,
+                student_guided=settings.student_guidance != 1, accumulation=settings.accumulation,
+            )
+            for at in starts
+        ]  # fmt: skip
         return {
             "teacher": f"{type(self.model.backbone).__name__}, {count:,} parameters",
+            "generator": f"LoRA of rank {rank}, {learning:,} parameters" if rank else "whole network",
             "conditions": self.captions,
             "level_of_the_generator": self.t,
             "iterations": settings.steps,
-            "rows_an_iteration": settings.batch_size,
+            "rows_a_step": f"student score {scored:,}, generator {drawn:,}" if scored != drawn else drawn,
             **{
                 f"forward_passes_an_iteration{f'_from_{at}' if len(starts) > 1 else ''}": one.total
                 for at, one in zip(starts, spent, strict=True)
@@ -139,7 +152,7 @@ class Training:
             "megabytes_without_activations": round(
                 weight_megabytes(network, generator, generator, teacher_bytes=2 if half else 4), 1
             ),
-            "megabytes_on_disk": round(count * 4 * (2 * 3 + 2) / 1e6, 1),
+            "megabytes_on_disk": round(learning * 4 * (2 * 3 + 2) / 1e6, 1),
             "looks_after_iterations": self.options.looks,
         }
 
@@ -290,13 +303,14 @@ def train_generator(
     folder.mkdir(parents=True, exist_ok=True)
     generator = training.generator()
     teacher = training.teacher
-    if training.runtime.dtype == "bfloat16":
-        teacher = copy.deepcopy(teacher).to(torch.bfloat16)
-    conditions = InTurn(training.table, settings.batch_size, settings.seed) if training.table else None
+    student = student_of(teacher, generator)
+    if training.runtime.dtype == "bfloat16":  # in place where LoRA share the weights, of which there is one copy
+        teacher = (teacher if training.options.lora_rank else copy.deepcopy(teacher)).to(torch.bfloat16)
+    largest = settings.batch_size * max(settings.accumulation)
+    conditions = InTurn(training.table, largest, settings.seed) if training.table else None
     module = DistillModule(
         teacher, generator, training.model.shape, settings,
-        student=copy.deepcopy(training.model.denoiser).requires_grad_(True),
-        time_sampler=training.time_sampler, conditions=conditions,
+        student=student, time_sampler=training.time_sampler, conditions=conditions,
     )  # fmt: skip
     ema = EMA(settings.ema, network="generator")
     options = training.options
@@ -316,8 +330,8 @@ def train_generator(
         raise MachineError("the training stopped before its last iteration; run the same command again to go on")
     if run.leading:
         save_generator(
-            folder / "generator", ema.average, training.model, training.source,
-            iterations=module.iteration, noise_level_edges=module.edges, training=asdict(settings), **(facts or {}),
+            folder / NAME / NAME, ema.average, model=training.model, source=training.source, training=asdict(settings),
+            iterations=module.iteration, noise_level_edges=module.edges, **(facts or {}),
         )  # fmt: skip
     seen = scored(run, prefix)
     return {"iterations": module.iteration, "edges": module.edges} | ({"scores": seen[-1][1].to_json()} if seen else {})

@@ -10,21 +10,22 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from diffcore.checkpoint.origin import forget_origins
+from diffcore.adapters import write_adapter
 from diffcore.denoiser import Condition
 from diffcore.denoiser.library import library_class
-from diffcore.errors import MachineError, UserError, printable
+from diffcore.errors import IncompatibleModelError, MachineError, UserError, printable
 from diffcore.io.jsonfile import write_json, write_text
 from diffcore.models import DiffusionModel, backbone_call
 from diffcore.models.save import new_folder, write_backbone
 from diffcore.noise import row_noise
 from emd_distill.export import OneStepModel, largest_error, one_step_model
-from emd_distill.files.generators import CARD
+from emd_distill.files.generators import CARD, TOLERANCE, self_test
 from emd_distill.generator import OneStepGenerator
+from emd_distill.lora import lora_of
 
+LORA = "pytorch_lora_weights.safetensors"
+"""File name that `load_lora_weights` looks for in a folder."""
 Precision = Literal["float32", "float16", "bfloat16"]
-TOLERANCE: Mapping[str, float] = {"float32": 1e-5, "float16": 2e-2, "bfloat16": 1e-1}
-"""Largest difference to g(z) of a folder in each precision, relative to the largest value of g(z) or 1."""
 _ROWS = 2  # latents that the folder is compared on
 
 
@@ -99,17 +100,99 @@ def export(
             written.pipeline.save_pretrained(partial, safe_serialization=True)
         else:
             write_backbone(written, partial)
-        forget_origins(partial)
         if verify:
-            error = _error_of(partial, made, dtype, condition)
-            if not error <= TOLERANCE[dtype]:
-                raise MachineError(
-                    f"the written folder draws other samples than the generator: they differ by {error:.2g}, "
-                    f"{TOLERANCE[dtype]:g} is allowed in {dtype}; nothing was kept at {printable(folder, 300)}"
-                )
-        write_json(partial / CARD, {**stated, "error": error})
+            error = _checked(folder, _error_of(partial, made, dtype, condition), dtype)
+        write_json(partial / CARD, {**stated, "error": error, "self_test": self_test(made.model, generator)})
         write_text(partial / "README.md", card(made, stated, error))
     return Exported(Path(folder), scheduler, generator.t, error)
+
+
+def export_lora(
+    model: DiffusionModel,
+    generator: OneStepGenerator,
+    folder: Path,
+    *,
+    dtype: Precision = "float32",
+    licence: str | None = None,
+    training: Mapping[str, Any] | None = None,
+    condition: Condition | None = None,
+    verify: bool = True,
+) -> Exported:
+    """Writes a generator that is a LoRA as a file for `load_lora_weights`, with the scheduler that goes with it.
+
+    The folder holds `pytorch_lora_weights.safetensors`, `scheduler/` and a card. A pipeline of diffusers around the
+    teacher reads them, and what it draws in one step is compared with g(z), before the folder appears.
+
+    Args:
+        model: Model of the teacher, a pipeline.
+        generator: Trained generator around a `LoraDenoiser` on that model's weights.
+        folder: Place of the new folder; nothing may be there yet.
+        dtype: Precision of the written factors.
+        licence: Licence of the teacher's weights, which binds the generator too.
+        training: Plain values that say how it was trained, for the card.
+        condition: Keyword tensors of one row that the comparison uses; by default the empty prompt.
+        verify: Whether the file is read back and compared.
+
+    Raises:
+        UserError: The generator is no LoRA, something is there already, or the pipeline reads no LoRA.
+        MachineError: The teacher with the file that was read back does not draw what the generator draws.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> from diffcore.models import from_pipeline
+        >>> from diffcore.testing import tiny
+        >>> from emd_distill.lora import LoraDenoiser
+        >>> teacher = from_pipeline(tiny.pipeline("sd15"))
+        >>> student = OneStepGenerator(LoraDenoiser(teacher.denoiser, rank=2), 999)
+        >>> done = export_lora(teacher, student, Path(mkdtemp()) / "lora")
+        >>> sorted(path.name for path in done.folder.iterdir())
+        ['README.md', 'emd-distill.json', 'pytorch_lora_weights.safetensors', 'scheduler']
+    """
+    if dtype not in get_args(Precision):
+        raise ValueError(f"`dtype` is {dtype!r}; it must be one of {', '.join(get_args(Precision))}")
+    lora = lora_of(generator)
+    if lora is None:
+        raise UserError("the generator has weights of its own and is no LoRA; export it as a model")
+    kind = None if model.pipeline_class is None else library_class(model.pipeline_class)
+    if kind is None or not hasattr(kind, "load_lora_weights"):
+        raise IncompatibleModelError(f"{printable(model.name)} is no pipeline that reads LoRA files; export it merged")
+    made = one_step_model(model, generator)
+    stated = {"t": generator.t, "teacher": model.name, "teacher_fingerprint": model.fingerprint, "dtype": dtype}
+    scheduler = made.model.scheduler
+    stated |= {"licence": licence, "scheduler": type(scheduler).__name__, "training": dict(training or {})}
+    stated["lora"] = {"rank": lora.rank, "alpha": lora.alpha, "targets": lora.targets}
+    error = None
+    with new_folder(Path(folder)) as partial:
+        adapter = lora.adapter(model.backbone_name, printable(model.name))
+        write_adapter(adapter, partial / LORA, dtype=getattr(torch, dtype))
+        scheduler.save_pretrained(partial / "scheduler")
+        if verify:
+            error = _checked(folder, _lora_error(partial, model, made, condition), dtype)
+        write_json(partial / CARD, {**stated, "error": error})
+        write_text(partial / "README.md", card(made, stated, error))
+    return Exported(Path(folder), stated["scheduler"], generator.t, error)
+
+
+def _lora_error(folder: Path, model: DiffusionModel, made: OneStepModel, condition: Condition | None) -> float:
+    """Returns how far the teacher's pipeline with the written file is from the generator."""
+    z, given, wanted = _wanted(made, condition)
+    shared = {id(part): part for part in model.backbone.parameters()}
+    network = copy.deepcopy(model.backbone, shared)  # diffusers changes its modules
+    pipe = model.with_modules("with a LoRA", {model.backbone_name: network}).pipeline
+    pipe.load_lora_weights(folder)
+    scheduler = library_class(type(made.model.scheduler).__name__).from_pretrained(folder / "scheduler")
+    error = largest_error(network.eval(), scheduler, wanted, z, given, backbone_call(network))
+    return error / max(float(wanted.abs().max()), 1.0)
+
+
+def _checked(folder: Path, error: float, dtype: str) -> float:
+    """Returns an error that is small enough, or raises."""
+    if not error <= TOLERANCE[dtype]:
+        raise MachineError(
+            f"the written folder draws other samples than the generator: they differ by {error:.2g}, "
+            f"{TOLERANCE[dtype]:g} is allowed in {dtype}; nothing was kept at {printable(folder, 300)}"
+        )
+    return error
 
 
 def card(made: OneStepModel, stated: Mapping[str, Any], error: float | None) -> str:
@@ -152,6 +235,16 @@ def _pipeline_lines(made: OneStepModel, stated: Mapping[str, Any]) -> list[str]:
     elif made.model.pipeline_class in ("DDPMPipeline", "DDIMPipeline"):
         what = "batch_size=1"
     guidance = "" if what == "batch_size=1" else ", guidance_scale=1.0"
+    if "lora" in stated:
+        return [
+            "import torch",
+            f"from diffusers import DiffusionPipeline, {stated['scheduler']}",
+            "",
+            f"pipe = DiffusionPipeline.from_pretrained({str(stated['teacher'])!r})  # the teacher",
+            'pipe.load_lora_weights(".")  # in this folder',
+            f'pipe.scheduler = {stated["scheduler"]}.from_pretrained("scheduler")',
+            f"image = pipe({what}, num_inference_steps=1{guidance}).images[0]",
+        ]
     return [
         "import torch",
         "from diffusers import DiffusionPipeline",
@@ -206,21 +299,16 @@ def _settings(made: OneStepModel, stated: Mapping[str, Any]) -> list[str]:
         lines += [
             f"* Web UIs start one step at timestep {total - 1}, and this generator is called at {t:g}: use diffusers."
         ]
-    if stated["dtype"] != "float32":
+    if stated["dtype"] != "float32" and "lora" not in stated:
         lines += [f"* The weights are in {stated['dtype']}: load them with that `dtype`, or parts will not fit."]
     return [*lines, ""]
 
 
 def _error_of(folder: Path, made: OneStepModel, dtype: str, condition: Condition | None) -> float:
     """Reads a folder with diffusers alone and returns how far it is from the generator."""
-    model, generator = made.model, made.generator
-    device = next(generator.parameters()).device
-    z = row_noise(0, range(_ROWS), model.shape).to(device)
-    one = model.empty_condition(1) if condition is None else condition
-    given = {key: value.expand(_ROWS, *value.shape[1:]).to(device) for key, value in one.items()}
-    with torch.no_grad():
-        wanted = generator(z, given)
-    precision = getattr(torch, dtype)
+    model = made.model
+    z, given, wanted = _wanted(made, condition)
+    device, precision = z.device, getattr(torch, dtype)
     if model.pipeline_class is None:
         network = library_class(type(model.backbone).__name__).from_pretrained(folder, dtype=precision)
         network = network.to(device).eval()
@@ -236,6 +324,16 @@ def _error_of(folder: Path, made: OneStepModel, dtype: str, condition: Condition
         network = getattr(pipe, model.backbone_name).to(device).eval()
         error = largest_error(network, pipe.scheduler, wanted, z, given, backbone_call(network))
     return error / max(float(wanted.abs().max()), 1.0)
+
+
+def _wanted(made: OneStepModel, condition: Condition | None) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Returns latents, conditions and the generator's samples that a folder is compared on."""
+    device = next(made.generator.parameters()).device
+    z = row_noise(0, range(_ROWS), made.model.shape).to(device)
+    one = made.model.empty_condition(1) if condition is None else condition
+    given = {key: value.expand(_ROWS, *value.shape[1:]).to(device) for key, value in one.items()}
+    with torch.no_grad():
+        return z, given, made.generator(z, given)
 
 
 def _require_equal(pipe: Any, model: DiffusionModel, precision: torch.dtype) -> None:

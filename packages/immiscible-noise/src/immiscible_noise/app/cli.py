@@ -157,7 +157,8 @@ def compare(
 
     Args:
         data: Folder or zip of images; sub-folders are classes.
-        couplings: Any of vanilla, assignment, half (strength 0.5), ignore (labels ignored), knn, knn-inner.
+        couplings: Any of vanilla, assignment, half (strength 0.5), ignore (labels ignored), knn, knn-inner, early
+            (assigned in the first half of the training), flip (assigned, then negated).
         seeds: Number of trainings per coupling.
     """
     from immiscible_noise.app.report import write_page
@@ -184,6 +185,62 @@ def compare(
     folder = output.out or Path("runs") / f"compare-{data.stem}"
     job = Job("immiscible-noise compare", folder, output, config, inputs)
     return job(compute, plan=lambda: plan_of_trainings(loaded, training, chosen, seeds), report=write_page)
+
+
+@app.command
+def plan(
+    data: Path,
+    *,
+    epochs: int = 1,
+    window: int = 1024,
+    strength: float = 1.0,
+    use_labels: Flag = False,
+    images: Data = Data(),
+    normalisation: Literal["symmetric", "standard"] = "symmetric",
+    seed: int = 0,
+    output: Output = Output(),
+) -> int:
+    """Choose the noise of every visit of a training ahead, so that batches of one gain what large ones do.
+
+    Shortest form: immiscible-noise plan LATENTS.safetensors
+
+    Writes plan.safetensors into the run folder: the order of the samples, and for each visit the seed of its noise. A
+    trainer takes the order as its sampler and the noise of a visit from `NoisePlan.load(path).noise(visits, like=x)`.
+
+    Args:
+        data: Cached latents, a safetensors file with a tensor `latents` (samples, ...) and perhaps integers `labels`;
+            or a folder or zip of images for a training in pixel space.
+        epochs: Number of shuffled passes over the samples.
+        window: Number of upcoming visits that exchange their noises.
+        strength: Share of each window that is assigned; 1 is the paper, 0 ordinary noise.
+        use_labels: Exchange noise inside a label only; needed where the network is told the label.
+        normalisation: symmetric (pixels in [-1, 1]) or standard (mean 0, variance 1); latents stay as they are.
+        seed: Number that fixes order and noise.
+    """
+    from immiscible_noise.app.planning import build_plan, read_samples
+    from immiscible_noise.app.report import write_page
+
+    for name, value in (("--epochs", epochs), ("--window", window)):
+        if value < 1:
+            raise UserError(f"{name} is {value}; give a number of at least 1")
+    if not 0 <= strength <= 1:
+        raise UserError(f"--strength is {strength}; give a share from 0 to 1")
+    samples, labels, inputs = read_samples(data, images, normalisation)
+    if use_labels and labels is None:
+        raise UserError(
+            f"{data} has no labels for --use-labels: a file of latents needs a tensor `labels`, images a sub-folder "
+            "for each class"
+        )
+    given = {"epochs": epochs, "window": window, "strength": strength, "use_labels": use_labels, "seed": seed}
+    config = settings(data=data, **given, normalisation=normalisation, images=images)
+    folder = output.out or Path("runs") / f"plan-{data.stem}"
+    return Job("immiscible-noise plan", folder, output, config, inputs)(
+        lambda run, _: build_plan(
+            samples, labels if use_labels else None, run, epochs=epochs, window=window, strength=strength, seed=seed
+        ),
+        plan=lambda: {"samples": len(samples), "shape": "x".join(map(str, samples.shape[1:])), **given},
+        report=write_page,
+    )
 
 
 @app.command

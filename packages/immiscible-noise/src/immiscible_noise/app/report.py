@@ -24,12 +24,16 @@ _NAMES = {
     "ignore": "assignment, labels ignored",
     "knn": "nearest of 4",
     "knn-inner": "nearest of 4, inner product",
+    "early": "assignment, first half of the training",
+    "flip": "assignment, negated",
 }
 _COLUMNS = {
     "main_direction_variance": "variance PC1",
     "batch_size": "batch",
     "leak_error": "± leak",
     "frechet": "Fréchet distance",
+    "fewer_steps_at_first": "times fewer, at first",
+    "fewer_steps_for_good": "times fewer, for good",
 }
 _TITLES = {
     "demo": "Immiscible noise on handwritten digits",
@@ -37,6 +41,7 @@ _TITLES = {
     "evaluate": "A trained model, measured",
     "diagnose": "What assigning noise would do to these images",
     "train": "A training run",
+    "plan": "A plan of noise",
 }
 _GRID_COLUMNS = 12
 _CONDITIONS = {"assignment": "Labels respected", "ignore": "Labels ignored", "vanilla": "No assignment"}
@@ -74,6 +79,8 @@ def write_page(run: Run) -> Path:
         _add_diagnosis(report, run, answers=not compared)
     if run.has("recipe"):
         _add_training(report, run)
+    if verb == "plan":
+        _add_plan(report, run)
     if compared:
         report.section("What may be concluded").points(*_MAY)
         report.section("What may not").points(*_MAY_NOT)
@@ -135,6 +142,12 @@ def _add_comparison(report: Report, run: Run, folder: Path) -> None:
         f"images a side: {study.floor:.2f}.",
     )
     report.table([_readable(row) for row in study.summary_rows()], "After the last training step")
+    if rows := study.speedup_rows():
+        report.table(
+            [_readable(row) for row in rows],
+            "How many times fewer training steps than vanilla to the distance that vanilla ends at, when it is first "
+            "reached and from when on it stays: geometric mean over the seeds, with the least and the most",
+        )
     if _has(folder, "grids"):
         report.section("Samples")
         _add_samples(report, study, folder)
@@ -207,6 +220,24 @@ def _add_training(report: Report, run: Run) -> None:
     samples = run.folder / "figures" / "samples.png"
     if samples.exists():
         report.figure(samples, f"Samples of the averaged weights after {steps:,} steps.")
+
+
+def _add_plan(report: Report, run: Run) -> None:
+    told = run.load("plan").fields
+    report.answer(
+        f"{told['visits']:,} visits in windows of {told['window']:,}: noise lies {told['distance_reduction']:.2%} "
+        "nearer to its sample than independent noise does."
+    )
+    images = run.load("gallery").tensors
+    report.section("Distances")
+    figure = histogram(
+        {"independent": images["independent"], "planned": images["planned"]}, x_label="L2 distance of sample and noise"
+    )
+    report.plot("distances", figure, f"Samples and noises of the first {len(images['planned']):,} visits.")
+    report.section("Take it into a trainer").text(
+        f"plan = NoisePlan.load('{told['file']}'); the loader's sampler is plan.order; in the step, noise = "
+        "plan.noise(visits, like=x), where visits are the numbers of samples that the training took before."
+    )
 
 
 def verdict(study: Comparison) -> str:

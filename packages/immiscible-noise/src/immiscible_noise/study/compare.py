@@ -1,7 +1,7 @@
 """Trains with several couplings on the same seeds and measures the models: the paired study behind every claim."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -15,9 +15,9 @@ from diffcore.errors import CorruptArtifactError, UserError, printable
 from diffcore.io import artifact
 from diffcore.run import Run
 from diffcore.runtime import Runtime
-from diffcore.train import PairNoise
 from immiscible_noise.coupling import Coupling
 from immiscible_noise.study.classifier import TrainedClassifier, shared_classifier
+from immiscible_noise.study.crossing import Speedup, crossing, speedup
 from immiscible_noise.study.evaluate import Evaluator, Score
 from immiscible_noise.study.settings import EvaluationSettings, TrainSettings
 from immiscible_noise.study.train import Recipe, load_snapshot, read_recipe, train
@@ -64,6 +64,41 @@ class Comparison:
         ratios = [ours.frechet / theirs.frechet for ours, theirs in pairs]
         return mean(ratios), stdev(ratios) if len(ratios) > 1 else None
 
+    def steps_to_equal(self, coupling: str, sampling_steps: int, *, for_good: bool) -> Speedup:
+        """Returns how many times fewer training steps a coupling takes than vanilla to vanilla's last distance.
+
+        Args:
+            coupling: Name of the coupling that is compared with vanilla at equal seeds.
+            sampling_steps: Number of solver steps.
+            for_good: Count the steps from which on the distance stays reached, not those to where it is first reached.
+        """
+        pairs = []
+        for last in self.final("vanilla", sampling_steps):
+            taken = []
+            for name in ("vanilla", coupling):
+                curve = sorted(
+                    (s.step, s.frechet)
+                    for s in self.scores
+                    if (s.coupling, s.seed, s.sampling_steps) == (name, last.seed, sampling_steps)
+                )
+                found = crossing(*zip(*curve, strict=True), goal=last.frechet)
+                taken.append(found.for_good if for_good else found.first)
+            pairs.append((taken[0], taken[1]))
+        return speedup(pairs)
+
+    def speedup_rows(self) -> list[dict[str, Any]]:
+        """Returns one row per coupling and number of sampling steps: steps to vanilla's last distance, in words."""
+        if "vanilla" not in self.couplings():
+            return []
+        rows = []
+        for coupling, steps in product(self.couplings(), self.sampling_steps()):
+            if coupling != "vanilla":
+                row: dict[str, Any] = {"coupling": coupling, "sampling_steps": steps}
+                for name, for_good in (("fewer_steps_at_first", False), ("fewer_steps_for_good", True)):
+                    row[name] = _times(self.steps_to_equal(coupling, steps, for_good=for_good))
+                rows.append(row)
+        return rows
+
     def summary_rows(self) -> list[dict[str, Any]]:
         """Returns one row per coupling and number of sampling steps: mean, deviation and ratio over the seeds."""
         rows = []
@@ -91,6 +126,11 @@ class Comparison:
                 if "ratio" in row and row["coupling"] != "vanilla"
             },
             "accuracy": {name: row["accuracy"] for name, row in rows.items() if "accuracy" in row},
+            "times_fewer_training_steps_to_equal_distance": {
+                f"{row['coupling']}, {row['sampling_steps']} steps": f"at first {row['fewer_steps_at_first']}, "
+                f"for good {row['fewer_steps_for_good']}"
+                for row in self.speedup_rows()
+            },
             "seeds": max(row["seeds"] for row in rows.values()),
             "real_versus_real": self.floor,
             "features": self.features,
@@ -101,6 +141,7 @@ class Comparison:
         run.save("comparison", {}, **asdict(self))
         run.table("scores", [asdict(score) for score in self.scores])
         run.table("summary", self.summary_rows())
+        run.table("steps_to_equal_distance", self.speedup_rows())
 
     @classmethod
     def load(cls, folder: Path) -> "Comparison":
@@ -135,7 +176,6 @@ def compare(
     runtime: Runtime,
     *,
     classifier: TrainedClassifier | None = None,
-    pair_noise: Mapping[str, Callable[[int], PairNoise]] | None = None,
 ) -> Comparison:
     """Trains with every coupling on every seed and measures all kept weights; finished parts are read, not repeated.
 
@@ -151,13 +191,11 @@ def compare(
         evaluation: Settings that all measurements share.
         runtime: Device, precision and processes; its seed is not used.
         classifier: Feature extractor; by default one is trained on the images' labels, once.
-        pair_noise: Hooks that replace couplings of these names, each a function of the seed; see `train`.
     """
     classifier = classifier or shared_classifier(images, run, runtime)
     evaluator = Evaluator(images, classifier, evaluation, runtime.torch_device)
     couplings, scores, recipes = list(couplings), list[Score](), list[Recipe]()
     for seed, coupling in product(seeds, couplings):
-        own = (pair_noise or {}).get(coupling.name)
         with Run.open(
             _training_folder(run, coupling.name, seed),
             command="immiscible-noise train",
@@ -165,7 +203,7 @@ def compare(
             inputs=inputs,
             volatile=["checkpoint_every"],
         ) as training:
-            recipe = train(images, training, coupling, settings, replace(runtime, seed=seed), pair_noise=own)
+            recipe = train(images, training, coupling, settings, replace(runtime, seed=seed))
             scores += measure(evaluator, recipe, training.folder, run)
             training.finish({"coupling": coupling.name, "seed": seed})
         recipes.append(recipe)
@@ -202,11 +240,21 @@ def evaluate_training(
             f"the model is conditioned on {recipe.num_classes} classes, the data have {len(images.classes)}; "
             "give images with one sub-folder for each class that it was trained on"
         )
-    if evaluation.eta > 0 and recipe.coupling.method != "vanilla":
+    if recipe.coupling.method != "vanilla" and evaluation.eta > 0:
         _LOG.warning(
             "this model was trained on %s noise: its output is no score, and stochastic sampling (eta %g) is biased",
             recipe.coupling.name,
             evaluation.eta,
+        )
+    if (
+        recipe.coupling.method != "vanilla"
+        and recipe.settings.consistency
+        and max(evaluation.steps_for(recipe.settings)) > 1
+    ):
+        _LOG.warning(
+            "this consistency function was trained on %s noise: every step after the first adds fresh noise, which "
+            "makes it a stochastic sampler, and its samples may be ruined; look at one step first",
+            recipe.coupling.name,
         )
     evaluator = Evaluator(images, shared_classifier(images, run, runtime), evaluation, runtime.torch_device)
     study = _study(evaluator, measure(evaluator, recipe, training, run), [recipe])
@@ -224,6 +272,14 @@ def measure(evaluator: Evaluator, recipe: Recipe, training: Path, store: Run) ->
             store.save(key, {}, scores=[asdict(score) for score in measured])
         scores += [Score(**row) for row in store.load(key).fields["scores"]]
     return scores
+
+
+def _times(found: Speedup) -> str:
+    """Returns a speed-up in words: mean over the seeds, with the least and the most."""
+    if found.mean is None:
+        return f"not reached by {found.pairs - found.reached} of {found.pairs}"
+    spread = "" if found.pairs == 1 else f" ({found.least:.2g} to {found.most:.2g})"
+    return f"{found.mean:.2g}{spread}"
 
 
 def _study(evaluator: Evaluator, scores: list[Score], recipes: list[Recipe]) -> Comparison:

@@ -88,7 +88,8 @@ class Evaluator:
     def scores(self, denoiser: NetworkDenoiser, recipe: Recipe, step: int) -> list[Score]:
         """Returns a score for each number of sampling steps; arguments as in `score`."""
         settings = self.evaluation
-        return [self.score(denoiser, recipe, step, steps, eta=settings.eta) for steps in settings.sampling_steps]
+        numbers = settings.steps_for(recipe.settings)
+        return [self.score(denoiser, recipe, step, steps, eta=settings.eta) for steps in numbers]
 
     def score(self, denoiser: NetworkDenoiser, recipe: Recipe, step: int, sampling_steps: int, *, eta: float) -> Score:
         """Samples and measures. The sampling noise depends on the row alone: all models start from the same.

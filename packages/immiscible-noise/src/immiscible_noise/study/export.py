@@ -11,6 +11,7 @@ from diffusers import UNet2DModel
 from diffcore.io.jsonfile import write_json
 from diffcore.models import from_pipeline
 from diffcore.run import Run
+from immiscible_noise.consistency import ORIGINAL
 from immiscible_noise.study.settings import Objective
 from immiscible_noise.study.train import Recipe, load_snapshot
 
@@ -18,6 +19,8 @@ _SCHEDULERS: dict[Objective, str] = {
     "flow": "FlowMatchEulerDiscreteScheduler",
     "ddpm": "DDIMScheduler",
     "edm": "EDMEulerScheduler",
+    "consistency": "CMStochasticIterativeScheduler",
+    "consistency-improved": "CMStochasticIterativeScheduler",
 }
 
 
@@ -42,10 +45,16 @@ def export_model(recipe: Recipe, run: Run) -> Path:
     scheduler = getattr(diffusers, _SCHEDULERS[recipe.settings.objective])
     if recipe.settings.objective == "ddpm":
         options |= {"clip_sample": True, "clip_sample_range": recipe.clip_x0, "timestep_spacing": "linspace"}
-    pipeline: Any = diffusers.DDPMPipeline(unet=denoiser.backbone, scheduler=scheduler(**options))
     folder = run.folder / "model"
     shutil.rmtree(folder, ignore_errors=True)
-    from_pipeline(pipeline).save(folder)
+    if recipe.settings.consistency:
+        options = {"sigma_min": ORIGINAL.sigma_min, "sigma_max": ORIGINAL.sigma_max, "sigma_data": recipe.sigma_data}
+        options |= {"clip_denoised": False}  # x0 need not lie in [-1, 1]
+        one_step: Any = diffusers.ConsistencyModelPipeline(unet=denoiser.backbone, scheduler=scheduler(**options))
+        one_step.save_pretrained(folder)
+    else:
+        pipeline: Any = diffusers.DDPMPipeline(unet=denoiser.backbone, scheduler=scheduler(**options))
+        from_pipeline(pipeline).save(folder)
     write_json(
         folder / "training.json",
         {

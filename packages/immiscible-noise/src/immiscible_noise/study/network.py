@@ -1,7 +1,8 @@
 """From settings to a denoiser: network, schedule and prediction type of each objective.
 
 With x_t = alpha_t x_0 + sigma_t n: "flow" predicts n - x_0 at alpha_t = 1 - t, sigma_t = t; "ddpm" predicts n on 1000
-steps of linear betas; "edm" predicts x_0 at alpha_t = 1, sigma_t = t, preconditioned as in Karras et al. 2022, table 1.
+steps of linear betas; "edm" predicts x_0 at alpha_t = 1, sigma_t = t, preconditioned as in Karras et al. 2022, table 1,
+and so do both kinds of consistency training, for which see `consistency`.
 """
 
 import math
@@ -31,6 +32,9 @@ _TIME_SCALE: dict[Objective, dict[str, float]] = {
     "flow": {"mlp": 1.0, "unet": 1000.0},
     "ddpm": {"mlp": 1 / 1000, "unet": 1.0},
     "edm": {"mlp": 1.0, "unet": 1.0},
+    # 1000 log(sigma) / 4, which diffusers' ConsistencyModelPipeline gives its network.
+    "consistency": {"mlp": 1.0, "unet": 1000.0},
+    "consistency-improved": {"mlp": 1.0, "unet": 1000.0},
 }
 
 
@@ -111,7 +115,7 @@ def _objective(objective: Objective, sigma_data: float) -> tuple[NoiseSchedule, 
         case "ddpm":
             # Few solver steps must start at the noisiest level, which "leading" spacing leaves out.
             return DiscreteSchedule(spacing="linspace"), "epsilon"
-        case "edm":
+        case "edm" | "consistency" | "consistency-improved":
             return EDMSchedule(sigma_data=sigma_data), "edm"
 
 

@@ -15,7 +15,7 @@ from diffcore.data import ImageSet
 from diffcore.denoiser import NetworkDenoiser, sample
 from diffcore.errors import MachineError, UserError, printable
 from diffcore.io import artifact
-from diffcore.noise import mix_seed, row_noise
+from diffcore.noise import mix_seed, philox_normal, row_noise
 from diffcore.run import Run
 from diffcore.runtime import Runtime
 from diffcore.train import (
@@ -26,9 +26,17 @@ from diffcore.train import (
     SampleGrid,
     Snapshots,
     StepData,
+    StepSampler,
     fit,
     iterations_done,
     snapshot_key,
+)
+from immiscible_noise.consistency import (
+    IMPROVED,
+    ORIGINAL,
+    consistency_sample,
+    consistency_training_loss,
+    sampling_levels,
 )
 from immiscible_noise.coupling import Coupling
 from immiscible_noise.study.network import build_denoiser
@@ -36,7 +44,7 @@ from immiscible_noise.study.settings import TrainSettings
 
 _LOG = logging.getLogger("diffcore.immiscible_noise")
 # Streams of the run's seed, apart from those of the trainer: which rows are assigned, candidates, and samples.
-_STREAMS = {"vanilla": 0, "assignment": 101, "knn": 102}
+_STREAMS = {"vanilla": 0, "assignment": 101, "knn": 102, "window": 107}
 _GRID_STREAM, _SAMPLING_STREAM = 103, 104
 
 
@@ -109,7 +117,9 @@ class Recipe:
         seed: int = 0,
         stream: int = _SAMPLING_STREAM,
     ) -> Float[Tensor, "b c h w"]:
-        """Returns an image per row, by DDIM steps from the row's own noise, whatever else is in the batch.
+        """Returns an image per row, from the row's own noise, whatever else is in the batch.
+
+        Consistency functions are applied `steps` times, with fresh noise between; others take DDIM steps.
 
         Args:
             denoiser: Trained model, around whose weights the recipe was kept.
@@ -123,6 +133,9 @@ class Recipe:
         device = next(denoiser.parameters()).device
         noise = row_noise(seed, rows, self.shape, stream=stream, device=device)
         cond = {} if labels is None else {"class_labels": labels.to(device)}
+        if self.settings.consistency:
+            x0 = consistency_sample(denoiser, noise, cond, sigmas=sampling_levels(steps), seeds=rows.to(device))
+            return self.scale.decode(x0)
         x0 = sample(denoiser, noise, cond, steps=steps, eta=eta, seeds=rows.to(device), clip_x0=self.clip_x0)
         return self.scale.decode(x0)
 
@@ -169,8 +182,6 @@ def train(
     coupling: Coupling,
     settings: TrainSettings,
     runtime: Runtime,
-    *,
-    pair_noise: Callable[[int], PairNoise] | None = None,
 ) -> Recipe:
     """Trains a model and keeps its averaged weights at `settings.snapshot_steps`.
 
@@ -184,7 +195,6 @@ def train(
         coupling: How noise meets images.
         settings: Objective, network and length of the training.
         runtime: Seed, device, precision and processes.
-        pair_noise: Function from the seed to a hook of one's own, which replaces the coupling.
 
     Returns:
         The recipe, which `load_snapshot` turns into a denoiser.
@@ -199,10 +209,11 @@ def train(
         return recipe
     _restart_before(missing[0], run)
     run.save("recipe", {}, **asdict(recipe))
-    module = DenoisingModule(
+    batches = Batches(images, recipe.scale, settings.class_conditional)
+    module = _MODULES.get(settings.objective, DenoisingModule)(
         recipe.denoiser(),
         optimizer=partial(torch.optim.Adam, lr=settings.learning_rate, fused=True),
-        pair_noise=(pair_noise or partial(pair_noise_of, coupling))(runtime.seed),
+        pair_noise=pair_noise_of(coupling, runtime.seed, settings, batches),
         learning_rate_factor=(lambda step: min(1.0, (step + 1) / settings.warmup)) if settings.warmup else None,
         seed=runtime.seed,
     )
@@ -215,7 +226,7 @@ def train(
     ]
     fit(
         module,
-        StepData(Batches(images, recipe.scale, settings.class_conditional), settings.batch_size, runtime.seed),
+        StepData(batches, settings.batch_size, runtime.seed),
         steps=settings.steps,
         folder=run.folder,
         runtime=runtime,
@@ -228,7 +239,78 @@ def train(
     return recipe
 
 
-def pair_noise_of(coupling: Coupling, seed: int) -> PairNoise:
+class ConsistencyModule(DenoisingModule):
+    """Trains a consistency function as first published; noise is assigned once for both levels of a pair."""
+
+    consistency = ORIGINAL
+
+    def __init__(self, denoiser: NetworkDenoiser, **options: Any) -> None:
+        super().__init__(denoiser, time_sampler=lambda u: u, **options)
+
+    def loss(
+        self,
+        x0: Float[Tensor, "b *data"],
+        noise: Float[Tensor, "b *data"],
+        t: Float[Tensor, " b"],
+        condition: Mapping[str, Tensor],
+    ) -> Float[Tensor, ""]:
+        """Returns the loss at the pairs of levels that the uniform numbers `t` draw at this iteration."""
+        lower, upper = self.consistency.draw(t, self.iteration, self.num_iterations)
+        return consistency_training_loss(self.denoiser, x0, noise, lower, upper, condition, settings=self.consistency)
+
+
+class ImprovedConsistencyModule(ConsistencyModule):
+    """Trains a consistency function with log-normal levels and weights (Song and Dhariwal 2023)."""
+
+    consistency = IMPROVED
+
+
+_MODULES: Mapping[str, Callable[..., DenoisingModule]] = {
+    "consistency": ConsistencyModule,
+    "consistency-improved": ImprovedConsistencyModule,
+}
+
+
+class WindowNoise:
+    """Assigns noise over windows of the samples that a training will visit, whatever its batch size.
+
+    Args:
+        coupling: How noise meets the samples of a window.
+        batches: Data set of the training.
+        batch_size: Number of samples per step over all processes.
+        seed: Seed of the training, which fixes its order.
+    """
+
+    def __init__(self, coupling: Coupling, batches: Batches, batch_size: int, seed: int) -> None:
+        self.coupling, self.batches, self.batch_size, self.seed = coupling, batches, batch_size, seed
+        self.order = StepSampler(len(batches), batch_size, seed)
+        self._built: tuple[int, Tensor] | None = None
+
+    def __call__(self, x0: Tensor, noise: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        """Returns the noise that the plan gives to this rank's share of a batch."""
+        first = batch["step"] * self.batch_size + batch["rank"] * len(x0)
+        rows = [
+            self.window(visit // self.coupling.window, x0)[visit % self.coupling.window]
+            for visit in range(first, first + len(x0))
+        ]
+        return torch.stack(rows)
+
+    def window(self, number: int, like: Tensor) -> Tensor:
+        """Returns the noises of a window's visits, in their order; the last window is kept."""
+        if self._built is None or self._built[0] != number:
+            size = self.coupling.window
+            visits = torch.arange(number * size, (number + 1) * size)
+            batch = self.batches.__getitems__(self.order.samples(int(visits[0]), int(visits[-1]) + 1))
+            drawn = philox_normal(self.seed, visits, like.shape[1:], stream=_STREAMS["window"])
+            step_seed = mix_seed(self.seed, number, _STREAMS["window"])
+            found = self.coupling(
+                batch["x0"], drawn, labels=batch.get("labels"), generator=torch.Generator().manual_seed(step_seed)
+            )
+            self._built = (number, found.to(like))
+        return self._built[1]
+
+
+def pair_noise_of(coupling: Coupling, seed: int, settings: TrainSettings, batches: Batches) -> PairNoise:
     """Returns the coupling as a hook of the training step.
 
     Whatever is drawn here is a function of (seed, step, rank), so that a resumed run repeats it.
@@ -236,9 +318,16 @@ def pair_noise_of(coupling: Coupling, seed: int) -> PairNoise:
     Args:
         coupling: How noise meets images.
         seed: Seed of the training.
+        settings: Length and batch size of the training.
+        batches: Data set of the training.
     """
+    windows = WindowNoise(coupling, batches, settings.batch_size, seed) if coupling.window else None
 
     def pair(x0: Tensor, noise: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        if batch["step"] >= coupling.until * settings.steps:
+            return noise
+        if windows is not None:
+            return windows(x0, noise, batch)
         step_seed = mix_seed(seed, batch["step"], _STREAMS[coupling.method])
         generator = torch.Generator(x0.device).manual_seed(mix_seed(step_seed, batch["rank"]))
         return coupling(x0, noise, labels=batch.get("labels"), mask=batch.get("mask"), generator=generator)
@@ -303,4 +392,6 @@ def _restart_before(step: int, run: Run) -> None:
 
 def _grid(recipe: Recipe, denoiser: NetworkDenoiser, device: torch.device) -> Tensor:
     rows, labels = torch.arange(40), recipe.some_labels(40)
-    return recipe.generate(denoiser, rows, labels, steps=20, seed=recipe.seed, stream=_GRID_STREAM)
+    return recipe.generate(
+        denoiser, rows, labels, steps=1 if recipe.settings.consistency else 20, seed=recipe.seed, stream=_GRID_STREAM
+    )

@@ -25,7 +25,7 @@ from w2w_space.population import Population, Stacked
 from w2w_space.recipe import initial_vectors, layout_for
 from w2w_space.space import WeightSpace
 from w2w_space.styles import RECIPE, load_base, style_instances, style_labels
-from w2w_space.swap import swap
+from w2w_space.swap import LiveAdapter
 from w2w_space.train_population import train_population
 
 _TARGETS = ("to_q", "to_v")  # the paper's
@@ -129,13 +129,13 @@ def _swapping(*, smoke: bool) -> Case:
         point = space.point(torch.randn(space.num_components, generator=g))
         file = export_vector(layout, point.vector, Path(folder.name) / "edited.safetensors", dtype=torch.float32).path
         network.load_lora_adapter(file, prefix="unet", adapter_name=_NAME)
-        live = SimpleNamespace(unet=network)
+        live = LiveAdapter(SimpleNamespace(unet=network), _NAME)
         return SimpleNamespace(folder=folder, live=live, point=point, file=file, modules=layout.modules)
 
     def ours() -> list[Tensor]:
         made = prepared()
-        swap(made.live, made.point, name=_NAME)
-        return _changes(made.live.unet, made.modules)
+        made.live.put(made.point)
+        return _changes(made.live.network, made.modules)
 
     def theirs() -> list[Tensor]:
         from diffusers import UNet2DConditionModel

@@ -17,7 +17,6 @@ from w2w_space.diagnose import cross_fitted
 from w2w_space.directions import Directions, find_directions
 from w2w_space.edit import edit
 from w2w_space.evaluate import EditScore, evaluate_edits
-from w2w_space.instance import Instance
 from w2w_space.invert import InversionSettings, invert
 from w2w_space.labels import Labels
 from w2w_space.population import Population
@@ -188,7 +187,7 @@ def _keep_inversion(run: Run, model: DiffusionModel, space: WeightSpace, populat
     places = list(range(_FITTED, _FITTED + _INVERTED))
     people = select(portrait_people(), torch.tensor(places))
     pictures = portrait_pictures(people, 1, seed=5)[:, 0]
-    subjects = [Instance(each.name, each.x0, each.condition) for each in portrait_instances(model, people, 1, seed=5)]
+    subjects = portrait_instances(model, people, 1, seed=5)
     found = invert(
         space, model, subjects, InversionSettings(num_components=space.num_components, steps=100, batch_size=4)
     )

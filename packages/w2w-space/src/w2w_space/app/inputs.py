@@ -1,7 +1,9 @@
 """What commands take: adapters in files and folders, their base model, and the subject that a word stands for."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +170,9 @@ def subject(word: str, space: Space, place: Path, *, model: str | None = None, u
     if path.exists():
         return space.project(adapter_of(path, space, place, model), unshrink=unshrink)
     members = f"the {len(space.names)} members" if space.names else "members, which the space was written without"
-    raise UserError(f"{printable(word)} is neither a file nor one of {members}; give a file, a member, or 'mean'")
+    near = get_close_matches(word, space.names, n=1)
+    hint = f"; nearest: {printable(near[0])!r}" if near else "; give a file, a member, or 'mean'"
+    raise UserError(f"{printable(word)} is neither a file nor one of {members}{hint}")
 
 
 def strengths_of(words: Sequence[str]) -> dict[str, float]:
@@ -194,6 +198,19 @@ def strengths_of(words: Sequence[str]) -> dict[str, float]:
             raise UserError(f"{printable(name)!r} is given twice; give one strength for each attribute")
         found[name] = strength
     return found
+
+
+def ranked(percentile: float) -> str:
+    """Returns what is said of a percentile behind a place: nothing where there is nobody to compare with.
+
+    Args:
+        percentile: Share of the members in percent; NaN where they are not known.
+
+    Example:
+        >>> ranked(93.2), ranked(float("nan"))
+        (', percentile 93', '')
+    """
+    return "" if math.isnan(percentile) else f", percentile {percentile:.0f}"
 
 
 def about_losses(losses: Mapping[str, RankLoss], *, each: bool = False) -> dict[str, Any]:

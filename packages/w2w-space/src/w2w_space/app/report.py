@@ -132,8 +132,8 @@ def save_directions_parts(run: Run, found: Directions, space: Space, leaks: Tens
     run.keep_table(
         "percentiles",
         percentiles_of(found, space),
-        f"Places of {'held-out members' if len(space.held_out) else 'the members'} on each axis, in standard "
-        "deviations of the members. A strength beyond the last column leaves what the space was made of.",
+        "Places of the members on each axis, in standard deviations. A place beyond the first and last column is one "
+        "that hardly any of what the space was made of has.",
     )
 
 
@@ -148,7 +148,7 @@ def percentiles_of(found: Directions, space: Space) -> list[dict[str, Any]]:
     return [
         {
             "attribute": row.name,
-            **dict(zip(map(_ordinal, _PERCENTILES), row.place(space.reference).quantile(shares).tolist(), strict=True)),
+            **dict(zip(map(_ordinal, _PERCENTILES), row.place(space.members).quantile(shares).tolist(), strict=True)),
         }
         for row in found.rows
     ]

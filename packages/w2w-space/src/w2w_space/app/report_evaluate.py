@@ -90,7 +90,7 @@ def keep_gains(run: Run, found: Kept) -> None:
         factors=list(found.factors),
         of_mean=found.gain_of_mean,
         subjects=len(found.base),
-        own=float((found.base - found.own).sum() / found.base.sum()),
+        own=found.gain,
     )
 
 
@@ -169,8 +169,8 @@ def add_gains(report: Report, run: Run) -> None:
     if fields["own"] <= 0:
         report.section("How much of a new subject the space holds").text(
             f"The adapters of {fields['subjects']} members that were left out do not denoise their own pictures better "
-            "than the base model, so that there is no gain that a projection could keep. Give the prompt of their "
-            "training."
+            "than the base model by more than chance, so that there is no gain that a projection could keep. Give the "
+            "prompt of their training."
         )
         return
     series = [

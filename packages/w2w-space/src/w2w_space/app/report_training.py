@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffcore.report import Report, Series, lines_with_band
 from diffcore.run import Run
+from w2w_space.app.inputs import ranked
 
 if TYPE_CHECKING:
     from diffcore.models import DiffusionModel
@@ -202,8 +203,7 @@ def save_inversion_parts(
             {
                 "subject": name,
                 **{
-                    attribute: f"{place.std:+.1f} sd"
-                    + ("" if math.isnan(place.percentile) else f", percentile {place.percentile:.0f}")
+                    attribute: f"{place.std:+.1f} sd{ranked(place.percentile)}"
                     for attribute, place in where.places.items()
                 },
             }

@@ -217,7 +217,7 @@ class Studio:
         note = f"members lie between {low:+.1f} and {high:+.1f} sd"
         if found:
             note += f"; held-out figure of merit {row.auc:.2f}"
-        return Knob(row.name, max(_REACH, round(max(-low, high) + 0.5)), (low, high), note)
+        return Knob(row.name, max(_REACH, float(round(max(-low, high) + 0.5))), (low, high), note)
 
     def _draw(self, z: tuple[float, ...], scene: Scene) -> Image.Image:
         model = self.model.with_adapter(self.space.point(torch.tensor(z)).adapter())

@@ -24,8 +24,9 @@ from w2w_space.app.options_training import DrawingOptions, PriorOptions
 from w2w_space.app.report_training import save_drawn_members, save_training_parts
 from w2w_space.app.subjects import Read, conditions, read_subjects, require_classes
 from w2w_space.files.export import export_vector
+from w2w_space.files.labels import labels_text, read_label_rows
 from w2w_space.files.population import FILE, LABELS, MEMBERS, SHARDS, Member, PopulationFolder, Skipped
-from w2w_space.files.subjects import Subjects, labels_text, list_class, list_subjects, read_label_rows
+from w2w_space.files.subjects import Subjects, list_class, list_subjects
 from w2w_space.instance import Instance
 from w2w_space.layout import Layout
 from w2w_space.pictures import condition_of, picture_format, takes_classes
@@ -72,7 +73,7 @@ class Sources:
         listed = list_subjects(instances).first(num_members)
         of_class = None if prior.class_images is None else list_class(prior.class_images)
         table = Path(instances) / LABELS
-        return cls(listed, of_class, labels=read_label_rows(table) if table.is_file() else None)
+        return cls(listed, of_class, labels=list(read_label_rows(table).values()) if table.is_file() else None)
 
     @classmethod
     def _styles(cls, instances: str, prior: PriorOptions, num_members: int | None) -> "Sources":

@@ -1,23 +1,16 @@
-"""Directions on disk, and labels from a table."""
+"""Directions on disk."""
 
-import csv
-import io
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from diffcore.errors import IncompatibleModelError, UserError, printable
-from diffcore.io import artifact, files
+from diffcore.io import artifact
 from w2w_space.coordinates import Space
 from w2w_space.directions import Direction, Directions
-from w2w_space.labels import Labels
 
 FILE = "directions.safetensors"
 SCHEMA = "w2w-space/directions@1"
-_LONG = ("adapter", "attribute", "value")
-_WORDS = {"yes": 1.0, "true": 1.0, "no": 0.0, "false": 0.0}
 _TENSORS = ("vector", "axis", "score")
 
 
@@ -49,7 +42,7 @@ def load_directions(path: Path | str, space: Space) -> Directions:
     """
     path = Path(path) / FILE if Path(path).is_dir() else Path(path)
     if not path.is_file():
-        raise UserError(f"{printable(path, 300)} holds no directions; give the run folder of `directions`")
+        raise UserError(f"{printable(path, 300)} holds no directions; give the run folder in which they were found")
     stored = artifact.load(path, schema=SCHEMA)
     if stored.fields["space"] != space.fingerprint:
         raise IncompatibleModelError(f"{printable(path, 300)} has directions of another space; find them in this one")
@@ -61,50 +54,3 @@ def load_directions(path: Path | str, space: Space) -> Directions:
         for row in stored.fields["rows"]
     ]
     return Directions(space.fingerprint, tuple(rows), tuple(stored.fields["notes"]))
-
-
-def read_labels(path: Path, space: Space) -> Labels:
-    """Returns the labels of a space's members from a CSV file.
-
-    The columns are adapter, attribute and value, with one row per label; or adapter and one column per attribute.
-    Blanks are not known; yes, no, true and false are 1 and 0.
-
-    Args:
-        path: CSV file of the labels.
-        space: Space with its members.
-
-    Raises:
-        UserError: The file is no such table, names no member, or holds what is no number.
-    """
-    with files.explained(path, reading=True):
-        text = files.read(path).decode("utf-8-sig", "replace")
-    try:
-        rows = list(csv.DictReader(io.StringIO(text, newline="")))
-    except csv.Error:
-        rows = []  # no table at all
-    names = list(rows[0]) if rows else []
-    if not names or names[0] != "adapter" or len(names) < 2:
-        raise UserError(
-            f"{printable(path, 300)} has no column adapter before its others; write adapter,attribute,value, or "
-            "adapter and one column per attribute"
-        )
-    values: dict[str, dict[str, float]] = {}
-    for line, row in enumerate(rows, 2):
-        told = [(row["attribute"], row["value"])] if tuple(names) == _LONG else [(n, row[n]) for n in names[1:]]
-        for attribute, value in told:
-            column = values.setdefault(attribute, {})
-            if value is not None and value.strip():
-                column[row["adapter"]] = _number(value.strip(), path, line)
-    return Labels.of(space.names, values)
-
-
-def _number(text: str, path: Path, line: int) -> float:
-    try:
-        found = _WORDS[text.lower()] if text.lower() in _WORDS else float(text)
-    except ValueError:
-        found = float("nan")
-    if not torch.tensor(found).isfinite():
-        raise UserError(
-            f"{printable(path, 300)}, line {line}: {printable(text)!r} is no number; leave unknown ones blank"
-        )
-    return found

@@ -159,7 +159,10 @@ def plan_import(
         changed.append(set(plain))
         shapes |= {name: base.shapes[BACKBONE][name] for name in plain}
     if not fitting:
-        raise UserError(f"none of {len(paths)} files is an adapter of {printable(base.name)}{_first(skipped)}")
+        if not skipped:
+            raise UserError("there are no files; give some that end in .safetensors")
+        count = f"none of {len(paths)} files is an adapter of {printable(base.name)}; the first: "
+        raise UserError((count if len(paths) > 1 else "") + skipped[0].reason)
     chosen = set[str]().union(*changed) if modules == "union" else set.intersection(*changed)
     if not chosen:
         raise IncompatibleModelError(
@@ -320,7 +323,7 @@ class _Adding:
 def adapter_paths(folder: Path | str) -> list[Path]:
     """Returns the adapters below a folder: safetensors files, and folders in PEFT's layout in place of their files.
 
-    Runs, populations, spaces and points of ours that lie among them are passed over.
+    Runs, populations, spaces and points of ours that lie among them are passed over, also where the folder is one.
 
     Args:
         folder: Folder that is searched, with the folders in it.
@@ -328,7 +331,7 @@ def adapter_paths(folder: Path | str) -> list[Path]:
     folder, found = Path(folder), set[Path]()
     with files.explained(folder, reading=True):
         below = sorted(folder.rglob("*.safetensors"))
-        parents = {parent for path in below for parent in path.parents if folder in parent.parents}
+        parents = {parent for path in below for parent in path.parents if folder in (parent, *parent.parents)}
         ours = {parent for parent in parents if any((parent / name).is_file() for name in ("run.json", POPULATION))}
     for path in below:
         if not ours.intersection(path.parents) and not _is_ours(path):
@@ -372,11 +375,8 @@ def _read(
     if adapter.text_encoders:
         notes.append(f"changes of {', '.join(sorted(adapter.text_encoders))} are left out")
     vector, loss = vector_of(Adapter(inside, backbone=adapter.backbone, name=path.stem), layout)
-    loss = (
-        loss
-        if lost is None
-        else RankLoss(*(sum(p) for p in zip(*((lost[n].lost, lost[n].total) for n in inside), strict=True)))
-    )
+    if lost is not None:  # the adapter has the population's rank already, and lost what it lost on the way there
+        loss = RankLoss(sum(lost[name].lost for name in inside), sum(lost[name].total for name in inside))
     if loss.total == 0:
         raise UserError(f"{printable(path, 300)} changes nothing: all its products are zero")
     if not bool(vector.isfinite().all()):
@@ -388,7 +388,9 @@ def _read(
         )
     stored = vector.to(population.dtype).float()
     if not bool(stored.isfinite().all()) or float((stored - vector).norm()) > 0.01 * float(vector.norm()):
-        raise UserError(f"{printable(path, 300)} has numbers that float16 does not hold; pass `dtype`='float32'")
+        raise UserError(
+            f"{printable(path, 300)} has numbers that float16 does not hold; store the population in float32"
+        )
     outside = sum(_energy(change) for name, change in adapter.modules.items() if name not in layout.modules)
     member = Member(
         path.stem,
@@ -462,10 +464,6 @@ def _loner(paths: Sequence[Path], changed: Sequence[set[str]]) -> Path:
     """Returns the file whose modules the fewest other files change."""
     counts = Counter(name for names in changed for name in names)
     return min(zip(paths, changed, strict=True), key=lambda pair: max(counts[name] for name in pair[1]))[0]
-
-
-def _first(skipped: Sequence[Skipped]) -> str:
-    return f"; the first: {skipped[0].reason}" if skipped else "; give files that end in .safetensors"
 
 
 def _tell(path: Path, reason: str, strict: bool) -> None:

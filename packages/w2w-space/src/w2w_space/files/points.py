@@ -25,6 +25,7 @@ def save_point(point: Point, path: Path | str, *, name: str = "", **details: obj
         space=point.space.fingerprint,
         name=name or Path(path).stem,
         residual=point.residual,
+        projected=point.projected,
         **details,
     )
 
@@ -46,7 +47,10 @@ def load_point(path: Path | str, space: Space) -> Point:
             f"{printable(path, 300)} is a point of another space, where its coordinates mean something else; export it "
             "as an adapter with its own space, and project that"
         )
-    return Point(space, stored.tensors["coefficients"], stored.fields["residual"])
+    fields = stored.fields
+    # Points of earlier versions do not say it: those with a residual were projected.
+    projected = fields.get("projected", fields["residual"] is not None)
+    return Point(space, stored.tensors["coefficients"], fields["residual"], projected)
 
 
 def is_point(path: Path | str) -> bool:

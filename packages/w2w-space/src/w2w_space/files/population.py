@@ -289,8 +289,10 @@ class PopulationFolder:
             UserError: There is no such member.
         """
         if unknown := [name for name in names if name not in self.names]:
+            some = ", ".join(printable(name) for name in self.names[:3])
             raise UserError(
-                f"the population has no member {unknown[0]!r}; it has {len(self)}, such as {self.names[:3]}"
+                f"the population has no member {printable(unknown[0])!r}; its {len(self)} members are {some}"
+                + (" and others" if len(self) > 3 else "")
             )
         gone = set(names)
         touched = {member.shard for member in self.members if member.name in gone}

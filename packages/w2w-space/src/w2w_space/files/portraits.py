@@ -9,7 +9,6 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from diffcore.io import artifact
@@ -31,7 +30,7 @@ def store_portraits(model: DiffusionModel, members: Sequence[Trained], labels: T
         path: File that ends in .safetensors.
     """
     population = population_of(layout_for(model, RECIPE.targets, RECIPE.rank), members)
-    kept = torch.tensor([not member.failed for member in members])
+    kept = [place for place, member in enumerate(members) if not member.failed]
     return artifact.save(
         path,
         {"vectors": population.vectors.rows(range(len(population))).half(), "labels": labels[kept].float()},
@@ -40,8 +39,8 @@ def store_portraits(model: DiffusionModel, members: Sequence[Trained], labels: T
         names=list(population.names),
         attributes=list(ATTRIBUTES),
         recipe=RECIPE.to_json(),
-        loss=sum(member.loss for member in members) / len(members),
-        base_loss=sum(member.base_loss for member in members) / len(members),
+        loss=sum(members[place].loss for place in kept) / len(kept),
+        base_loss=sum(members[place].base_loss for place in kept) / len(kept),
     )
 
 

@@ -7,7 +7,6 @@
 What cannot be read is named and left out: files that are no pictures, damaged pictures, folders without pictures.
 """
 
-import csv
 import hashlib
 import io
 import logging
@@ -32,7 +31,6 @@ from diffcore.errors import UserError, printable
 from diffcore.io import files
 from diffcore.io.files import sha256_of_ends
 
-LABELS = "labels.csv"
 _LOG = logging.getLogger(__name__)
 _THREADS = 4
 
@@ -325,45 +323,6 @@ def open_mask(path: Path) -> Image.Image:
         raise UserError(
             f"the mask {printable(path)} is no picture, or damaged: {printable(error, 100)}; give a PNG file"
         ) from None
-
-
-def read_label_rows(path: Path) -> list[list[str]]:
-    """Returns the rows of a table of labels, the header first.
-
-    Args:
-        path: CSV file whose first column is adapter.
-
-    Raises:
-        UserError: The file is no such table.
-    """
-    with files.explained(path, reading=True):
-        text = files.read(path).decode("utf-8-sig", "replace")
-    try:
-        rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row]
-    except csv.Error:
-        rows = []
-    if not rows or rows[0][0] != "adapter" or len(rows[0]) < 2:
-        raise UserError(
-            f"{printable(path, 300)} has no column adapter before its others; write adapter,attribute,value, or "
-            "adapter and one column per attribute, or take the file away"
-        )
-    return rows
-
-
-def labels_text(rows: Sequence[Sequence[str]], names: Sequence[str]) -> str:
-    """Returns a table of labels with the rows of some members alone.
-
-    Args:
-        rows: Rows of the table, the header first.
-        names: Names of the members whose rows are kept.
-
-    Example:
-        >>> labels_text([["adapter", "age"], ["alice", "40"], ["bob", "20"]], ["bob"]).splitlines()
-        ['adapter,age', 'bob,20']
-    """
-    buffer, known = io.StringIO(newline=""), set(names)
-    csv.writer(buffer, lineterminator="\n").writerows([rows[0], *(row for row in rows[1:] if row[0] in known)])
-    return buffer.getvalue()
 
 
 def _decoded(

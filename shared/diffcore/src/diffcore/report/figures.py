@@ -5,7 +5,8 @@ Each function returns a `matplotlib.figure.Figure`; nothing touches pyplot or it
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from textwrap import fill
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -15,13 +16,14 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from diffcore.report.style import DASHES, DPI, FAINT, INK, RULE, color, drawing
+from diffcore.report.style import DASHES, DPI, FAINT, INK, PALETTE, RULE, color, drawing
 
 _TILE_PIXELS = 96  # tiny images are enlarged to about this side
 _GAP_PIXELS = 6
 _FEW = 30  # samples below it are drawn one by one
 _POINTS = 65  # that fit a figure's width side by side
-_LEGEND_LETTERS = 80  # that fit a figure's width
+_LEGEND_INCHES = 0.5  # of two rows, for which there is room
+_LEGEND_LETTERS = 60  # of a name in a legend, to begin with where it is too wide
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Series:
         low: Lower edge of the band.
         high: Upper edge of the band.
         color: Index in the palette; by default the line's place in the figure. Lines of one method share it.
-        dash: Index of the dash pattern, 0 is solid. Lines of one step count share it.
+        dash: Index of the dash pattern, 0 is solid. Lines of one step count share it. Where the palette repeats, lines
+            have the next one.
     """
 
     label: str
@@ -68,6 +71,7 @@ def lines_with_band(
     with drawing() as (figure, axes):
         for place, line in enumerate(series):
             shade = color(place if line.color is None else line.color)
+            again = place // len(PALETTE) if line.color is None else 0  # where the palette repeats, dashes tell apart
             x = np.asarray(line.x, dtype=float)
             if line.low is not None and line.high is not None:
                 low, high = np.asarray(line.low, dtype=float), np.asarray(line.high, dtype=float)
@@ -76,7 +80,7 @@ def lines_with_band(
                 x,
                 np.asarray(line.middle, dtype=float),
                 color=shade,
-                linestyle=DASHES[line.dash % len(DASHES)],
+                linestyle=DASHES[(line.dash + again) % len(DASHES)],
                 marker="o" if len(x) <= 12 else None,
                 markersize=3.6,
                 label=line.label,
@@ -280,10 +284,25 @@ def _scale(axes: Axes, which: Literal["x", "y"], log: bool, ticks: Sequence[floa
 
 
 def _legend(figure: Figure, labels: Sequence[str]) -> None:
-    """Puts the legend above the plot, in as many columns as fit the width."""
-    if len(labels) > 1:
-        columns = max(1, min(len(labels), int(_LEGEND_LETTERS / (max(map(len, labels)) + 8))))
-        figure.legend(loc="outside upper left", ncols=columns, handlelength=3.0, columnspacing=1.6)
+    """Puts the legend above the plot, in as many columns as fit the width; a name that alone is wider is wrapped."""
+    if len(labels) < 2:
+        return
+    options: dict[str, Any] = {"loc": "outside upper left", "handlelength": 3.0, "columnspacing": 1.6}
+    rows, legend = 1, figure.legend(ncols=len(labels), **options)
+    while rows < len(labels) and legend.get_window_extent().width > figure.bbox.width:
+        legend.remove()
+        rows += 1
+        legend = figure.legend(ncols=-(-len(labels) // rows), **options)
+    texts = legend.get_texts()
+    names = [text.get_text() for text in texts]
+    for letters in range(_LEGEND_LETTERS, 10, -5):
+        if legend.get_window_extent().width <= figure.bbox.width:
+            break
+        for text, name in zip(texts, names, strict=True):
+            text.set_text(fill(name, letters))
+    # The plot keeps its size below a high legend.
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + max(0.0, legend.get_window_extent().height / figure.dpi - _LEGEND_INCHES))
 
 
 def _label(axes: Axes, x_label: str, y_label: str, title: str) -> None:

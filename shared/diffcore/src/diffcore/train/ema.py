@@ -1,6 +1,7 @@
 """Exponential moving average of a network's weights."""
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
@@ -48,9 +49,10 @@ class EMA(L.Callback):
         if self._restored:
             self.average.load_state_dict(self._restored)
             self._restored = {}
-        # Collected once: walking a module tree costs more than a small network's average.
-        self._parameters = list(self.average.parameters()), list(source.parameters())
-        self._buffers = list(self.average.buffers()), list(source.buffers())
+        # Collected once: walking a module tree costs more than a small network's average. Tensors that the copy shares
+        # with the network (the weights under a LoRA) are their own average.
+        self._parameters = _apart(self.average.parameters(), source.parameters())
+        self._buffers = _apart(self.average.buffers(), source.buffers())
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -68,3 +70,9 @@ class EMA(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the averaged weights of a checkpoint until the fit starts."""
         self._restored = state_dict
+
+
+def _apart(averages: Iterable[Tensor], sources: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns pairs of tensors as two lists, without those that are one tensor."""
+    pairs = [pair for pair in zip(averages, sources, strict=True) if pair[0] is not pair[1]]
+    return [average for average, _ in pairs], [source for _, source in pairs]

@@ -1,14 +1,29 @@
 """Counting training in iterations: calls of `training_step`, in which any number of optimizers may step."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+
+@dataclass(frozen=True)
+class Descent:
+    """One step of an optimizer.
+
+    Attributes:
+        loss: Loss whose gradient it followed.
+        gradient_norm: Norm of that gradient before it was clipped, over all parameters of the optimizer.
+    """
+
+    loss: Tensor
+    gradient_norm: Tensor
 
 
 class IterationModule(L.LightningModule):
@@ -50,20 +65,32 @@ class IterationModule(L.LightningModule):
         self.iteration = 0
         self.num_iterations = 0
         self._finite: Tensor | None = None
+        self._gradient_norm: Tensor | None = None
 
-    def step_optimizer(self, index: int, loss: Tensor) -> None:
+    def step_optimizer(self, index: int, loss: Tensor | Iterable[Tensor]) -> Descent:
         """Takes one optimizer step down the gradient of a loss, clipped by the setting of `fit`, in any precision.
 
         Args:
             index: Position of the optimizer in what `configure_optimizers` returns.
-            loss: Scalar whose gradient is taken; gradients from before are discarded.
+            loss: Scalar whose gradient is taken, or scalars of several batches whose gradients add up, each computed
+                when the one before has given its gradient; gradients from before are discarded.
+
+        Returns:
+            The loss, and the norm of the gradient before it is clipped; both stay on the device.
         """
         optimizers = self.optimizers()
         optimizer = optimizers[index] if isinstance(optimizers, list) else optimizers
-        self.watch(loss)
         optimizer.zero_grad()
-        self.manual_backward(loss)
+        total: Tensor | None = None
+        for part in [loss] if isinstance(loss, Tensor) else loss:
+            self.watch(part)
+            self.manual_backward(part)
+            total = part.detach() if total is None else total + part.detach()
+        if total is None:
+            raise ValueError("`loss` yields nothing; give at least one scalar")
         optimizer.step()
+        norm = self._gradient_norm
+        return Descent(total, torch.full_like(total, torch.nan) if norm is None else norm)
 
     def watch(self, loss: Tensor) -> None:
         """Notes on the device whether a loss is finite."""
@@ -100,7 +127,14 @@ class Iterations(L.Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
         """Clips gradients; Lightning has divided them by the loss scale of float16 before, whoever steps."""
-        trainer.precision_plugin.clip_gradients(optimizer, self.gradient_clip)
+        if pl_module.automatic_optimization:
+            trainer.precision_plugin.clip_gradients(optimizer, self.gradient_clip)
+            return
+        parameters = [part for group in optimizer.param_groups for part in group["params"] if part.grad is not None]
+        norm = get_total_norm([part.grad for part in parameters])
+        pl_module._gradient_norm = norm
+        if self.gradient_clip:
+            clip_grads_with_norm_(parameters, self.gradient_clip, norm)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Counts, and moves the learning-rate schedules that Lightning leaves alone in manual optimization."""

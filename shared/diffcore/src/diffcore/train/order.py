@@ -61,11 +61,16 @@ class StepSampler(Sampler[Tensor]):
         step = self.first_step()
         while True:
             start = step * self.batch_size + self.rank * share
-            yield self._slice(start, start + share)
+            yield self.samples(start, start + share)
             step += 1
 
-    def _slice(self, start: int, stop: int) -> Tensor:
-        """Returns positions `start` to `stop` of the concatenated passes."""
+    def samples(self, start: int, stop: int) -> Int[Tensor, " visits"]:
+        """Returns the samples at positions `start` to `stop` of the concatenated passes, over all ranks.
+
+        Args:
+            start: First position, counted from the beginning of training.
+            stop: Position after the last.
+        """
         parts = []
         while start < stop:
             epoch, offset = divmod(start, self.num_samples)

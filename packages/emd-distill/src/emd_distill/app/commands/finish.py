@@ -8,7 +8,7 @@ from cyclopts import Parameter
 from diffcore.cli import Flag, Loading, Output, emit, load_model
 from diffcore.errors import UserError
 from diffcore.runtime import Runtime
-from emd_distill.app.options import ChainOptions
+from emd_distill.app.options import CorrectionOptions
 
 if TYPE_CHECKING:
     from diffcore.run import Run, RunMap
@@ -25,6 +25,7 @@ def export(
     *,
     out: Path,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    lora: Flag = False,
     licence: str | None = None,
     verify: bool = True,
     dry_run: Flag = False,
@@ -38,21 +39,24 @@ def export(
     Args:
         out: New folder of the model; nothing may be there.
         dtype: Precision of the written weights.
+        lora: Write a generator that was trained with --lora-rank as a small LoRA file for load_lora_weights, with its
+            scheduler; without this flag it is merged into the whole model.
         licence: Licence of the teacher's weights, such as openrail++, for the card; it binds the generator too.
         verify: Read the folder back and compare what it draws with the generator.
         dry_run: Print what would be written, and do nothing.
         json: Print the result as one JSON object.
     """
-    from emd_distill.files.export import export as write
-    from emd_distill.files.export import refuse_taken
+    from emd_distill.files.export import export as whole
+    from emd_distill.files.export import export_lora, refuse_taken
     from emd_distill.files.generators import load_generator
 
     refuse_taken(out)
     teacher = load_model(model, loading, Runtime(device="cpu"))
-    stored = load_generator(generator, teacher.denoiser)
+    stored = load_generator(generator, teacher)
     if dry_run:
-        emit({"teacher": teacher.name, "t": stored.generator.t, "dtype": dtype, "writes": out}, json)
+        emit({"teacher": teacher.name, "t": stored.generator.t, "dtype": dtype, "lora": lora, "writes": out}, json)
         return 0
+    write = export_lora if lora else whole
     done = write(
         teacher, stored.generator, out, dtype=dtype, licence=licence, training=stored.training, verify=verify
     )  # fmt: skip
@@ -69,7 +73,7 @@ def correct(
     num: int = 200,
     prompts: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
     call_level: float | None = None,
-    chain: ChainOptions = ChainOptions(),
+    chain: CorrectionOptions = CorrectionOptions(),
     loading: Loading = Loading(),
     runtime: Runtime = Runtime(),
     output: Output = Output(),
@@ -117,5 +121,6 @@ def correct(
 
 def _digest(path: Path) -> str:
     from diffcore.run import input_hash
+    from emd_distill.files.generators import weights_of
 
-    return input_hash(path if path.is_dir() else path.with_suffix(".safetensors"))
+    return input_hash(weights_of(path) or path)

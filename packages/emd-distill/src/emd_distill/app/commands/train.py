@@ -60,7 +60,8 @@ def train(
         facts = settings(loss=loss, chain=chain, levels=levels, training=training)
         result = train_generator(prepared, told, run, facts={"settings": facts})
         warning = warning_of(run)
-        return {"answer": _sentence(result, warning), **result, "loss": loss, "warning": warning}
+        answer = {"answer": _sentence(result, warning), **result, "loss": loss}
+        return answer | ({"warning": warning} if warning else {})
 
     config = settings(
         model=model, loss=loss, prompts=prompts, validation_prompts=list(validation_prompts),
@@ -137,9 +138,10 @@ def check(prepared: "Training", told: Any) -> None:
     Raises:
         UserError: The levels do not suit the loss, the generator cannot be made, or the batch cannot be shared.
     """
-    from emd_distill.distill import check_levels
+    from emd_distill.distill import check_levels, guided_student
 
-    _ = prepared.uncond, prepared.generator()
+    _ = prepared.generator()
+    guided_student(prepared.model.denoiser, prepared.teacher, told.student_guidance)
     check_levels(prepared.model.denoiser, prepared.time_sampler, told.loss)
     processes = prepared.runtime.devices * prepared.runtime.num_nodes
     if told.batch_size % processes:

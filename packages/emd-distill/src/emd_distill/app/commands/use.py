@@ -1,5 +1,6 @@
 """The commands that use a trained generator: sample and evaluate."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,8 +12,9 @@ from diffcore.runtime import Runtime
 
 if TYPE_CHECKING:
     from diffcore.denoiser import Condition
+    from diffcore.models import DiffusionModel
     from diffcore.run import Run
-    from emd_distill.files.generator_folder import LoadedGenerator
+    from emd_distill.generator import OneStepGenerator
 
 Texts = Annotated[tuple[str, ...], Parameter(negative="")]
 Teacher = Annotated[
@@ -50,16 +52,14 @@ def sample(
 
     if count < 1 or batch_size < 1:
         raise UserError("`count` and `batch_size` must be at least 1")
-    loaded, inputs = _loaded(generator, model, loading, runtime)
-    table = _table(loaded, prompts)
+    network, teacher, _, inputs = _loaded(generator, model, loading, runtime)
+    table = _table(teacher, prompts)
     kinds = len(next(iter(table.values()))) if table else 1
     total = kinds * count
 
     def compute(run: "Run", _: Any) -> dict[str, Any]:
         condition = _rows(table, total, each=count)
-        images = drawn_images(
-            loaded.model, loaded.generator, condition, total, seed=runtime.seed, batch_size=batch_size
-        )
+        images = drawn_images(teacher, network, condition, total, seed=runtime.seed, batch_size=batch_size)
         run.save("images", {"images": images})
         for place, image in enumerate(images):
             run.figure(f"image-{place:05d}", Picture(image))
@@ -72,9 +72,9 @@ def sample(
     )  # fmt: skip
     folder = output.out or Path("runs") / f"sample-{generator.name}"
     job = Job("emd-distill sample", folder, output, config, inputs, ("batch_size",))
-    plan: dict[str, Any] = {"images": total, "network_calls_for_each": 1, "level": loaded.generator.t}
+    plan: dict[str, Any] = {"images": total, "network_calls_for_each": 1, "level": network.t}
     if "class_labels" in table:
-        plan["classes"] = num_classes(loaded.model)
+        plan["classes"] = num_classes(teacher)
     return job(compute, plan=plan)
 
 
@@ -118,14 +118,14 @@ def evaluate(
 
     if count < LEAST or batch_size < 1:
         raise UserError(f"`count` must be at least {LEAST} for five neighbours, and `batch_size` at least 1")
-    loaded, inputs = _loaded(generator, model, loading, runtime)
+    network, teacher, facts, inputs = _loaded(generator, model, loading, runtime)
     read = None if prompts is None else load_prompts(prompts)
-    table = _table(loaded, () if read is None else read.distinct)
-    trained = loaded.facts.get("settings", {})
+    table = _table(teacher, () if read is None else read.distinct)
+    trained = facts.get("settings", {})
     scale = float(trained.get("guidance_scale") or 1.0) if guidance_scale is None else guidance_scale
-    told, more = reference_of(images, loaded.model)
+    told, more = reference_of(images, teacher)
     evaluation = Evaluation(
-        loaded, _rows(table, 2 * count), count, runtime, told, scale, teacher_steps, features, batch_size
+        teacher, network, _rows(table, 2 * count), count, runtime, told, scale, teacher_steps, features, batch_size
     )
     evaluation.check()
     config = settings(
@@ -140,23 +140,27 @@ def evaluate(
 
 def _loaded(
     folder: Path, model: str | None, loading: LoadingAny, runtime: Runtime
-) -> "tuple[LoadedGenerator, dict[str, str]]":
+) -> "tuple[OneStepGenerator, DiffusionModel, Mapping[str, Any], dict[str, str]]":
+    """Returns a trained generator, its teacher, what its file says of it, and the digests of both."""
     from dataclasses import asdict
 
     from diffcore.run import input_hash
-    from emd_distill.files.generator_folder import load_generator
+    from emd_distill.files.generators import load_generator, weights_of
 
     runtime.apply_threads()
-    loaded = load_generator(folder, runtime, model=model, **asdict(loading))
-    place = folder / "generator" if (folder / "generator").is_dir() else folder
-    weights = place / "generator.safetensors"
-    return loaded, {loaded.model.name: loaded.model.fingerprint, "generator": input_hash(weights)}
+    weights = weights_of(folder)
+    if weights is None:
+        raise UserError(f"{printable(folder, 300)} holds no generator; give the run folder of a finished training")
+    loaded = load_generator(folder, model, runtime=runtime, **asdict(loading))
+    assert loaded.model is not None
+    inputs = {loaded.model.name: loaded.model.fingerprint, "generator": input_hash(weights)}
+    return loaded.generator, loaded.model, loaded.facts, inputs
 
 
-def _table(loaded: "LoadedGenerator", prompts: tuple[str, ...]) -> "Condition":
+def _table(model: "DiffusionModel", prompts: tuple[str, ...]) -> "Condition":
     from emd_distill.conditions import condition_table
 
-    return condition_table(loaded.model, prompts)
+    return condition_table(model, prompts)
 
 
 def _rows(table: "Condition", total: int, *, each: int = 1) -> "Condition":

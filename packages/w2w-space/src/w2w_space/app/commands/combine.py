@@ -68,6 +68,8 @@ def compose(
         adapters, weights = _of_space(load_space(place), place, wanted, told, warnings)
         told["warnings"] = warnings
     else:
+        if not place.exists() and not space_or_model.startswith("zoo:"):
+            raise UserError(f"{printable(place, 300)} is neither a space nor a base model; give one of the two first")
         base = base_on_disk(resolve(space_or_model))
         adapters, weights = _of_files(base, wanted), [weight for _, weight in wanted]
     done = add(adapters, weights, rank=rank, name=out.stem)

@@ -62,7 +62,8 @@ def directions(
     from diffcore.io.files import sha256
     from w2w_space.app.report import save_directions_parts, write_page
     from w2w_space.directions import find_directions, held_out_leaks
-    from w2w_space.files.directions import FILE, read_labels, save_directions
+    from w2w_space.files.directions import FILE, save_directions
+    from w2w_space.files.labels import read_labels
     from w2w_space.files.space import load_any_space
 
     if (labels is None) == (probe is None):
@@ -168,23 +169,28 @@ def sample(
     from w2w_space.files.space import base_of_space, load_any_space
     from w2w_space.sample import sample as draw
 
+    if num < 1:
+        raise UserError(f"`num` is {num}; give at least 1")
     loaded = load_any_space(space)
     known = None if directions is None else load_directions(directions, loaded)
     wanted = strengths_of(condition)
+    ending = "" if format == "peft" else ".safetensors"
+    paths = [out / f"sample-{number:03d}{ending}" for number in range(num)]
+    if not overwrite and (taken := [path for path in paths if path.exists()]):
+        raise UserError(f"{printable(taken[0], 300)} is there already; give another folder, or allow to `overwrite` it")
     artist = None if render is None else _artist(render, drawing)
     drawn = draw(loaded, num, method=method, truncation=truncation, condition=wanted, directions=known, seed=seed)
     base, rows = base_of_space(space), []
-    for number, one in enumerate(drawn):
-        path = out / (f"sample-{number:03d}" + ("" if format == "peft" else ".safetensors"))
+    for path, one in zip(paths, drawn, strict=True):
         written = export_point(one.point, path, format=format, base=base, overwrite=overwrite)
         rows.append(
             {
                 "adapter": written.path.name,
                 "distance_from_mean": round(one.point.length, 2),
                 "percentile": round(one.typical, 1),
-                "nearest": one.nearest or "unknown",
+                "nearest": one.nearest or None,
                 "distance": round(one.distance, 2),
-                "near_copy": one.near_copy,
+                "near_copy": one.near_copy if loaded.names else None,
             }
         )
     copies = [row["adapter"] for row in rows if row["near_copy"]]
@@ -192,15 +198,21 @@ def sample(
     if artist is not None:
         pairs: list[tuple[str, Point]] = []
         for row, one in zip(rows, drawn, strict=True):
-            pairs.append((f"{Path(row['adapter']).stem}, {row['distance']} sd from", one.point))
+            name = Path(row["adapter"]).stem
             if one.nearest:
+                pairs.append((f"{name}, {row['distance']} sd from", one.point))
                 pairs.append((one.nearest, loaded.member(one.nearest)))
+            else:
+                pairs.append((name, one.point))
         written["pictures"] = artist(out / "samples.png", [label for label, _ in pairs], [point for _, point in pairs])
     if json:
-        emit({**written, "samples": rows, "near_copies": copies}, json)
-    else:
+        emit({**written, "samples": rows, "near_copies": copies if loaded.names else None}, json)
+    elif loaded.names:
         shown = {row["adapter"]: f"{row['distance']} sd from {row['nearest']}" for row in rows}
         emit({**shown, "near_copies": copies, **written})
+    else:
+        shown = {row["adapter"]: f"{row['distance_from_mean']} sd from the mean" for row in rows}
+        emit({**shown, "near_copies": "not told: the space was written without its members", **written})
     return 1 if copies else 0
 
 
@@ -244,7 +256,7 @@ def edit(
         format: Use diffusers for load_lora_weights, kohya for web UIs, peft for PeftModel.from_pretrained.
         json: Print the result as one JSON object.
     """
-    from w2w_space.app.inputs import strengths_of
+    from w2w_space.app.inputs import ranked, strengths_of
     from w2w_space.app.inputs import subject as subject_of
     from w2w_space.edit import edit as move
     from w2w_space.files.directions import load_directions
@@ -261,10 +273,10 @@ def edit(
     done = move(start, wanted, known, keep=keep, unit=unit, metric=metric, orthogonal=orthogonal)
     written = export_point(done.point, out, format=format, base=base_of_space(space), overwrite=overwrite)
     places = {
-        place.name: f"{place.before:+.2f} -> {place.after:+.2f} sd, percentile {place.percentile:.0f}"
-        for place in done.places
+        place.name: f"{place.before:+.2f} -> {place.after:+.2f} sd{ranked(place.percentile)}" for place in done.places
     }
-    told = {"written": written.path, "places": places, "distance_from_mean": done.length, "warnings": done.warnings}
+    warned = done.warnings if json else "; ".join(done.warnings) or None
+    told = {"written": written.path, "places": places, "distance_from_mean": done.length, "warnings": warned}
     if artist is not None:
         sheet = out.parent / f"{out.name.removesuffix('.safetensors')}.png"
         told["pictures"] = artist(sheet, ["before", "after"], [start, done.point])

@@ -67,7 +67,7 @@ def build(
     from w2w_space.files.previews import previews
     from w2w_space.files.space import load_space, save_space
     from w2w_space.product_space import ProductSpace
-    from w2w_space.space import WeightSpace
+    from w2w_space.space import WeightSpace, require_enough
 
     if geometry == "product" and (gauge, scaling, like, solver, members) != ("canonical", "standard", None, None, True):
         raise UserError("`geometry` product knows no gauge, scaling or solver, and consists of its members: omit these")
@@ -75,6 +75,7 @@ def build(
         raise UserError(f"`num_components` is {num_components}; give at least 1")
     stored = PopulationFolder.open(sources[0]) if len(sources) == 1 and is_population(sources[0]) else None
     paths = [] if stored is not None else adapters_at(sources)
+    require_enough(len(paths) if stored is None else len(stored))
     options = {
         **{
             "sources": list(sources),

@@ -59,6 +59,7 @@ def invert(
         format: Use diffusers for load_lora_weights, kohya for web UIs, peft for PeftModel.from_pretrained.
     """
     from w2w_space.app.inverting import Found, Given, components_of, digest_of_directions, foreign
+    from w2w_space.app.keeping import ItemMap
     from w2w_space.app.report import write_page
     from w2w_space.app.report_training import SHOWN
     from w2w_space.bank import changed_modules
@@ -86,7 +87,7 @@ def invert(
             loaded,
             subjects,
             settings,
-            map,
+            ItemMap(map),
             group_size=group_size,
             baseline=baseline,
             radius=refine,

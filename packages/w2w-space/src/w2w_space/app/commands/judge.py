@@ -162,7 +162,8 @@ class _Told:
         scaling: str | None,
     ) -> None:
         from w2w_space.app.drawing import features_named, mask_at, scorer_named
-        from w2w_space.files.directions import load_directions, read_labels
+        from w2w_space.files.directions import load_directions
+        from w2w_space.files.labels import read_labels
         from w2w_space.scaling import sizes_of
 
         if directions is not None and scorer is not None:
@@ -245,15 +246,13 @@ class _Told:
         fitted, judges = _parted(len(self.population), subjects)
         space = WeightSpace.build(self.population.subset(fitted), gauge=self.space.gauge.kind)
         vectors = self.population.vectors.rows(judges)
-        pictures, instances = self._drawn(judges, vectors)
-        del pictures
+        _, instances = self._drawn(judges, vectors)
         found = gain_kept(space, self.model, vectors, instances)
         keep_gains(run, found)
         components, factor = found.chosen
         best = float(found.gain_kept[found.components.index(components)].max())
-        own = float((found.base - found.own).sum() / found.base.sum())
-        told = {"gain_kept": best, "gain_at_components": components, "lengthened_by": factor} if own > 0 else {}
-        return {"gain_of_own": own, **told}
+        told = {"gain_kept": best, "gain_at_components": components, "lengthened_by": factor} if found.gain else {}
+        return {"gain_of_own": found.gain, **told}
 
     def judge_sizes(self, run: "Run", parts: int, inversions: int) -> dict[str, Any]:
         from w2w_space.app.report_evaluate import keep_sizes
@@ -351,7 +350,8 @@ def _answer(found: Mapping[str, Any]) -> str:
             f"which changes most beside it, by {best['leak']:.2f}."
         )
     if "r2" in found:
-        (few, low), *_, (many, high) = list(found["r2"].items()) * 2
+        rows = list(found["r2"].items())
+        (few, low), (many, high) = rows[0], rows[-1]
         return f"Labels of new members are told with R² of {low:.2f} from {few} members, and {high:.2f} from {many}."
     if found.get("gain_of_own", 0) > 0:
         return (

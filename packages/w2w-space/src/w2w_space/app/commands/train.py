@@ -51,6 +51,7 @@ def train(
         format: Use diffusers for load_lora_weights, kohya for web UIs, peft for PeftModel.from_pretrained.
     """
     from diffcore.run import Run as Opened
+    from w2w_space.app.keeping import ItemMap
     from w2w_space.app.report import write_page
     from w2w_space.app.training import Sources, kept, write_adapters, write_labels, write_population
     from w2w_space.files.population import PopulationFolder
@@ -78,7 +79,7 @@ def train(
             prior_weight=prior.prior_weight,
             group_size=group_size,
             num_pairs=num_pairs,
-            map=map,
+            map=ItemMap(map),
         )
         if not map.leading:
             return {}

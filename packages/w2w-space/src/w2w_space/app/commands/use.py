@@ -37,7 +37,7 @@ def project(
         out: File to write the point to, ending in .safetensors.
         json: Print the result as one JSON object, with all coordinates and the residual of every module.
     """
-    from w2w_space.app.inputs import adapter_of
+    from w2w_space.app.inputs import adapter_of, ranked
     from w2w_space.edit import edit
     from w2w_space.files.directions import load_directions
     from w2w_space.files.points import save_point
@@ -55,7 +55,7 @@ def project(
     told["modules_outside"] = len(set(read.modules) - set(changes))
     if directions is not None:
         places = edit(point, {}, load_directions(directions, loaded)).places
-        told["places"] = {p.name: f"{p.after:+.2f} sd, percentile {p.percentile:.0f}" for p in places}
+        told["places"] = {p.name: f"{p.after:+.2f} sd{ranked(p.percentile)}" for p in places}
     if json:
         told |= {"coordinates": point.z.tolist(), "residuals": residuals}
     if out is not None:
@@ -75,7 +75,7 @@ def about_point(point: "Point") -> dict[str, Any]:
     from w2w_space.sample import described
 
     space = point.space
-    place = described(space, point.z[None])[0]
+    place = described(space, point.z[None], projected=point.projected)[0]
     largest = point.z.abs().argsort(descending=True)[:_SHOWN].tolist()
     return {
         "distance_from_mean": point.length,

@@ -1,0 +1,67 @@
+"""A Lightning callback that puts assigned noise into each training batch, for modules that use `batch["noise"]`."""
+
+from collections.abc import MutableMapping
+from typing import Any, Unpack
+
+import lightning as L
+import torch
+
+from .assign import Options, assign_noise
+from .batch import draw_noise
+from .ranks import assign_across_ranks
+
+
+class ImmiscibleCallback(L.Callback):
+    """Draws noise for each training batch and assigns it, before the module's `training_step` sees the batch.
+
+    The noise follows from the seed, the index of the batch and the rank, so that a resumed training repeats it. The
+    module uses `batch[noise_key]` for the noisy sample and for the target; validation batches get none.
+
+    Args:
+        key: Name of the clean samples in a batch, as the diffusion sees them.
+        noise_key: Name under which the noise is put.
+        labels_key: Name of the labels in a batch, or None to give none.
+        across_ranks: Assign over the batches of all ranks together.
+        seed: Number that fixes the noise.
+        **options: Keyword arguments of `assign_noise`.
+
+    Raises:
+        TypeError: A batch is no mapping.
+        KeyError: A batch has no samples of this name.
+
+    Example:
+        >>> trainer = L.Trainer(callbacks=[ImmiscibleCallback("latents", seed=0)], logger=False, accelerator="cpu")
+    """
+
+    def __init__(
+        self,
+        key: str = "x0",
+        *,
+        noise_key: str = "noise",
+        labels_key: str | None = None,
+        across_ranks: bool = False,
+        seed: int = 0,
+        **options: Unpack[Options],
+    ) -> None:
+        self.key, self.noise_key, self.labels_key = key, noise_key, labels_key
+        self.across_ranks, self.seed, self.options = across_ranks, seed, options
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Puts the noise into the batch."""
+        if not isinstance(batch, MutableMapping):
+            raise TypeError(f"the batch is a {type(batch).__name__}; this callback puts noise into a dict of tensors")
+        if self.key not in batch:
+            raise KeyError(f"the batch has no {self.key!r}, only {', '.join(map(str, batch))}; give its name as `key`")
+        x, step = batch[self.key], trainer.fit_loop.total_batch_idx
+        labels = None if self.labels_key is None else batch[self.labels_key]
+        if self.across_ranks:
+            batch[self.noise_key] = assign_across_ranks(x, seed=self.seed, step=step, labels=labels)
+            return
+        mixed = (self.seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + trainer.global_rank) % 2**63
+        generator = torch.Generator(x.device).manual_seed(mixed)
+        options: Options = {**self.options}
+        if labels is not None:
+            options["labels"] = labels
+        batch[self.noise_key] = assign_noise(x, draw_noise(x, generator), generator=generator, **options)

@@ -1,0 +1,69 @@
+"""One assignment over all ranks: two processes find what one does, with uneven and empty shares, and fail together."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffcore.testing.distributed import run_forked
+from immiscible_noise import assign_across_ranks, assign_noise
+from immiscible_noise.ranks import _mixed
+
+X = torch.randn(8, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([7, 1, 7, 1, 1, 7, 7, 1])
+
+
+def global_noise(step: int, count: int = 8) -> Tensor:
+    return torch.randn((count, 2, 3, 3), generator=torch.Generator().manual_seed(_mixed(0, step)))
+
+
+@pytest.mark.parametrize("sizes", [(5, 3), (8, 0), (0, 8), (4, 4)], ids=str)
+@pytest.mark.parametrize("labels", [None, LABELS], ids=["free", "labels"])
+def test_two_ranks_assign_as_one_process_does(sizes: tuple[int, int], labels: Tensor | None):
+    def work(rank: int) -> list[Tensor]:
+        share = slice(0, sizes[0]) if rank == 0 else slice(sizes[0], None)
+        told = None if labels is None else labels[share]
+        return [assign_across_ranks(X[share], seed=0, step=step, labels=told) for step in range(2)]
+
+    parts = run_forked(work)
+    for step in range(2):
+        together = torch.cat([part[step] for part in parts])
+        assert torch.equal(together, assign_across_ranks(X, seed=0, step=step, labels=labels))
+        assert torch.equal(together, assign_noise(X, global_noise(step), labels=labels))
+        assert not torch.equal(together, global_noise(step))
+
+
+def test_three_ranks_take_their_own_rows():
+    def work(rank: int) -> Tensor:
+        return assign_across_ranks(X[[slice(0, 2), slice(2, 5), slice(5, 8)][rank]], seed=0, step=0)
+
+    assert torch.equal(torch.cat(run_forked(work, ranks=3)), assign_across_ranks(X, seed=0, step=0))
+
+
+def test_steps_and_seeds_have_noise_of_their_own():
+    seen = {(seed, step): assign_across_ranks(X, seed=seed, step=step) for seed in range(3) for step in range(3)}
+    flat = torch.stack([noise.flatten().sort().values for noise in seen.values()])
+    assert (torch.cdist(flat, flat) + torch.eye(9) > 1e-3).all()
+
+
+def test_what_is_wrong_on_one_rank_is_raised_on_both():
+    def work(rank: int) -> str:
+        x = X[:4].clone()
+        if rank == 1:
+            x[2, 0, 0, 0] = torch.nan
+        with pytest.raises(ValueError, match="NaN") as raised:
+            assign_across_ranks(x, seed=0, step=0)
+        return str(raised.value)
+
+    assert run_forked(work) == ["the costs of image 6 hold NaN or infinite values; look at the images"] * 2
+
+
+@pytest.mark.usefixtures("as_shipped")
+def test_labels_that_do_not_fit():
+    with pytest.raises(ValueError, match="labels has 3 rows, x has 8"):
+        assign_across_ranks(X, seed=0, step=0, labels=LABELS[:3])
+
+
+def test_costs_and_type_are_the_callers():
+    noise = assign_across_ranks(X.half(), seed=0, step=0, cost="l2")
+    assert noise.dtype == torch.float16
+    assert torch.equal(noise, assign_noise(X.half(), global_noise(0).half(), cost="l2"))

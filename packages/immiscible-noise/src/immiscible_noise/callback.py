@@ -23,11 +23,12 @@ class ImmiscibleCallback(L.Callback):
         labels_key: Name of the labels in a batch, or None to give none.
         across_ranks: Assign over the batches of all ranks together.
         seed: Number that fixes the noise.
-        **options: Keyword arguments of `assign_noise`.
+        **options: Keyword arguments of `assign_noise`; across ranks, those that `assign_across_ranks` has.
 
     Raises:
+        ValueError: An option has no meaning across ranks.
         TypeError: A batch is no mapping.
-        KeyError: A batch has no samples of this name.
+        KeyError: A batch has no samples, or no labels, of this name.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[ImmiscibleCallback("latents", seed=0)], logger=False, accelerator="cpu")
@@ -43,8 +44,11 @@ class ImmiscibleCallback(L.Callback):
         seed: int = 0,
         **options: Unpack[Options],
     ) -> None:
+        if across_ranks and (unknown := sorted(set(options) - {"cost", "solver", "precision"})):
+            raise ValueError(f"across_ranks takes no {', '.join(unknown)}; leave it out, or assign inside each rank")
         self.key, self.noise_key, self.labels_key = key, noise_key, labels_key
-        self.across_ranks, self.seed, self.options = across_ranks, seed, options
+        self.across_ranks, self.seed = across_ranks, seed
+        self.options: dict[str, Any] = {**options}
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -52,16 +56,17 @@ class ImmiscibleCallback(L.Callback):
         """Puts the noise into the batch."""
         if not isinstance(batch, MutableMapping):
             raise TypeError(f"the batch is a {type(batch).__name__}; this callback puts noise into a dict of tensors")
-        if self.key not in batch:
-            raise KeyError(f"the batch has no {self.key!r}, only {', '.join(map(str, batch))}; give its name as `key`")
+        for name, key in (("key", self.key), ("labels_key", self.labels_key)):
+            if key is not None and key not in batch:
+                raise KeyError(
+                    f"the batch has no {key!r}, only {', '.join(map(str, batch))}; give its name as `{name}`"
+                )
         x, step = batch[self.key], trainer.fit_loop.total_batch_idx
         labels = None if self.labels_key is None else batch[self.labels_key]
         if self.across_ranks:
-            batch[self.noise_key] = assign_across_ranks(x, seed=self.seed, step=step, labels=labels)
+            batch[self.noise_key] = assign_across_ranks(x, seed=self.seed, step=step, labels=labels, **self.options)
             return
         mixed = (self.seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + trainer.global_rank) % 2**63
         generator = torch.Generator(x.device).manual_seed(mixed)
-        options: Options = {**self.options}
-        if labels is not None:
-            options["labels"] = labels
+        options = {**self.options} if labels is None else {**self.options, "labels": labels}
         batch[self.noise_key] = assign_noise(x, draw_noise(x, generator), generator=generator, **options)

@@ -27,6 +27,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from diffcore.denoiser import Condition, Denoiser, Prediction
+from emd_distill.lean import lean
 
 NoiseCancel = Literal["none", "last", "complete", "stein"]
 Generator = Callable[[Tensor, Condition | None], Tensor]
@@ -312,7 +313,8 @@ def frozen(network: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
         yield network
         return
     module, constants = network, {name: value.detach() for name, value in network.named_parameters()}
-    yield lambda *inputs: torch.func.functional_call(module, constants, inputs)
+    with lean(module):
+        yield lambda *inputs: torch.func.functional_call(module, constants, inputs)
 
 
 def _sampled(call: Generator, z: Tensor, condition: Condition | None, *, moves: bool) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,98 @@
+"""Fewer activations: the same values and gradients as autograd, and less memory, for networks with constant weights."""
+
+import pytest
+import torch
+from torch import nn
+
+from diffcore.bench import peak_megabytes
+from diffcore.testing import tiny
+from emd_distill.lean import lean
+
+
+class Block(nn.Module):
+    """A residual block as U-Nets have it, whose norm is used twice: before a SiLU and by itself."""
+
+    def __init__(self, channels: int = 8, *, affine: bool = True) -> None:
+        super().__init__()
+        self.first, self.second = nn.GroupNorm(2, channels, affine=affine), nn.GroupNorm(4, channels, affine=affine)
+        self.act = nn.SiLU()
+        self.inner = nn.Conv2d(channels, channels, 3, padding=1)
+        self.outer = nn.Conv2d(channels, channels, 3, stride=2, padding=1, groups=2, bias=False)
+        self.odd = nn.Conv2d(channels, channels, 3, padding="same", padding_mode="circular")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = self.first(x)
+        hidden = self.inner(self.act(normed)) + normed  # the norm's output has two uses
+        return self.outer(self.act(self.second(self.odd(hidden) + x))) * self.act(x.mean())
+
+
+def gradient(network: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    x = x.detach().requires_grad_()
+    y = network(x)
+    return y.detach(), torch.autograd.grad((y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum(), x)[0]
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["rows", "channels last"])
+def test_values_and_gradients_are_those_of_autograd(layout: torch.memory_format, affine: bool):
+    torch.manual_seed(0)
+    network = Block(affine=affine).double().requires_grad_(False)
+    for parameter in network.parameters():
+        parameter.copy_(torch.randn_like(parameter))
+    x = torch.randn(3, 8, 6, 6, dtype=torch.float64).contiguous(memory_format=layout)
+    plain = gradient(network, x)
+    with lean(network):
+        kept = gradient(network, x)
+    for one, other in zip(plain, kept, strict=True):
+        assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)
+    assert plain[1].abs().max() > 0.005
+
+
+def test_a_real_unet_takes_half_the_memory():
+    backbone = tiny.backbone("sd15").requires_grad_(False)
+    x = torch.randn(8, 4, 16, 16, requires_grad=True)
+    text = torch.randn(8, 5, backbone.config.cross_attention_dim)
+
+    def run() -> torch.Tensor:
+        return torch.autograd.grad(backbone(x, 5, text).sample.sum(), x)[0]
+
+    plain, first = run(), peak_megabytes(run)
+    with lean(backbone):
+        kept, second = run(), peak_megabytes(run)
+    assert torch.allclose(plain, kept, rtol=1e-4, atol=1e-5)
+    assert second < 0.75 * first
+
+
+def test_weights_that_learn_and_modules_of_their_own_are_left_alone():
+    network = Block()
+    x = torch.randn(2, 8, 6, 6, requires_grad=True)
+    network(x).sum().backward()
+    expected = [parameter.grad.clone() for parameter in network.parameters()]
+    network.zero_grad()
+    with lean(network):
+        network(x).sum().backward()
+    assert all(torch.allclose(a, b.grad) for a, b in zip(expected, network.parameters(), strict=True))
+    assert not any("forward" in vars(module) for module in network.modules())
+    own = nn.Conv2d(1, 1, 1)
+    own.forward = lambda _: torch.zeros(1)
+    with lean(nn.Sequential(own)):
+        assert own(torch.ones(1, 1, 1, 1)).shape == (1,)
+    assert "forward" in vars(own)
+
+
+def test_modules_are_as_before_after_an_error():
+    network = Block()
+    with pytest.raises(RuntimeError, match="stop"), lean(network):
+        raise RuntimeError("stop")
+    assert not any("forward" in vars(module) for module in network.modules())
+
+
+def test_an_activation_in_place_and_outputs_without_gradients_are_plain():
+    network = nn.Sequential(nn.GroupNorm(1, 2), nn.SiLU(inplace=True), nn.Conv2d(2, 2, 1)).requires_grad_(False)
+    x = torch.randn(1, 2, 3, 3)
+    with lean(network):
+        assert torch.equal(network(x), network(x))
+        assert network(x).grad_fn is None
+        assert torch.allclose(gradient(network, x)[1], gradient(network, x)[1])
+    with lean(lambda x: x):
+        pass

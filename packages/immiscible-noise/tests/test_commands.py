@@ -24,7 +24,7 @@ from diffcore.denoiser import schedule_from
 from diffcore.io import artifact
 from diffcore.models import load
 from diffcore.runtime import Runtime
-from immiscible_noise import NoisePlan
+from immiscible_noise import NoisePlan, read_plan
 from immiscible_noise.app.cli import app
 from immiscible_noise.consistency import consistency_sample
 from immiscible_noise.study.train import load_snapshot, read_recipe
@@ -248,7 +248,7 @@ def test_plan_writes_what_the_library_builds_from_latents(painted: Path, tmp_pat
     save_file({"latents": latents, "labels": labels}, tmp_path / "latents.safetensors")
     told = ["--epochs", "2", "--window", "20", "--seed", "4", "--use-labels"]
     assert run("plan", tmp_path / "latents.safetensors", "--out", tmp_path / "out", *told) == 0
-    plan = NoisePlan.load(tmp_path / "out" / "plan.safetensors")
+    plan = read_plan(tmp_path / "out" / "plan.safetensors")
     assert sorted(plan.order[:30].tolist()) == sorted(plan.order[30:].tolist()) == list(range(30))
     expected = NoisePlan.build(latents, plan.order, window=20, seed=4, labels=labels)
     assert torch.equal(plan.seeds, expected.seeds)
@@ -256,7 +256,7 @@ def test_plan_writes_what_the_library_builds_from_latents(painted: Path, tmp_pat
     assert 0 < result["distance_reduction"] < 0.2
     assert "nearer" in (tmp_path / "out" / "report.html").read_text()
     assert run("plan", painted, "--out", tmp_path / "pixels", "--window", "40") == 0
-    assert len(NoisePlan.load(tmp_path / "pixels" / "plan.safetensors")) == 40
+    assert len(read_plan(tmp_path / "pixels" / "plan.safetensors")) == 40
 
 
 @pytest.mark.parametrize(

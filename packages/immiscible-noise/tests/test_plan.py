@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from immiscible_noise import NoisePlan, assign_noise
+from immiscible_noise import NoisePlan, assign_noise, read_plan, write_plan
 from immiscible_noise.plan import noise_of
 
 LATENTS = torch.randn(40, 4, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -83,14 +83,13 @@ def test_buckets_exchange_noise_with_their_like():
 
 def test_a_plan_is_stored_and_another_torch_is_told(tmp_path: Path):
     plan = NoisePlan.build(LATENTS, ORDER, window=24)
-    plan.save(tmp_path / "plan.safetensors")
-    loaded = NoisePlan.load(tmp_path / "plan.safetensors")
+    loaded = read_plan(write_plan(plan, tmp_path / "plan.safetensors"))
     assert torch.equal(loaded.order, plan.order)
     assert torch.equal(loaded.seeds, plan.seeds)
     assert loaded.window == 24
-    NoisePlan(plan.order, plan.seeds, 24, "1.0").save(tmp_path / "old.safetensors")
+    write_plan(NoisePlan(plan.order, plan.seeds, 24, "1.0"), tmp_path / "old.safetensors")
     with pytest.warns(UserWarning, match="made with torch 1.0"):
-        NoisePlan.load(tmp_path / "old.safetensors")
+        read_plan(tmp_path / "old.safetensors")
 
 
 def test_a_file_that_is_no_plan(tmp_path: Path):
@@ -98,7 +97,7 @@ def test_a_file_that_is_no_plan(tmp_path: Path):
 
     save_file({"order": torch.arange(3)}, str(tmp_path / "other.safetensors"))
     with pytest.raises(ValueError, match="holds no plan"):
-        NoisePlan.load(tmp_path / "other.safetensors")
+        read_plan(tmp_path / "other.safetensors")
 
 
 @pytest.mark.parametrize(

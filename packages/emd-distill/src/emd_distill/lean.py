@@ -2,7 +2,8 @@
 
 autograd keeps the input of every convolution, although only gradients to weights need it, and the input of every SiLU,
 which after a group norm is cheap to compute again. Inside `lean` convolutions keep their weights alone, and a SiLU that
-follows a group norm keeps what the norm keeps. Values and gradients are the same.
+follows a group norm keeps what the norm keeps. Values and gradients are the same. Small activations are kept as they
+are: leaving them out would take more time than their memory is worth.
 """
 
 from collections.abc import Iterator
@@ -19,22 +20,27 @@ _ATEN = torch.ops.aten
 
 
 @contextmanager
-def lean(network: Any) -> Iterator[None]:
+def lean(network: Any, *, smallest: int = 80_000) -> Iterator[None]:
     """Lets a network keep fewer activations while its weights are constants.
 
     Args:
         network: Module whose convolutions, group norms and SiLUs are called; anything else is left alone.
+        smallest: Number of elements from which on an activation is worth leaving out.
 
     Example:
         >>> net = nn.Sequential(nn.GroupNorm(1, 2), nn.SiLU(), nn.Conv2d(2, 2, 3)).requires_grad_(False)
         >>> x = torch.randn(1, 2, 5, 5, requires_grad=True)
-        >>> with lean(net):
+        >>> with lean(net, smallest=0):
         ...     y = net(x)
         >>> torch.allclose(*(torch.autograd.grad(out.sum(), x)[0] for out in (y, net(x))))
         True
     """
     norms: Any = WeakTensorKeyDictionary()  # what made the outputs of group norms that are still there
-    ways = {nn.Conv2d: _convolve, nn.GroupNorm: partial(_normalise, norms), nn.SiLU: partial(_activate, norms)}
+    ways: dict[type[nn.Module], Any] = {
+        nn.Conv2d: partial(_convolve, smallest),
+        nn.GroupNorm: partial(_normalise, smallest, norms),
+        nn.SiLU: partial(_activate, norms),
+    }
     modules = list(network.modules()) if isinstance(network, nn.Module) else []
     changed = [module for module in modules if type(module) in ways and "forward" not in vars(module)]
     for module in changed:
@@ -46,17 +52,17 @@ def lean(network: Any) -> Iterator[None]:
             del module.forward
 
 
-def _convolve(module: nn.Conv2d, x: Tensor) -> Tensor:
+def _convolve(smallest: int, module: nn.Conv2d, x: Tensor) -> Tensor:
     learns = module.weight.requires_grad or (module.bias is not None and module.bias.requires_grad)
-    if learns or not _followed(x) or module.padding_mode != "zeros" or isinstance(module.padding, str):
+    if learns or not _followed(x, smallest) or module.padding_mode != "zeros" or isinstance(module.padding, str):
         return nn.Conv2d.forward(module, x)
     options = module.stride, module.padding, module.dilation, module.groups
     return _Convolution.apply(x, module.weight, module.bias, *options)  # pyright: ignore[reportReturnType]
 
 
-def _normalise(norms: Any, module: nn.GroupNorm, x: Tensor) -> Tensor:
+def _normalise(smallest: int, norms: Any, module: nn.GroupNorm, x: Tensor) -> Tensor:
     learns = module.weight is not None and module.weight.requires_grad
-    if learns or not _followed(x) or not x.is_contiguous(memory_format=_format(x)):
+    if learns or not _followed(x, smallest) or not x.is_contiguous(memory_format=_format(x)):
         return nn.GroupNorm.forward(module, x)
     found: Any = _Norm.apply(x, module.weight, module.bias, module.num_groups, module.eps)
     out, mean, rstd = found
@@ -75,8 +81,9 @@ def _format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-def _followed(x: Tensor) -> bool:
-    return torch.is_grad_enabled() and x.requires_grad and not torch.is_autocast_enabled(x.device.type)
+def _followed(x: Tensor, smallest: int) -> bool:
+    worth = x.requires_grad and x.numel() >= smallest
+    return worth and torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
 
 
 class _Convolution(torch.autograd.Function):

@@ -11,6 +11,8 @@ from .diagnose import CouplingStatistics as CouplingStatistics
 from .diagnose import Diagnosis as Diagnosis
 from .diagnose import Recommendation as Recommendation
 from .diagnose import diagnose as diagnose
+from .files import read_plan as read_plan
+from .files import write_plan as write_plan
 from .info import AssignmentInfo as AssignmentInfo
 from .leak import ClassLeak as ClassLeak
 from .leak import class_leak as class_leak

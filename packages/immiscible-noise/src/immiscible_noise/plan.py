@@ -10,10 +10,8 @@ Noise is made on the host, whose generator gives the same numbers beside every a
 give others, so a plan keeps the version that it was built with.
 """
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
@@ -22,8 +20,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .assign import Options, assign_noise
-
-_FORMAT = "immiscible-noise plan 1"
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,42 +106,6 @@ class NoisePlan:
             like: Batch whose shape, type and device the noise takes.
         """
         return noise_of(self.seeds[visits.cpu()], like.shape[1:]).to(like)
-
-    def save(self, path: Path | str) -> None:
-        """Writes the plan as a safetensors file.
-
-        Args:
-            path: File that is written.
-        """
-        from safetensors.torch import save_file
-
-        told = {"format": _FORMAT, "window": str(self.window), "torch_version": self.torch_version}
-        save_file({"order": self.order, "seeds": self.seeds}, str(path), metadata=told)
-
-    @classmethod
-    def load(cls, path: Path | str) -> "NoisePlan":
-        """Reads a plan; warns if another version of torch made its noises.
-
-        Args:
-            path: File that `save` wrote.
-
-        Raises:
-            ValueError: The file holds no plan.
-        """
-        from safetensors import safe_open
-
-        with safe_open(str(path), framework="pt") as file:
-            told = file.metadata() or {}
-            if told.get("format") != _FORMAT:
-                raise ValueError(f"{path} holds no plan; give a file that `NoisePlan.save` wrote")
-            order, seeds = file.get_tensor("order"), file.get_tensor("seeds")
-        if told["torch_version"] != torch.__version__:
-            warnings.warn(
-                f"the plan's noises were made with torch {told['torch_version']}, this is {torch.__version__}, which "
-                "may make others from the same seeds; build the plan anew if the training has not begun",
-                stacklevel=2,
-            )
-        return cls(order, seeds, int(told["window"]), told["torch_version"])
 
 
 def noise_of(seeds: Int[Tensor, " b"], shape: Sequence[int]) -> Float[Tensor, "b *data"]:

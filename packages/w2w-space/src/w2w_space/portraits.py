@@ -9,7 +9,7 @@ attributes off a picture, and its features tell persons apart.
 import hashlib
 from collections.abc import Mapping, Sequence
 from importlib.resources import as_file, files
-from pathlib import Path
+from importlib.resources.abc import Traversable
 from typing import Any
 
 import torch
@@ -238,7 +238,7 @@ def load_portraits() -> tuple[Population, Labels]:
     return Population(layout, names, Stacked(vectors.float())), labels
 
 
-def digest_of_files(folder: Path, names: Sequence[str]) -> str:
+def digest_of_files(folder: Traversable, names: Sequence[str]) -> str:
     """Returns the sha256 of the adapters of some members, in their order; missing files count as empty.
 
     Args:
@@ -248,7 +248,7 @@ def digest_of_files(folder: Path, names: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for name in names:
         path = folder / f"{name}.safetensors"
-        digest.update(path.read_bytes() if path.exists() else b"")
+        digest.update(path.read_bytes() if path.is_file() else b"")
     return digest.hexdigest()
 
 

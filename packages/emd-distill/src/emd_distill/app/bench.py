@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,19 +29,27 @@ def cases(*, smoke: bool = False) -> list[Case]:
         smoke: Take few rows and steps, for a check of agreement only.
     """
     rows, steps = (2, 2) if smoke else (16, 16)
-    networks = _Networks()
+    networks = _Networks("zoo:digits8-edm", 2.5, classes)
     return [
-        _chain(networks, rows, steps),
+        _chain(networks, rows, steps, "U-Net of 8 x 8 pixels"),
+        _chain(_Networks("zoo:portraits-sd", 625, one_prompt), rows, min(steps, 4), "U-Net of 8 x 16 x 16 latents"),
         _eps_alone(networks, rows, steps),
         _step(networks, rows, steps),
     ]
 
 
 class _Networks:
-    """Teacher, student and generator of one architecture, a class-conditional U-Net of 8 x 8 pixels."""
+    """Teacher, student and generator of one architecture, that of a model of the zoo.
 
-    def __init__(self) -> None:
-        model = load("zoo:digits8-edm", Runtime(device="cpu"))
+    Args:
+        name: Model that is the teacher.
+        level: Noise level that the generator is called at.
+        conditions: Function from the iteration and the rows to the conditions.
+    """
+
+    def __init__(self, name: str, level: float, conditions: Callable[[int, Tensor], Condition]) -> None:
+        model = load(name, Runtime(device="cpu"))
+        self.conditions = conditions
         self.teacher: NetworkDenoiser = model.denoiser
         self.shape = tuple(model.shape)
         self.student = copy.deepcopy(self.teacher).requires_grad_(True)
@@ -48,11 +57,11 @@ class _Networks:
         with torch.no_grad():  # a student that differs from the teacher, as in training
             for part in self.student.parameters():
                 part.add_(0.02 * part.std(correction=0) * torch.randn(part.shape, generator=g))
-        self.generator = OneStepGenerator(copy.deepcopy(self.teacher).requires_grad_(True), 2.5)
+        self.generator = OneStepGenerator(copy.deepcopy(self.teacher).requires_grad_(True), level)
         self.teacher.requires_grad_(False)
 
     def draws(self) -> Draws:
-        return Draws(0, self.shape, noise_levels(self.teacher.schedule, mean=-1.0), classes)
+        return Draws(0, self.shape, noise_levels(self.teacher.schedule, mean=-1.0), self.conditions)
 
 
 def classes(step: int, rows: Tensor) -> Condition:
@@ -60,7 +69,13 @@ def classes(step: int, rows: Tensor) -> Condition:
     return {"class_labels": (rows + step) % 10}
 
 
-def _chain(networks: _Networks, rows: int, steps: int) -> Case:
+def one_prompt(step: int, rows: Tensor) -> Condition:
+    """Returns an embedding in the shape of a prompt's, the same for all rows."""
+    embedding = torch.randn(1, 8, 128, generator=torch.Generator().manual_seed(0))
+    return {"encoder_hidden_states": embedding.expand(len(rows), -1, -1)}
+
+
+def _chain(networks: _Networks, rows: int, steps: int, name: str) -> Case:
     """A chain in eps and z: the generator's weights are constants, against autograd through all of it."""
     draws, index = networks.draws(), torch.arange(rows)
     drawn, noise = draws(0, index), draws.chain(0, index, steps, moves=True)
@@ -72,7 +87,7 @@ def _chain(networks: _Networks, rows: int, steps: int) -> Case:
     def theirs() -> Tensor:
         return plain_chain(networks.generator, networks.teacher, networks.student, drawn, noise)[1]
 
-    sizes = {"rows": rows, "steps": steps, "network": "U-Net of 8 x 8 pixels"}
+    sizes = {"rows": rows, "steps": steps, "network": name}
     return Case("a chain in eps and z, against autograd with weights", sizes, ours, theirs, close, 1.15, 2.0)
 
 

@@ -205,7 +205,7 @@ def plan(
     Shortest form: immiscible-noise plan LATENTS.safetensors
 
     Writes plan.safetensors into the run folder: the order of the samples, and for each visit the seed of its noise. A
-    trainer takes the order as its sampler and the noise of a visit from `NoisePlan.load(path).noise(visits, like=x)`.
+    trainer takes the order as its sampler and the noise of a visit from `read_plan(path).noise(visits, like=x)`.
 
     Args:
         data: Cached latents, a safetensors file with a tensor `latents` (samples, ...) and perhaps integers `labels`;

@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffcore.errors import UserError, printable
-from diffcore.io import files
+from diffcore.io.files import sha256
 from diffcore.run import Run
 from immiscible_noise.app.options import Data
+from immiscible_noise.files import write_plan
 from immiscible_noise.plan import NoisePlan
 from immiscible_noise.study.train import PixelScale
 
@@ -43,7 +44,7 @@ def read_samples(data: Path, images: Data, normalisation: str) -> tuple[Tensor, 
         )
     if labels is not None and (len(labels) != len(latents) or labels.is_floating_point()):
         raise UserError(f"`labels` of {printable(data)} are not one integer for each of {len(latents)} latents")
-    return latents, labels, {printable(data.name): files.sha256(data)}
+    return latents, labels, {printable(data.name): sha256(data)}
 
 
 def build_plan(
@@ -66,7 +67,7 @@ def build_plan(
         samples, order, window=window, seed=seed, generator=generator, strength=strength, labels=labels
     )
     path = run.folder / "plan.safetensors"
-    plan.save(path)
+    write_plan(plan, path)
     seen = torch.arange(min(len(plan), 2048))
     x = samples[plan.order[seen]].float()
     noise = plan.noise(seen, like=x)

@@ -235,7 +235,7 @@ def _add_plan(report: Report, run: Run) -> None:
     )
     report.plot("distances", figure, f"Samples and noises of the first {len(images['planned']):,} visits.")
     report.section("Take it into a trainer").text(
-        f"plan = NoisePlan.load('{told['file']}'); the loader's sampler is plan.order; in the step, noise = "
+        f"plan = read_plan('{told['file']}'); the loader's sampler is plan.order; in the step, noise = "
         "plan.noise(visits, like=x), where visits are the numbers of samples that the training took before."
     )
 

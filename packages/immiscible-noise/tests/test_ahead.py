@@ -25,12 +25,14 @@ def batches(count: int = 4) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("labels_key", [None, "label"])
 def test_what_comes_equals_assigning_in_line(labels_key: str | None):
     ahead = AssignedAhead(batches(), labels_key=labels_key, seed=3)
+    plain = AssignedAhead(batches(), labels_key=labels_key, seed=3, strength=0.0)
     for index, (found, batch) in enumerate(zip(ahead, batches(), strict=True)):
         assert found["id"] == batch["id"] == index
         assert torch.equal(found["pixel_values"], batch["pixel_values"])
         assert torch.equal(found["noise"], ahead.noise(index, batch))
-        labels = None if labels_key is None else batch["label"]
-        assert torch.equal(found["noise"], assign_noise(batch["pixel_values"], found["noise"], labels=labels))
+        labels, drawn = None if labels_key is None else batch["label"], plain.noise(index, batch)
+        assert torch.equal(found["noise"], assign_noise(batch["pixel_values"], drawn, labels=labels))
+        assert not torch.equal(found["noise"], drawn)
     assert len(ahead) == 4
 
 
@@ -38,7 +40,11 @@ def test_a_resumed_training_meets_the_same_noise():
     whole = [batch["noise"] for batch in AssignedAhead(batches(), seed=1)]
     rest = [batch["noise"] for batch in AssignedAhead(batches()[2:], seed=1, first_batch=2)]
     assert all(torch.equal(a, b) for a, b in zip(whole[2:], rest, strict=True))
-    assert not torch.equal(whole[0], whole[1])
+    same = [batches()[0]] * 2
+    first, second = (batch["noise"] for batch in AssignedAhead(same, seed=1))
+    other = next(iter(AssignedAhead(same, seed=2)))["noise"]
+    assert not torch.isin(first, second).any()
+    assert not torch.isin(first, other).any()
 
 
 def test_tensors_come_with_their_noise():
@@ -49,18 +55,20 @@ def test_tensors_come_with_their_noise():
 
 
 def test_the_next_batch_is_assigned_while_this_one_trains(monkeypatch: pytest.MonkeyPatch):
-    started, threads = threading.Event(), set()
+    started, trained, threads = threading.Event(), threading.Event(), set()
 
     def recorded(x: torch.Tensor, noise: torch.Tensor, **options: Any) -> torch.Tensor:
         threads.add(threading.current_thread())
         if len(x) == 5:  # the second batch
             started.set()
+            assert trained.wait(60)  # the loop has its first batch while this one is not done
         return assign_noise(x, noise, **options)
 
     monkeypatch.setattr(module, "assign_noise", recorded)
     found = iter(AssignedAhead([torch.randn(4, 3), torch.randn(5, 3), torch.randn(6, 3)]))
     next(found)
     assert started.wait(60)  # although the second has not been asked for
+    trained.set()
     assert threading.main_thread() not in threads
     assert [len(x) for x, _ in found] == [5, 6]
 

@@ -64,6 +64,8 @@ def test_labels_that_do_not_fit():
 
 
 def test_costs_and_type_are_the_callers():
-    noise = assign_across_ranks(X.half(), seed=0, step=0, cost="l2")
-    assert noise.dtype == torch.float16
-    assert torch.equal(noise, assign_noise(X.half(), global_noise(0).half(), cost="l2"))
+    x = (X * torch.linspace(0.1, 20, 8).view(-1, 1, 1, 1)).half()
+    plain, squared = (assign_across_ranks(x, seed=0, step=0, cost=cost) for cost in ("l2", "sq"))
+    assert plain.dtype == torch.float16
+    assert torch.equal(plain, assign_noise(x, global_noise(0).half(), cost="l2"))
+    assert not torch.equal(plain, squared)

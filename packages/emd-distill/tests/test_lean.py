@@ -5,7 +5,11 @@ import torch
 from torch import nn
 
 from diffcore.bench import peak_megabytes
+from diffcore.denoiser import EDMSchedule, NetworkDenoiser
 from diffcore.testing import tiny
+from emd_distill.chain import ChainNoise, langevin_eps_z
+from emd_distill.doctor import jacobian_norm
+from emd_distill.generator import OneStepGenerator
 from emd_distill.lean import lean
 
 
@@ -24,6 +28,18 @@ class Block(nn.Module):
         normed = self.first(x)
         hidden = self.inner(self.act(normed)) + normed  # the norm's output has two uses
         return self.outer(self.act(self.second(self.odd(hidden) + x))) * self.act(x.mean())
+
+
+class Wide(nn.Module):
+    """A network whose activations are worth leaving out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        norm, act = nn.GroupNorm(2, 128), nn.SiLU()
+        self.net = nn.Sequential(nn.Conv2d(8, 128, 1), norm, act, nn.Conv2d(128, 8, 1))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
 
 
 def gradient(network: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,6 +64,16 @@ def test_values_and_gradients_are_those_of_autograd(layout: torch.memory_format,
     assert plain[1].abs().max() > 0.005
 
 
+def test_a_single_row_whose_order_is_ambiguous_goes_torchs_own_way():
+    """Its strides say channels last, its elements lie in rows: torch takes it for the former."""
+    network = nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU()).requires_grad_(False)
+    x = torch.randn(1, 8, 4, 4)
+    odd = torch.empty_strided((1, 8, 4, 4), (1, 16, 4, 1)).copy_(x)
+    with lean(network, smallest=0):
+        found = [gradient(network, each)[1] for each in (x, odd, x.contiguous(memory_format=torch.channels_last))]
+    assert all(torch.allclose(each, gradient(network, x)[1], atol=1e-6) for each in found)
+
+
 def test_a_real_unet_takes_half_the_memory():
     backbone = tiny.backbone("sd15").requires_grad_(False)
     x = torch.randn(32, 4, 16, 16, requires_grad=True)
@@ -61,6 +87,19 @@ def test_a_real_unet_takes_half_the_memory():
         kept, second = run(), peak_megabytes(run)
     assert torch.allclose(plain, kept, rtol=1e-4, atol=1e-5)
     assert second < 0.75 * first
+
+
+def test_a_chain_is_lean_and_the_jacobian_norm_of_a_large_network_is_found():
+    generator = OneStepGenerator(NetworkDenoiser(Wide(), EDMSchedule(), "edm"), 2.5)
+    z = torch.randn(16, 8, 8, 8)
+    assert jacobian_norm(generator, z, None, iterations=2) > 0
+    called: list[str] = []
+    generator.denoiser.backbone.register_forward_hook(lambda m, _, out: called.append("forward" in vars(m.net[2])))
+    noise = ChainNoise(torch.randn(16, 1, 8, 8, 8), torch.randn(16, 1, 8, 8, 8))
+    t = torch.full((16,), 1.0)
+    networks = (generator, generator.denoiser, generator.denoiser)
+    langevin_eps_z(*networks, z, torch.randn_like(z), t, gamma_e=0.1, gamma_z=0.01, noise=noise)
+    assert called[0]
 
 
 def test_small_activations_are_kept():

@@ -140,7 +140,7 @@ def langevin_eps_z(
     start, collected, last = z, torch.zeros_like(eps), torch.zeros_like(eps)
     states, drifts = [(eps, z)], []
     teacher_x0 = first = None
-    with frozen(generator) as call:
+    with frozen(generator) as call, lean(generator):
         y = x0
         for step in range(num_steps):
             if y is None or moves:
@@ -229,7 +229,7 @@ def langevin_x_z(
     start, last = z, torch.zeros_like(eps)
     states, drifts = [(eps, z)], []
     teacher_x0 = first = None
-    with frozen(generator) as call:
+    with frozen(generator) as call, lean(generator):
         z, y = _sampled(call, z, condition, moves=moves) if moves or x0 is None else (z, x0)
         x = alpha * y.detach() + sigma * eps
         collected = alpha * y.detach()  # x without the noise that was put into it
@@ -313,8 +313,7 @@ def frozen(network: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
         yield network
         return
     module, constants = network, {name: value.detach() for name, value in network.named_parameters()}
-    with lean(module):
-        yield lambda *inputs: torch.func.functional_call(module, constants, inputs)
+    yield lambda *inputs: torch.func.functional_call(module, constants, inputs)
 
 
 def _sampled(call: Generator, z: Tensor, condition: Condition | None, *, moves: bool) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 autograd keeps the input of every convolution, although only gradients to weights need it, and the input of every SiLU,
 which after a group norm is cheap to compute again. Inside `lean` convolutions keep their weights alone, and a SiLU that
 follows a group norm keeps what the norm keeps. Values and gradients are the same. Small activations are kept as they
-are: leaving them out would take more time than their memory is worth.
+are: leaving them out would take more time than their memory is worth. Gradients of gradients are not supported.
 """
 
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -77,8 +78,8 @@ def _activate(norms: Any, module: nn.SiLU, x: Tensor) -> Tensor:
 
 
 def _format(x: Tensor) -> torch.memory_format:
-    last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format
+    """Returns the order of elements that torch's own group norm takes a tensor for."""
+    return suggest_memory_format(x) if x.ndim == 4 and x.device.type == "cpu" else torch.contiguous_format
 
 
 def _followed(x: Tensor, smallest: int) -> bool:

@@ -32,7 +32,7 @@ def cases(*, smoke: bool = False) -> list[Case]:
     networks = _Networks("zoo:digits8-edm", 2.5, classes)
     return [
         _chain(networks, rows, steps, "U-Net of 8 x 8 pixels"),
-        _chain(_Networks("zoo:portraits-sd", 625, one_prompt), rows, min(steps, 4), "U-Net of 8 x 16 x 16 latents"),
+        _chain(_Networks("zoo:portraits-sd", 625.0, one_prompt), rows, min(steps, 4), "U-Net of 8 x 16 x 16 latents"),
         _eps_alone(networks, rows, steps),
         _step(networks, rows, steps),
     ]

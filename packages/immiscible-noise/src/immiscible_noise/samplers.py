@@ -14,10 +14,7 @@ _STOCHASTIC = (  # by name: importing diffusers takes seconds, and the package d
     "EulerAncestralDiscreteScheduler",
     "KDPM2AncestralDiscreteScheduler",
     "DPMSolverSDEScheduler",
-    "LCMScheduler",
-    "TCDScheduler",
     "RePaintScheduler",
-    "CMStochasticIterativeScheduler",
     "ScoreSdeVeScheduler",
     "CosineDPMSolverMultistepScheduler",
 )

@@ -53,6 +53,7 @@ def run(
     couplings: tuple[Preset, ...] = COUPLINGS,
     seeds: int = 3,
     steps: int | None = None,
+    width: int | None = None,
     samples: int = 3000,
     out: Path = Path("runs/immiscible-consistency"),
 ) -> int:
@@ -68,6 +69,8 @@ def run(
         couplings: Couplings that are compared.
         seeds: Trainings per coupling and recipe.
         steps: Training steps; none takes 3000 with the perceptron, 1500 with the U-Net.
+        width: Number of channels of the U-Net's first level, none takes 32; or of units of the perceptron, none takes
+            128 on digits, 256 on other images.
         samples: Samples per measurement.
         out: Run folder.
     """
@@ -79,7 +82,7 @@ def run(
     )
     name = "digits, 8x8" if data is None else f"{data.stem.split('-')[0]}, {size}x{size}, {network}"
     base = DIGITS if data is None else IMAGES if network == "unet" else replace(DIGITS, width=256)
-    settings = base if steps is None else replace(base, steps=steps)
+    settings = replace(base, steps=steps or base.steps, width=width or base.width)
     for objective, told in RECIPES.items():
         if recipe not in ("both", told.split()[0]):
             continue

@@ -1,4 +1,4 @@
-"""The authors' published files, on a small set in their layout that the tests write (oracle 20)."""
+"""The authors' published files, on a small set in their layout that the tests write."""
 
 from pathlib import Path
 from typing import Any

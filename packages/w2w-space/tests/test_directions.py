@@ -60,7 +60,7 @@ def in_vectors(planted: Planted, found: Directions) -> Tensor:
 
 
 def test_conditional_directions_are_the_planted_ones(planted: Planted):
-    """Oracle 11: the normal, which classifies best, points elsewhere."""
+    """The normal of the plane that classifies best points elsewhere where attributes are correlated."""
     truth = planted.effects / planted.effects.norm(dim=1, keepdim=True)
     cosines = {}
     for estimator in ("conditional", "mean", "normal", "ridge", "logistic"):
@@ -74,7 +74,7 @@ def test_conditional_directions_are_the_planted_ones(planted: Planted):
 
 
 def test_keeping_attributes_takes_out_their_span_at_once(planted: Planted):
-    """Oracle 11: one after the other leaves a rest."""
+    """Taking kept attributes out one after the other leaves a rest."""
     found = find_directions(planted.space, planted.labels)
     start = planted.space.point(0.3 * planted.space.members[5])
     moved = edit(start, {"age": 2.0}, found, keep=["beard", "hat"]).point.z - start.z
@@ -94,7 +94,7 @@ def test_keeping_attributes_takes_out_their_span_at_once(planted: Planted):
 
 
 def test_edits_move_by_the_stated_strength_commute_and_return(planted: Planted):
-    """Oracle 10."""
+    """Strength 0 changes nothing, one way and back restores, and the order of edits does not matter."""
     found = find_directions(planted.space, planted.labels)
     start = planted.space.point(planted.space.members[3])
     done = edit(start, {"age": 1.5}, found)
@@ -181,7 +181,7 @@ def test_what_was_projected_is_compared_with_what_is_as_short(noisy: tuple[Weigh
 
 
 def test_the_published_direction_is_least_squares(planted: Planted):
-    """Oracle 12: scikit-learn's coefficients, with and without an intercept and penalty; raw strengths are theirs."""
+    """Coefficients are scikit-learn's coefficients, with and without an intercept and penalty; raw strengths are theirs."""
     space, labels = planted.space, planted.labels
     beta = (space.members * space.sigma).double()
     y = labels.values
@@ -204,7 +204,7 @@ def test_the_published_direction_is_least_squares(planted: Planted):
 
 
 def test_resampled_members_agree_on_the_side(planted: Planted):
-    """Oracle 23."""
+    """A planted direction keeps its sign in more than 95 % of the resamples."""
     found = find_directions(planted.space, planted.labels)
     assert min(bootstrapped(planted.space, planted.labels, found, resamples=40)) > 0.95
 
@@ -278,7 +278,7 @@ def test_what_is_one_with_a_kept_attribute_cannot_be_moved(planted: Planted):
 
 
 def test_samples_have_the_moments_of_the_members(planted: Planted):
-    """Oracle 13."""
+    """Mean and covariance of 20 000 draws are those of the members, up to a few standard errors."""
     z = torch.stack([one.point.z for one in sample(planted.space, 20_000)])
     error = 3 / 20_000**0.5
     assert z.mean(0).abs().max() < 1.5 * error
@@ -291,7 +291,7 @@ def test_samples_have_the_moments_of_the_members(planted: Planted):
 
 
 def test_a_member_is_a_near_copy_and_a_draw_is_none(planted: Planted):
-    """Oracle 13."""
+    """The check for near copies fires on a member, and on at most 2 of 50 draws."""
     draws = sample(planted.space, 50, seed=3)
     assert sum(one.near_copy for one in draws) <= 2
     (again,) = described(planted.space, planted.space.members[7:8] + 1e-3)

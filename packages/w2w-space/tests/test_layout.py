@@ -18,7 +18,7 @@ def change(outputs: int, inputs: int, rank: int, alpha: float | None = None, see
 
 
 def test_sd15_has_the_published_number_of_numbers():
-    """Oracle 1: 64 modules and 99 648 numbers, 49 920 of self-attention and 49 728 of cross-attention."""
+    """Counts 64 modules and 99 648 numbers, 49 920 of self-attention and 49 728 of cross-attention."""
     import json
     from pathlib import Path
 
@@ -63,7 +63,7 @@ def test_convolutions_keep_their_kernels():
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 4, 7])
 def test_the_loss_is_that_of_the_products(rank: int):
-    """Oracle 19."""
+    """The stated loss of a cut to a lower rank is the measured one, and a higher rank loses nothing."""
     whole = change(9, 6, 4, alpha=10.0)
     cut, loss = at_rank(whole, rank)
     assert cut.rank == rank

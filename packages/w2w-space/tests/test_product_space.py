@@ -34,7 +34,7 @@ def changes(layout: Layout, vectors: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("rank", [1, 2])
 def test_the_space_is_that_of_the_formed_changes(rank):
-    """Oracle 6, for all of the space: variances, members, and projections of adapters that are no members."""
+    """Variances, members, and projections of adapters that are no members are those of explicit products."""
     population = drawn(12, rank)
     space = ProductSpace.build(population, num_components=6, rank=30)
     formed = changes(population.layout, population.vectors.rows(range(12)))

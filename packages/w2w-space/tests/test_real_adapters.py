@@ -108,7 +108,7 @@ def member(path: Path, folder: Path) -> PopulationFolder:
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("writer", WRITERS)
 def test_the_member_shows_what_its_trainer_showed(tmp_path: Path, writer: str, config: str):
-    """Oracle 8: the U-Net of the library that wrote the adapter, and ours with the vector of a population."""
+    """Compares the U-Net of the library that wrote the adapter, and ours with the vector of a population."""
     pipe = trained(0, CONFIGS[config])
     theirs = output(pipe.unet)
     found = member(WRITERS[writer](pipe, tmp_path / "lora"), tmp_path / "pop")

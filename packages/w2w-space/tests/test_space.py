@@ -41,7 +41,7 @@ def planted(members: int, factors: int, noise: float, seed: int = 0, size: int =
 @pytest.mark.parametrize("solver", ["gram", "covariance", "iterative"])
 @pytest.mark.parametrize("block_size", [17, None])
 def test_the_space_is_scikit_learns(solver, block_size):
-    """Oracle 2."""
+    """Variances, subspaces and coordinates are those of its full PCA on standardised numbers, up to signs."""
     population, _ = planted(40, 5, 0.3)
     ours = WeightSpace.build(population, gauge="raw", num_components=12, solver=solver, block_size=block_size)
     x = population.vectors.columns(slice(0, population.layout.size)).double().numpy()
@@ -58,7 +58,7 @@ def test_the_space_is_scikit_learns(solver, block_size):
 
 @pytest.mark.parametrize("solver", ["gram", "covariance", "iterative"])
 def test_parts_and_processes_give_the_space_of_one(solver, tmp_path: Path):
-    """Oracle 4: whatever the blocks and parts, on one process and on two."""
+    """Streaming gives one space, whatever the blocks and parts, on one process and on two."""
     from lightning.fabric import Fabric
     from lightning.fabric.plugins.environments import LightningEnvironment
 
@@ -85,7 +85,7 @@ def test_parts_and_processes_give_the_space_of_one(solver, tmp_path: Path):
 
 @pytest.mark.parametrize("gauge", ["raw", "canonical"])
 def test_the_order_of_the_members_does_not_matter(gauge):
-    """Oracle 4, for the components that stand out: on a flat tail there is no order to agree on."""
+    """Looks at the components that stand out: on a flat tail there is no order to agree on."""
     population = toy(members=40).gauged
     order = torch.randperm(40, generator=torch.Generator().manual_seed(1)).tolist()
     one, other = (WeightSpace.build(p, gauge=gauge, num_components=6) for p in (population, population.subset(order)))
@@ -98,7 +98,7 @@ def test_the_order_of_the_members_does_not_matter(gauge):
 
 @pytest.mark.parametrize("solver", ["gram", "covariance", "iterative"])
 def test_new_members_do_not_move_the_vectors_of_old_ones(solver):
-    """Oracle 4: with gauge and scale kept, the space is that of all members at that scale."""
+    """With gauge and scale kept, the space is that of all members at that scale."""
     made = toy(members=30).gauged
     earlier = WeightSpace.build(made.subset(range(20)), num_components=6)
     space = WeightSpace.build(made, like=earlier, num_components=6, solver=solver)
@@ -117,7 +117,7 @@ def test_new_members_do_not_move_the_vectors_of_old_ones(solver):
 
 
 def test_coordinates_of_members_are_white_and_lead_back():
-    """Oracle 20: with all components, members come back as they were."""
+    """With all components, members come back as they were."""
     population, _ = planted(25, 5, 0.3)
     for scaling in ("standard", "module", "none"):
         space = WeightSpace.build(population, gauge="raw", scaling=scaling)
@@ -132,7 +132,7 @@ def test_coordinates_of_members_are_white_and_lead_back():
 
 
 def test_a_planted_subspace_is_recovered_the_better_the_more_members():
-    """Oracle 3, on numbers of one scale."""
+    """The largest angle to the planted subspace shrinks with the members, on numbers of one scale."""
     largest = []
     for members in (50, 200, 800):
         population, directions = planted(members, 5, 0.1)
@@ -153,7 +153,7 @@ def test_chance_has_no_components_and_planted_ones_are_counted():
 
 @pytest.mark.parametrize("kind", ["rank_one", "rank_three"])
 def test_no_gauge_changes_the_space(kind, request):
-    """Oracle 5: a random gauge on every module of every member gives the same space and the same points."""
+    """A random gauge on every module of every member gives the same space and the same points."""
     made: Toy = request.getfixturevalue(kind)
     one, other = (WeightSpace.build(population, num_components=10) for population in (made.population, made.gauged))
     scale = one.mean.abs().max()
@@ -191,7 +191,7 @@ def held_out_error(population: Population, gauge: str, k: int) -> float:
 
 
 def test_the_gauge_matters_for_rank_one():
-    """Oracle 7: what six latent numbers decide is held by six components in the canonical gauge alone."""
+    """What six latent numbers decide is held by six components in the canonical gauge alone."""
     made = toy(spread=0.3)
     assert held_out_error(made.gauged, "canonical", 6) < 0.1
     assert held_out_error(made.gauged, "raw", 6) > 0.5
@@ -202,7 +202,7 @@ def test_the_gauge_matters_for_rank_one():
 
 
 def test_procrustes_holds_what_signs_alone_do_not():
-    """Oracle 7 for rank 3, with close singular values."""
+    """At rank 3 with close singular values the form by SVD is not enough."""
     made = toy(rank=3, spread=0.3)
     assert held_out_error(made.gauged, "canonical", 6) < 0.15
     # The form of the singular value decomposition, signs fixed, but no rotation to a reference.
@@ -226,7 +226,7 @@ def probe(z: Tensor, latents: Tensor) -> float:
 
 
 def test_products_without_products():
-    """Oracle 6."""
+    """Inner products are those of the formed changes, which it never forms."""
     for rank in (1, 3):
         made = toy(members=6, rank=rank)
         layout, rows = made.gauged.layout, made.gauged.vectors.rows(range(6)).double()

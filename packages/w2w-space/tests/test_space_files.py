@@ -176,7 +176,7 @@ def unet_output(unet) -> torch.Tensor:
 
 @pytest.mark.parametrize("format", ["diffusers", "kohya"])
 def test_plain_diffusers_shows_the_point(fitted: WeightSpace, tmp_path: Path, format):
-    """Oracle 8, through a real pipeline's own `load_lora_weights`."""
+    """A real pipeline reads the file by its own `load_lora_weights` and gives our outputs."""
     pipe = tiny.pipeline("sd15")
     point = Point(fitted, torch.randn(fitted.num_components, generator=torch.Generator().manual_seed(1)) * 3)
     path = export_point(point, tmp_path / "a.safetensors", format=format, dtype=torch.float32).path
@@ -189,7 +189,7 @@ def test_plain_diffusers_shows_the_point(fitted: WeightSpace, tmp_path: Path, fo
 
 
 def test_peft_shows_the_point(fitted: WeightSpace, tmp_path: Path):
-    """Oracle 8 for PEFT's own reader."""
+    """PEFT's own reader gives our outputs too."""
     from peft import PeftModel
 
     pipe = tiny.pipeline("sd15")
@@ -201,7 +201,7 @@ def test_peft_shows_the_point(fitted: WeightSpace, tmp_path: Path):
 
 
 def test_alpha_is_kept_where_the_naive_rewrite_loses_it(fitted: WeightSpace, tmp_path: Path):
-    """Oracle 9: rank 1, alpha 27, in diffusers' keys; the file without a stated alpha shows a twenty-seventh."""
+    """Takes rank 1 and alpha 27 in diffusers' keys; the file without a stated alpha shows a twenty-seventh."""
     from safetensors.torch import save_file
 
     adapter = fitted.point(torch.full((fitted.num_components,), 2.0)).adapter()

@@ -181,7 +181,7 @@ def test_what_was_projected_is_compared_with_what_is_as_short(noisy: tuple[Weigh
 
 
 def test_the_published_direction_is_least_squares(planted: Planted):
-    """Coefficients are scikit-learn's coefficients, with and without an intercept and penalty; raw strengths are theirs."""
+    """Coefficients are those of scikit-learn, with and without intercept and penalty; raw strengths are theirs."""
     space, labels = planted.space, planted.labels
     beta = (space.members * space.sigma).double()
     y = labels.values

@@ -11,5 +11,7 @@ from .losses import diff_instruct as diff_instruct
 from .losses import dmd as dmd
 from .module import DistillModule as DistillModule
 from .noise_levels import noise_levels as noise_levels
+from .warm_start import smaller as smaller
+from .warm_start import warm_start as warm_start
 
 __version__: str

@@ -127,6 +127,7 @@ def distill(
     shape: Sequence[int],
     settings: Settings = DEFAULTS,
     *,
+    data_shape: Sequence[int] | None = None,
     student: Denoiser | None = None,
     time_sampler: TimeSampler | None = None,
     conditions: Conditions | None = None,
@@ -136,11 +137,13 @@ def distill(
 
     Args:
         teacher: Denoiser of the teacher, with guidance inside where that is wanted; its weights stay as they are.
-        generator: Network (z, condition) to samples, trained in place; see `OneStepGenerator` for one from the teacher.
+        generator: Network (z, condition) to samples, trained in place; see `OneStepGenerator` for one from the teacher,
+            `warm_start` for any other.
             Of a network of which some weights require gradients, these are trained; else all are, and of a
             `LoraDenoiser` its LoRA.
         shape: Shape of one latent z, which for a generator from the teacher is that of a sample.
         settings: Loss, steps, learning rates and seed.
+        data_shape: Shape of one sample, where it differs from that of a latent.
         student: Denoiser that learns the score of the generator's samples, trained in place, on the teacher's schedule;
             by default a copy of the teacher without its guidance, or a LoRA on it where the generator is one.
         time_sampler: Distribution of noise levels p(t); by default log-normal in the teacher's range.
@@ -181,7 +184,10 @@ def distill(
     device = next(generator.parameters()).device
     rows = torch.arange(settings.batch_size, device=device)
     scored, uncond = guided_student(student, teacher, settings.student_guidance)
-    draws = Draws(settings.seed, tuple(shape), time_sampler, conditions, uncond=uncond, null_share=settings.null_share)
+    draws = Draws(
+        settings.seed, tuple(shape), time_sampler, conditions, tuple(data_shape) if data_shape else None, uncond,
+        settings.null_share,
+    )  # fmt: skip
     watch, drifts, dropped = Watch(), [], []
     for step in range(settings.steps):
         iteration = Iteration(generator, teacher, student, scored, draws, settings, step, rows)

@@ -13,7 +13,7 @@ from diffcore.train.timesteps import TimeSampler
 from emd_distill.chain import ChainNoise
 
 # Streams of the counter-based generator: each kind of draw has its own, so that K changes no other draw.
-_TIME, _Z, _EPS, _CHAIN_EPS, _CHAIN_Z, CONDITION, _NULL = range(7)
+_TIME, _Z, _EPS, _CHAIN_EPS, _CHAIN_Z, CONDITION, _NULL, WARM_Z, WARM_REST = range(9)
 _UPDATES = 64  # streams kept apart for each further update of the student score in one iteration
 
 Conditions = Callable[[int, Int[Tensor, " b"]], Condition]

@@ -51,6 +51,7 @@ class DistillModule(IterationModule):
         shape: Shape of one latent z.
         settings: Loss, batch size over all processes, learning rates and seed; `steps`, `clip` and `ema` are for the
             caller of `fit`.
+        data_shape: Shape of one sample, where it differs from that of a latent.
         student: Denoiser that learns the score of the generator's samples; by default a copy of the teacher,
             or a LoRA on it where the generator is one.
         time_sampler: Distribution of noise levels p(t), rising; by default log-normal in the teacher's range.
@@ -87,6 +88,7 @@ class DistillModule(IterationModule):
         shape: Sequence[int],
         settings: Settings = DEFAULTS,
         *,
+        data_shape: Sequence[int] | None = None,
         student: Denoiser | None = None,
         time_sampler: TimeSampler | None = None,
         conditions: Conditions | None = None,
@@ -101,8 +103,9 @@ class DistillModule(IterationModule):
         scored, uncond = guided_student(self.student, teacher, settings.student_guidance)
         self._scored: tuple[Denoiser] = (scored,)  # the student under guidance has no weights of its own
         self.draws = Draws(
-            settings.seed, tuple(shape), time_sampler, conditions, uncond=uncond, null_share=settings.null_share
-        )
+            settings.seed, tuple(shape), time_sampler, conditions, tuple(data_shape) if data_shape else None, uncond,
+            settings.null_share,
+        )  # fmt: skip
         self._edges = time_sampler(torch.arange(1, BINS) / BINS).sort().values
         self._window = _empty()
         self._watch = Watch(self._gathered)

@@ -179,6 +179,10 @@ class TrainingOptions:
         ema: Decay of the average of the generator's weights; by default the preset's.
         lora_rank: Rank of generator and student score as LoRA on one copy of the teacher's weights; 0 trains whole
             networks. The presets' learning rates are for whole networks; a LoRA takes larger ones, such as 1e-4.
+        generator_width: Share of the teacher's channels that the generator has; 1 starts from the teacher's weights,
+            less is a smaller U-Net with random weights, which is warmed up first.
+        warm_up_steps: Number of steps in which a smaller generator is regressed to the teacher in one call.
+        warm_up_learning_rate: Learning rate of these steps.
         guidance_scale: Strength of the teacher's classifier-free guidance, which the generator learns; 1 is off.
         checkpoint_every: Number of iterations between checkpoints.
         log_every: Number of iterations between log lines.
@@ -201,6 +205,9 @@ class TrainingOptions:
     gradient_clip: float = 1.0
     ema: float | None = None
     lora_rank: int = 0
+    generator_width: float = 1.0
+    warm_up_steps: int = 1000
+    warm_up_learning_rate: float = 3e-4
     guidance_scale: float = 1.0
     checkpoint_every: int = 500
     log_every: int = 50
@@ -232,6 +239,14 @@ class TrainingOptions:
             raise UserError(f"`teacher_steps` is {self.teacher_steps}; give at least 1")
         if self.lora_rank < 0:
             raise UserError(f"`lora_rank` is {self.lora_rank}; give 0 or more")
+        if not 0 < self.generator_width <= 1:
+            raise UserError(f"`generator_width` is {self.generator_width}; give a share above 0, up to 1")
+        if self.generator_width < 1 and self.lora_rank:
+            raise UserError("`generator_width` and `lora_rank` are two ways to a small training; give one of them")
+        if self.warm_up_steps < 1:
+            raise UserError(f"`warm_up_steps` is {self.warm_up_steps}; give at least 1")
+        if not self.warm_up_learning_rate > 0:
+            raise UserError(f"`warm_up_learning_rate` is {self.warm_up_learning_rate}; it must be positive")
         if not self.gradient_clip >= 0:
             raise UserError(f"`gradient_clip` is {self.gradient_clip}; give 0 or more")
         defaults = _PRESETS[preset]

@@ -23,6 +23,8 @@ def add_training(report: Report, run: Run) -> None:
         report: Page that is added to.
         run: Run folder of a training.
     """
+    if run.has("warm-up"):
+        _add_warm_up(report, run.load("warm-up").fields["losses"])
     lines = log_lines(run.folder / "log.jsonl")
     if lines:
         _add_drift(report, run, lines)
@@ -40,6 +42,18 @@ def log_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+
+
+def _add_warm_up(report: Report, losses: list[float]) -> None:
+    figure = lines_with_band(
+        [Series("loss", list(range(1, len(losses) + 1)), losses)], x_label="step", y_label="mean square", log_y=True
+    )
+    report.section("Warming up").plot(
+        "warm-up",
+        figure,
+        "Mean square between the smaller generator and the teacher in one call, from the same latents, in steps before "
+        "the first iteration. Samples need to be near the teacher's before a drift can say where to move them.",
+    )
 
 
 def _add_drift(report: Report, run: Run, lines: list[dict[str, Any]]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from diffcore.cli import track
 from diffcore.denoiser import Condition, Denoiser, GuidedDenoiser
 from diffcore.errors import MachineError, UserError, printable
 from diffcore.models import DiffusionModel
@@ -30,6 +31,7 @@ from emd_distill.lora import LoraDenoiser
 from emd_distill.losses import EMD
 from emd_distill.module import DistillModule
 from emd_distill.quality import Scores, drawn_images, features_for, losing_modes, measured, teacher_images
+from emd_distill.warm_start import smaller, warm_start
 
 _LOG = logging.getLogger("diffcore.emd_distill")
 SHOWN = 20
@@ -87,18 +89,22 @@ class Training:
         return GuidedDenoiser(plain, self.options.guidance_scale, self.uncond) if self.uncond else plain
 
     def generator(self) -> OneStepGenerator:
-        """Returns a generator that starts as the teacher: its weights, or a LoRA on them, can learn.
+        """Returns a generator that learns: the teacher's weights, a LoRA on them, or a smaller network without any.
 
         Raises:
-            UserError: The teacher cannot be called at the level.
+            UserError: The teacher cannot be called at the level, or its network cannot be made smaller.
         """
-        plain, rank = self.model.denoiser, self.options.lora_rank
+        plain, rank, width = self.model.denoiser, self.options.lora_rank, self.options.generator_width
         try:
             if rank:
                 return OneStepGenerator(LoraDenoiser(plain, rank, seed=self.runtime.seed), self.t)
+            if width < 1:
+                small = smaller(plain, width, seed=self.runtime.seed).requires_grad_(True)
+                return OneStepGenerator(small, self.t)
             return OneStepGenerator(copy.deepcopy(plain).requires_grad_(True), self.t)
-        except ValueError as error:
-            raise UserError(str(error).replace("`t`", "`timestep`")) from error
+        except (UserError, ValueError) as error:
+            told = str(error).replace("`t`", "`timestep`").replace("`width`", "`generator_width`")
+            raise UserError(told) from error
 
     def rows(self, count: int, *, seen: bool = False) -> Condition:
         """Returns conditions of images, the table's in turn.
@@ -113,6 +119,16 @@ class Training:
         place = torch.arange(count, device=next(iter(table.values())).device)
         return {name: value[place % len(value)] for name, value in table.items()}
 
+    def _told(self, learning: int) -> str:
+        """Returns what the generator is, in words."""
+        options = self.options
+        if options.lora_rank:
+            return f"LoRA of rank {options.lora_rank}, {learning:,} parameters"
+        if options.generator_width == 1:
+            return "whole network"
+        warm = f"{options.warm_up_steps:,} steps of warming up"
+        return f"{options.generator_width:g} of the teacher's channels, {learning:,} parameters, {warm}"
+
     def plan(self, settings: Settings) -> dict[str, Any]:
         """Returns what a training would cost, without running a network.
 
@@ -124,7 +140,7 @@ class Training:
         generator = self.generator()
         learning = sum(p.numel() for p in generator.parameters() if p.requires_grad)
         scored, drawn = (settings.batch_size * count for count in settings.accumulation)
-        half, rank = self.runtime.dtype == "bfloat16", self.options.lora_rank
+        half, small = self.runtime.dtype == "bfloat16", self.options.generator_width < 1
         guided = self.uncond is not None
         loss = settings.loss
         starts = sorted(loss.num_steps) if isinstance(loss, EMD) and not isinstance(loss.num_steps, int) else [0]
@@ -137,7 +153,7 @@ class Training:
         ]  # fmt: skip
         return {
             "teacher": f"{type(self.model.backbone).__name__}, {count:,} parameters",
-            "generator": f"LoRA of rank {rank}, {learning:,} parameters" if rank else "whole network",
+            "generator": self._told(learning),
             "conditions": self.captions,
             "level_of_the_generator": self.t,
             "iterations": settings.steps,
@@ -150,7 +166,10 @@ class Training:
             f"{spent[-1].generator}, gradients to inputs {spent[-1].input_gradients}, gradients to weights "
             f"{spent[-1].weight_gradients} at two each",
             "megabytes_without_activations": round(
-                weight_megabytes(network, generator, generator, teacher_bytes=2 if half else 4), 1
+                weight_megabytes(
+                    network, generator, student_of(network) if small else generator, teacher_bytes=2 if half else 4
+                ),
+                1,
             ),
             "megabytes_on_disk": round(learning * 4 * (2 * 3 + 2) / 1e6, 1),
             "looks_after_iterations": self.options.looks,
@@ -270,6 +289,34 @@ def keep_reference(training: Training, run: Run) -> None:
     run.save("reference", {"features": features(images), "pictures": images[:SHOWN]}, features=name)
 
 
+def warm_up(training: Training, generator: OneStepGenerator, settings: Settings, run: Run) -> None:
+    """Brings a generator with random weights to what the teacher draws in one call, once in a run.
+
+    Args:
+        training: Teacher, conditions and options.
+        generator: Generator that learns, in place.
+        settings: Batch size and seed.
+        run: Run folder that keeps the weights as part `warm-up`, which all trainings of a comparison start from.
+    """
+    backbone: Any = generator.denoiser.backbone
+    if not run.has("warm-up"):
+        start, steps = OneStepGenerator(training.model.denoiser, training.t), training.options.warm_up_steps
+        table, bar = training.table, iter(track(range(steps), "warming up"))
+        losses = warm_start(
+            generator, start, training.model.shape, steps=steps, batch_size=settings.batch_size,
+            learning_rate=training.options.warm_up_learning_rate, seed=settings.seed,
+            conditions=InTurn(table, settings.batch_size, settings.seed) if table else None,
+            on_step=lambda step: next(bar, None),
+        )  # fmt: skip
+        next(bar, None)
+        if not losses.isfinite().all():
+            raise MachineError("warming up did not stay finite; give a smaller `warm_up_learning_rate`")
+        if run.leading:
+            run.save("warm-up", dict(backbone.state_dict()), losses=losses.tolist())
+    else:
+        backbone.load_state_dict(run.load("warm-up").tensors)
+
+
 def train_generator(
     training: Training,
     settings: Settings,
@@ -302,6 +349,8 @@ def train_generator(
     folder = folder or run.folder
     folder.mkdir(parents=True, exist_ok=True)
     generator = training.generator()
+    if training.options.generator_width < 1:
+        warm_up(training, generator, settings, run)
     teacher = training.teacher
     student = student_of(teacher, generator)
     if training.runtime.dtype == "bfloat16":  # in place where LoRA share the weights, of which there is one copy

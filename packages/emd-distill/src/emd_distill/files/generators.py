@@ -23,6 +23,7 @@ from diffcore.noise import row_noise
 from diffcore.runtime import Runtime
 from emd_distill.generator import OneStepGenerator
 from emd_distill.lora import LoraDenoiser
+from emd_distill.warm_start import channels_of, with_channels
 
 SCHEMA = "emd-distill/generator@1"
 CARD = "emd-distill.json"
@@ -93,6 +94,8 @@ def save_generator(
     denoiser = generator.denoiser
     if isinstance(denoiser, LoraDenoiser):
         told["lora"] = {"rank": denoiser.rank, "alpha": denoiser.alpha, "targets": denoiser.targets}
+    if model is not None and (channels := channels_of(denoiser)) != channels_of(model.denoiser):
+        told["channels"] = channels
     if model is not None:
         told |= {
             "model": source,
@@ -153,8 +156,12 @@ def load_generator(
             f"{printable(facts['model_name'])}; point to that one with `model`"
         )
     plain = teacher.denoiser if isinstance(teacher, DiffusionModel) else teacher
-    lora = facts.get("lora")
-    denoiser = LoraDenoiser(plain, **lora) if lora else copy.deepcopy(plain)
+    if lora := facts.get("lora"):
+        denoiser = LoraDenoiser(plain, **lora)
+    elif channels := facts.get("channels"):
+        denoiser = with_channels(plain, channels)
+    else:
+        denoiser = copy.deepcopy(plain)
     own = _tensors(denoiser)
     if sorted(own) != sorted(stored.tensors) or any(own[n].shape != v.shape for n, v in stored.tensors.items()):
         raise UserError(

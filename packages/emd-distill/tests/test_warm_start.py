@@ -113,9 +113,11 @@ def test_the_start_is_a_function_of_the_seed_and_leaves_the_teacher_alone():
 
 def test_it_imitates_conditions_row_by_row():
     seen: list[Tensor] = []
+    noises: list[Tensor] = []
 
     def start(noise: Tensor, condition: dict[str, Tensor]) -> Tensor:
         seen.append(condition["class_labels"])
+        noises.append(noise)
         return noise
 
     warm_start(
@@ -123,6 +125,7 @@ def test_it_imitates_conditions_row_by_row():
         batch_size=4,
     )  # fmt: skip
     assert [one.tolist() for one in seen] == [[0, 1, 2, 0], [1, 2, 0, 1]]
+    assert not torch.equal(*noises)
 
 
 @pytest.mark.parametrize("family", ["unet2d", "sd15"])

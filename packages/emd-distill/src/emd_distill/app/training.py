@@ -20,6 +20,7 @@ from diffcore.run import Run
 from diffcore.runtime import Runtime
 from diffcore.train import EMA, ConsoleSummary, fit
 from diffcore.train.timesteps import TimeSampler
+from emd_distill.app.memory import give_back_freed_memory
 from emd_distill.app.options_training import TrainingOptions
 from emd_distill.conditions import InTurn
 from emd_distill.cost import passes, weight_megabytes
@@ -301,6 +302,8 @@ def train_generator(
     """
     folder = folder or run.folder
     folder.mkdir(parents=True, exist_ok=True)
+    if training.model.device.type == "cpu":
+        give_back_freed_memory()
     generator = training.generator()
     teacher = training.teacher
     student = student_of(teacher, generator)

@@ -146,7 +146,7 @@ class _Convolution(torch.autograd.Function):
 
 
 class _Block(torch.autograd.Function):
-    """A residual block: norm, SiLU, convolution, shift by the time, norm, SiLU, convolution; then the input is added."""
+    """A residual block: twice norm, SiLU and convolution, with a shift by the time between, and its input added."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shift: Tensor | None, module: Any) -> Tensor:

@@ -3,7 +3,8 @@
     python benchmarks/emd_full_size.py [--case NAME] [--smoke]
 
 Random weights in the published architecture, latents of 4 x 64 x 64, one row, a chain of one step in eps and z. Each
-case runs in a process of its own, whose peak memory is what counts, above what it holds once libraries are imported:
+case runs in a process of its own, whose peak memory is what counts, above what it holds once libraries are imported.
+Freed memory is given back to the system, as in `emd-distill train`:
 
 * `whole-third` and `whole-fifth`: the same architecture at .3 and .2 of the width, all weights trained in float32, as
   `emd-distill train` does it; two iterations, since Adam's moments come with the first. Doctor's forecast must be
@@ -33,6 +34,7 @@ from cyclopts import App, Parameter
 from diffcore.denoiser import Denoiser, DiscreteSchedule, NetworkDenoiser
 from diffcore.io.jsonfile import read_trusted, write_json, write_text
 from diffcore.testing import real_configs, tiny
+from emd_distill.app.memory import give_back_freed_memory
 from emd_distill.distill import Settings, distill
 from emd_distill.doctor import memory_estimate
 from emd_distill.generator import OneStepGenerator
@@ -84,6 +86,7 @@ def resident() -> int:
 def measured(case: Case, side: int, *, smoke: bool) -> dict[str, Any]:
     """Runs a case in this process and returns what it took."""
     torch.set_num_threads(1)
+    give_back_freed_memory()
     import peft  # noqa: F401
 
     condition = {"encoder_hidden_states": torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(1))}

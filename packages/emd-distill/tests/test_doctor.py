@@ -73,6 +73,7 @@ def test_problems_of_schedules_are_told():
     assert "pure noise" in said[0]
     assert "alpha = 0" in said[1]
     assert any("explode" in line for line in schedule_problems(zero, "v_prediction", t=900))
+    assert schedule_problems(zero, "v_prediction", t=900, weighting="eps") == ()
     assert schedule_problems(zero, "v_prediction", t=900, high=50.0) == ()  # where training stops before
     assert any("more signal than noise" in line for line in schedule_problems(DiscreteSchedule(), "epsilon", t=50))
 
@@ -129,7 +130,7 @@ def test_the_command_passes_a_good_teacher_and_names_what_is_wrong(tmp_path: Pat
     for share, name in ((0.9, "below"), (1.1, "above")):
         words = ["--high", "20", "--gamma-z", str(share * good["largest_gamma_z"])]
         assert told(capsys, "digits", "--out", str(tmp_path / name), *words)[0] == (name == "above")
-    words = ["--high", "20", "--gamma-z", "50", "--memory", "0.001", "--call-level", "0.5"]
+    words = ["--high", "20", "--gamma-z", "50", "--memory", "0.001", "--timestep", "0.5"]
     code, bad = told(capsys, "digits", "--out", str(tmp_path / "bad"), *words)
     assert code == 1
     said = " ".join(bad["problems"])
@@ -152,7 +153,9 @@ def test_the_command_finds_a_model_that_is_loaded_as_another_type(tmp_path: Path
     for words, part in (
         (["digits", "--data", str(tmp_path)], "--data was given"),
         (["digits", "--memory", "0"], "--memory is 0"),
-        (["digits", "--num-steps", "-1"], "--num-steps is -1"),
+        (["digits", "--num-langevin-steps", "-1"], "--num-langevin-steps"),
+        (["digits", "--timestep", "0"], "--timestep is 0"),
+        (["digits", "--low", "5", "--high", "1"], "nothing is left"),
     ):
         assert main(app, ["doctor", *words, "--out", str(tmp_path / "none")]) == 2
         assert part in " ".join(capsys.readouterr().err.split())

@@ -1,7 +1,10 @@
 """Fewer activations: the same values and gradients as autograd, and less memory, for networks with constant weights."""
 
+from typing import Any
+
 import pytest
 import torch
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from diffcore.bench import peak_megabytes
@@ -62,6 +65,62 @@ def test_values_and_gradients_are_those_of_autograd(layout: torch.memory_format,
     for one, other in zip(plain, kept, strict=True):
         assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)
     assert plain[1].abs().max() > 0.005
+
+
+def residual(seed: int = 0, **options: Any) -> ResnetBlock2D:
+    """A residual block of diffusers in float64 with constant random weights, norms included."""
+    block: Any = ResnetBlock2D(**{"in_channels": 8, "out_channels": 12, "temb_channels": 6, "groups": 2} | options)
+    block = block.double().eval().requires_grad_(False)
+    g = torch.Generator().manual_seed(seed)
+    for parameter in block.parameters():
+        parameter.copy_(0.3 * torch.randn(parameter.shape, generator=g, dtype=torch.float64))
+    return block
+
+
+@pytest.mark.parametrize(
+    ("options", "one_node"),
+    [
+        ({}, True),
+        ({"out_channels": 8, "output_scale_factor": 2.0}, True),  # without a convolution beside
+        ({"temb_channels": None}, True),
+        ({"time_embedding_norm": "scale_shift"}, False),
+        ({"up": True}, False),
+        ({"down": True}, False),
+        ({"skip_time_act": True}, False),
+        ({"non_linearity": "gelu"}, False),
+    ],
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["rows", "channels last"])
+def test_a_residual_block_is_one_node_where_it_is_plain(
+    options: dict[str, Any], one_node: bool, layout: torch.memory_format
+):
+    block, g = residual(**options), torch.Generator().manual_seed(1)
+    x = torch.randn(3, 8, 6, 6, generator=g, dtype=torch.float64).contiguous(memory_format=layout)
+    temb = None if options.get("temb_channels", 6) is None else torch.randn(3, 6, generator=g, dtype=torch.float64)
+    call: Any = lambda x: block(x, temb)  # noqa: E731
+    plain = gradient(call, x)
+    with lean(block):
+        assert ("_Block" in type(call(x.detach().requires_grad_()).grad_fn).__name__) == one_node
+        kept = gradient(call, x)
+    for one, other in zip(plain, kept, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+    assert plain[1].abs().max() > 0.005
+
+
+def test_a_residual_block_that_is_watched_or_learns_goes_its_own_way():
+    x, temb = torch.randn(2, 8, 4, 4, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
+    seen: list[str] = []
+    watched, dropping, shifted = residual(), residual(dropout=0.5).train(), residual()
+    watched.conv1.register_forward_hook(lambda *_: seen.append("called"))
+    learning = residual()
+    learning.time_emb_proj.weight.requires_grad_(True)
+    for block in (watched, dropping, learning):
+        with lean(block):
+            assert "_Block" not in type(block(x.requires_grad_(), temb).grad_fn).__name__
+    assert seen == ["called"]
+    with lean(shifted):  # gradients to the embedding of the time are not lost
+        (found,) = torch.autograd.grad(shifted(x, temb.requires_grad_()).square().sum(), temb)
+    assert found.abs().max() > 0
 
 
 def test_a_single_row_whose_order_is_ambiguous_goes_torchs_own_way():

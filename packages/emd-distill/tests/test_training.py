@@ -312,6 +312,17 @@ def test_presets_differ_as_said():
     assert ChainOptions(preset="toy", gamma_z=0.0).loss("emd").gamma_z == 0.0
 
 
+def test_a_lora_learns_faster_unless_told_otherwise():
+    def rates(preset: Any, **options: Any) -> tuple[float, float]:
+        told = TrainingOptions(**options).settings(EMD(), preset, 0)
+        return told.learning_rate, told.student_learning_rate
+
+    assert rates("safe") == rates("paper") == (2e-6, 1e-5)
+    assert rates("safe", lora_rank=4) == rates("paper", lora_rank=4) == (1e-4, 5e-4)
+    assert rates("toy", lora_rank=4) == rates("toy") == (3e-4, 1e-3)
+    assert rates("safe", lora_rank=4, learning_rate=1e-5) == (1e-5, 5e-4)
+
+
 def test_the_level_of_the_generator_is_given_in_either_unit():
     from diffcore.denoiser import DiscreteSchedule, EDMSchedule
 

@@ -304,16 +304,19 @@ def levels(
 
 @contextmanager
 def frozen(network: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """Gives a network whose parameters are constants: gradients reach its inputs alone, and no hook of theirs fires.
+    """Gives a network whose parameters are constants inside: gradients reach its inputs alone, and no hook fires.
 
     Args:
-        network: Any callable; modules are called with detached parameters.
+        network: Any callable; the parameters of a module cease to require gradients until the end.
     """
-    if not isinstance(network, nn.Module):
+    learning = [p for p in network.parameters() if p.requires_grad] if isinstance(network, nn.Module) else []
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
         yield network
-        return
-    module, constants = network, {name: value.detach() for name, value in network.named_parameters()}
-    yield lambda *inputs: torch.func.functional_call(module, constants, inputs)
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
 
 
 def _sampled(call: Generator, z: Tensor, condition: Condition | None, *, moves: bool) -> tuple[Tensor, Tensor]:

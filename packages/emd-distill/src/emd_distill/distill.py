@@ -25,7 +25,7 @@ from diffcore.train.timesteps import TimeSampler
 from emd_distill.chain import Generator
 from emd_distill.draws import Conditions, Drawn, Draws
 from emd_distill.lora import LoraDenoiser, learnable, lora_of
-from emd_distill.losses import EMD, GeneratorLoss, Loss, Situation
+from emd_distill.losses import EMD, OF_SAMPLES, GeneratorLoss, Loss, Situation
 from emd_distill.noise_levels import noise_levels
 
 _LEAST_ALPHA = 1e-3
@@ -409,7 +409,7 @@ def check_levels(teacher: Denoiser, time_sampler: TimeSampler, loss: Loss) -> No
     Raises:
         UserError: At some levels x0 cannot be told, and the loss weighs all alike.
     """
-    if not isinstance(loss, EMD) or loss.weighting not in ("x0", "dmd"):
+    if not isinstance(loss, EMD) or loss.weighting not in OF_SAMPLES:
         return
     ends = torch.tensor([1e-4, 0.5, 1 - 1e-4])
     alpha, sigma = teacher.schedule.alpha_sigma(time_sampler(ends))

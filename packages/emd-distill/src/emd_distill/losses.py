@@ -23,6 +23,8 @@ from emd_distill.chain import ChainNoise, Generator, NoiseCancel, frozen, langev
 Weighting = Literal["x0", "eps", "likelihood", "dmd", "snr_cap"]
 DrawNoise = Callable[[int, bool], ChainNoise]
 """Draws the noise of a chain: (number of steps, whether z moves) to noise."""
+OF_SAMPLES: tuple[Weighting, ...] = ("x0", "dmd")
+"""Weights in units of clean samples, whose displacements explode where there is hardly a signal."""
 _CAP = 5.0  # of the weights that explode at low noise
 
 
@@ -142,6 +144,11 @@ class EMD:
         if not isinstance(self.num_steps, Mapping):
             return self.num_steps
         return self.num_steps[max(start for start in self.num_steps if start <= iteration)]
+
+    @property
+    def most_steps(self) -> int:
+        """The largest number of Langevin steps in any iteration."""
+        return max(self.num_steps.values()) if isinstance(self.num_steps, Mapping) else self.num_steps
 
     def __call__(self, s: Situation) -> GeneratorLoss:
         """Returns the loss in a situation."""

@@ -11,7 +11,7 @@ from diffcore.noise import philox_normal
 from diffcore.report import Report
 from diffcore.run import Run
 from emd_distill.app.options import Planned
-from emd_distill.app.teachers import Teacher, time_of
+from emd_distill.app.teachers import Teacher
 from emd_distill.doctor import (
     LAMBDAS,
     check_prediction_type,
@@ -21,23 +21,38 @@ from emd_distill.doctor import (
     starts,
 )
 from emd_distill.generator import OneStepGenerator
+from emd_distill.losses import EMD
 
 _RATIOS = (0.03, 0.1, 0.5, 2.0, 10.0)
 _ROWS, _LATENTS = 8, 2
 
 
-def compute(run: Run, teacher: Teacher, planned: Planned, data: Tensor | None) -> dict[str, Any]:
+def compute(
+    run: Run,
+    teacher: Teacher,
+    generator: OneStepGenerator,
+    loss: EMD,
+    planned: Planned,
+    *,
+    high: float | None,
+    data: Tensor | None,
+) -> dict[str, Any]:
     """Runs all checks, keeps what the page shows, and returns the verdict.
 
     Args:
         run: Run that the pictures and tables are kept in.
         teacher: Teacher that training would start from.
-        planned: Settings of that training.
+        generator: The teacher, called once at the level of that training.
+        loss: Loss of that training, with its chain.
+        planned: What else its memory depends on.
+        high: Largest sigma / alpha that the training draws; None for the teacher's.
         data: Clean samples that tell prediction types apart, with the conditions of rows in turn; None leaves that out.
     """
     denoiser, given = teacher.denoiser, teacher.given(_ROWS)
-    t = time_of(denoiser, planned.call_level)
-    problems = list(schedule_problems(denoiser.schedule, denoiser.prediction_type, t=t, high=planned.high))
+    t = generator.t
+    problems = list(
+        schedule_problems(denoiser.schedule, denoiser.prediction_type, t=t, high=high, weighting=loss.weighting)
+    )
     found = starts(denoiser, teacher.shape, given, lambdas=LAMBDAS, count=_ROWS)
     problems += [f"samples at lambda* = {one.log_snr:.1f} are not finite" for one in found if not _finite(one.samples)]
     if not any("not finite" in line for line in problems):
@@ -59,23 +74,22 @@ def compute(run: Run, teacher: Teacher, planned: Planned, data: Tensor | None) -
             "smallest.",
         )  # fmt: skip
     memory = memory_estimate(
-        denoiser, teacher.shape, given, num_steps=planned.num_steps, batch_size=planned.batch_size,
-        gamma_z=planned.gamma_z > 0, lora_rank=planned.lora_rank,
+        denoiser, teacher.shape, given, num_steps=loss.most_steps, batch_size=planned.batch_size,
+        gamma_z=loss.gamma_z > 0, lora_rank=planned.lora_rank,
     )  # fmt: skip
     if planned.memory is not None and memory.gibibytes > planned.memory:
         problems.append(
             f"training takes about {memory.gibibytes:.1f} GiB, more than the {planned.memory:g} GiB there are; take a "
             f"smaller batch or fewer steps{'' if planned.lora_rank else ', or a LoRA, such as lora_rank 64'}"
         )
-    generator = OneStepGenerator(denoiser, t)
     z = philox_normal(_ROWS, torch.arange(_LATENTS), teacher.shape).to(next(denoiser.parameters()).device)
     limits = largest_steps(
-        generator, denoiser.schedule, z, teacher.given(_LATENTS), ratios=_RATIOS, kappa=planned.kappa, iterations=10
+        generator, denoiser.schedule, z, teacher.given(_LATENTS), ratios=_RATIOS, kappa=loss.kappa, iterations=10
     )
     for limit in limits:
-        if planned.gamma_z > limit.levelled:
+        if loss.gamma_z > limit.levelled:
             problems.append(
-                f"gamma_z = {planned.gamma_z:g} is above the largest stable step {limit.levelled:.2g} at "
+                f"gamma_z = {loss.gamma_z:g} is above the largest stable step {limit.levelled:.2g} at "
                 f"sigma / alpha = {limit.ratio:g}; take a smaller one"
             )
             break

@@ -47,36 +47,22 @@ class CorrectionOptions:
 @Parameter(name="*", group="Planned training", negative="")
 @dataclass(frozen=True)
 class Planned:
-    """The training that doctor checks.
+    """What the memory of a training depends on, besides its chain.
 
     Attributes:
-        num_steps: Number K of Langevin steps.
         batch_size: Number of rows in a batch.
-        gamma_z: Step size of the latents.
-        kappa: Variance of the generator's samples, which bounds the step of the latents at low noise.
-        call_level: Ratio sigma / alpha of the level at which the generator is called.
-        high: Largest sigma / alpha that training draws; by default the teacher's.
         lora_rank: Rank of generator and student score as LoRA on the teacher's weights; 0 for whole networks.
         memory: Memory of the device in GiB, to compare with.
     """
 
-    num_steps: int = 8
     batch_size: int = 16
-    gamma_z: float = 1.6e-5
-    kappa: float = 0.25
-    call_level: float = 2.5
-    high: float | None = None
     lora_rank: int = 0
     memory: float | None = None
 
     def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"`batch_size` is {self.batch_size}; give at least 1")
         if self.lora_rank < 0:
-            raise UserError(f"`lora_rank` is {self.lora_rank}; give at least 0")
-        if self.num_steps < 0 or self.batch_size < 1:
-            raise UserError(f"`num_steps` is {self.num_steps}, `batch_size` {self.batch_size}; give at least 0 and 1")
-        if not self.gamma_z >= 0 or not self.kappa >= 0:
-            raise UserError(f"`gamma_z` is {self.gamma_z} and `kappa` {self.kappa}; they must be at least 0")
-        for name in ("call_level", "high", "memory"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"`{name}` is {value}; it must be positive")
+            raise UserError(f"`lora_rank` is {self.lora_rank}; give 0 or more")
+        if self.memory is not None and not self.memory > 0:
+            raise UserError(f"`memory` is {self.memory}; it must be positive")

@@ -14,7 +14,7 @@ from diffcore.errors import UserError, printable
 if TYPE_CHECKING:
     from diffcore.denoiser import NoiseSchedule
     from diffcore.train.timesteps import TimeSampler
-    from emd_distill.losses import Loss
+    from emd_distill.losses import EMD, Loss
 
 ModelName = Annotated[str, Parameter(help="Teacher: pipeline folder, backbone folder, safetensors file, or zoo:NAME.")]
 LossName = Literal["emd", "diff-instruct", "dmd", "sid"]
@@ -25,6 +25,7 @@ _PRESETS: Mapping[str, Mapping[str, float]] = {
     "paper": {"gamma_z": 1.6e-5, "kappa": 0.0, "learning_rate": 2e-6, "student_learning_rate": 1e-5, "ema": 0.999},
     "toy": {"gamma_z": 0.05, "kappa": 0.25, "learning_rate": 3e-4, "student_learning_rate": 1e-3, "ema": 0.998},
 }
+_LORA_RATES = {"learning_rate": 1e-4, "student_learning_rate": 5e-4}  # 1e-4 as in diffusers' scripts, student as above
 PresetName = Literal["safe", "paper", "toy"]
 
 
@@ -77,14 +78,22 @@ class ChainOptions:
         Raises:
             UserError: An option is out of its range, or says nothing to the loss.
         """
-        from emd_distill.losses import EMD, LOSSES, diff_instruct
+        from emd_distill.losses import LOSSES, diff_instruct
 
         if name != "emd" and self.num_langevin_steps is not None:
             raise UserError(f"`num_langevin_steps` says nothing to the loss {name}, which has no chain; leave it out")
         if name == "diff-instruct":
             return diff_instruct(self.weighting)
-        if name != "emd":
-            return LOSSES[name]()
+        return self.emd() if name == "emd" else LOSSES[name]()
+
+    def emd(self) -> "EMD":
+        """Returns EM Distillation with these chains.
+
+        Raises:
+            UserError: An option is out of its range.
+        """
+        from emd_distill.losses import EMD
+
         preset = _PRESETS[self.preset]
         try:
             return EMD(
@@ -168,17 +177,18 @@ class TrainingOptions:
     Attributes:
         steps: Number of iterations, each with one update of the generator.
         batch_size: Number of rows of an iteration, over all processes.
-        learning_rate: Learning rate of the generator; by default the preset's.
-        student_learning_rate: Learning rate of the student score; by default the preset's.
+        learning_rate: Learning rate of the generator; by default the preset's, or 1e-4 for a LoRA under the presets
+            safe and paper.
+        student_learning_rate: Learning rate of the student score; by default the preset's, or 5e-4 for a LoRA.
         student_updates: Number of updates of the student score in an iteration; DMD2 takes 5 to 10.
         gradient_accumulation_steps: Number of batches whose gradients add up to one step of the generator.
         student_accumulation_steps: The same for the student score; by default the generator's.
         student_guidance: Guidance scale of the student score inside chains; 1 is off (DMD2), others need a guided
             teacher.
-        gradient_clip: Largest norm of each network's gradient; 0 clips nothing.
-        ema: Decay of the average of the generator's weights; by default the preset's.
+        gradient_clip: Largest norm of each network's gradient, a LoRA's too; 0 clips nothing.
+        ema: Decay of the average of the generator's weights, of both factors of a LoRA; by default the preset's.
         lora_rank: Rank of generator and student score as LoRA on one copy of the teacher's weights; 0 trains whole
-            networks. The presets' learning rates are for whole networks; a LoRA takes larger ones, such as 1e-4.
+            networks.
         generator_width: Share of the teacher's channels that the generator has; 1 starts from the teacher's weights,
             less is a smaller U-Net with random weights, which is warmed up first.
         warm_up_steps: Number of steps in which a smaller generator is regressed to the teacher in one call.
@@ -249,7 +259,7 @@ class TrainingOptions:
             raise UserError(f"`warm_up_learning_rate` is {self.warm_up_learning_rate}; it must be positive")
         if not self.gradient_clip >= 0:
             raise UserError(f"`gradient_clip` is {self.gradient_clip}; give 0 or more")
-        defaults = _PRESETS[preset]
+        defaults = {**_PRESETS[preset], **(_LORA_RATES if self.lora_rank and preset != "toy" else {})}
 
         def number(name: str) -> float:
             return defaults[name] if getattr(self, name) is None else getattr(self, name)

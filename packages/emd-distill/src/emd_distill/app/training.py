@@ -21,6 +21,7 @@ from diffcore.run import Run
 from diffcore.runtime import Runtime
 from diffcore.train import EMA, ConsoleSummary, fit
 from diffcore.train.timesteps import TimeSampler
+from emd_distill.app.memory import give_back_freed_memory
 from emd_distill.app.options_training import TrainingOptions
 from emd_distill.conditions import InTurn
 from emd_distill.cost import passes, weight_megabytes
@@ -348,6 +349,8 @@ def train_generator(
     """
     folder = folder or run.folder
     folder.mkdir(parents=True, exist_ok=True)
+    if training.model.device.type == "cpu":
+        give_back_freed_memory()
     generator = training.generator()
     if training.options.generator_width < 1:
         warm_up(training, generator, settings, run)

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from diffcore.cli import Loading, Output
+from diffcore.errors import UserError
 from diffcore.runtime import Runtime
 from emd_distill.app.options import Planned
+from emd_distill.app.options_training import ChainOptions, LevelOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +23,8 @@ def doctor(
     *,
     data: Path | None = None,
     prompts: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
+    chain: ChainOptions = ChainOptions(),
+    levels: LevelOptions = LevelOptions(),
     planned: Planned = Planned(),
     loading: Loading = Loading(),
     runtime: Runtime = Runtime(),
@@ -31,7 +35,8 @@ def doctor(
     Shortest form: emd-distill doctor TEACHER
 
     Looks at samples of iteration 0 over lambda*, the prediction type (with --data), the schedule's ends, the memory,
-    and the largest stable step of the latents. Exit code 1 means that something is wrong.
+    and the largest stable step of the latents, all for a training with the same options. Exit code 1 means that
+    something is wrong.
 
     Args:
         data: Folder of images like those that the teacher was trained on; they tell prediction types apart.
@@ -43,18 +48,34 @@ def doctor(
     from emd_distill.app.checking import compute as check
     from emd_distill.app.report import write_page
     from emd_distill.app.teachers import read_teacher
+    from emd_distill.generator import OneStepGenerator
 
     known = read_teacher(teacher, loading, runtime, prompts)
     images = _data(known, data)
+    loss = chain.emd()
+    levels.sampler(known.denoiser.schedule)  # refuses what is no range
+    try:
+        generator = OneStepGenerator(known.denoiser, levels.level(known.denoiser.schedule))
+    except ValueError as error:
+        raise UserError(str(error).replace("`t`", "`timestep`")) from error
 
     def compute(run: "Run", map: "RunMap") -> dict[str, Any]:
-        return check(run, known, planned, images)
+        return check(run, known, generator, loss, planned, high=levels.high, data=images)
 
     job = Job(
         "emd-distill doctor",
         output.out or Path("runs") / f"doctor-{known.name}",
         output,
-        settings(teacher=teacher, data=data, prompts=prompts, planned=planned, loading=loading, runtime=runtime),
+        settings(
+            teacher=teacher,
+            data=data,
+            prompts=prompts,
+            chain=chain,
+            levels=levels,
+            planned=planned,
+            loading=loading,
+            runtime=runtime,
+        ),
         {known.name: known.fingerprint} | ({} if data is None else {"data": input_hash(data)}),
         (),
     )

@@ -263,8 +263,9 @@ def test_parameters_get_no_gradient_from_a_chain():
 
 def test_a_generator_is_constant_inside_a_chain_alone_even_after_an_error():
     generator = Affine(A, B)
-    with pytest.raises(RuntimeError, match="stop"), frozen(generator) as call:
+    with frozen(generator) as call:
         assert not call(torch.ones(1, 1, dtype=torch.float64)).requires_grad
+    with pytest.raises(RuntimeError, match="stop"), frozen(generator):
         raise RuntimeError("stop")
     assert all(part.requires_grad for part in generator.parameters())
 

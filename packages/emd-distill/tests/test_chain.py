@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffcore.denoiser import DiscreteSchedule, EDMSchedule, FlowSchedule, GaussianMixtureDenoiser
 from diffcore.testing import tiny
-from emd_distill.chain import ChainNoise, ChainResult, langevin_eps_z, langevin_x_z
+from emd_distill.chain import ChainNoise, ChainResult, frozen, langevin_eps_z, langevin_x_z
 
 from .conftest import Affine, Modes, drawn, normal
 
@@ -258,6 +258,16 @@ def test_parameters_get_no_gradient_from_a_chain():
         end = run(generator, normal(M, S), normal(B, A), z, eps, t, gamma_e=GAMMA, gamma_z=0.05, noise=noise)
         assert not any(part.requires_grad for part in (end.z, end.eps, end.u, end.residual))
     assert generator.a.grad is None
+    assert generator.a.requires_grad  # it learns again
+
+
+def test_a_generator_is_constant_inside_a_chain_alone_even_after_an_error():
+    generator = Affine(A, B)
+    with frozen(generator) as call:
+        assert not call(torch.ones(1, 1, dtype=torch.float64)).requires_grad
+    with pytest.raises(RuntimeError, match="stop"), frozen(generator):
+        raise RuntimeError("stop")
+    assert all(part.requires_grad for part in generator.parameters())
 
 
 def test_neither_score_is_differentiated():

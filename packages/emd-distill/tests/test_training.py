@@ -98,7 +98,13 @@ def test_a_training_leaves_a_generator_that_draws_what_was_seen_last(trained: Pa
     page = (trained / "report.html").read_text()
     assert all(
         part in page
-        for part in ("Convergence", "Norms of both networks", "Samples along the way", "Against the teacher")
+        for part in (
+            "Convergence",
+            "Learning rates: 0.0003",
+            "Norms of both networks",
+            "Samples along the way",
+            "Against the teacher",
+        )
     )
 
 

@@ -157,7 +157,6 @@ class _Block(torch.autograd.Function):
         hidden = inner(functional.silu(normed, inplace=True))
         if shift is not None:
             hidden += shift
-        hidden = hidden.contiguous(memory_format=_format(hidden))
         normed, *of_second = second(hidden)
         out = outer(functional.silu(normed, inplace=True))
         out += x if beside is None else beside(x)

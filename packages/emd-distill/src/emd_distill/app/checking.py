@@ -44,7 +44,7 @@ def compute(
         teacher: Teacher that training would start from.
         generator: The teacher, called once at the level of that training.
         loss: Loss of that training, with its chain.
-        planned: What else its memory depends on.
+        planned: Batch size, rank and memory of that training.
         high: Largest sigma / alpha that the training draws; None for the teacher's.
         data: Clean samples that tell prediction types apart, with the conditions of rows in turn; None leaves that out.
     """

@@ -70,9 +70,9 @@ def _add_drift(report: Report, run: Run, lines: list[dict[str, Any]]) -> None:
     report.plot(
         "drift",
         figure,
-        "Root mean square of the difference of the two noise predictions, for each fifth of the noise levels. It goes "
-        "to 0 as the generator's samples come to be the teacher's. The losses do not tell this: that of the generator "
-        "is a step length, that of the student score follows its data.",
+        "Root mean square of the difference of the two noise predictions, for each fifth of the noise levels t, in the "
+        "units of the teacher's schedule. It goes to 0 as the generator's samples come to be the teacher's. The losses "
+        "do not tell this: that of the generator is a step length, that of the student score follows its data.",
     )
     norms = []
     for name, label in (("grad_norm_g", "generator"), ("grad_norm_phi", "student score")):
@@ -86,6 +86,9 @@ def _add_drift(report: Report, run: Run, lines: list[dict[str, Any]]) -> None:
             "Norms of both networks' gradients before they are clipped. That of the generator falls with the drift "
             "where noise is cancelled; one that jumps wants a smaller step or a smaller learning rate.",
         )
+    if run.finished and "learning_rate" in run.result:
+        rates = run.result["learning_rate"], run.result["student_learning_rate"]
+        report.text(f"Learning rates: {rates[0]:g} of the generator, {rates[1]:g} of the student score.")
     finite = min(line["finite"] for line in lines)
     if finite < 1:
         report.text(f"Not all chains stayed finite: in the worst stretch of the log {1 - finite:.2%} were left out.")
@@ -132,7 +135,8 @@ def _add_scores(report: Report, run: Run) -> None:
         "shares",
         lines_with_band(shares, x_label="iteration", y_label="share"),
         f"In features of {reference}, with five neighbours. Precision: samples near one of the teacher's. Recall: "
-        "samples of the teacher near one of the generator's; it falls when modes are lost.",
+        "samples of the teacher near one of the generator's; it falls when modes are lost. Coverage: samples of the "
+        "teacher with one of the generator's among their neighbours. Of curves that coincide the last is seen.",
     )
     report.plot(
         "distance",

@@ -158,6 +158,7 @@ class Training:
             "conditions": self.captions,
             "level_of_the_generator": self.t,
             "iterations": settings.steps,
+            "learning_rates": f"generator {settings.learning_rate:g}, student score {settings.student_learning_rate:g}",
             "rows_a_step": f"student score {scored:,}, generator {drawn:,}" if scored != drawn else drawn,
             **{
                 f"forward_passes_an_iteration{f'_from_{at}' if len(starts) > 1 else ''}": one.total

@@ -60,7 +60,8 @@ def train(
         facts = settings(loss=loss, chain=chain, levels=levels, training=training)
         result = train_generator(prepared, told, run, facts={"settings": facts})
         warning = warning_of(run)
-        answer = {"answer": _sentence(result, warning), **result, "loss": loss}
+        rates = {"learning_rate": told.learning_rate, "student_learning_rate": told.student_learning_rate}
+        answer = {"answer": _sentence(result, warning), **result, "loss": loss, **rates}
         return answer | ({"warning": warning} if warning else {})
 
     config = settings(

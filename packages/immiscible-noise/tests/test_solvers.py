@@ -8,10 +8,10 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from immiscible_noise.solvers import choose_solver, dual_gap, reduced_costs, solve
+from immiscible_noise.solvers import check_solver, choose_solver, dual_gap, has_lapx, reduced_costs, solve
 
 LAPX = pytest.param("lapx", marks=pytest.mark.skipif(importlib.util.find_spec("lap") is None, reason="needs lapx"))
-HOSTS = ["scipy", LAPX]
+HOSTS = ["scipy", "sparse", LAPX]
 
 
 def make_costs(kind: str, size: int) -> np.ndarray:
@@ -147,13 +147,22 @@ def test_certificate_is_valid_for_any_permutation_and_any_number_of_sweeps():
             assert total(costs, columns) - optimum <= dual_gap(costs, columns, sweeps=sweeps) + 1e-9
 
 
-def test_auto_uses_potentials_on_accelerators_only():
-    assert choose_solver("auto", on_host=True) in ("scipy", "lapx")
-    assert choose_solver("auto", on_host=False).startswith("potentials+")
+def test_auto_takes_the_dense_solvers_for_few_rows_and_the_sparse_one_for_many(monkeypatch):
+    assert [choose_solver("auto", rows, on_host=True) for rows in (64, 4096)] == [
+        "lapx" if has_lapx() else "scipy",
+        "sparse",
+    ]
+    assert choose_solver("auto", 64, on_host=False).startswith("potentials+")
+    assert choose_solver("auto", 4096, on_host=False) == "sparse"
+    assert choose_solver("auto", 4096, on_host=False, whole=False).startswith("potentials+")
+    assert choose_solver("lapx", 4096, on_host=False) == "lapx"
+    monkeypatch.setattr("immiscible_noise.solvers.has_lapx", lambda: False)
+    assert [choose_solver("auto", 400, on_host=host) for host in (True, False)] == ["sparse", "potentials+scipy"]
 
 
 def test_a_solver_that_is_not_installed_is_refused(monkeypatch):
     monkeypatch.setattr("immiscible_noise.solvers.has_lapx", lambda: False)
-    assert choose_solver("auto", on_host=True) == "scipy"
-    with pytest.raises(ValueError, match="pip install lapx"):
-        choose_solver("potentials+lapx", on_host=True)
+    check_solver("auto")
+    for solver in ("lapx", "potentials+lapx"):
+        with pytest.raises(ValueError, match="pip install lapx"):
+            check_solver(solver)

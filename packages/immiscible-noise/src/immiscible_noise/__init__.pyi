@@ -1,3 +1,4 @@
+from .accumulate import assign_accumulated as assign_accumulated
 from .ahead import AssignedAhead as AssignedAhead
 from .assign import assign_noise as assign_noise
 from .assign import immiscible_noise_like as immiscible_noise_like

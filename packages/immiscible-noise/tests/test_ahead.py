@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from immiscible_noise import AssignedAhead, accumulate, assign_accumulated, assign_noise
+from immiscible_noise.batch import mixed_seed
 
 
 def batches(count: int = 4) -> list[dict[str, Any]]:

@@ -25,7 +25,9 @@ Solver = Literal["auto", "sparse", "scipy", "lapx", "potentials+scipy", "potenti
 
 @dataclass(frozen=True)
 class Thresholds:
-    """From how many rows on "auto" takes the sparse solver.
+    """From how many rows on "auto" takes the sparse solver, as `use_thresholds` sets it.
+
+    The defaults were measured on one thread of a processor with AVX-512; that of an accelerator is a guess.
 
     Attributes:
         beside_scipy: Rows on the host, where lapx is not installed.
@@ -36,6 +38,25 @@ class Thresholds:
     beside_scipy: int = 320
     beside_lapx: int = 768
     on_device: int = 512
+
+
+_in_use = Thresholds()
+
+
+def use_thresholds(thresholds: Thresholds) -> None:
+    """Lets "auto" choose by other numbers of rows from here on, such as those that `read_thresholds` takes from a run.
+
+    Every solver is exact, so that only the time changes, and the choice between equally good permutations.
+
+    Args:
+        thresholds: Numbers of rows from which on the sparse solver is taken.
+
+    Example:
+        >>> use_thresholds(Thresholds(beside_scipy=256))
+        >>> use_thresholds(Thresholds())  # the defaults again
+    """
+    global _in_use
+    _in_use = thresholds
 
 
 def has_lapx() -> bool:
@@ -67,7 +88,7 @@ def choose_solver(solver: Solver, rows: int, *, on_host: bool, whole: bool = Tru
     if solver != "auto":
         return solver
     dense: HostSolver = "lapx" if has_lapx() else "scipy"
-    limits = Thresholds()
+    limits = _in_use
     if not on_host:
         if whole and rows >= limits.on_device:
             return "sparse"

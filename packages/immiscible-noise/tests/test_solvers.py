@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -219,3 +220,12 @@ def test_auto_takes_the_thresholds_that_are_set(monkeypatch):
         use_thresholds(Thresholds(beside_scipy=limit))
         seen.append(assign_noise(x, noise, return_info=True)[1].solver)
     assert seen == ["sparse", "scipy"]
+
+
+def test_training_ahead_in_the_benchmark_compares_assigned_with_drawn_noise():
+    (case,) = [case for case in cases(smoke=True) if case.name.startswith("train with noise assigned ahead")]
+    ours, theirs = case.ours(), case.reference()
+    assert case.agree(ours, theirs)
+    assert not case.agree(theirs, theirs)
+    assert not case.agree(ours, ours)
+    assert re.fullmatch(r"<\d\.\d% of a step|<100\.0% of a step", str(case.sizes["worker"]))

@@ -78,7 +78,7 @@ def choose_solver(solver: Solver, rows: int, *, on_host: bool, whole: bool = Tru
     """Resolves "auto" to the fastest solver present.
 
     Args:
-        solver: What the caller asks for; anything but "auto" stays.
+        solver: Name that the caller gives; all but "auto" stay as they are.
         rows: Number of rows of the problem.
         on_host: Whether the costs lie on the host. Potentials save time on an accelerator; on the host they cost more
             than they save.

@@ -44,9 +44,7 @@ def cases(*, smoke: bool = False) -> list[Case]:
     result = [
         dense("assign, against the authors' way", pixels(small), authors_assignment, goal=50.0),
         _assignment("assign, against the authors' way", large_pixels, authors_assignment, goal=50.0),
-        _assignment(
-            "peak memory to assign, authors' way", latents(small), authors_assignment, memory=20, solver="scipy"
-        ),
+        dense("peak memory to assign, authors' way", latents(small), authors_assignment, memory=20.0),
         _assignment("assign, against cdist and scipy", large_pixels, cdist_assignment, goal=1.7),
         same("assign by the published cost, against cdist and scipy", large_pixels, cdist_assignment, cost="l2"),
         _rounded(large_pixels),

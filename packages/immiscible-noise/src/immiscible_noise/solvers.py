@@ -36,7 +36,7 @@ class Thresholds:
     """
 
     beside_scipy: int = 320
-    beside_lapx: int = 768
+    beside_lapx: int = 1024
     on_device: int = 512
 
 

@@ -10,8 +10,9 @@ from scipy.optimize import linear_sum_assignment
 from torch._dynamo.utils import counters
 
 from immiscible_noise import assign_noise, immiscible_noise_like
+from immiscible_noise.cost import cost_matrix
 
-SOLVERS = ["scipy", "potentials+scipy"]
+SOLVERS = ["scipy", "sparse", "potentials+scipy"]
 COSTS = ["sq", "l2", "l1"]
 
 
@@ -371,3 +372,15 @@ def test_like_is_a_draw_followed_by_an_assignment(dtype):
     labels = np.arange(16) % 2
     blocked = immiscible_noise_like(x, generator=seeded(5), labels=labels)
     assert torch.equal(blocked, assign_noise(x, noise, labels=labels))
+
+
+@pytest.mark.parametrize("size", [300, 301])
+def test_wide_products_are_products(size):
+    # Large enough for oneDNN's product where the processor has AVX-512; rows as they lie in a batch that is strided.
+    generator = torch.Generator().manual_seed(0)
+    x, noise = (torch.randn(80, size, generator=generator).T for _ in range(2))
+    for cost, expected in (("sq", -x.double() @ noise.double().T), ("l2", torch.cdist(x.double(), noise.double()))):
+        torch.testing.assert_close(cost_matrix(x, noise, cost=cost).double(), expected, rtol=1e-5, atol=1e-4)
+    x.requires_grad_()
+    cost_matrix(x, noise).sum().backward()
+    torch.testing.assert_close(x.grad, -noise.sum(0).expand(x.shape))

@@ -6,7 +6,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor, nn
 
 from diffcore.testing.distributed import run_forked
@@ -47,7 +47,7 @@ def loader(batches: list[Any] | None = None) -> Any:
 
 def trainer_of(*callbacks: L.Callback) -> L.Trainer:
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-    keeps = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    keeps = any(isinstance(callback, ModelCheckpoint | OnExceptionCheckpoint) for callback in callbacks)
     return L.Trainer(callbacks=[*callbacks], max_epochs=2, accelerator="cpu", enable_checkpointing=keeps, **quiet)
 
 
@@ -110,19 +110,39 @@ def test_a_resumed_training_repeats_the_noise(steps: int, tmp_path: Path):
     assert (torch.cdist(every, every) + torch.eye(len(every)) > 1e-3).all()  # and no step repeats another
 
 
+@pytest.mark.parametrize("failing", [0, 2, 4])
+def test_a_step_that_fails_shifts_no_noise(failing: int, tmp_path: Path):
+    class Failing(Recorder):
+        def training_step(self, batch: Batch, index: int) -> Tensor:
+            if len(self.seen) == failing:
+                raise OSError("the machine went away")
+            return super().training_step(batch, index)
+
+    batches, whole, broken, rest = batches_of()[:1] * NUM_BATCHES, Recorder(), Failing(), Recorder()
+    trainer_of(ImmiscibleCallback(seed=1)).fit(whole, loader(batches))
+    keep = OnExceptionCheckpoint(tmp_path)
+    with pytest.raises(OSError, match="went away"):
+        trainer_of(ImmiscibleCallback(seed=1), keep).fit(broken, loader(batches))
+    trainer_of(ImmiscibleCallback(seed=1)).fit(rest, loader(batches), ckpt_path=keep.ckpt_path)
+    every = [batch["noise"] for batch in broken.seen + rest.seen]
+    assert len(every) == 2 * NUM_BATCHES
+    for a, b in zip(whole.seen, every, strict=True):
+        assert torch.equal(a["noise"], b)
+
+
 def test_two_ranks_assign_together():
     data = batches_of()[0]
 
     def work(rank: int) -> Tensor:
         share = slice(0, 4) if rank == 0 else slice(4, None)
         batch = {"x0": data["x0"][share], "class": data["class"][share]}
-        callback = ImmiscibleCallback(labels_key="class", across_ranks=True, seed=2, cost="l1")
+        callback = ImmiscibleCallback(labels_key="class", across_ranks=True, seed=1, cost="l1")
         callback.on_train_batch_start(L.Trainer(logger=False, accelerator="cpu"), Recorder(), batch, 0)
         return batch["noise"]
 
-    expected = assign_across_ranks(data["x0"], seed=2, step=-1, labels=data["class"], cost="l1")
+    expected = assign_across_ranks(data["x0"], seed=1, step=0, labels=data["class"], cost="l1")
     assert torch.equal(torch.cat(run_forked(work)), expected)
-    assert not torch.equal(expected, assign_across_ranks(data["x0"], seed=2, step=-1, labels=data["class"]))
+    assert not torch.equal(expected, assign_across_ranks(data["x0"], seed=1, step=0, labels=data["class"]))
 
 
 def test_options_that_ranks_do_not_know_are_refused():

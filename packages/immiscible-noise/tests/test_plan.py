@@ -1,5 +1,6 @@
 """Plans: pairs do not depend on the network batch, noises stay those that were drawn, buckets and labels keep apart."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,24 @@ def test_noise_takes_type_and_shape_of_the_batch():
     noise = plan.noise(torch.tensor([5, 2]), like=LATENTS[:2].half())
     assert noise.dtype == torch.float16
     assert torch.equal(noise, plan.noise(torch.tensor([5, 2]), like=LATENTS[:2]).half())
+
+
+@pytest.mark.parametrize(("count", "strength", "warned"), [(49, 1.0, True), (50, 1.0, False), (49, 0.5, False)])
+def test_few_samples_are_warned_of(count: int, strength: float, warned: bool):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        NoisePlan.build(torch.randn(count, 3), torch.arange(count).repeat(2), strength=strength)
+    assert [str(one.message).split(":")[0] for one in caught] == [f"there are only {count} samples"] * warned
+
+
+def test_samples_that_change_are_warned_of():
+    class Augmented(list[Tensor]):
+        def __getitem__(self, index):
+            return super().__getitem__(index) + torch.randn(3)
+
+    samples = [*torch.randn(60, 3)]
+    with pytest.warns(UserWarning, match="a sample changes from one reading to the next"):
+        NoisePlan.build(Augmented(samples))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        NoisePlan.build(samples)

@@ -4,16 +4,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffcore.bench import peak_megabytes
 from diffcore.testing.distributed import run_forked
 from immiscible_noise import assign_across_ranks, assign_noise
-from immiscible_noise.ranks import _mixed
+from immiscible_noise.ranks import _AT_A_TIME, _WITH_ONE_SEED, _GlobalNoise
 
 X = torch.randn(8, 2, 3, 3, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([7, 1, 7, 1, 1, 7, 7, 1])
 
 
 def global_noise(step: int, count: int = 8) -> Tensor:
-    return torch.randn((count, 2, 3, 3), generator=torch.Generator().manual_seed(_mixed(0, step)))
+    return _GlobalNoise(X, 0, step).rows(torch.arange(count))
 
 
 @pytest.mark.parametrize("sizes", [(5, 3), (8, 0), (0, 8), (4, 4)], ids=str)
@@ -65,7 +66,44 @@ def test_labels_that_do_not_fit():
 
 def test_costs_and_type_are_the_callers():
     x = (X * torch.linspace(0.1, 20, 8).view(-1, 1, 1, 1)).half()
-    plain, squared = (assign_across_ranks(x, seed=0, step=0, cost=cost) for cost in ("l2", "sq"))
+    plain, squared = (assign_across_ranks(x, seed=0, step=1, cost=cost) for cost in ("l2", "sq"))
     assert plain.dtype == torch.float16
-    assert torch.equal(plain, assign_noise(x, global_noise(0).half(), cost="l2"))
+    assert torch.equal(plain, assign_noise(x, global_noise(1).half(), cost="l2"))
     assert not torch.equal(plain, squared)
+
+
+@pytest.mark.parametrize("count", [_AT_A_TIME, _AT_A_TIME + _WITH_ONE_SEED + 3])
+def test_more_rows_than_are_drawn_at_a_time(count: int):
+    x = torch.randn(count, 2, 3, 3, generator=torch.Generator().manual_seed(1))
+    found = assign_across_ranks(x, seed=0, step=4)
+    assert torch.equal(found, assign_noise(x, global_noise(4, count)))
+
+
+@pytest.mark.usefixtures("as_shipped")  # checks of types hold tensors longer
+def test_a_rank_holds_its_rows_and_one_cost_matrix():
+    count, pixels = 512, 4096
+    x = torch.randn(count, pixels, generator=torch.Generator().manual_seed(1))
+
+    def work(rank: int) -> float:
+        share = x[: count // 2] if rank == 0 else x[count // 2 :]
+        assign_across_ranks(share, seed=0, step=0)
+        return peak_megabytes(lambda: assign_across_ranks(share, seed=0, step=0))
+
+    rows, costs = 4e-6 * (count // 2) * pixels, 4e-6 * count**2
+    for peak in run_forked(work):
+        assert rows <= peak <= rows + costs + 0.01  # and a few numbers for each row
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_of_noise_are_the_same_whatever_else_is_asked_for(dtype: torch.dtype):
+    count = 2 * _WITH_ONE_SEED + 5
+    noise = _GlobalNoise(torch.empty(1, 3, dtype=dtype), 7, 2)
+    whole = noise.rows(torch.arange(count))
+    shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    assert whole.dtype == dtype
+    for asked in (shuffled[:50], shuffled):
+        assert torch.equal(noise.rows(asked), whole[asked])
+    assert noise.rows(shuffled[:0]).shape == (0, 3)
+    assert len(whole.float().unique()) > count * 2  # no two groups are alike
+    assert abs(float(whole.double().mean())) < 0.2
+    assert abs(float(whole.double().std()) - 1) < 0.1

@@ -2,16 +2,20 @@
 
 import importlib.util
 import itertools
+import json
+import re
 
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from immiscible_noise.solvers import choose_solver, dual_gap, reduced_costs, solve
+from immiscible_noise import Thresholds, assign_noise, read_thresholds, use_thresholds
+from immiscible_noise.app.bench import cases
+from immiscible_noise.solvers import check_solver, choose_solver, dual_gap, has_lapx, reduced_costs, solve
 
 LAPX = pytest.param("lapx", marks=pytest.mark.skipif(importlib.util.find_spec("lap") is None, reason="needs lapx"))
-HOSTS = ["scipy", LAPX]
+HOSTS = ["scipy", "sparse", LAPX]
 
 
 def make_costs(kind: str, size: int) -> np.ndarray:
@@ -147,13 +151,81 @@ def test_certificate_is_valid_for_any_permutation_and_any_number_of_sweeps():
             assert total(costs, columns) - optimum <= dual_gap(costs, columns, sweeps=sweeps) + 1e-9
 
 
-def test_auto_uses_potentials_on_accelerators_only():
-    assert choose_solver("auto", on_host=True) in ("scipy", "lapx")
-    assert choose_solver("auto", on_host=False).startswith("potentials+")
+def test_auto_takes_the_dense_solvers_for_few_rows_and_the_sparse_one_for_many(monkeypatch):
+    assert [choose_solver("auto", rows, on_host=True) for rows in (64, 4096)] == [
+        "lapx" if has_lapx() else "scipy",
+        "sparse",
+    ]
+    assert choose_solver("auto", 64, on_host=False).startswith("potentials+")
+    assert choose_solver("auto", 4096, on_host=False) == "sparse"
+    assert choose_solver("auto", 4096, on_host=False, whole=False).startswith("potentials+")
+    assert choose_solver("lapx", 4096, on_host=False) == "lapx"
+    monkeypatch.setattr("immiscible_noise.solvers.has_lapx", lambda: False)
+    assert [choose_solver("auto", 400, on_host=host) for host in (True, False)] == ["sparse", "potentials+scipy"]
 
 
 def test_a_solver_that_is_not_installed_is_refused(monkeypatch):
     monkeypatch.setattr("immiscible_noise.solvers.has_lapx", lambda: False)
-    assert choose_solver("auto", on_host=True) == "scipy"
-    with pytest.raises(ValueError, match="pip install lapx"):
-        choose_solver("potentials+lapx", on_host=True)
+    check_solver("auto")
+    for solver in ("lapx", "potentials+lapx"):
+        with pytest.raises(ValueError, match="pip install lapx"):
+            check_solver(solver)
+
+
+def rows_of(**ratios: list[float]) -> list[dict]:
+    timed = [(other, *pair) for other, found in ratios.items() for pair in zip((192, 384, 768), found, strict=True)]
+    prefix = "solve few of the pairs, against"
+    return [{"name": "assign, against torchcfm batch=1024 ratio", "value": 6.5, "unit": "x"}] + [
+        {"name": f"{prefix} {other} batch={rows} {what}", "value": value, "unit": "x"}
+        for other, rows, ratio in timed
+        for what, value in (("ratio", ratio), ("seconds", 9.0), ("agreed", 1))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ratios", "expected"),
+    [
+        ({"scipy": [0.5, 1.2, 3.0]}, Thresholds(beside_scipy=384)),
+        ({"scipy": [1.1, 0.9, 3.0], "lapx": [0.2, 0.5, 0.8]}, Thresholds(beside_scipy=768, beside_lapx=1536)),
+        ({"lapx": [1.5, 2.0, 3.0], "potentials": [0.1, 1.0, 2.0]}, Thresholds(beside_lapx=192, on_device=384)),
+    ],
+)
+def test_thresholds_are_where_the_sparse_solver_becomes_the_fastest(ratios, expected, tmp_path):
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps(rows_of(**ratios)))
+    assert read_thresholds(path) == expected
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "no json", '[{"name": 3}]', '[{"name": "x ratio", "value": 2}]'])
+def test_a_file_without_times_of_solvers_is_refused(text, tmp_path):
+    path = tmp_path / "bench.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"bench\.json holds no times of solvers"):
+        read_thresholds(path)
+
+
+def test_the_benchmark_times_what_is_read(tmp_path):
+    names = [" ".join([case.name, *(f"{k}={v}" for k, v in case.sizes.items()), "ratio"]) for case in cases(smoke=True)]
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps([{"name": name, "value": 2.0} for name in names]))
+    assert read_thresholds(path).beside_scipy == 192
+
+
+def test_auto_takes_the_thresholds_that_are_set(monkeypatch):
+    monkeypatch.setattr("immiscible_noise.solvers.has_lapx", lambda: False)
+    monkeypatch.setattr("immiscible_noise.solvers._in_use", Thresholds())  # and back afterwards
+    x, noise = torch.randn(100, 8), torch.randn(100, 8)
+    seen = []
+    for limit in (100, 101):
+        use_thresholds(Thresholds(beside_scipy=limit))
+        seen.append(assign_noise(x, noise, return_info=True)[1].solver)
+    assert seen == ["sparse", "scipy"]
+
+
+def test_training_ahead_in_the_benchmark_compares_assigned_with_drawn_noise():
+    (case,) = [case for case in cases(smoke=True) if case.name.startswith("train with noise assigned ahead")]
+    ours, theirs = case.ours(), case.reference()
+    assert case.agree(ours, theirs)
+    assert not case.agree(theirs, theirs)
+    assert not case.agree(ours, ours)
+    assert re.fullmatch(r"<\d\.\d% of a step|<100\.0% of a step", str(case.sizes["worker"]))

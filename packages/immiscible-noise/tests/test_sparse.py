@@ -6,8 +6,11 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from immiscible_noise import assign_noise, sparse
+from immiscible_noise.assign import solve_costs
 from immiscible_noise.solvers import solve
 from immiscible_noise.sparse import solve_sparse
+
+ELSEWHERE = ["immiscible_noise.assign.on_host", "immiscible_noise.sparse.on_host"]
 
 
 def costs_of(kind: str, n: int, seed: int = 0) -> np.ndarray:
@@ -35,18 +38,18 @@ def costs_of(kind: str, n: int, seed: int = 0) -> np.ndarray:
 )
 def test_the_total_is_the_dense_solvers(kind, n):
     costs = costs_of(kind, n)
-    columns = solve_sparse(costs)
+    columns = solve_sparse(torch.from_numpy(costs))
     exact = costs.astype(np.float64)
     best = exact[linear_sum_assignment(exact)].sum()
     if columns is None:  # no proof, so no answer; the dense solver takes over
-        columns = solve(costs, "scipy")
+        columns = solve(costs, "sparse")
     assert sorted(columns) == list(range(n))
     assert exact[np.arange(n), columns].sum() == pytest.approx(best, rel=1e-9, abs=1e-9 * np.abs(exact).max())
 
 
 @pytest.mark.parametrize("kind", ["images", "noise", "one bright image"])
 def test_ordinary_batches_get_a_proof(kind):
-    assert solve_sparse(costs_of(kind, 600)) is not None
+    assert solve_sparse(torch.from_numpy(costs_of(kind, 600))) is not None
 
 
 def test_pairs_that_were_missed_are_found_by_the_proof(monkeypatch):
@@ -57,7 +60,7 @@ def test_pairs_that_were_missed_are_found_by_the_proof(monkeypatch):
     monkeypatch.setattr(sparse, "_ROUNDS", 20)
     monkeypatch.setattr(sparse, "_MOST_PAIRS", 400)
     monkeypatch.setattr(sparse, "_below_zero", lambda *given: looked.append(below(*given)) or looked[-1])
-    columns = solve_sparse(costs)
+    columns = solve_sparse(torch.from_numpy(costs))
     assert len(looked[0])
     assert not len(looked[-1])
     assert np.array_equal(columns, linear_sum_assignment(costs)[1])
@@ -67,19 +70,74 @@ def test_pairs_that_were_missed_are_found_by_the_proof(monkeypatch):
 def test_without_a_proof_there_is_no_answer(name, value, monkeypatch):
     costs = costs_of("images", 600)
     monkeypatch.setattr(sparse, name, value)
-    assert solve_sparse(costs) is None
-    assert np.array_equal(solve(costs, "scipy"), linear_sum_assignment(costs)[1])
+    assert solve_sparse(torch.from_numpy(costs)) is None
+    assert np.array_equal(solve(costs, "sparse"), linear_sum_assignment(costs)[1])
 
 
 def test_equal_costs_have_no_temperature():
     costs = np.ones((600, 600), dtype=np.float32)
-    assert solve_sparse(costs) is None
-    assert sorted(solve(costs, "scipy")) == list(range(600))
+    assert solve_sparse(torch.from_numpy(costs)) is None
+    assert sorted(solve(costs, "sparse")) == list(range(600))
 
 
 def test_large_batches_are_certified():
     generator = torch.Generator().manual_seed(0)
     x, noise = (torch.randn(640, 48, generator=generator) for _ in range(2))
-    info = assign_noise(x, noise, solver="scipy", return_info=True)[1]
+    info = assign_noise(x, noise, solver="sparse", return_info=True)[1]
     assert info.gap_bound <= 1e-5
     assert sorted(info.permutation.tolist()) == list(range(640))
+    assert info.solver == "sparse"
+
+
+def test_a_row_that_keeps_its_own_place_counts_once():
+    costs = costs_of("noise", 600) - 5 * np.eye(600, dtype=np.float32)
+    assert np.array_equal(solve_sparse(torch.from_numpy(costs)), np.arange(600))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("row", [0, 301])
+def test_costs_that_are_not_finite_get_no_proof(bad, row):
+    costs = costs_of("images", 600)
+    costs[row, 77] = bad
+    assert solve_sparse(torch.from_numpy(costs)) is None
+
+
+def test_large_prices_hide_no_pair():
+    rng = np.random.default_rng(0)
+    costs = rng.uniform(-30, 0, (50, 50)).astype(np.float32)
+    f = 1e9 + rng.uniform(0, 100, 50)  # float32 knows these to 64 at best
+    g = -1e9 - rng.uniform(0, 100, 50)
+    expected = np.flatnonzero(costs - f[:, None] - g < 0)
+    assert 100 < len(expected) < 2400
+    table = torch.from_numpy(costs)
+    assert np.array_equal(sparse._below_zero(table, f, g, 30.0, torch.empty_like(table)), expected)
+
+
+@pytest.mark.parametrize("kind", ["images", "noise", "repeated rows", "a grid", "all alike"])
+def test_what_lies_elsewhere_stays_there(kind, monkeypatch):
+    costs = np.ones((600, 600), dtype=np.float32) if kind == "all alike" else costs_of(kind, 600)
+    expected, copied = solve(costs, "scipy"), []
+    copy = torch.Tensor.cpu
+    for name in ELSEWHERE:
+        monkeypatch.setattr(name, lambda table: False)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copied.append(tensor.numel()) or copy(tensor))
+    columns = solve_costs(torch.from_numpy(costs)).numpy()
+    assert costs[np.arange(600), columns].astype(float).sum() == pytest.approx(
+        costs[np.arange(600), expected].astype(float).sum(), rel=1e-9
+    )
+    if kind in ("images", "noise"):
+        assert np.array_equal(columns, expected)
+        assert max(copied) <= sparse._SAMPLED_ROWS * 1200  # the sample of rows, and never the table
+        assert sum(copied) < 600 * 600 / 2
+
+
+def test_labels_elsewhere_are_solved_in_blocks(monkeypatch):
+    for name in ELSEWHERE:
+        monkeypatch.setattr(name, lambda table: False)
+    generator = torch.Generator().manual_seed(0)
+    x, noise = (torch.randn(600, 48, generator=generator) for _ in range(2))
+    labels = torch.arange(600) % 2
+    for solver in ("auto", "sparse"):
+        info = assign_noise(x, noise, labels=labels, solver=solver, return_info=True)[1]
+        assert torch.equal(labels[info.permutation], labels)
+        assert info.gap_bound <= 1e-5

@@ -1,3 +1,4 @@
+from .accumulate import assign_accumulated as assign_accumulated
 from .ahead import AssignedAhead as AssignedAhead
 from .assign import assign_noise as assign_noise
 from .assign import immiscible_noise_like as immiscible_noise_like
@@ -12,6 +13,7 @@ from .diagnose import Diagnosis as Diagnosis
 from .diagnose import Recommendation as Recommendation
 from .diagnose import diagnose as diagnose
 from .files import read_plan as read_plan
+from .files import read_thresholds as read_thresholds
 from .files import write_plan as write_plan
 from .info import AssignmentInfo as AssignmentInfo
 from .leak import ClassLeak as ClassLeak
@@ -25,5 +27,7 @@ from .samplers import warn_if_stochastic as warn_if_stochastic
 from .select import select_noise as select_noise
 from .soft import SoftAssignment as SoftAssignment
 from .soft import assign_noise_softly as assign_noise_softly
+from .solvers import Thresholds as Thresholds
+from .solvers import use_thresholds as use_thresholds
 
 __version__: str

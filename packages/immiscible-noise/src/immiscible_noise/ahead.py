@@ -3,23 +3,25 @@
 The exact solvers release Python's lock, so that one thread beside the training suffices.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
-from .assign import Options, assign_noise
-from .batch import draw_noise
+from .accumulate import assign_accumulated
+from .assign import Options
+from .batch import draw_noise, mixed_seed
 
 
 class AssignedAhead:
-    """Iterates a loader one batch ahead, and gives each batch the noise that was assigned to it meanwhile.
+    """Iterates a loader ahead of the training, and gives each batch the noise that was assigned to it meanwhile.
 
     Batches are mappings, or tensors. A mapping comes back as a dict with the noise under `noise_key`; a tensor comes
     back as a pair of itself and its noise. What comes out equals assigning each batch where it is used, in order. An
-    error in the worker is raised where its batch would have come, with the batch's index.
+    error in the worker is raised where its batch would have come, with the batch's index. Under gradient accumulation,
+    `accumulate` batches at a time exchange their noises.
 
     Args:
         loader: Loader, or any other iterable, of batches whose clean samples are as the diffusion sees them: pixels, or
@@ -29,7 +31,11 @@ class AssignedAhead:
         labels_key: Name of the labels in a batch, or None to give none.
         seed: Number that fixes the noise of all batches together with `first_batch`.
         first_batch: Index of the first batch that comes, for a training that is resumed.
+        accumulate: Number of batches in an optimizer step, which are assigned as one. The last step may have fewer.
         **options: Keyword arguments of `assign_noise`.
+
+    Raises:
+        ValueError: `accumulate` is below 1, or `first_batch` lies inside an optimizer step.
 
     Example:
         >>> batches = [{"latents": torch.randn(4, 4, 8, 8)} for _ in range(3)]
@@ -46,53 +52,82 @@ class AssignedAhead:
         labels_key: str | None = None,
         seed: int = 0,
         first_batch: int = 0,
+        accumulate: int = 1,
         **options: Unpack[Options],
     ) -> None:
+        if accumulate < 1:
+            raise ValueError(f"accumulate is {accumulate}; give the number of batches in an optimizer step, at least 1")
+        if first_batch % accumulate:
+            raise ValueError(
+                f"first_batch is {first_batch}, inside an optimizer step of {accumulate} batches; resume where one "
+                f"begins, at {first_batch - first_batch % accumulate}"
+            )
         self.loader, self.key, self.noise_key, self.labels_key = loader, key, noise_key, labels_key
-        self.seed, self.first_batch, self.options = seed, first_batch, options
+        self.seed, self.first_batch, self.accumulate, self.options = seed, first_batch, accumulate, options
 
     def __len__(self) -> int:
         return len(self.loader)  # pyright: ignore[reportArgumentType]  of loaders that have a length
 
     def __iter__(self) -> Iterator[Any]:
         with ThreadPoolExecutor(1, "assigned-ahead") as worker:
-            waiting: tuple[int, Any, Future[Tensor]] | None = None
-            loader, index, failed = iter(self.loader), self.first_batch, None
-            while True:
+            waiting: _Step | None = None
+            loader, index, failed, ended = iter(self.loader), self.first_batch, None, False
+            while not ended:
+                batches = []
                 try:
-                    batch = next(loader)
+                    while len(batches) < self.accumulate:
+                        batches.append(next(loader))
                 except StopIteration:
-                    break
+                    ended = True
                 except Exception as error:  # what came before it is still given
-                    failed = error
-                    break
-                following = (index, batch, worker.submit(self.noise, index, batch))
-                if waiting is not None:
-                    yield self._with_noise(*waiting)
-                waiting, index = following, index + 1
-            if waiting is not None:
-                yield self._with_noise(*waiting)
+                    failed, ended = error, True
+                if batches:
+                    following = _Step(index, batches, worker.submit(self.noises, index, batches))
+                    yield from self._with_noises(waiting)
+                    waiting, index = following, index + len(batches)
+            yield from self._with_noises(waiting)
             if failed is not None:
                 raise failed
 
-    def noise(self, index: int, batch: Any) -> Tensor:
-        """Returns the noise of a batch, which its index and the seed fix.
+    def noises(self, index: int, batches: Sequence[Any]) -> list[Tensor]:
+        """Returns the noises of the batches of one optimizer step, which their indices and the seed fix.
 
         Args:
-            index: Number of the batch in the training.
-            batch: Batch with its clean samples.
+            index: Number of the first of the batches in the training.
+            batches: Batches with their clean samples.
         """
-        x = batch[self.key] if isinstance(batch, Mapping) else batch
+        images = [batch[self.key] if isinstance(batch, Mapping) else batch for batch in batches]
         options: Options = {**self.options}
         if self.labels_key is not None:
-            options["labels"] = batch[self.labels_key]
-        generator = torch.Generator(x.device).manual_seed((self.seed * 0x9E3779B97F4A7C15 + index) % 2**63)
-        return assign_noise(x, draw_noise(x, generator), generator=generator, **options)
+            options["labels"] = _joined([batch[self.labels_key] for batch in batches])
+        generators = [
+            torch.Generator(x.device).manual_seed(mixed_seed(self.seed, index + place))
+            for place, x in enumerate(images)
+        ]
+        drawn = [draw_noise(x, generator) for x, generator in zip(images, generators, strict=True)]
+        return assign_accumulated(images, drawn, generator=generators[0], **options)
 
-    def _with_noise(self, index: int, batch: Any, found: "Future[Tensor]") -> Any:
+    def _with_noises(self, step: "_Step | None") -> Iterator[Any]:
+        if step is None:
+            return
         try:
-            noise = found.result()
+            noises = step.found.result()
         except Exception as error:
-            error.add_note(f"the noise of batch {index} could not be assigned")
+            last = step.first + len(step.batches) - 1
+            which = f"batch {last}" if last == step.first else f"batches {step.first} to {last}"
+            error.add_note(f"the noise of {which} could not be assigned")
             raise
-        return {**batch, self.noise_key: noise} if isinstance(batch, Mapping) else (batch, noise)
+        for batch, noise in zip(step.batches, noises, strict=True):
+            yield {**batch, self.noise_key: noise} if isinstance(batch, Mapping) else (batch, noise)
+
+
+class _Step(NamedTuple):
+    first: int
+    batches: list[Any]
+    found: "Future[list[Tensor]]"
+
+
+def _joined(labels: list[Any]) -> Any:
+    if all(isinstance(one, Tensor) for one in labels):
+        return torch.cat(labels)
+    return [label for one in labels for label in one]

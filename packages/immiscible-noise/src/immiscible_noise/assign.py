@@ -26,7 +26,8 @@ from .batch import check_choice, check_images, check_pair, draw_noise, non_finit
 from .blocks import Labels, label_table, same_block, split_blocks
 from .cost import Cost, Precision, cost_matrix, pair_costs
 from .info import AssignmentInfo, SolvedBlock
-from .solvers import HostSolver, Solver, choose_solver, reduced_costs, solve
+from .solvers import HostSolver, Solver, check_solver, choose_solver, reduced_costs, solve, solve_in_place
+from .sparse import on_host
 
 Condition = Literal["auto", "block", "ignore"]
 P = ParamSpec("P")
@@ -114,8 +115,9 @@ def assign_noise(
             published; "l1", slow, for comparison with the paper's ablation only.
         condition: "auto" lets only rows with equal labels exchange noise if labels are given, which keeps the noise
             of every class exactly Gaussian; "block" asks for that; "ignore" is the published behaviour.
-        solver: "auto" takes lapx where it is installed, else scipy; on an accelerator, potentials computed there first
-            reduce the costs.
+        solver: All are exact. "auto" takes "sparse" for large batches, which solves few of the pairs where the costs
+            lie and proves that the others do not matter; else "lapx" where it is installed, else "scipy". On an
+            accelerator, potentials that are computed there first reduce the costs ("potentials+scipy" and the like).
         strength: Share of the rows, chosen at random, that are assigned among themselves, in [0, 1]. The others keep
             their noise: 0 is ordinary training, 1 the paper.
         precision: "bfloat16" rounds the factors of the cost's matrix product: faster, nearly the same optimum.
@@ -139,25 +141,24 @@ def assign_noise(
     table = _blocks_of(labels, condition, len(x))
     check_choice("cost", cost, Cost)
     check_choice("precision", precision, Precision)
-    check_choice("solver", solver, Solver)
+    check_solver(solver)
     if not 0 <= strength <= 1:
         raise ValueError(f"strength is {strength}, outside [0, 1]; give 0 for ordinary training, 1 for the paper")
     if precision != "float32" and cost == "l1":
         raise ValueError("cost='l1' has no matrix product that precision could round; leave it at 'float32'")
     keep = None if mask is None else _expand_mask(mask, x)
-    solver = choose_solver(solver, on_host=x.device.type == "cpu")
 
     with torch.no_grad():
         flat_x, flat_noise = _flatten(x), _flatten(noise)
         rows = _choose_rows(len(x), strength, generator)
-        permutation, solved = torch.arange(len(x), device=x.device), ()
+        permutation, solved, ran = torch.arange(len(x), device=x.device), (), "none"
         if len(rows) > 1:
             table, taking = _take(table, rows), _take(keep, rows)
             costs = cost_matrix(
                 _take(flat_x, rows), _take(flat_noise, rows), cost=cost, mask=taking, precision=precision
             )
             try:
-                columns, solved = _match(costs, table, solver)
+                columns, solved, ran = _match(costs, table, solver)
             except FloatingPointError:
                 raise ValueError(non_finite_message(x=x, noise=noise)) from None
             _warn_if_alone(solved)
@@ -172,7 +173,7 @@ def assign_noise(
         return assigned, AssignmentInfo(
             permutation=permutation,
             cost=cost,
-            solver=solver if any(len(found) > 1 for _, found in solved) else "none",
+            solver=ran,
             ms=ms,
             pair_costs_before=pair_costs(flat_x, flat_noise, cost=cost, mask=keep),
             pair_costs_after=pair_costs(flat_x, _flatten(assigned), cost=cost, mask=keep),
@@ -215,11 +216,11 @@ def solve_costs(
     Raises:
         ValueError: A cost is NaN or infinite, or the solver is not installed.
     """
-    check_choice("solver", solver, Solver)
+    check_solver(solver)
     if len(costs) < 2:
         return torch.arange(len(costs))
     try:
-        return _match(costs, table, choose_solver(solver, on_host=costs.device.type == "cpu"))[0]
+        return _match(costs, table, solver)[0]
     except FloatingPointError:
         row = int((~torch.isfinite(costs)).any(1).nonzero()[0])
         raise ValueError(f"the costs of image {row} hold NaN or infinite values; look at the images") from None
@@ -227,19 +228,27 @@ def solve_costs(
 
 def _match(
     costs: Float[Tensor, "b b"], table: Int[Tensor, "b m"] | None, solver: Solver
-) -> tuple[Int[Tensor, "b"], tuple[SolvedBlock, ...]]:
-    """Returns, on the host, the noise row of every image, and the problems that were solved.
+) -> tuple[Int[Tensor, "b"], tuple[SolvedBlock, ...], str]:
+    """Returns, on the host, the noise row of every image, the problems that were solved, and the solvers that ran.
 
-    One transfer from the device, then an exact solve of every block of equal labels.
+    Large problems without labels stay on their device, and few of their pairs are copied. Otherwise there is one
+    transfer from the device, then an exact solve of every block of equal labels.
 
     Args:
         costs: Cost of each image with each noise.
         table: Labels as integers; rows exchange noise only where they are equal. None: all rows do.
-        solver: A resolved solver, not "auto".
+        solver: Exact solver that the caller asks for.
 
     Raises:
         FloatingPointError: A cost is NaN or infinite.
     """
+    if not on_host(costs):
+        solver = choose_solver(solver, len(costs), on_host=False, whole=table is None)
+        if solver == "sparse" and table is None:
+            columns = solve_in_place(costs)
+            if columns is not None:
+                return torch.from_numpy(columns), ((costs, columns),), solver
+            solver = choose_solver("auto", 0, on_host=False)
     if solver.startswith("potentials"):
         allowed = None if table is None else same_block(table.to(costs.device, non_blocking=True))
         costs = reduced_costs(costs, allowed)
@@ -248,16 +257,18 @@ def _match(
     host_costs = costs.cpu().numpy()
 
     blocks = [np.arange(len(costs))] if host_table is None else split_blocks(host_table.numpy())
-    host_solver: HostSolver = "lapx" if solver.endswith("lapx") else "scipy"
-    columns, solved = np.arange(len(costs)), []
+    columns, solved, ran = np.arange(len(costs)), [], set()
     for block in blocks:
         block_costs = host_costs if len(block) == len(costs) else host_costs[np.ix_(block, block)]
         if not np.isfinite(block_costs).all():
             raise FloatingPointError("a cost is NaN or infinite")
+        resolved = choose_solver(solver, len(block), on_host=True)
+        host_solver: HostSolver = resolved.removeprefix("potentials+")  # pyright: ignore[reportAssignmentType]
         chosen = solve(block_costs, host_solver)
         columns[block] = block[chosen]
-        solved.append((block_costs, chosen))
-    return torch.from_numpy(columns), tuple(solved)
+        solved.append((torch.from_numpy(block_costs), chosen))
+        ran |= {resolved} if len(block) > 1 else set()
+    return torch.from_numpy(columns), tuple(solved), ", ".join(sorted(ran)) or "none"
 
 
 def _blocks_of(labels: Labels | None, condition: Condition, num_rows: int) -> Tensor | None:

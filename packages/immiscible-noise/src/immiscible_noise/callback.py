@@ -7,7 +7,7 @@ import lightning as L
 import torch
 
 from .assign import Options, assign_noise
-from .batch import draw_noise
+from .batch import draw_noise, mixed_seed
 from .ranks import assign_across_ranks
 
 
@@ -61,12 +61,12 @@ class ImmiscibleCallback(L.Callback):
                 raise KeyError(
                     f"the batch has no {key!r}, only {', '.join(map(str, batch))}; give its name as `{name}`"
                 )
-        x, step = batch[self.key], trainer.fit_loop.total_batch_idx
+        # Of completed batches: a batch whose step failed is begun twice, and counted twice among those begun.
+        x, step = batch[self.key], trainer.fit_loop.epoch_loop.batch_progress.total.completed
         labels = None if self.labels_key is None else batch[self.labels_key]
         if self.across_ranks:
             batch[self.noise_key] = assign_across_ranks(x, seed=self.seed, step=step, labels=labels, **self.options)
             return
-        mixed = (self.seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + trainer.global_rank) % 2**63
-        generator = torch.Generator(x.device).manual_seed(mixed)
+        generator = torch.Generator(x.device).manual_seed(mixed_seed(self.seed, step, trainer.global_rank))
         options = {**self.options} if labels is None else {**self.options, "labels": labels}
         batch[self.noise_key] = assign_noise(x, draw_noise(x, generator), generator=generator, **options)

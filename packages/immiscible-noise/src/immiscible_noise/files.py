@@ -1,13 +1,22 @@
-"""Plans of noise on disk: a safetensors file with the order of the samples and a seed for each visit."""
+"""What this package keeps on disk: plans of noise, and which solver was the fastest on a machine.
 
+A plan is a safetensors file with the order of the samples and a seed for each visit.
+"""
+
+import json
+import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from .plan import NoisePlan
+from .solvers import Thresholds
 
 _FORMAT = "immiscible-noise plan 1"
+_TIMED = re.compile(r"solve few of the pairs, against (scipy|lapx|potentials) batch=(\d+) ratio")
+_FIELDS = {"scipy": "beside_scipy", "lapx": "beside_lapx", "potentials": "on_device"}
 
 
 def write_plan(plan: NoisePlan, path: Path | str) -> Path:
@@ -55,3 +64,45 @@ def read_plan(path: Path | str) -> NoisePlan:
             stacklevel=2,
         )
     return NoisePlan(order, seeds, int(told["window"]), told["torch_version"])
+
+
+def read_thresholds(path: Path | str) -> Thresholds:
+    """Reads from a benchmark of this machine from how many rows on the sparse solver is the fastest.
+
+    What the benchmark did not time, such as lapx where it is not installed, keeps its default. Where the sparse solver
+    was never the fastest, twice the largest batch that was timed is taken.
+
+    Args:
+        path: File that `immiscible-noise bench --json FILE` wrote.
+
+    Raises:
+        ValueError: The file holds no times of solvers.
+
+    Example:
+        >>> import tempfile
+        >>> row = {"name": "solve few of the pairs, against scipy batch=512 ratio", "value": 2.1, "unit": "x"}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "bench.json"
+        ...     _ = path.write_text(json.dumps([row]))
+        ...     read_thresholds(path).beside_scipy
+        512
+    """
+    try:
+        ratios = {row["name"]: float(row["value"]) for row in json.loads(Path(path).read_text("utf-8"))}
+    except (ValueError, TypeError, KeyError):
+        ratios = {}
+    timed: dict[str, dict[int, float]] = {}
+    for name, ratio in ratios.items():
+        if match := _TIMED.fullmatch(name):
+            timed.setdefault(match[1], {})[int(match[2])] = ratio
+    if not timed:
+        raise ValueError(f"{path} holds no times of solvers; give a file that `immiscible-noise bench --json` wrote")
+    found = Thresholds()
+    for other, by_rows in timed.items():
+        limit = 2 * max(by_rows)
+        for rows in sorted(by_rows, reverse=True):
+            if by_rows[rows] < 1:
+                break
+            limit = rows
+        found = replace(found, **{_FIELDS[other]: limit})
+    return found

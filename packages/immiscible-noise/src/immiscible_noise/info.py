@@ -10,7 +10,7 @@ from torch import Tensor
 from .cost import Cost
 from .solvers import dual_gap
 
-SolvedBlock = tuple[np.ndarray, np.ndarray]  # n x n and n, where n differs between blocks
+SolvedBlock = tuple[Tensor, np.ndarray]  # n x n and n, where n differs between blocks
 """Costs of a block, up to row and column constants, and the column of each of its rows."""
 
 
@@ -33,7 +33,7 @@ class AssignmentInfo:
     cost: Cost
     """Which distance the figures below are in: squared L2 for "sq"."""
     solver: str
-    """The solver that ran; "none" where nothing had to be solved."""
+    """The solver that ran, several with commas where blocks took different ones; "none" where nothing was to solve."""
     ms: float
     """Milliseconds of host time for the whole call, the wait for the device included."""
     pair_costs_before: Float[Tensor, "b"] = field(repr=False)
@@ -65,7 +65,7 @@ class AssignmentInfo:
 
         It refers to the costs the solver saw; with bfloat16 factors those differ a little from the exact ones.
         """
-        total = sum(dual_gap(costs, columns) for costs, columns in self.solved)
+        total = sum(dual_gap(costs.cpu().numpy(), columns) for costs, columns in self.solved)
         # The squared distance is a constant minus twice the inner product.
         return (2 if self.cost == "sq" else 1) * total / max(len(self.permutation), 1)
 

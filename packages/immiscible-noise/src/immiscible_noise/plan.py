@@ -10,6 +10,7 @@ Noise is made on the host, whose generator gives the same numbers beside every a
 give others, so a plan keeps the version that it was built with.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
@@ -20,6 +21,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .assign import Options, assign_noise
+
+_FEW = 50  # samples
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +77,10 @@ class NoisePlan:
             generator: Source of the assigned rows, for `strength` below 1.
             **options: Keyword arguments of `assign_noise`; `labels` holds one label per sample.
 
+        Warns:
+            UserWarning: There are fewer than 50 samples, each of which would always meet noise from the same side; or
+                a sample changes from one reading to the next, so that the plan is of other crops than the network sees.
+
         Raises:
             ValueError: `window` is below 1, the order names a sample that is not there, or `assign_noise` refuses.
         """
@@ -84,6 +91,7 @@ class NoisePlan:
         if bool(beyond.any()):
             place = int(beyond.nonzero()[0])
             raise ValueError(f"order[{place}] is {int(visits[place])}, but there are {len(samples)} samples")
+        _warn_of_samples(samples, options.get("strength", 1.0))
         seeds = _draw_seeds(seed, len(visits))
         for places in _windows(samples, visits, window):
             x = torch.stack([samples[int(i)] for i in visits[places]]).cpu()
@@ -125,6 +133,21 @@ def _draw_seeds(seed: int, count: int) -> Tensor:
     """Returns seeds of 63 bits, which a prefix of another count shares."""
     state = np.random.SeedSequence(seed).generate_state(count, np.uint64)
     return torch.from_numpy((state >> np.uint64(1)).astype(np.int64))
+
+
+def _warn_of_samples(samples: Any, strength: float) -> None:
+    if 0 < len(samples) < _FEW and strength > 0.5:
+        warnings.warn(
+            f"there are only {len(samples)} samples: each always meets noise from its own side of noise space, and is "
+            "learnt by heart sooner; give `strength` 0.5, or take select_noise with k=2",
+            stacklevel=3,
+        )
+    if not isinstance(samples, Tensor) and len(samples) and not torch.equal(samples[0], samples[0]):
+        warnings.warn(
+            "a sample changes from one reading to the next, as random crops and flips do: the plan is of other samples "
+            "than the network will see; plan what was augmented before, or leave the augmentation out",
+            stacklevel=3,
+        )
 
 
 def _windows(samples: Any, visits: Tensor, window: int) -> list[Tensor]:

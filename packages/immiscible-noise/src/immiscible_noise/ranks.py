@@ -1,14 +1,16 @@
 """One assignment over the batches of all ranks, without moving noise between them.
 
-Every rank draws the noise of the whole global batch from the same seed, computes the costs of its own images with it,
-and receives the costs of the others: 4 G^2 bytes for G images in all, whatever the size of an image. All ranks then
-solve the same problem and find the same permutation, of which each takes its own rows. No rank waits for another's
-solver, and nothing is sent back.
+The noise of every row of the global batch follows from a seed, the step and its number. Every rank draws it a few rows
+at a time, keeps the costs of its own images with it, and receives the costs of the others: 4 G^2 bytes for G images in
+all, whatever the size of an image. All ranks then solve the same problem, find the same permutation, and draw the rows
+that fall to them once more. So a rank holds one cost matrix and its own rows, never the noise of all. No rank waits for
+another's solver, and nothing is sent back.
 
 The authors' code gathers noise and distances and lets the first rank solve. Multisample flow matching reported no
 benefit of assigning across ranks over assigning inside each: measure it.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,9 +19,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .assign import solve_costs
-from .batch import check_images
+from .batch import check_images, mixed_seed
 from .cost import Cost, Precision, cost_matrix
 from .solvers import Solver
+
+_WITH_ONE_SEED = 32  # rows of noise
+_AT_A_TIME = 128  # rows of noise whose costs are computed together, a multiple of those with one seed
 
 
 def assign_across_ranks(
@@ -64,17 +69,79 @@ def assign_across_ranks(
         raise ValueError(f"labels has {len(labels)} rows, x has {len(x)}; give one label for each image")
     alone = not (dist.is_available() and dist.is_initialized())
     rank, sizes = (0, [len(x)]) if alone else _sizes(x, group)
-    total, first = sum(sizes), sum(sizes[:rank])
-    generator = torch.Generator(x.device).manual_seed(_mixed(seed, step))
-    noise = torch.randn((total, *x.shape[1:]), generator=generator, device=x.device, dtype=torch.float32).to(x.dtype)
+    first = sum(sizes[:rank])
+    noise, own = _GlobalNoise(x, seed, step), slice(first, first + len(x))
     with torch.no_grad():
-        own = cost_matrix(x.detach().flatten(1), noise.flatten(1), cost=cost, precision=precision)
-        table = None if labels is None else labels.to(x.device, torch.int64)[:, None]
-        if not alone:
-            own = _gathered(own, sizes, group)
-            table = None if table is None else _gathered(table, sizes, group)
-        columns = solve_costs(own, table, solver)
-        return noise[columns[first : first + len(x)].to(x.device)]
+        columns = _columns(x.detach().flatten(1), noise, own, labels, sizes, (cost, precision), solver, group)
+        return noise.rows(columns[own])
+
+
+def _columns(
+    flat: Float[Tensor, "b d"],
+    noise: "_GlobalNoise",
+    own: slice,
+    labels: Int[Tensor, " b"] | None,
+    sizes: list[int],
+    how: tuple[Cost, Precision],
+    solver: Solver,
+    group: Any,
+) -> Int[Tensor, "g"]:
+    """Returns the noise row of every image of the global batch, on the host.
+
+    The costs are freed on return, before the noise is drawn again.
+    """
+    total, (cost, precision) = sum(sizes), how
+    dtype = torch.promote_types(flat.dtype, torch.float32)
+    costs = torch.empty((total, total), dtype=dtype, device=flat.device)
+    for place, part in enumerate(costs[own].split(_AT_A_TIME, dim=1)):
+        drawn = noise.rows(torch.arange(part.shape[1]) + place * _AT_A_TIME)
+        part.copy_(cost_matrix(flat, drawn.flatten(1), cost=cost, precision=precision))
+        del drawn  # before the next are drawn
+    table = None
+    if labels is not None:
+        table = torch.empty((total, 1), dtype=torch.int64, device=flat.device)
+        table[own, 0] = labels.to(table)
+    if len(sizes) > 1:
+        for rows in (costs, *(() if table is None else (table,))):
+            _share(rows, sizes, group)
+    return solve_costs(costs, table, solver)
+
+
+@dataclass(frozen=True, eq=False)
+class _GlobalNoise:
+    """The noise of a global batch, drawn whenever rows are asked for: `_WITH_ONE_SEED` rows have a seed together.
+
+    Attributes:
+        like: Batch whose type, device and shape of a row the noise takes.
+        seed: Number that all ranks share.
+        step: Number of the training step.
+    """
+
+    like: Tensor
+    seed: int
+    step: int
+
+    def rows(self, numbers: Int[Tensor, "m"]) -> Tensor:
+        """Returns rows of the noise by their numbers in the global batch.
+
+        Args:
+            numbers: Row numbers on the host, in any order.
+        """
+        found, generator = self.like.new_empty((len(numbers), *self.like.shape[1:])), torch.Generator(self.like.device)
+        room = torch.empty((_WITH_ONE_SEED, *found.shape[1:]), dtype=torch.float32, device=found.device)
+        order = numbers.argsort(stable=True)
+        groups, counts = (numbers[order] // _WITH_ONE_SEED).unique_consecutive(return_counts=True)
+        for number, places in zip(groups.tolist(), order.split(counts.tolist()), strict=True):
+            room.normal_(generator=generator.manual_seed(mixed_seed(self.seed, self.step, number)))
+            inside = numbers[places] - number * _WITH_ONE_SEED
+            first = int(places[0])
+            if len(places) == _WITH_ONE_SEED and bool((places - first == inside).all()):  # all of them, in order
+                found[first : first + _WITH_ONE_SEED] = room
+            else:
+                taken = room[inside.to(found.device, non_blocking=True)].to(found.dtype)
+                found[places.to(found.device, non_blocking=True)] = taken
+                del taken  # before the next are taken
+        return found
 
 
 def _sizes(x: Tensor, group: Any) -> tuple[int, list[int]]:
@@ -84,15 +151,8 @@ def _sizes(x: Tensor, group: Any) -> tuple[int, list[int]]:
     return dist.get_rank(group), [int(count) for count in counts]
 
 
-def _gathered(rows: Tensor, sizes: list[int], group: Any) -> Tensor:
-    """Returns the rows of all ranks, one rank's after another's; shorter shares are padded on the way."""
-    padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded, group=group)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-
-
-def _mixed(seed: int, step: int) -> int:
-    """Returns a seed that differs between any two steps (Weyl's sequence of the golden ratio)."""
-    return (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + 1) % 2**63
+def _share(rows: Tensor, sizes: list[int], group: Any) -> None:
+    """Fills in the rows of the other ranks, one rank's after another's, without a copy."""
+    for rank, part in enumerate(rows.split(sizes)):
+        if len(part):
+            dist.broadcast(part, group=group, group_src=rank)

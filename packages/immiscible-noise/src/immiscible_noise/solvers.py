@@ -7,6 +7,7 @@ optimal transport problem, computed on the device, leave a matching that is almo
 """
 
 import importlib
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -15,10 +16,47 @@ from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from .sparse import SMALLEST, solve_sparse
+from .batch import check_choice
+from .sparse import solve_sparse
 
-HostSolver = Literal["scipy", "lapx"]
-Solver = Literal["auto", "scipy", "lapx", "potentials+scipy", "potentials+lapx"]
+HostSolver = Literal["sparse", "scipy", "lapx"]
+Solver = Literal["auto", "sparse", "scipy", "lapx", "potentials+scipy", "potentials+lapx"]
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """From how many rows on "auto" takes the sparse solver, as `use_thresholds` sets it.
+
+    The defaults were measured on one thread of a processor with AVX-512; that of an accelerator is a guess.
+
+    Attributes:
+        beside_scipy: Rows on the host, where lapx is not installed.
+        beside_lapx: Rows on the host, where lapx is installed.
+        on_device: Rows on an accelerator, where the alternative is to copy all costs to the host.
+    """
+
+    beside_scipy: int = 320
+    beside_lapx: int = 1024
+    on_device: int = 512
+
+
+_in_use = Thresholds()
+
+
+def use_thresholds(thresholds: Thresholds) -> None:
+    """Lets "auto" choose by other numbers of rows from here on, such as those that `read_thresholds` takes from a run.
+
+    Every solver is exact, so that only the time changes, and the choice between equally good permutations.
+
+    Args:
+        thresholds: Numbers of rows from which on the sparse solver is taken.
+
+    Example:
+        >>> use_thresholds(Thresholds(beside_scipy=256))
+        >>> use_thresholds(Thresholds())  # the defaults again
+    """
+    global _in_use
+    _in_use = thresholds
 
 
 def has_lapx() -> bool:
@@ -29,18 +67,33 @@ def has_lapx() -> bool:
         return False
 
 
-def choose_solver(solver: Solver, *, on_host: bool) -> Solver:
-    """Resolves "auto" to the fastest solver present, and refuses one that is not installed.
-
-    Potentials save time on an accelerator; on the host they cost more than they save.
-    """
-    if solver == "auto":
-        if on_host:
-            return "lapx" if has_lapx() else "scipy"
-        return "potentials+lapx" if has_lapx() else "potentials+scipy"
+def check_solver(solver: Solver) -> None:
+    """Raises an error where a solver is unknown or not installed."""
+    check_choice("solver", solver, Solver)
     if solver.endswith("lapx") and not has_lapx():
         raise ValueError(f"solver={solver!r} needs lapx, which is not installed: pip install lapx")
-    return solver
+
+
+def choose_solver(solver: Solver, rows: int, *, on_host: bool, whole: bool = True) -> Solver:
+    """Resolves "auto" to the fastest solver present.
+
+    Args:
+        solver: Name that the caller gives; all but "auto" stay as they are.
+        rows: Number of rows of the problem.
+        on_host: Whether the costs lie on the host. Potentials save time on an accelerator; on the host they cost more
+            than they save.
+        whole: Whether the problem is the whole table. An accelerator sends a table that splits into blocks in one
+            piece.
+    """
+    if solver != "auto":
+        return solver
+    dense: HostSolver = "lapx" if has_lapx() else "scipy"
+    limits = _in_use
+    if not on_host:
+        if whole and rows >= limits.on_device:
+            return "sparse"
+        return "potentials+lapx" if dense == "lapx" else "potentials+scipy"
+    return "sparse" if rows >= (limits.beside_lapx if dense == "lapx" else limits.beside_scipy) else dense
 
 
 def solve(costs: Float[np.ndarray, "n n"], solver: HostSolver) -> Int[np.ndarray, "n"]:
@@ -51,18 +104,26 @@ def solve(costs: Float[np.ndarray, "n n"], solver: HostSolver) -> Int[np.ndarray
     """
     if len(costs) < 2:
         return np.arange(len(costs))
-    if solver == "scipy" and len(costs) >= SMALLEST and costs.dtype == np.float32:
-        columns = solve_sparse(costs)
+    if solver == "sparse":
+        columns = solve_in_place(torch.from_numpy(costs))
         if columns is not None:
-            return _order_duplicates(costs, columns)
+            return columns
+        solver = "lapx" if has_lapx() else "scipy"
     # Without row and column minima the optimum is the same and the search a third shorter; float64 keeps it exact.
-    reduced = costs - costs.min(axis=1, keepdims=True).astype(np.float64)
-    reduced -= reduced.min(axis=0)
+    table = torch.from_numpy(costs)
+    reduced = table.double() - table.amin(1, keepdim=True)
+    reduced -= reduced.amin(0)
     if solver == "lapx":
-        columns = importlib.import_module("lap").lapjvh(reduced)[2]
+        columns = importlib.import_module("lap").lapjvh(reduced.numpy())[2]
     else:
-        columns = linear_sum_assignment(reduced)[1]
-    return _order_duplicates(costs, np.asarray(columns, dtype=np.int64))
+        columns = linear_sum_assignment(reduced.numpy())[1]
+    return _order_duplicates(table, np.asarray(columns, dtype=np.int64))
+
+
+def solve_in_place(costs: Float[Tensor, "n n"]) -> Int[np.ndarray, "n"] | None:
+    """Returns what `solve` does, from few pairs of a table that stays where it is; None where that proves nothing."""
+    columns = solve_sparse(costs) if costs.dtype == torch.float32 else None
+    return None if columns is None else _order_duplicates(costs, columns)
 
 
 def reduced_costs(
@@ -121,14 +182,16 @@ def dual_gap(costs: Float[np.ndarray, "n n"], columns: Int[np.ndarray, "n"], *, 
     return max(bound, 0.0)
 
 
-def _order_duplicates(costs: np.ndarray, columns: np.ndarray) -> np.ndarray:
+def _order_duplicates(costs: Tensor, columns: np.ndarray) -> np.ndarray:
     """Gives equal rows their columns in ascending order."""
-    first = np.sort(costs[:, 0])
-    if np.all(first[1:] != first[:-1]):  # nearly always: no two rows can be equal
+    first = costs[:, 0].cpu().numpy()
+    ascending = np.sort(first)
+    shared = ascending[1:][ascending[1:] == ascending[:-1]]
+    if not len(shared):  # nearly always: no two rows can be equal
         return columns
     rows_of: dict[bytes, list[int]] = {}
-    for i, row in enumerate(costs):
-        rows_of.setdefault(row.tobytes(), []).append(i)
+    for i in np.flatnonzero(np.isin(first, shared)):
+        rows_of.setdefault(costs[i].cpu().numpy().tobytes(), []).append(int(i))
     ordered = columns.copy()
     for rows in rows_of.values():
         ordered[rows] = np.sort(columns[rows])

@@ -6,9 +6,12 @@ and on the same machine in turn with ours.
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -16,12 +19,15 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from diffcore.bench import Case
+from immiscible_noise.ahead import AssignedAhead
 from immiscible_noise.assign import assign_noise
-from immiscible_noise.cost import Cost, pair_costs
+from immiscible_noise.cost import Cost, cost_matrix, pair_costs
 from immiscible_noise.select import select_noise
-from immiscible_noise.solvers import Solver, has_lapx
+from immiscible_noise.solvers import HostSolver, Solver, has_lapx, reduced_costs, solve, solve_in_place
 
 Images = Float[Tensor, "b channels height width"]
+_DENSE: tuple[HostSolver, ...] = ("scipy", "lapx") if has_lapx() else ("scipy",)
+_TIMED = (192, 256, 384, 512, 768, 1024)  # images in a batch
 
 
 def cases(*, smoke: bool = False) -> list[Case]:
@@ -34,24 +40,29 @@ def cases(*, smoke: bool = False) -> list[Case]:
     latents = partial(_pair, shape=(4, 8, 8) if smoke else (4, 64, 64))
     small, large = (16, 32) if smoke else (256, 1024)
     large_pixels, same = pixels(large), partial(_assignment, same_cost=True)
+    dense = partial(_assignment, solver="scipy")  # what "auto" takes for few rows, where lapx is not installed
     result = [
-        _assignment("assign, against the authors' way", pixels(small), authors_assignment, goal=50.0),
+        dense("assign, against the authors' way", pixels(small), authors_assignment, goal=50.0),
         _assignment("assign, against the authors' way", large_pixels, authors_assignment, goal=50.0),
-        _assignment("peak memory to assign, authors' way", latents(small), authors_assignment, memory=20),
+        dense("peak memory to assign, authors' way", latents(small), authors_assignment, memory=20.0),
         _assignment("assign, against cdist and scipy", large_pixels, cdist_assignment, goal=1.7),
         same("assign by the published cost, against cdist and scipy", large_pixels, cdist_assignment, cost="l2"),
         _rounded(large_pixels),
         _selection(pixels(max(small, 64)), k=4),
-        _selection(latents(32), k=64, memory=8),
+        _selection(latents(32), k=64, memory=8.0),
+        *(_solvers(pixels(size), other) for other in _DENSE for size in (_TIMED[:1] if smoke else _TIMED)),
+        _training(16 if smoke else 256, (3, 16, 16) if smoke else (3, 32, 32)),
     ]
+    if torch.cuda.is_available():
+        result += [_solvers_on_device(pixels(size)) for size in (_TIMED[:1] if smoke else _TIMED)]
     with_torchcfm = importlib.util.find_spec("torchcfm") is not None
     if with_torchcfm:
-        result.append(same("assign, against torchcfm", large_pixels, torchcfm_assignment, goal=2.5))
+        result.append(same("assign, against torchcfm", large_pixels, torchcfm_assignment, goal=6.0))
     if has_lapx():
         same, plain = partial(same, solver="lapx"), partial(_assignment, solver="lapx")
         result.append(plain("assign with lapx, against cdist and scipy", large_pixels, cdist_assignment, goal=2.5))
         if with_torchcfm:
-            result.append(same("assign with lapx, against torchcfm", large_pixels, torchcfm_assignment, goal=4.0))
+            result.append(same("assign with lapx, against torchcfm", large_pixels, torchcfm_assignment, goal=5.5))
     return result
 
 
@@ -107,7 +118,7 @@ def _assignment(
     pair: tuple[Images, Images],
     reference: Callable[[Images, Images], Images],
     *,
-    solver: Solver = "scipy",
+    solver: Solver = "sparse",
     cost: Cost = "sq",
     same_cost: bool = False,
     goal: float | None = None,
@@ -135,7 +146,7 @@ def _assignment(
 def _rounded(pair: tuple[Images, Images]) -> Case:
     """Returns the case of bfloat16 costs against float32 costs, with a bound on the gain that rounding loses."""
     x, noise = pair
-    assign = partial(assign_noise, x, noise, solver="scipy")
+    assign = partial(assign_noise, x, noise, solver="sparse")
     independent, exact, rounded = (_total(x, met, "sq") for met in (noise, assign(), assign(precision="bfloat16")))
     lost = (rounded - exact) / (independent - exact)
     bound = next((bound for bound in (0.0001, 0.001, 0.01) if lost < bound), 1.0)
@@ -159,6 +170,111 @@ def _selection(pair: tuple[Images, Images], *, k: int, memory: float | None = No
         agree=lambda ours, theirs: abs(_total(x, ours, "l2") / _total(x, theirs, "l2") - 1) < 0.02,
         memory_goal=memory,
     )
+
+
+def _solvers(pair: tuple[Images, Images], other: HostSolver) -> Case:
+    """Returns the case of the sparse solver against a dense one; `read_thresholds` takes "auto"'s choice from it."""
+    costs = cost_matrix(*(tensor.flatten(1) for tensor in pair))
+    table, rows = costs.numpy(), np.arange(len(costs))
+
+    def agree(ours: np.ndarray, theirs: np.ndarray) -> bool:
+        best, found = (float(table[rows, columns].sum(dtype=np.float64)) for columns in (theirs, ours))
+        return len(set(ours.tolist())) == len(rows) and abs(found - best) <= 1e-6 * abs(best)
+
+    return Case(
+        f"solve few of the pairs, against {other}",
+        {"batch": len(costs)},
+        ours=partial(solve, table, "sparse"),
+        reference=partial(solve, table, other),
+        agree=agree,
+    )
+
+
+def _solvers_on_device(pair: tuple[Images, Images]) -> Case:
+    """Returns the case of the sparse solver against potentials, with all costs on the accelerator."""
+    costs = cost_matrix(*(tensor.cuda().flatten(1) for tensor in pair))
+    host = costs.cpu().numpy()
+    finish = _DENSE[-1]
+
+    def total(columns: np.ndarray) -> float:
+        return float(host[np.arange(len(host)), columns].sum(dtype=np.float64))
+
+    return Case(
+        "solve few of the pairs, against potentials",
+        {"batch": len(costs)},
+        ours=lambda: solve_in_place(costs),
+        reference=lambda: solve(reduced_costs(costs).cpu().numpy(), finish),
+        agree=lambda ours, theirs: ours is not None and abs(total(ours) / total(theirs) - 1) <= 1e-6,
+    )
+
+
+def _training(size: int, shape: tuple[int, int, int], *, steps: int = 2) -> Case:
+    """Returns the case of training steps with noise assigned ahead, against the same steps with noise as it is drawn.
+
+    A small U-Net, on one thread. The worker that assigns takes another processor where one is free: its share of the
+    processor time of a step, drawing included, is part of the name; it is what a machine without one would lose.
+    """
+    from immiscible_noise.study.network import unet
+
+    batches = [synthetic_images(size, shape, seed=seed) for seed in range(steps)]
+    network = unet(shape, 16, None)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
+    times = torch.randint(1000, (size,), generator=torch.Generator().manual_seed(0))
+
+    def train(ahead: AssignedAhead) -> list[Tensor]:
+        met = []
+        for x, noise in ahead:
+            share = (times / 1000)[:, None, None, None]
+            predicted = network((1 - share) * x + share * noise, times).sample
+            optimizer.zero_grad()
+            F.mse_loss(predicted, noise - x).backward()
+            optimizer.step()
+            met.append(noise)
+        return met
+
+    def plain() -> list[Tensor]:
+        return train(_Drawn(batches))
+
+    def agree(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+        pairs = zip(batches, ours, theirs, strict=True)
+        return all(torch.equal(assign_noise(x, drawn), met) and not torch.equal(drawn, met) for x, met, drawn in pairs)
+
+    timed = _Timed(batches)
+    start = time.process_time()
+    plain()
+    step = (time.process_time() - start) / steps
+    list(timed)
+    taken = timed.seconds / steps / step
+    bound = next((bound for bound in (0.005, 0.01, 0.02, 0.05) if taken < bound), 1.0)
+    return Case(
+        "train with noise assigned ahead, against noise as drawn",
+        {"batch": size, "data": "x".join(map(str, shape)), "worker": f"<{bound:.1%} of a step"},
+        ours=lambda: train(AssignedAhead(batches)),
+        reference=plain,
+        agree=agree,
+        goal=0.98,
+    )
+
+
+class _Drawn(AssignedAhead):
+    """Gives each batch the noise that `AssignedAhead` draws for it, where the training stands and unassigned."""
+
+    def __iter__(self) -> Any:
+        plain = AssignedAhead(self.loader, seed=self.seed, strength=0.0)
+        for index, batch in enumerate(self.loader):
+            yield batch, plain.noises(index, [batch])[0]
+
+
+class _Timed(AssignedAhead):
+    """Adds up the processor time of the thread that assigns."""
+
+    seconds = 0.0
+
+    def noises(self, index: int, batches: Sequence[Any]) -> list[Tensor]:
+        start = time.thread_time()
+        found = super().noises(index, batches)
+        self.seconds += time.thread_time() - start
+        return found
 
 
 def _sizes(x: Images) -> dict[str, int | str]:

@@ -1,8 +1,9 @@
 """EM Distillation on 25 Gaussians in the plane: what K, cancelled noise and sampler buy, and the rules that hold.
 
-Specification 18: exact teacher, small networks, three initialisations trained side by side in one tensor batch. Six
-minutes of one core with --quick, which runs the rows that rules need; half an hour without. An interrupted run
-continues. Writes emd-mixtures.json, .md and .png in benchmarks/results, and a page with pictures in the run folder.
+The setting is that of an earlier trial: exact teacher, small networks, three initialisations trained side by side in
+one tensor batch. Six minutes of one core with --quick, which runs the rows that rules need; half an hour without. An
+interrupted run continues. Writes emd-mixtures.json, .md and .png in benchmarks/results, and a page with pictures in the
+run folder.
 """
 
 import copy
@@ -94,7 +95,7 @@ class Score(Networks):
 
 @dataclass(frozen=True)
 class Setting:
-    """One of the two settings of specification 18.1.
+    """One of the two settings of the trial.
 
     Attributes:
         width: Number of hidden units.
@@ -169,7 +170,7 @@ _NOISE_CAPTION = (
     "150 batches at networks that stand still, with the same draws for each way of cancelling; mean of three seeds."
 )
 _OVERVIEW_CAPTION = "Samples of the three initialisations, one colour for each, over the 25 centres (crosses)."
-TRIAL: dict[str, dict[str, str]] = {  # fKL of the specification's tables
+TRIAL: dict[str, dict[str, str]] = {  # fKL of the trial's tables
     "narrow": {
         "K=0 (Diff-Instruct)": "24.7 ± 19",
         "K=4": "5.6 ± 3.6",
@@ -338,7 +339,7 @@ def log_density(x: Tensor, centres: Tensor, std: float) -> Tensor:
 
 
 def measured(x: Tensor) -> dict[str, float]:
-    """Returns the metrics of specification 18.1 for the samples of one generator."""
+    """Returns the metrics of the trial for the samples of one generator."""
     distance, nearest = torch.cdist(x, MEANS).min(1)
     good = distance < 4 * STD
     share = torch.bincount(nearest[good], minlength=25) / len(x) * 25
@@ -392,7 +393,7 @@ def gradients(
     means, told = {}, {}
     for cancel in ("complete", "stein", "last", "none"):
         loss = EMD(num_steps=16, **CONSTANT, noise_cancel=cancel)
-        # The loss is a mean over seeds and coordinates; the specification's gradients are of each seed's sum.
+        # The loss is a mean over seeds and coordinates; the trial's gradients are of each seed's sum.
         found = [2 * SEEDS * _gradient(loss, generator, student, draws, step, rows) for step in range(batches)]
         mean, variance = torch.stack(found).mean(0), torch.stack(found).var(0).sum(1)
         means[cancel] = mean
@@ -433,7 +434,7 @@ def one_step_ratio(dtype: torch.dtype) -> float:
 
 
 def cost(updates: int = 40, rounds: int = 3) -> dict[str, float]:
-    """Returns milliseconds of CPU of one update in the wide setting (specification 18.5), the least of some rounds."""
+    """Returns milliseconds of CPU of one update in the wide setting, the least of some rounds."""
     losses = {f"K={k}": EMD(num_steps=k, **CONSTANT) for k in (0, 1, 2, 4, 8, 16)}
     losses["K=16, eps only"] = EMD(num_steps=16, gamma_z=0.0)
     losses["K=16, stein"] = EMD(num_steps=16, **CONSTANT, noise_cancel="stein")
@@ -444,7 +445,7 @@ def cost(updates: int = 40, rounds: int = 3) -> dict[str, float]:
 
 
 def run(*, out: Path = Path("runs/emd-mixtures"), quick: bool = False, updates: int = 1500) -> int:
-    """Trains and measures all rows; returns 1 where a hard rule of specification 18.7 does not hold.
+    """Trains and measures all rows; returns 1 where a hard rule does not hold.
 
     Args:
         out: Run folder.
@@ -516,7 +517,7 @@ def _told(part: Run) -> dict[str, Any]:
 def _rules(
     tables: dict[str, dict[str, Any]], ratios: dict[str, float], spent: dict[str, float]
 ) -> list[dict[str, Any]]:
-    """Returns the acceptance rules of specification 18.7 with what was found."""
+    """Returns the acceptance rules with what was found."""
 
     def all_of(name: str, row: str, key: str) -> list[float]:
         return [one[key] for one in tables[name][row]["metrics"]]

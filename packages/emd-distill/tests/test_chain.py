@@ -17,7 +17,7 @@ GAMMA = 0.16
 
 
 def linear(steps: int, gamma_e: float, gamma_z: float, cancel: str, *, rows: int = 25_000, run=langevin_eps_z, seed=0):
-    """The chain of specification T1, and its residual per row."""
+    """The chain in one dimension whose moments are known, and its residual per row."""
     z, eps, noise = drawn(rows, steps, seed)
     t = torch.full((rows,), SIGMA, dtype=torch.float64)
     settings = {"gamma_e": gamma_e, "gamma_z": gamma_z, "noise_cancel": cancel, "noise": noise}
@@ -251,7 +251,7 @@ def test_without_a_step_of_z_the_generator_is_never_differentiated():
 
 
 def test_parameters_get_no_gradient_from_a_chain():
-    """Rule 1 and 2 of specification 4.5: what a chain returns is constant, and weights are constants in it."""
+    """What a chain returns is constant, and weights are constants in it."""
     generator, (z, eps, noise) = Affine(A, B), drawn(4, 3)
     t = torch.full((4,), SIGMA, dtype=torch.float64)
     for run in (langevin_eps_z, langevin_x_z):
@@ -271,7 +271,7 @@ def test_a_generator_is_constant_inside_a_chain_alone_even_after_an_error():
 
 
 def test_neither_score_is_differentiated():
-    """Rule 4 of specification 4.5: what a chain returns hangs on no weight of teacher and student."""
+    """What a chain returns hangs on no weight of teacher and student."""
     teacher, student = tiny.denoiser("unet2d"), tiny.denoiser("unet2d", seed=1).requires_grad_(True)
     z, eps, n_e, n_z = torch.randn(4, 1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     t, given = torch.tensor([300.0]), {"class_labels": torch.tensor([0])}

@@ -125,7 +125,7 @@ def test_each_iteration_updates_the_student_first_and_the_generator_once():
 
 
 def test_the_chain_sees_one_network_and_the_students_loss_another():
-    """Rule 4 of specification 4.5: dropout belongs to the student's own loss."""
+    """Dropout belongs to the student's own loss."""
     student, generator = small(dropout=0.5)
     settings = Settings(loss=EMD(num_steps=2, gamma_z=0.0), steps=2, **SETTINGS)
     distill(four_modes(), generator, (2,), settings, student=student)
@@ -133,7 +133,7 @@ def test_the_chain_sees_one_network_and_the_students_loss_another():
 
 
 def test_networks_that_come_in_training_mode_are_functions_all_the_same():
-    """Rule 4 of specification 4.5: no dropout in teacher and generator, and in the student in its own loss alone."""
+    """There is no dropout in teacher and generator, and in the student in its own loss alone."""
     nets = [NetworkDenoiser(Score(dropout=0.5), EDMSchedule(), "edm").train() for _ in range(3)]
     teacher, student, inner = nets
     settings = Settings(loss=EMD(num_steps=2, gamma_z=0.01), steps=2, **SETTINGS)

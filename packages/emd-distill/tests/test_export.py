@@ -83,7 +83,7 @@ WRONG = [
 @pytest.mark.parametrize("t", [399, 500, 999])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_which_schedulers_draw_the_generators_sample(kind, t):
-    """Specification 16: LCM, DDPM, DDIM that ends clean; not DDIM that ends at level 0, nor Euler."""
+    """LCM, DDPM and DDIM that ends clean draw g(z); DDIM that ends at level 0 and Euler do not."""
     model = teacher(kind=kind)
     generator = changed(model.denoiser, t)
     g = torch.Generator().manual_seed(0)

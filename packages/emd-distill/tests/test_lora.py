@@ -157,7 +157,7 @@ def test_a_student_is_a_lora_only_on_the_same_teacher():
 
 
 def test_the_chain_calls_the_generator_with_constant_factors():
-    """Rule 2 of specification 4.5 holds for a LoRA: nothing is kept for its gradients."""
+    """Nothing is kept in a chain for the gradients of a LoRA."""
     teacher = tiny.denoiser("unet2d")
     generator = OneStepGenerator(moved(LoraDenoiser(teacher, RANK)), 900)
     z, given = torch.randn(1, 3, 8, 8).requires_grad_(), classes(0, torch.arange(1))

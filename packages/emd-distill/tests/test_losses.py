@@ -77,7 +77,7 @@ def pulled(s: Situation, generator: Net, z: Tensor, direction: Tensor) -> Tensor
 @pytest.mark.parametrize("cancel", ["none", "last", "complete", "stein"])
 @pytest.mark.parametrize("weighting", ["x0", "eps", "likelihood", "snr_cap", "dmd"])
 def test_the_gradient_is_that_of_the_displacement(cancel, weighting):
-    """Rule 1 of specification 4.5: z_K, target and weight are constants of the M-step."""
+    """The end of the chain, target and weight are constants of the M-step."""
     s, generator = situation()
     loss = EMD(num_steps=3, gamma_z=0.05, noise_cancel=cancel, weighting=weighting)
     told = loss(s)
@@ -134,7 +134,7 @@ def test_sid_differentiates_through_both_scores_and_trains_the_generator_alone()
 
 
 def test_the_chain_sees_constant_weights_and_the_m_step_learns():
-    """Rule 2 of specification 4.5."""
+    """Weights are constants inside a chain, and learn again after it."""
     s, generator = situation()
     EMD(num_steps=4, gamma_z=0.05)(s)
     assert generator.learned == [False] * 4 + [True]

@@ -174,7 +174,7 @@ def test_two_processes_equal_one_at_the_whole_batch(tmp_path: Path, loss: Any):
 
 
 def test_networks_that_come_in_training_mode_are_functions_all_the_same(tmp_path: Path):
-    """Rule 4 of specification 4.5, whatever the trainer does to the modes of its modules."""
+    """A chain sees the same networks at each step, whatever the trainer does to the modes of its modules."""
     nets = [NetworkDenoiser(Score(dropout=0.5), EDMSchedule(), "edm").train() for _ in range(3)]
     teacher, student, inner = nets
     told = settings(steps=2, loss=EMD(num_steps=2, gamma_z=0.01), student_updates=1)

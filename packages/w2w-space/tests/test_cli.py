@@ -295,7 +295,7 @@ def test_the_authors_files_become_a_space(place: Place):
 
 
 def test_the_demo_holds_what_the_readme_says(place: Place):
-    """The gates of the specification, section 19.1, on adapters that come with the package."""
+    """The gates that were set beforehand, on adapters that come with the package."""
     told = place.json("demo", "--out", "demo")
     assert told["held"]
     assert min(told["r2"]["shared A, canonical"]) >= 0.7

@@ -297,7 +297,7 @@ def test_a_dry_run_counts_and_writes_nothing(place: Inverting):
     assert not Path("dry").exists()
 
 
-def test_presets_set_what_the_specification_says(place: Inverting):
+def test_presets_set_their_numbers(place: Inverting):
     from w2w_space.app.options_training import SearchOptions
 
     photo, art = SearchOptions().settings(0), SearchOptions(style="art").settings(0)

@@ -193,7 +193,7 @@ def test_training_beats_the_base_model():
 
 @pytest.mark.parametrize(("name", "kind"), [("sd21", "v"), ("sdxl", "epsilon"), ("sd3", "flow")])
 def test_models_of_every_kind_are_trained_and_searched(name: str, kind: str):
-    """Other targets than the noise, conditions besides the prompt, and several text encoders (specification, 16)."""
+    """Other targets than the noise, conditions besides the prompt, and several text encoders."""
     model = from_pipeline(tiny.pipeline(name))
     condition = condition_of(model, prompt="a sks toy")
     assert (name == "sdxl") == ("time_ids" in condition)

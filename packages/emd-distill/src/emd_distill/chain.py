@@ -104,7 +104,7 @@ def langevin_eps_z(
     x0: Float[Tensor, "b *data"] | None = None,
     trace: bool = False,
 ) -> ChainResult:
-    """Runs the reparametrised chain, the method's own (specification, section 4.2, equations 6 to 9).
+    """Runs the reparametrised chain, the method's own.
 
     Without noise there are no steps: the drift at the start is the residual, which is Diff-Instruct. With one step and
     gamma_z = 0 it is gamma_e times that. The generator is called with constant parameters; its Jacobian enters by one
@@ -192,7 +192,7 @@ def langevin_x_z(
     x0: Float[Tensor, "b *data"] | None = None,
     trace: bool = False,
 ) -> ChainResult:
-    """Runs the chain in (x, z), which the paper compares with (specification, section 4.1).
+    """Runs the chain in (x, z), which the paper compares with.
 
     The step of x is gamma_e sigma^2. It mixes more slowly than `langevin_eps_z` at equal cost, since x is tied to g(z)
     by a spring. Arguments and result are as there; eps in the result is (x - alpha g(z)) / sigma.

@@ -1,4 +1,4 @@
-"""What an iteration costs: forward passes of the networks, and memory (specification, section 14)."""
+"""What an iteration costs: forward passes of the networks, and memory."""
 
 from dataclasses import dataclass
 

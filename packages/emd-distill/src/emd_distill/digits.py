@@ -1,4 +1,4 @@
-"""A small teacher of handwritten digits, on which the whole method runs in a minute (specification, 18.8).
+"""A small teacher of handwritten digits, on which the whole method runs in a minute.
 
 A residual network on the 64 numbers of an 8 x 8 image, class-conditional, with EDM's preconditioning; it ships with the
 package. Its generators are measured against the 1797 real digits: Fréchet distance on pixels, accuracy of a classifier,

@@ -1,4 +1,4 @@
-"""EM Distillation on a page: a teacher becomes a one-step generator (paper, algorithm 1; specification, section 10).
+"""EM Distillation on a page: a teacher becomes a one-step generator (paper, algorithm 1).
 
     repeat
         c ~ conditions;  t ~ p(t);  z, eps ~ N(0, I)
@@ -305,7 +305,7 @@ def sampled(
 def student_loss(student: Denoiser, x0: Float[Tensor, "b *data"], drawn: Drawn) -> Float[Tensor, ""]:
     """Returns the denoising loss of the student score on the generator's samples, in its own parameterisation.
 
-    For EDM networks the mean square in the space of the output is EDM's own weighting (specification, section 6).
+    For EDM networks the mean square in the space of the output is EDM's own weighting.
 
     Args:
         student: Denoiser that learns the score.

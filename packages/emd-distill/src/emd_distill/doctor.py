@@ -318,7 +318,7 @@ def largest_steps(
     """Returns the largest stable gamma_z at each noise level, by power iteration on J^T J.
 
     Where teacher and student differ much, the drift of z is -z - (alpha / sigma)^2 J^T J z and less, so that its
-    Lipschitz constant is at most 1 + (alpha / sigma)^2 |J|^2 (specification 4.3 without the prior's 1), and a step must
+    Lipschitz constant is at most 1 + (alpha / sigma)^2 |J|^2, and a step must
     be below 2 over that. Products with J are taken as the derivative of v -> J^T v, so that any network will do.
 
     Args:

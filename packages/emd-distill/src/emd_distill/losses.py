@@ -5,8 +5,8 @@ Distillation regresses g(z) to where a chain has moved it,
 
     L = 1/2 mean |g(z) - constant(g(z) + omega(t) u)|^2,
 
-whose gradient is -mean J^T omega u (specification, section 5, equation 11). Diff-Instruct and DMD are the same loss
-without a chain; SiD is another one (section 19).
+whose gradient is -mean J^T omega u. Diff-Instruct and DMD are the same loss
+without a chain; SiD is another one.
 """
 
 from collections.abc import Callable, Mapping
@@ -85,7 +85,7 @@ class Loss(Protocol):
 
 @dataclass(frozen=True)
 class EMD:
-    """EM Distillation: a chain of K steps, then a regression to where it ended (sections 4 and 5).
+    """EM Distillation: a chain of K steps, then a regression to where it ended.
 
     Attributes:
         num_steps: Number K of Langevin steps: 0 is Diff-Instruct, more cover more of the teacher's modes. A mapping
@@ -206,7 +206,7 @@ def dmd() -> EMD:
 
 @dataclass(frozen=True)
 class SiD:
-    """Score identity distillation, with gradients through teacher and student (section 19).
+    """Score identity distillation, with gradients through teacher and student.
 
     Attributes:
         a: Weight of the squared difference of the two scores; 1 and 1.2 are in use.

@@ -1,4 +1,4 @@
-"""Distributions of the noise level p(t) at which chains run and the student score learns (specification, section 7).
+"""Distributions of the noise level p(t) at which chains run and the student score learns.
 
 Each is given by noise-to-signal ratios sigma / alpha and turned into the units of the teacher's schedule. The range
 matters more than the shape: with low noise alone, losses that seek modes lose modes for ever.

@@ -1,4 +1,4 @@
-"""Many adapters of one kind in a single forward pass of their frozen base (specification, section 9.1).
+"""Many adapters of one kind in a single forward pass of their frozen base.
 
 With N adapters and b rows for each, in the order of the adapters, the base computes all N b rows at once; a hook on
 each changed module adds B_i A_i x to the rows x of adapter i, as two batched products of matrices:

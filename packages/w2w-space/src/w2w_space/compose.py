@@ -6,7 +6,7 @@ that no adapter has.
 
 Two subjects of one space cannot be merged in this way: their sum is a third subject (paper, appendix H). A style that
 has little in common with the space can be added. How much it has in common is the share of its squared norm that lies
-in the span of the space's own changes (specification, section 6.7).
+in the span of the space's own changes.
 """
 
 import math
@@ -110,7 +110,7 @@ def share_inside(space: WeightSpace, adapter: Adapter) -> float:
 
     The span is that of the changes B A of the points one standard deviation up and down each component, of the mean,
     and of the members, where the space has them: up to 256 components and 512 members. All inner products go through
-    the factors (specification, section 3.4). Near 0 for an adapter of another kind, near 1 for an exported point; an
+    the factors. Near 0 for an adapter of another kind, near 1 for an exported point; an
     adapter of the space's own kind, which has noise of its own, lies in between.
 
     Args:

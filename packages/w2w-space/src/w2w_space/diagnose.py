@@ -1,7 +1,7 @@
 """What a space is worth: held-out coordinates, shrinkage, and how many components are more than chance.
 
 A member's own training noise lies inside the components that it was fitted with, so members say nothing about adapters
-that come later. Each member is therefore projected onto the components of the others (specification, section 3.6). All
+that come later. Each member is therefore projected onto the components of the others. All
 of it follows from the inner products K of the members, with J = I - 1 1^T / n for centring:
 
     J K_TT J = E L E^T                     the space of the members T that remain
@@ -143,7 +143,7 @@ class Diagnosis:
 
 
 def diagnosed(population: Population, space: WeightSpace, *, num_components: int | None = None) -> Diagnosis:
-    """Returns a space cut to the components that are more than chance (specification, section 3.6).
+    """Returns a space cut to the components that are more than chance.
 
     With as many components as members, all members are equally far from one another, directions follow the members'
     noise, and every draw looks like a copy. Of fewer than 20 members all components are kept.

@@ -1,7 +1,7 @@
 """Directions of attributes in a space: along which members differ that have an attribute and that do not.
 
 All vectors are in the coordinates z = beta / sigma (standard deviations), where members are a round cloud. With z_i the
-members' coordinates and y_i their labels, less their means (specification, section 6.2):
+members' coordinates and y_i their labels, less their means:
 
 * conditional (default): regress the coordinates on all labels at once, z_i = sum_j y_ij w_j + rest; w_j is what
   attribute j adds where the others stay the same.

@@ -1,4 +1,4 @@
-"""The canonical gauge: one vector for one adapter, whatever factors it was written with (specification, section 3.3).
+"""The canonical gauge: one vector for one adapter, whatever factors it was written with.
 
 The change B A stays the same under A -> G A, B -> B G^-1 for any invertible G, so that one adapter has many vectors.
 Adapters that were trained from the same initial A differ little in G; adapters of different people differ wildly, and a

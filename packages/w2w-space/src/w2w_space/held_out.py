@@ -5,7 +5,7 @@ mean of the population, of the subject's own adapter, and of its projection on t
 
     gain kept = (base - projected) / (base - own).
 
-The norm of what a projection leaves out says little: most of it is noise of the training (specification, section 3.6).
+The norm of what a projection leaves out says little: most of it is noise of the training.
 """
 
 import math

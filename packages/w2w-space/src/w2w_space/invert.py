@@ -1,4 +1,4 @@
-"""Inversion: the point of a space whose adapter explains a few pictures of one subject (specification, section 7.3).
+"""Inversion: the point of a space whose adapter explains a few pictures of one subject.
 
 All weights are frozen; only the coordinates z, in standard deviations, move:
 

@@ -1,4 +1,4 @@
-"""The population of portraits: persons whose attributes are known exactly (specification, section 19.2).
+"""The population of portraits: persons whose attributes are known exactly.
 
 The base model `zoo:portraits-sd` draws portraits from text; each member is a rank-1 adapter that was trained on ten
 pictures of one person, in ten poses before ten backgrounds, with one prompt for all. Each attribute takes its values

@@ -1,6 +1,6 @@
 """Labels by probing: each member draws pictures, and a classifier or a text-image model says what they show.
 
-This makes attributes known of collected adapters that came without labels (specification, section 6.2). The label of a
+This makes attributes known of collected adapters that came without labels. The label of a
 member is the mean score of its pictures, from the same prompts and noise for all members.
 """
 

@@ -1,4 +1,4 @@
-"""A space that is linear in the changes B A themselves, which need no gauge (specification, section 3.4).
+"""A space that is linear in the changes B A themselves, which need no gauge.
 
 With the inner products G of the members' changes, formed from small matrices, and J = I - 1 1^T / n for centring,
 

@@ -18,7 +18,7 @@ def product_gram(
     others: Float[Tensor, "k _"] | None = None,
     other_layout: Layout | None = None,
 ) -> Float64[Tensor, "n k"]:
-    """Returns the inner products of the adapters' changes B A, without forming them (specification, section 3.4).
+    """Returns the inner products of the adapters' changes B A, without forming them.
 
     Args:
         layout: Table of the vectors.

@@ -22,7 +22,7 @@ _SHARED = 0  # row of the A that all members share
 class Recipe:
     """How each member of a population is trained: the same for all, or their vectors do not compare.
 
-    The defaults are the paper's (specification, section 2), without its prior preservation.
+    The defaults are the paper's, without its prior preservation.
 
     Attributes:
         targets: Last parts of the names of the linear modules that are changed, such as to_q.

@@ -1,4 +1,4 @@
-"""Refinement: the little that a subject's adapter has outside the space (specification, section 7.3, last point).
+"""Refinement: the little that a subject's adapter has outside the space.
 
 An inversion finds theta_0 = mu + s * (V beta). What the space cannot hold is looked for in the orthogonal complement of
 its components, in the same standardised numbers, close to theta_0 (the idea of pivotal tuning):

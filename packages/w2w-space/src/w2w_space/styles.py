@@ -1,4 +1,4 @@
-"""The population of handwritten digits in 160 styles, on which the whole method can be seen (specification, 19.1).
+"""The population of handwritten digits in 160 styles, on which the whole method can be seen.
 
 The base model `zoo:digits-styles` draws digits in all styles, which are five numbers in [-1, 1]; each member is a
 rank-1 adapter that was trained on ten digits of one style. Styles are spread evenly: each number takes the 160 middles

@@ -1,4 +1,4 @@
-"""Training the members of a population, many at a time in one forward pass (specification, section 9.1).
+"""Training the members of a population, many at a time in one forward pass.
 
 Each member i minimises its own denoising loss over its pictures with the same recipe and, unless asked otherwise, from
 the same initial A. A group of members minimises

@@ -1,7 +1,7 @@
 """The second part of the demo: persons that a text-to-image model draws, edited and inverted.
 
 Each claim is checked against attributes that are known exactly, by an oracle, and the page says which of the gates that
-were set beforehand are met (specification, section 19.2). Nothing is trained: the adapters come with the package.
+were set beforehand are met. Nothing is trained: the adapters come with the package.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The authors' published files, read as a space (specification, section 2.3).
+"""The authors' published files, read as a space.
 
 With X of one row per model, mu and s its columns' means and standard deviations, their files hold V of Z = (X - mu) / s
 = U S V^T, one column per component, and the coefficients beta of the models. A model is theta = mu + s (V beta), the

@@ -1,7 +1,7 @@
 """A point of a space as files of other tools: an ordinary LoRA, or a merged checkpoint, with a card beside it.
 
 Tools disagree about alpha, rank patterns and names, so that what is written has alpha = rank, one rank, and factors of
-equal norm; it is read back, and its changes are compared with the point's (specification, section 8.2).
+equal norm; it is read back, and its changes are compared with the point's.
 """
 
 from collections.abc import Mapping

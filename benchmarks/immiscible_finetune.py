@@ -48,12 +48,12 @@ def rare_people(count: int) -> tuple[ImageSet, list[str]]:
 
 
 def run(
-    steps: int = 100,
+    steps: int = 80,
     seeds: int = 2,
     batch_size: int = 16,
     learning_rate: float = 1e-4,
-    images: int = 512,
-    samples: int = 512,
+    images: int = 256,
+    samples: int = 256,
     out: Path = Path("runs/immiscible-finetune"),
 ) -> int:
     """Fine-tunes and measures everything.
@@ -72,9 +72,9 @@ def run(
     model, judge = load(MODEL, runtime), feature_extractor(JUDGE, runtime)
     data, captions = rare_people(images)
     settings = FineTuneSettings(
-        steps=steps, batch_size=batch_size, learning_rate=learning_rate, snapshots=2, ema_decay=0.98
+        steps=steps, batch_size=batch_size, learning_rate=learning_rate, snapshots=1, ema_decay=0.98
     )
-    evaluation = EvaluationSettings(sampling_steps=(5, 10, 25), num_samples=samples, sampling_batch=128)
+    evaluation = EvaluationSettings(sampling_steps=(5, 10), num_samples=samples, sampling_batch=128)
     given = {"steps": steps, "seeds": seeds, "batch_size": batch_size, "learning_rate": learning_rate}
     inputs = {"portraits": data.sha256, MODEL: model.fingerprint, JUDGE: judge.sha256}
     config = given | {"images": images, "samples": samples}

@@ -288,7 +288,7 @@ def test_two_processes_fine_tune_as_one(painted: Path, model: Path, tmp_path: Pa
         with torch.no_grad():
             outputs.append(trained(x_t, t.float(), {"encoder_hidden_states": states}).output)
     torch.testing.assert_close(outputs[1], outputs[0], atol=1e-4, rtol=1e-3)
-    assert float((outputs[2] - outputs[0]).abs().max()) > 3 * float((outputs[1] - outputs[0]).abs().max())
+    assert float((outputs[2] - outputs[0]).abs().max()) > 1e-3
 
 
 def test_with_strength_zero_it_is_vanilla_to_the_last_bit(painted: Path, model: Path, tmp_path: Path):

@@ -184,6 +184,8 @@ def compare(
         raise UserError("--couplings names none; give at least one, such as --couplings vanilla assignment")
     if seeds < 1:
         raise UserError(f"--seeds is {seeds}; give a number of at least 1")
+    if evaluation.guidance != 1 and tuning.model is None:
+        raise UserError("--guidance is for fine-tuned models; a new one knows no empty condition, leave it out")
     runtime.apply_threads()
     work = prepare(data, images, training, tuning, captions, runtime, chosen, at_least=2)
 

@@ -21,7 +21,7 @@ class Shown:
 
     Attributes:
         pictures: Turns samples into pictures; None shows the means of their channels.
-        called: What the pictures are, in words.
+        called: Words that say what the pictures are.
     """
 
     pictures: Pictures | None
@@ -34,7 +34,7 @@ def shown_samples(samples: Samples, model: str | None, runtime: Runtime) -> Show
     Args:
         samples: Samples that are diagnosed.
         model: Name of the model whose codec decodes latents.
-        runtime: Device and precision.
+        runtime: Device and precision of the codec.
 
     Raises:
         UserError: A model is given for images, or its latents have another shape.

@@ -239,7 +239,7 @@ def bound_recipe(
         data: Folder or zip of images.
         images: How they are read.
         captions: Where the captions are, for a model that was fine-tuned with captions.
-        runtime: Device and precision.
+        runtime: Device and precision of the model.
         base: Model that was fine-tuned, where it is no longer at the place that the training names.
 
     Raises:
@@ -263,7 +263,7 @@ class Bound:
 
     Attributes:
         recipe: Recipe as the training keeps it.
-        images: Real images.
+        images: Real images to compare with.
         inputs: Digest of each input by name.
         model: Model that was fine-tuned.
         captioned: Captions of the images.
@@ -292,7 +292,7 @@ def inputs_of(data: Path, captioned: Captioned, model: DiffusionModel) -> dict[s
 
     Args:
         data: Folder or zip of the images.
-        captioned: Images and captions.
+        captioned: Images with their captions.
         model: Model that is fine-tuned.
     """
     digests = {printable(data.name): captioned.images.sha256, printable(model.name): model.fingerprint}

@@ -22,7 +22,7 @@ class Captioned:
 
     Attributes:
         images: Those of the images that have one.
-        captions: Caption of each.
+        captions: Caption of each of them.
         source: Where the captions come from, in words.
     """
 
@@ -100,7 +100,7 @@ def some_of(images: ImageSet, rows: list[int]) -> ImageSet:
     """Returns some images of a set, with their labels and names.
 
     Args:
-        images: All images.
+        images: All images of the set.
         rows: Places of those that are kept.
     """
     chosen = torch.tensor(rows)

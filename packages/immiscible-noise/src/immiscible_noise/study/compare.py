@@ -266,7 +266,7 @@ def check_evaluation(recipe: AnyRecipe, images: ImageSet, evaluation: Evaluation
 
     Args:
         recipe: How the model was trained.
-        images: Real images.
+        images: Real images to compare with.
         evaluation: Settings of the measurement.
 
     Raises:
@@ -284,6 +284,8 @@ def check_evaluation(recipe: AnyRecipe, images: ImageSet, evaluation: Evaluation
             f"the model is conditioned on {classes} classes, the data have {len(images.classes)}; "
             "give images with one sub-folder for each class that it was trained on"
         )
+    if evaluation.guidance != 1 and isinstance(recipe, Recipe):
+        raise UserError(f"`guidance` is {evaluation.guidance:g}, but this model knows no empty condition; leave it out")
     if recipe.coupling.method != "vanilla" and evaluation.eta > 0:
         _LOG.warning(
             "this model was trained on %s noise: its output is no score, and stochastic sampling (eta %g) is biased",

@@ -61,7 +61,7 @@ def diagnose_samples(
         k: Number of draws per sample for nearest-of-k selection.
         seed: Number that fixes batches and noise.
         pictures: Turns samples into pictures; without it the mean over the channels is shown, where there is one.
-        shown_as: What the pictures are, in words.
+        shown_as: Words that say what the pictures are.
 
     Returns:
         The figures of `result.json`.

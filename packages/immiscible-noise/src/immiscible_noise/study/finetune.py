@@ -30,7 +30,7 @@ class CaptionedBatches:
     """Batches of latents for the trainer, with conditions that depend on the visit: some come without their caption.
 
     Args:
-        data: Latents and conditions.
+        data: Latents and conditions of the images.
         recipe: How the model is fine-tuned.
     """
 
@@ -70,7 +70,7 @@ class FineTuneModule(DenoisingModule):
     """The training step on latents, whose conditions are looked up on the host before the batch moves to the device.
 
     Args:
-        denoiser: Denoiser that learns.
+        denoiser: Denoiser that learns, or its LoRA.
         batches: Data set of the training.
         options: Keyword arguments of `DenoisingModule`.
     """
@@ -95,7 +95,7 @@ class FineTuner:
     """Fine-tunes one model on one set of images, as often as a study asks; takes the place of `study.train.train`.
 
     Attributes:
-        data: Latents and conditions.
+        data: Latents and conditions of the images.
         model: Name or place of the model, as it is written into the recipe.
     """
 

@@ -105,7 +105,7 @@ def fit_recipe(
     Weights that are there already are not made again, and an interrupted training continues from its last checkpoint.
 
     Args:
-        recipe: What is trained, and how.
+        recipe: Recipe of what is trained, and how.
         run: Run folder that receives checkpoints, snapshots and the recipe.
         runtime: Device, precision and processes.
         batches: Data set of the training.

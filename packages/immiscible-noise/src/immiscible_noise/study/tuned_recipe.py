@@ -36,7 +36,7 @@ class FineTuneRecipe:
         model: Name or place of the model that was fine-tuned, as it was given.
         fingerprint: Digest of that model.
         shape: Channels, height and width of one image.
-        told: What the coupling was told of the conditions.
+        told: Which form of the conditions the coupling was told.
         seed: Number that fixes order, noise, and the initial weights of a LoRA.
         data: Model and conditions in memory, without which nothing can be drawn; see `with_data`.
     """

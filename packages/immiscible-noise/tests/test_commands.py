@@ -255,11 +255,9 @@ def test_diagnose_reads_latents_and_shows_them_decoded_or_as_means(tmp_path: Pat
     assert result["leak"]["assignment, batch 30"] > 0.7 > result["leak"]["blocks, batch 30"]
     shown = artifact.load(tmp_path / "means" / "parts" / "gallery").tensors
     assert shown["images"].shape[1:] == (1, 4, 4)
-    means = latents.mean((1, 2, 3))
-    bright = shown["images"].mean((1, 2, 3))
-    assert len(shown["images"]) == 8
-    assert bright.min() < 0.5 < bright.max()
-    assert means[labels == 1].mean() > means[labels == 0].mean()
+    bright = shown["images"].mean((1, 2, 3))  # of the first label, of the second, then of others
+    assert len(shown["images"]) == 10
+    assert bright[0] + 0.2 < bright[1]
     assert run(*told, *sizes, "--model", "zoo:portraits-sd", "--device", "cpu", "--out", tmp_path / "decoded") == 0
     shown = artifact.load(tmp_path / "decoded" / "parts" / "gallery").tensors
     assert shown["images"].shape[1:] == (3, 8, 8)

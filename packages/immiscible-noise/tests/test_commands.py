@@ -243,6 +243,36 @@ def test_diagnose_recommends_and_measures_the_leak(painted: Path, tmp_path: Path
     assert result["reduction"]["assignment, batch 32"] > result["reduction"]["assignment, batch 8"] > 0
 
 
+def test_diagnose_reads_latents_and_shows_them_decoded_or_as_means(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 2
+    latents = torch.randn(60, 8, 4, 4, generator=generator) + 2 * labels.view(-1, 1, 1, 1)
+    save_file({"latents": latents, "labels": labels}, tmp_path / "latents.safetensors")
+    told, sizes = ["diagnose", tmp_path / "latents.safetensors", "--json"], ["--batch-sizes", "8", "30"]
+    assert run(*told, *sizes, "--out", tmp_path / "means") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["options_of_train"].endswith("--condition block")
+    assert result["leak"]["assignment, batch 30"] > 0.7 > result["leak"]["blocks, batch 30"]
+    shown = artifact.load(tmp_path / "means" / "parts" / "gallery").tensors
+    assert shown["images"].shape[1:] == (1, 4, 4)
+    bright = shown["images"].mean((1, 2, 3))  # of the first label, of the second, then of others
+    assert len(shown["images"]) == 10
+    assert bright[0] + 0.2 < bright[1]
+    assert run(*told, *sizes, "--model", "zoo:portraits-sd", "--device", "cpu", "--out", tmp_path / "decoded") == 0
+    shown = artifact.load(tmp_path / "decoded" / "parts" / "gallery").tensors
+    assert shown["images"].shape[1:] == (3, 8, 8)
+    assert "Decoded latents" in (tmp_path / "decoded" / "report.html").read_text()
+
+
+def test_latents_of_other_channels_are_not_decoded(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    save_file({"latents": torch.zeros(3, 4, 2, 2)}, tmp_path / "latents.safetensors")
+    command = ["diagnose", tmp_path / "latents.safetensors", "--model", "zoo:portraits-sd", "--out", tmp_path / "out"]
+    assert "latents of 8 channels" in refused(capsys, *command)
+    save_file({"latents": torch.full((3, 4), torch.nan)}, tmp_path / "nan.safetensors")
+    assert "latent 0" in refused(capsys, "diagnose", tmp_path / "nan.safetensors", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_plan_writes_what_the_library_builds_from_latents(painted: Path, tmp_path: Path):
     latents, labels = torch.randn(30, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 3
     save_file({"latents": latents, "labels": labels}, tmp_path / "latents.safetensors")

@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch.nn import functional
 
-from immiscible_noise import assign_noise, assign_noise_softly, choose_noise, is_stochastic, warn_if_stochastic
+from immiscible_noise import (
+    Coupling,
+    assign_noise,
+    assign_noise_softly,
+    choose_noise,
+    is_stochastic,
+    warn_if_stochastic,
+)
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -138,3 +145,32 @@ def test_ddim_is_stochastic_with_eta_and_consistency_models_from_the_second_step
     assert is_stochastic(diffusers.DDIMScheduler(), eta=0.5)
     assert is_stochastic(diffusers.CMStochasticIterativeScheduler(), steps=2)
     assert not is_stochastic(diffusers.CMStochasticIterativeScheduler(), steps=1)
+
+
+def test_soft_assignment_of_a_share_leaves_the_other_rows_as_they_were():
+    g = torch.Generator().manual_seed(0)
+    x, noise, text = torch.randn(20, 16, generator=g), torch.randn(20, 16, generator=g), torch.randn(20, 8, generator=g)
+    found = assign_noise_softly(x, noise, text, target=0.5, strength=0.5, generator=torch.Generator().manual_seed(1))
+    moved = (found.noise != noise).any(1)
+    assert 2 <= int(moved.sum()) <= 10
+    assert sorted(map(tuple, found.noise.tolist())) == sorted(map(tuple, noise.tolist()))
+    assert torch.equal(assign_noise_softly(x, noise, text, strength=0.0).noise, noise)
+    with pytest.raises(ValueError, match="strength is 2"):
+        assign_noise_softly(x, noise, text, strength=2.0)
+
+
+def test_a_coupling_told_of_conditions_prefers_like_ones():
+    g = torch.Generator().manual_seed(0)
+    x, noise = torch.randn(24, 64, generator=g), torch.randn(24, 64, generator=g)
+    text = torch.randn(24, 16, generator=g)
+    soft, free = Coupling()(x, noise, conditions=text), Coupling()(x, noise)
+    unit = functional.normalize(text, dim=1)
+
+    def likeness(met: torch.Tensor) -> float:
+        return float((unit * unit[torch.cdist(met, noise).argmin(1)]).sum(1).mean())
+
+    assert likeness(soft) > likeness(free) + 0.1
+    assert not torch.equal(soft, noise)
+    assert torch.equal(Coupling(condition="ignore")(x, noise, conditions=text), free)
+    with pytest.raises(ValueError, match="need `conditions`"):
+        Coupling(condition="soft")(x, noise)

@@ -9,8 +9,10 @@ from torch import Tensor
 from diffcore.train import StepSampler
 from immiscible_noise import Coupling, assign_noise
 from immiscible_noise.study.digits import load_digits
+from immiscible_noise.study.pairing import WindowNoise, pair_noise_of
+from immiscible_noise.study.recipe import PixelScale
 from immiscible_noise.study.settings import TrainSettings
-from immiscible_noise.study.train import Batches, PixelScale, WindowNoise, pair_noise_of
+from immiscible_noise.study.train import Batches
 
 DATA = Batches(load_digits(), PixelScale(), class_conditional=True)
 COUPLING = Coupling("assignment", window=24)

@@ -372,7 +372,7 @@ def student_of(teacher: Denoiser, generator: nn.Module | None = None) -> Denoise
     if not isinstance(plain, NetworkDenoiser):
         raise UserError(f"a {type(plain).__name__} has no weights for a student to start from; give `student`")
     lora = None if generator is None else lora_of(generator)
-    if lora is not None and lora.teacher is plain:
+    if lora is not None and lora.base is plain:
         return LoraDenoiser(plain, lora.rank, alpha=lora.alpha, targets=lora.targets, seed=_STUDENT_SEED)
     return copy.deepcopy(plain).requires_grad_(True)
 

@@ -10,6 +10,9 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, Literal
 
+_SOFT_SHARE = 0.2
+"""Share of the other pairs of a batch that may still exchange noise under soft conditions: that of C2OT's code."""
+
 Preset = Literal["vanilla", "assignment", "half", "ignore", "knn", "knn-inner", "early", "flip"]
 
 
@@ -23,8 +26,8 @@ class Coupling:
         strength: Share of each batch that is assigned; 1 is the paper, 0.5 was best on small images.
         cost: Squared (sq), plain (l2, the paper) or absolute (l1, slow, the paper's comparison) distance between image
             and noise.
-        condition: With labels: block exchanges noise only inside a label, ignore over all of the batch (the paper);
-            auto is block.
+        condition: block exchanges noise only inside a label, soft more readily between like conditions (text), ignore
+            over all of the batch (the paper); auto is block where labels are given, soft where conditions are.
         k: Number of draws per image (knn).
         score: l2 as published, or inner, which keeps the noise's norm (knn).
         flip: Negate the assigned noise: each image owns a region still, but the far one (the paper's ablation of
@@ -35,7 +38,7 @@ class Coupling:
             a call of the coupling does not know how far training has come.
 
     Raises:
-        ValueError: `strength`, `k` or `until` is out of its range.
+        ValueError: `strength`, `k` or `until` is out of its range, or soft conditions come with a cost other than sq.
 
     Example:
         >>> import torch
@@ -49,7 +52,7 @@ class Coupling:
     method: Literal["vanilla", "assignment", "knn"] = "assignment"
     strength: float = 1.0
     cost: Literal["sq", "l2", "l1"] = "sq"
-    condition: Literal["auto", "block", "ignore"] = "auto"
+    condition: Literal["auto", "block", "soft", "ignore"] = "auto"
     k: int = 4
     score: Literal["l2", "inner"] = "l2"
     flip: bool = False
@@ -61,6 +64,10 @@ class Coupling:
             raise ValueError(f"`strength` is {self.strength}; give a number from 0 (vanilla) to 1 (the paper)")
         if self.k < 1:
             raise ValueError(f"`k` is {self.k}; give the number of noise draws per image, at least 1")
+        if self.condition == "soft" and self.cost != "sq":
+            raise ValueError(
+                f"`cost` is {self.cost} with soft conditions, which add to squared distances; leave it at sq"
+            )
         if self.window < 0 or (self.window and self.method != "assignment"):
             raise ValueError(
                 f"`window` is {self.window} with method {self.method}; give 0, or a number of samples with method "
@@ -75,6 +82,7 @@ class Coupling:
         noise: Any,
         *,
         labels: Any = None,
+        conditions: Any = None,
         mask: Any = None,
         generator: Any = None,
     ) -> Any:
@@ -84,18 +92,36 @@ class Coupling:
             x: Clean batch as the diffusion sees it, a tensor (b, *data).
             noise: Independent Gaussian noise of the same shape, a tensor (b, *data).
             labels: Conditions that the network sees, as for `assign_noise`.
+            conditions: Vectors that stand for what the network sees, such as text embeddings, a tensor (b, features);
+                in place of labels, for conditions that hardly ever are equal.
             mask: Nonzero where ``x`` is data, as for `assign_noise`.
             generator: Source of the assigned rows (strength below 1) or of the candidates (knn).
+
+        Raises:
+            ValueError: The condition is soft without conditions, or `assign_noise` refuses.
         """
         from .assign import assign_noise
         from .select import select_noise
+        from .soft import assign_noise_softly
+
+        soft = self.condition == "soft" or (self.condition == "auto" and labels is None and conditions is not None)
 
         match self.method:
             case "vanilla":
                 return noise
             case "knn":
                 return select_noise(x, self.k, score=self.score, generator=generator)
+            case "assignment" if soft:
+                if conditions is None or mask is not None or self.cost != "sq":
+                    raise ValueError("soft conditions need `conditions` and squared distances, and take no `mask`")
+                own = 1 / max(round(self.strength * len(x)), 1)  # a row and its own noise are one of the pairs
+                target = own + _SOFT_SHARE * (1 - own)
+                found = assign_noise_softly(
+                    x, noise, conditions, target=target, strength=self.strength, generator=generator
+                )
+                return -found.noise if self.flip else found.noise
             case "assignment":
+                assert self.condition != "soft"  # the case above
                 assigned = assign_noise(
                     x,
                     noise,

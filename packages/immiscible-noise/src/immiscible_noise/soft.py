@@ -53,6 +53,8 @@ def assign_noise_softly(
     *,
     target: float = 0.01,
     start: Float[Tensor, ""] | float = 1.0,
+    strength: float = 1.0,
+    generator: torch.Generator | None = None,
 ) -> SoftAssignment:
     """Returns the rows of `noise` in an order that brings each near its image and its condition.
 
@@ -61,11 +63,14 @@ def assign_noise_softly(
         noise: Independent Gaussian noise of the same shape.
         conditions: Condition of each image, such as its text embedding, compared by the cosine of flattened rows.
         target: Share of pairs that may still exchange noise with profit, in (0, 1]; smaller is nearer to ordinary
-            training. The published values are 0.01 in the paper and 0.2 in the code for small images.
+            training. The published values are 0.01 in the paper and 0.2 in the code for small images. Every row and its
+            own noise are one of these pairs: at one over the number of rows, unlike conditions exchange nothing.
         start: Weight that the search starts from: that of the batch before, which it hardly differs from.
+        strength: Share of the rows, chosen at random, that exchange their noise; the others keep theirs.
+        generator: Source of the choice of rows, for `strength` between 0 and 1.
 
     Raises:
-        ValueError: Shapes differ, `target` is out of its range, or a tensor holds NaN or infinity.
+        ValueError: Shapes differ, `target` or `strength` is out of its range, or a tensor holds NaN or infinity.
 
     Example:
         >>> x, noise, text = torch.randn(16, 4, 8, 8), torch.randn(16, 4, 8, 8), torch.randn(16, 32)
@@ -79,6 +84,16 @@ def assign_noise_softly(
         raise ValueError(f"conditions has {len(conditions)} rows, x has {len(x)}; give one for each image")
     if not 0 < target <= 1:
         raise ValueError(f"target is {target}; give a share above 0, up to 1")
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength is {strength}, outside [0, 1]; give 0 for ordinary training, 1 to assign all rows")
+    count = round(strength * len(x))
+    if count < len(x):
+        rows = torch.randperm(len(x), generator=generator, device=None if generator is None else generator.device)
+        rows = rows[:count].sort().values.to(x.device)
+        found = assign_noise_softly(x[rows], noise[rows], conditions[rows], target=target, start=start)
+        assigned = noise.clone()
+        assigned[rows] = found.noise
+        return SoftAssignment(assigned, found.weight, found.share)
     if len(x) < 2:
         return SoftAssignment(noise.clone(), torch.as_tensor(float(start)), torch.ones(()))
     images, rows = x.flatten(1).float(), noise.flatten(1).float()

@@ -8,18 +8,19 @@ from diffcore.cli.package_commands import add_package_commands
 from diffcore.errors import UserError
 from diffcore.runtime import Runtime
 from immiscible_noise.app.options import (
+    Captions,
     Data,
     Evaluation,
+    Features,
+    FineTuning,
     Noise,
     Numbers,
     Presets,
     Training,
-    check_training,
-    plan_of_trainings,
     seen,
 )
 from immiscible_noise.coupling import PRESETS, Coupling
-from immiscible_noise.study.settings import EvaluationSettings, TrainSettings
+from immiscible_noise.study.settings import EvaluationSettings
 
 app = make_app(
     "immiscible-noise",
@@ -67,38 +68,34 @@ def train(
     data: Path,
     *,
     noise: Noise = Coupling(),
-    training: Training = TrainSettings(),
+    training: Training = Training(),
+    tuning: FineTuning = FineTuning(),
+    captions: Captions = Captions(),
     images: Data = Data(),
     runtime: Runtime = Runtime(),
     output: Output = Output(),
 ) -> int:
-    """Train a pixel-space model on a folder or zip of images.
+    """Train a pixel-space model on a folder or zip of images, or fine-tune a trained model on it.
 
     Shortest form: immiscible-noise train FOLDER --method assignment --size 32
 
-    Writes averaged weights at steps that double up to the last, a sample grid, and resumes when run again.
+    A LoRA of a Stable Diffusion: immiscible-noise train FOLDER --model MODEL --lora-rank 16
+
+    Writes averaged weights at steps that double up to the last, a sample grid, and resumes when run again. A new U-Net
+    lies in RUN/model, a fine-tuned model too, a LoRA in RUN/lora; diffusers loads them.
 
     Args:
         data: Folder or zip of images; sub-folders are classes.
     """
     from immiscible_noise.app.report import write_page
-    from immiscible_noise.study.export import export_model
-    from immiscible_noise.study.train import train as train_model
+    from immiscible_noise.app.training import prepare
 
     runtime.apply_threads()
-    loaded, inputs = images.read(data)
-    check_training(loaded, [noise], training, runtime)
-
-    def compute(run: Any, _: Any) -> dict[str, Any]:
-        recipe = train_model(loaded, run, noise, training, runtime)
-        if run.leading and recipe.settings.network == "unet":
-            export_model(recipe, run)
-        return {"coupling": noise.name, "steps": training.steps, "images": len(loaded)}
-
-    config = settings(data=data, noise=noise, training=training, images=images, runtime=runtime)
+    work = prepare(data, images, training, tuning, captions, runtime, [noise])
+    config = {**settings(data=data, noise=noise, images=images, runtime=runtime), **work.config}
     folder = output.out or Path("runs") / f"train-{data.stem}-{noise.name}"
-    job = Job("immiscible-noise train", folder, output, config, inputs)
-    return job(compute, plan=lambda: plan_of_trainings(loaded, training, [noise]), report=write_page)
+    job = Job("immiscible-noise train", folder, output, config, work.inputs)
+    return job(lambda run, _: work.train(run, noise, runtime), plan=work.plan, report=write_page)
 
 
 @app.command
@@ -106,7 +103,10 @@ def evaluate(
     model: Path,
     data: Path,
     *,
+    base: str | None = None,
     evaluation: Evaluation = EvaluationSettings(),
+    features: Features = Features(),
+    captions: Captions = Captions(),
     images: Data = Data(),
     runtime: Runtime = Runtime(),
     output: Output = Output(),
@@ -116,23 +116,32 @@ def evaluate(
     Shortest form: immiscible-noise evaluate RUN FOLDER
 
     Distances are taken in the features of a small classifier that is trained once on the folder's labels (its accuracy
-    and hash are printed), or without labels in principal components of the pixels.
+    and hash are printed), or without labels in principal components of the pixels, or in those of --features. A
+    fine-tuned model is sampled with the captions of the folder.
 
     Args:
         model: Run folder of train.
         data: Folder or zip of the images it was trained on, or of others of the same kind.
+        base: Model that was fine-tuned, where it is no longer at the place that the training names.
     """
     from immiscible_noise.app.report import write_page
+    from immiscible_noise.app.training import bound_recipe
     from immiscible_noise.study.compare import evaluate_training
-    from immiscible_noise.study.train import read_recipe
 
     runtime.apply_threads()
-    loaded, inputs = images.read(data, at_least=2)
-    config = settings(model=model, data=data, evaluation=evaluation, images=images, runtime=runtime)
-    job = Job("immiscible-noise evaluate", output.out or model / "evaluation", output, config, inputs)
+    bound = bound_recipe(model, data, images, captions, runtime, base)
+    groups: dict[str, Any] = {"evaluation": evaluation, "features": features, "captions": captions, "images": images}
+    config = settings(model=model, data=data, base=base, runtime=runtime, **groups)
+    job = Job("immiscible-noise evaluate", output.out or model / "evaluation", output, config, bound.inputs)
+
+    def compute(run: Any, _: Any) -> dict[str, Any]:
+        recipe, extractor = bound.with_data(run), features.load(runtime)
+        study = evaluate_training(model, recipe, bound.images, run, evaluation, runtime, extractor=extractor)
+        return study.summary()
+
     return job(
-        lambda run, _: evaluate_training(model, loaded, run, evaluation, runtime).summary(),
-        plan=lambda: seen(loaded) | {"weights_of_steps": read_recipe(model).settings.snapshot_steps},
+        compute,
+        plan=lambda: seen(bound.images) | {"weights_of_steps": bound.recipe.settings.snapshot_steps},
         report=write_page,
     )
 
@@ -143,15 +152,20 @@ def compare(
     *,
     couplings: Presets = ("vanilla", "assignment", "half"),
     seeds: int = 3,
-    training: Training = TrainSettings(),
+    training: Training = Training(),
+    tuning: FineTuning = FineTuning(),
+    captions: Captions = Captions(),
     evaluation: Evaluation = EvaluationSettings(),
+    features: Features = Features(),
     images: Data = Data(),
     runtime: Runtime = Runtime(),
     output: Output = Output(),
 ) -> int:
-    """Train with several couplings of noise and images on the same seeds and show them in one figure.
+    """Train, or fine-tune, with several couplings of noise and images on the same seeds, and show them in one figure.
 
     Shortest form: immiscible-noise compare FOLDER --couplings vanilla assignment --size 16
+
+    Of a Stable Diffusion: immiscible-noise compare FOLDER --model MODEL --couplings vanilla half --seeds 1
 
     The trainings of one seed share initial weights, data order and noise, so that they differ by the coupling alone.
 
@@ -162,29 +176,40 @@ def compare(
         seeds: Number of trainings per coupling.
     """
     from immiscible_noise.app.report import write_page
+    from immiscible_noise.app.training import prepare
     from immiscible_noise.study.compare import compare as compare_couplings
-    from immiscible_noise.study.diagnosis import diagnose_images
 
     chosen = [PRESETS[name] for name in dict.fromkeys(couplings)]
     if not chosen:
         raise UserError("--couplings names none; give at least one, such as --couplings vanilla assignment")
     if seeds < 1:
         raise UserError(f"--seeds is {seeds}; give a number of at least 1")
+    if evaluation.guidance != 1 and tuning.model is None:
+        raise UserError("--guidance is for fine-tuned models; a new one knows no empty condition, leave it out")
     runtime.apply_threads()
-    loaded, inputs = images.read(data, at_least=2)
-    check_training(loaded, chosen, training, runtime)
-    first = runtime.seed
+    work = prepare(data, images, training, tuning, captions, runtime, chosen, at_least=2)
 
     def compute(run: Any, _: Any) -> dict[str, Any]:
-        diagnose_images(loaded, run, (training.batch_size,), 4, training.normalisation, first)
-        numbers = range(first, first + seeds)
-        return compare_couplings(loaded, inputs, run, chosen, numbers, training, evaluation, runtime).summary()
+        trainer, numbers = work.trainer(run), range(runtime.seed, runtime.seed + seeds)
+        work.diagnose(run, runtime.seed)
+        return compare_couplings(
+            work.images,
+            work.inputs,
+            run,
+            chosen,
+            numbers,
+            work.settings,
+            evaluation,
+            runtime,
+            extractor=features.load(runtime),
+            trainer=trainer,
+        ).summary()
 
-    groups: dict[str, Any] = {"training": training, "evaluation": evaluation, "images": images, "runtime": runtime}
-    config = settings(data=data, couplings=list(couplings), seeds=seeds, **groups)
+    groups: dict[str, Any] = {"evaluation": evaluation, "features": features, "images": images, "runtime": runtime}
+    config = {**settings(data=data, couplings=list(couplings), seeds=seeds, **groups), **work.config}
     folder = output.out or Path("runs") / f"compare-{data.stem}"
-    job = Job("immiscible-noise compare", folder, output, config, inputs)
-    return job(compute, plan=lambda: plan_of_trainings(loaded, training, chosen, seeds), report=write_page)
+    job = Job("immiscible-noise compare", folder, output, config, work.inputs)
+    return job(compute, plan=lambda: work.plan(seeds), report=write_page)
 
 
 @app.command
@@ -217,16 +242,17 @@ def plan(
         normalisation: symmetric (pixels in [-1, 1]) or standard (mean 0, variance 1); latents stay as they are.
         seed: Number that fixes order and noise.
     """
-    from immiscible_noise.app.planning import build_plan, read_samples
+    from immiscible_noise.app.planning import build_plan
     from immiscible_noise.app.report import write_page
+    from immiscible_noise.app.samples import read_samples
 
     for name, value in (("--epochs", epochs), ("--window", window)):
         if value < 1:
             raise UserError(f"{name} is {value}; give a number of at least 1")
     if not 0 <= strength <= 1:
         raise UserError(f"--strength is {strength}; give a share from 0 to 1")
-    samples, labels, inputs = read_samples(data, images, normalisation)
-    if use_labels and labels is None:
+    samples = read_samples(data, images, normalisation)
+    if use_labels and samples.labels is None:
         raise UserError(
             f"{data} has no labels for --use-labels: a file of latents needs a tensor `labels`, images a sub-folder "
             "for each class"
@@ -234,11 +260,10 @@ def plan(
     given = {"epochs": epochs, "window": window, "strength": strength, "use_labels": use_labels, "seed": seed}
     config = settings(data=data, **given, normalisation=normalisation, images=images)
     folder = output.out or Path("runs") / f"plan-{data.stem}"
-    return Job("immiscible-noise plan", folder, output, config, inputs)(
-        lambda run, _: build_plan(
-            samples, labels if use_labels else None, run, epochs=epochs, window=window, strength=strength, seed=seed
-        ),
-        plan=lambda: {"samples": len(samples), "shape": "x".join(map(str, samples.shape[1:])), **given},
+    labels = samples.labels if use_labels else None
+    return Job("immiscible-noise plan", folder, output, config, samples.inputs)(
+        lambda run, _: build_plan(samples.x0, labels, run, epochs=epochs, window=window, strength=strength, seed=seed),
+        plan=lambda: {"samples": len(samples.x0), "shape": "x".join(map(str, samples.x0.shape[1:])), **given},
         report=write_page,
     )
 
@@ -249,12 +274,13 @@ def diagnose(
     *,
     batch_sizes: Numbers = (64, 256, 1024),
     k: int = 4,
+    model: str | None = None,
     images: Data = Data(),
     normalisation: Literal["symmetric", "standard"] = "symmetric",
     runtime: Runtime = Runtime(),
     output: Output = Output(),
 ) -> int:
-    """Measure, before any training, what assigning noise would do to your images, and get a recommendation.
+    """Measure, before any training, what assigning noise would do to your images or latents, and get a recommendation.
 
     Shortest form: immiscible-noise diagnose FOLDER --size 32
 
@@ -262,13 +288,16 @@ def diagnose(
     much of the class it gives away.
 
     Args:
-        data: Folder or zip of images; sub-folders are classes.
+        data: Folder or zip of images, whose sub-folders are classes; or cached latents, a safetensors file with a
+            tensor `latents` (samples, ...) and perhaps integers `labels`.
         batch_sizes: Numbers of images per batch that are tried.
         k: Number of draws per image for nearest-of-k selection.
-        normalisation: symmetric (pixels in [-1, 1]) or standard (mean 0, variance 1).
+        model: Model whose codec decodes latents for the report; without it the means of their channels are shown.
+        normalisation: symmetric (pixels in [-1, 1]) or standard (mean 0, variance 1); latents stay as they are.
     """
+    from immiscible_noise.app.diagnosing import diagnose_data, shown_samples
     from immiscible_noise.app.report import write_page
-    from immiscible_noise.study.diagnosis import diagnose_images
+    from immiscible_noise.app.samples import read_samples
 
     if k < 1:
         raise UserError(f"--k is {k}; give the number of noise draws per image, at least 1")
@@ -277,21 +306,13 @@ def diagnose(
             f"--batch-sizes is {batch_sizes}; give numbers of at least 2: one image has nothing to exchange"
         )
     runtime.apply_threads()
-    loaded, inputs = images.read(data, at_least=2)
-
-    def compute(run: Any, _: Any) -> dict[str, Any]:
-        result = diagnose_images(loaded, run, batch_sizes, k, normalisation, runtime.seed)
-        advice = PRESETS[result["coupling"]]
-        options = f"--method {advice.method}"
-        if advice.method == "assignment":
-            labelled = "" if loaded.labels is None else " --class-conditional --condition block"
-            options += f" --strength {advice.strength:g}{labelled}"
-        return {"options_of_train": options, **result}
-
-    config = settings(
-        data=data, batch_sizes=list(batch_sizes), k=k, normalisation=normalisation, images=images, runtime=runtime
-    )
+    samples = read_samples(data, images, normalisation, at_least=2)
+    shown = shown_samples(samples, model, runtime)
+    given = {"batch_sizes": list(batch_sizes), "k": k, "model": model, "normalisation": normalisation}
+    config = settings(data=data, **given, images=images, runtime=runtime)
     folder = output.out or Path("runs") / f"diagnose-{data.stem}"
-    return Job("immiscible-noise diagnose", folder, output, config, inputs)(
-        compute, plan=lambda: seen(loaded), report=write_page
+    return Job("immiscible-noise diagnose", folder, output, config, samples.inputs)(
+        lambda run, _: diagnose_data(samples, run, batch_sizes, k, runtime.seed, shown),
+        plan=lambda: {"images": len(samples.x0), "shape": "x".join(map(str, samples.x0.shape[1:]))},
+        report=write_page,
     )

@@ -16,6 +16,7 @@ from diffcore.report import Report, Series, bar_with_interval, histogram, image_
 from diffcore.run import Run
 from immiscible_noise.study.compare import Comparison
 from immiscible_noise.study.train import read_recipe
+from immiscible_noise.study.tuned_recipe import FineTuneRecipe
 
 _NAMES = {
     "vanilla": "vanilla",
@@ -179,18 +180,8 @@ def _add_diagnosis(report: Report, run: Run, *, answers: bool) -> None:
         report.answer(f"Recommended: {_NAMES.get(name, name)}{within}: {diagnosis['why']}.")
     report.section("What the assignment does to the noise")
     images = gallery.tensors
-    averages = torch.cat([images["independent"], images["assigned"]])
-    # Around grey, on one scale for both rows.
-    contrast = 4 * images["assigned"].std().clamp(min=1e-6)
-    shown = torch.cat([images["images"], 0.5 + averages / contrast])
-    rounds = gallery.fields["rounds"]
-    grid = image_grid(shown, columns=len(images["images"]), row_labels=["image", "independent noise", "assigned noise"])
-    report.plot(
-        "tilt",
-        grid,
-        f"Images, and the average of {rounds} noises that each met in batches of {gallery.fields['batch_size']}. "
-        "Independent noise averages to nothing; assigned noise averages to a trace of its image: that is the tilt.",
-    )
+    if "images" in images:
+        _add_averages(report, gallery)
     distances = {name: images[f"distances/{name}"] for name in gallery.fields["couplings"]}
     pairs = len(next(iter(distances.values())))
     figure = histogram(distances, x_label="L2 distance between image and noise")
@@ -201,11 +192,33 @@ def _add_diagnosis(report: Report, run: Run, *, answers: bool) -> None:
     report.text(_leak_sentence(diagnosis["rows"]))
 
 
+def _add_averages(report: Report, gallery: artifact.Artifact) -> None:
+    images, fields = gallery.tensors, gallery.fields
+    averages = torch.cat([images["independent"], images["assigned"]])
+    # Around grey, on one scale for both rows.
+    contrast = 4 * images["assigned"].std().clamp(min=1e-6)
+    shown = torch.cat([images["images"], 0.5 + averages / contrast])
+    shown_as = fields.get("shown_as", "images")
+    first = "image" if shown_as == "images" else shown_as
+    grid = image_grid(shown, columns=len(images["images"]), row_labels=[first, "independent noise", "assigned noise"])
+    whole = "" if shown_as == "images" else " Of noise the mean over the channels is shown, at the size of the latents."
+    report.plot(
+        "tilt",
+        grid,
+        f"{first.capitalize()}s, and the average of {fields['rounds']} noises that each met in batches of "
+        f"{fields['batch_size']}. Independent noise averages to nothing; assigned noise averages to a trace of its "
+        f"image: that is the tilt.{whole}",
+    )
+
+
 def _add_training(report: Report, run: Run) -> None:
     recipe = read_recipe(run.folder)
     steps, batch_size = recipe.settings.steps, recipe.settings.batch_size
-    report.answer(f"{steps:,} steps of {batch_size} images, noise: {recipe.coupling.method}.")
+    started = f"{printable(recipe.model)}, fine-tuned: " if isinstance(recipe, FineTuneRecipe) else ""
+    report.answer(f"{started}{steps:,} steps of {batch_size} images, noise: {recipe.coupling.method}.")
     report.section("Training")
+    if isinstance(recipe, FineTuneRecipe):
+        report.text(_tuning_sentence(recipe))
     rows = [json.loads(line) for line in (run.folder / "log.jsonl").read_text("utf-8").splitlines()]
     rows = [row for row in rows if row.get("loss") is not None]
     if rows:
@@ -220,6 +233,20 @@ def _add_training(report: Report, run: Run) -> None:
     samples = run.folder / "figures" / "samples.png"
     if samples.exists():
         report.figure(samples, f"Samples of the averaged weights after {steps:,} steps.")
+
+
+def _tuning_sentence(recipe: FineTuneRecipe) -> str:
+    """Returns what learnt, and what the noise was told of the captions."""
+    rank = recipe.settings.lora_rank
+    learnt = f"A LoRA of rank {rank} on {', '.join(recipe.settings.lora_targets)}" if rank else "The whole network"
+    told = {
+        "nothing": "The model is told nothing of its images.",
+        "block": "Noise was exchanged between images of equal captions or classes only.",
+        "soft": "Captions hardly ever are equal: noise was exchanged more readily between images of like captions.",
+        "ignore": "Captions were ignored when noise was exchanged.",
+    }[recipe.told]
+    heeded = recipe.coupling.method == "assignment"
+    return f"{learnt} learnt, at a rate of {recipe.settings.peak:g}." + (f" {told}" if heeded else "")
 
 
 def _add_plan(report: Report, run: Run) -> None:

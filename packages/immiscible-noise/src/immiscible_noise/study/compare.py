@@ -1,7 +1,7 @@
 """Trains with several couplings on the same seeds and measures the models: the paired study behind every claim."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -9,21 +9,28 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffcore.data import ImageSet
 from diffcore.errors import CorruptArtifactError, UserError, printable
 from diffcore.io import artifact
+from diffcore.metrics import FeatureExtractor
 from diffcore.run import Run
 from diffcore.runtime import Runtime
 from immiscible_noise.coupling import Coupling
 from immiscible_noise.study.classifier import TrainedClassifier, shared_classifier
 from immiscible_noise.study.crossing import Speedup, crossing, speedup
 from immiscible_noise.study.evaluate import Evaluator, Score
-from immiscible_noise.study.settings import EvaluationSettings, TrainSettings
-from immiscible_noise.study.train import Recipe, load_snapshot, read_recipe, train
+from immiscible_noise.study.recipe import AnyRecipe, Recipe
+from immiscible_noise.study.settings import EvaluationSettings, FitSettings
+from immiscible_noise.study.train import load_snapshot, train
+from immiscible_noise.study.tuned_recipe import recipe_of
 
 _LOG = logging.getLogger("diffcore.immiscible_noise")
 _GRID = 40
+
+Trainer = Callable[[ImageSet, Run, Coupling, Any, Runtime], AnyRecipe]
+"""Trains with one coupling, as `study.train.train` or a `study.finetune.FineTuner` does."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class Comparison:
     features: str
     floor: float
     floor_size: int
-    recipes: list[Recipe]
+    recipes: list[AnyRecipe]
 
     def final(self, coupling: str, sampling_steps: int) -> list[Score]:
         """Returns a coupling's scores after the last training step, in the order of the seeds."""
@@ -138,7 +145,9 @@ class Comparison:
 
     def save(self, run: Run) -> None:
         """Writes the study as part `comparison` of a run, and its tables."""
-        run.save("comparison", {}, **asdict(self))
+        fields = {"scores": [asdict(score) for score in self.scores], "features": self.features, "floor": self.floor}
+        recipes = [recipe.fields() for recipe in self.recipes]
+        run.save("comparison", {}, **fields, floor_size=self.floor_size, recipes=recipes)
         run.table("scores", [asdict(score) for score in self.scores])
         run.table("summary", self.summary_rows())
         run.table("steps_to_equal_distance", self.speedup_rows())
@@ -161,7 +170,7 @@ class Comparison:
             features=fields["features"],
             floor=fields["floor"],
             floor_size=fields["floor_size"],
-            recipes=[Recipe.from_fields(recipe) for recipe in fields["recipes"]],
+            recipes=[recipe_of(recipe) for recipe in fields["recipes"]],
         )
 
 
@@ -171,11 +180,13 @@ def compare(
     run: Run,
     couplings: Iterable[Coupling],
     seeds: Iterable[int],
-    settings: TrainSettings,
+    settings: FitSettings,
     evaluation: EvaluationSettings,
     runtime: Runtime,
     *,
     classifier: TrainedClassifier | None = None,
+    extractor: FeatureExtractor | None = None,
+    trainer: Trainer = train,
 ) -> Comparison:
     """Trains with every coupling on every seed and measures all kept weights; finished parts are read, not repeated.
 
@@ -191,10 +202,14 @@ def compare(
         evaluation: Settings that all measurements share.
         runtime: Device, precision and processes; its seed is not used.
         classifier: Feature extractor; by default one is trained on the images' labels, once.
+        extractor: Network that gives the features in place of the classifier's.
+        trainer: Trains with one coupling; by default a new network in pixel space.
     """
     classifier = classifier or shared_classifier(images, run, runtime)
-    evaluator = Evaluator(images, classifier, evaluation, runtime.torch_device)
-    couplings, scores, recipes = list(couplings), list[Score](), list[Recipe]()
+    has_codec = trainer is not train
+    device = runtime.torch_device
+    evaluator = Evaluator(images, classifier, evaluation, device, extractor=extractor, has_codec=has_codec)
+    couplings, scores, recipes = list(couplings), list[Score](), list[AnyRecipe]()
     for seed, coupling in product(seeds, couplings):
         with Run.open(
             _training_folder(run, coupling.name, seed),
@@ -203,43 +218,74 @@ def compare(
             inputs=inputs,
             volatile=["checkpoint_every"],
         ) as training:
-            recipe = train(images, training, coupling, settings, replace(runtime, seed=seed))
+            recipe = trainer(images, training, coupling, settings, replace(runtime, seed=seed))
             scores += measure(evaluator, recipe, training.folder, run)
             training.finish({"coupling": coupling.name, "seed": seed})
         recipes.append(recipe)
     study = _study(evaluator, scores, recipes)
-    _save_grids(study, run, evaluator.device)
+    _save_grids(study, run, evaluator)
     study.save(run)
     return study
 
 
 def evaluate_training(
-    training: Path, images: ImageSet, run: Run, evaluation: EvaluationSettings, runtime: Runtime
+    training: Path,
+    recipe: AnyRecipe,
+    images: ImageSet,
+    run: Run,
+    evaluation: EvaluationSettings,
+    runtime: Runtime,
+    *,
+    extractor: FeatureExtractor | None = None,
 ) -> Comparison:
     """Measures one trained model and saves the result in `run`.
 
     Args:
         training: Run folder of a finished training.
+        recipe: Recipe that the folder holds; that of a fine-tuned model with the conditions of the images.
         images: Real images, of the size and the classes that the model was trained on.
         run: Run folder that receives scores and tables.
         evaluation: Settings of the measurement.
         runtime: Device and precision of the sampling.
+        extractor: Network that gives the features in place of a classifier's.
 
     Raises:
-        UserError: `training` is no finished training run, or the images do not fit its model.
+        UserError: The images do not fit the model.
     """
-    recipe = read_recipe(training)
+    check_evaluation(recipe, images, evaluation)
+    classifier = shared_classifier(images, run, runtime)
+    device, has_codec = runtime.torch_device, recipe.has_codec
+    evaluator = Evaluator(images, classifier, evaluation, device, extractor=extractor, has_codec=has_codec)
+    study = _study(evaluator, measure(evaluator, recipe, training, run), [recipe])
+    study.save(run)
+    return study
+
+
+def check_evaluation(recipe: AnyRecipe, images: ImageSet, evaluation: EvaluationSettings) -> None:
+    """Refuses images that a trained model cannot be measured with, and warns of samplers that are wrong for it.
+
+    Args:
+        recipe: How the model was trained.
+        images: Real images to compare with.
+        evaluation: Settings of the measurement.
+
+    Raises:
+        UserError: The images do not fit the model.
+    """
     if images.images.shape[1:] != recipe.shape:
         size, wanted = (f"{c}x{h}x{w}" for c, h, w in (images.images.shape[1:], recipe.shape))
         raise UserError(
             f"the model makes {wanted} images, the data are {size}; give `size` {recipe.shape[1]}"
             + (" and `grey=True`" if recipe.shape[0] == 1 else "")
         )
-    if recipe.num_classes is not None and (images.labels is None or len(images.classes) != recipe.num_classes):
+    classes = recipe.num_classes if isinstance(recipe, Recipe) else None
+    if classes is not None and (images.labels is None or len(images.classes) != classes):
         raise UserError(
-            f"the model is conditioned on {recipe.num_classes} classes, the data have {len(images.classes)}; "
+            f"the model is conditioned on {classes} classes, the data have {len(images.classes)}; "
             "give images with one sub-folder for each class that it was trained on"
         )
+    if evaluation.guidance != 1 and isinstance(recipe, Recipe):
+        raise UserError(f"`guidance` is {evaluation.guidance:g}, but this model knows no empty condition; leave it out")
     if recipe.coupling.method != "vanilla" and evaluation.eta > 0:
         _LOG.warning(
             "this model was trained on %s noise: its output is no score, and stochastic sampling (eta %g) is biased",
@@ -256,13 +302,9 @@ def evaluate_training(
             "makes it a stochastic sampler, and its samples may be ruined; look at one step first",
             recipe.coupling.name,
         )
-    evaluator = Evaluator(images, shared_classifier(images, run, runtime), evaluation, runtime.torch_device)
-    study = _study(evaluator, measure(evaluator, recipe, training, run), [recipe])
-    study.save(run)
-    return study
 
 
-def measure(evaluator: Evaluator, recipe: Recipe, training: Path, store: Run) -> list[Score]:
+def measure(evaluator: Evaluator, recipe: AnyRecipe, training: Path, store: Run) -> list[Score]:
     """Returns the scores of all kept weights of a training; those that `store` holds are read, not computed."""
     scores: list[Score] = []
     for step in recipe.settings.snapshot_steps:
@@ -282,7 +324,7 @@ def _times(found: Speedup) -> str:
     return f"{found.mean:.2g}{spread}"
 
 
-def _study(evaluator: Evaluator, scores: list[Score], recipes: list[Recipe]) -> Comparison:
+def _study(evaluator: Evaluator, scores: list[Score], recipes: list[AnyRecipe]) -> Comparison:
     floor = evaluator.floor()
     return Comparison(scores, evaluator.description, floor.value, floor.n, recipes)
 
@@ -291,7 +333,7 @@ def _training_folder(run: Run, coupling: str, seed: int) -> Path:
     return run.folder / "couplings" / f"{coupling}-seed{seed}"
 
 
-def _save_grids(study: Comparison, run: Run, device: torch.device) -> None:
+def _save_grids(study: Comparison, run: Run, evaluator: Evaluator) -> None:
     """Keeps samples of every coupling from equal noise, of the first seed and the last weights, at the fewest steps."""
     steps = study.sampling_steps()[0]
     grids = {}
@@ -299,6 +341,13 @@ def _save_grids(study: Comparison, run: Run, device: torch.device) -> None:
         if (name := recipe.coupling.name) in grids:
             continue
         last = recipe.settings.snapshot_steps[-1]
-        denoiser = load_snapshot(recipe, _training_folder(run, name, recipe.seed), last, device)
-        grids[name] = recipe.generate(denoiser, torch.arange(_GRID), recipe.some_labels(_GRID), steps=steps)
+        denoiser = load_snapshot(recipe, _training_folder(run, name, recipe.seed), last, evaluator.device)
+        count = 12 if recipe.has_codec else _GRID
+
+        def drawn(rows: Tensor, recipe: AnyRecipe = recipe, denoiser: Any = denoiser, count: int = count) -> Tensor:
+            conditions = recipe.some_conditions(count)
+            asked = None if conditions is None else conditions[rows]
+            return recipe.generate(denoiser, rows, asked, steps=steps, guidance=evaluator.evaluation.guidance)
+
+        grids[name] = torch.cat([*evaluator.in_batches(torch.arange(count), drawn)])
     run.save("grids", grids, sampling_steps=steps)

@@ -1,5 +1,7 @@
-"""Writes a trained U-Net in diffusers' layout, so that it loads without this package."""
+"""Writes trained networks and LoRAs in diffusers' layout, so that they load without this package."""
 
+import json
+import logging
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -8,12 +10,23 @@ from typing import Any
 import diffusers
 from diffusers import UNet2DModel
 
+from diffcore.adapters import write_adapter
+from diffcore.errors import printable
+from diffcore.io import artifact
 from diffcore.io.jsonfile import write_json
-from diffcore.models import from_pipeline
+from diffcore.models import DiffusionModel, from_pipeline
 from diffcore.run import Run
+from diffcore.train import snapshot_key
 from immiscible_noise.consistency import ORIGINAL
+from immiscible_noise.samplers import is_stochastic
+from immiscible_noise.study.recipe import AnyRecipe, Recipe
 from immiscible_noise.study.settings import Objective
-from immiscible_noise.study.train import Recipe, load_snapshot
+from immiscible_noise.study.train import load_snapshot
+from immiscible_noise.study.tuned_recipe import FineTuneRecipe
+
+_LOG = logging.getLogger("diffcore.immiscible_noise")
+LORA = "pytorch_lora_weights.safetensors"
+"""File name that `load_lora_weights` looks for in a folder."""
 
 _SCHEDULERS: dict[Objective, str] = {
     "flow": "FlowMatchEulerDiscreteScheduler",
@@ -62,7 +75,73 @@ def export_model(recipe: Recipe, run: Run) -> Path:
             "noise": asdict(recipe.coupling),
             "pixels": {"x0": "(pixels - mean) / std, pixels in [0, 1]", **asdict(recipe.scale)},
             "class_labels": recipe.num_classes,
-            "samplers": "deterministic ones only" if recipe.coupling.method != "vanilla" else "any",
+            "samplers": _samplers(recipe),
         },
     )
     return folder
+
+
+def export_tuned(recipe: FineTuneRecipe, run: Run) -> Path:
+    """Writes a fine-tuned model (folder `model`) or its LoRA (folder `lora`) into the run folder of its training.
+
+    A whole model becomes the folder that it was, with its new network; plain diffusers loads it. Of a LoRA the folder
+    holds the file that `load_lora_weights` reads. `training.json` beside them, and the header of the LoRA's file, tell
+    which noise the model saw, as `warn_if_stochastic` reads it. A folder that an interrupted command left is written
+    anew.
+
+    Args:
+        recipe: How the model was fine-tuned, with its model in memory.
+        run: Run folder of the training, whose last weights are there.
+    """
+    assert recipe.data is not None  # by the training
+    model = recipe.data.model
+    facts: dict[str, Any] = {
+        "base": printable(model.name),
+        "base_fingerprint": model.fingerprint,
+        "noise": asdict(recipe.coupling),
+        "conditions": recipe.told,
+        "settings": asdict(recipe.settings),
+        "samplers": _samplers(recipe),
+    }
+    folder = run.folder / ("lora" if recipe.settings.lora_rank else "model")
+    shutil.rmtree(folder, ignore_errors=True)
+    if recipe.settings.lora_rank:
+        folder.mkdir()
+        lora = recipe.lora(_last_weights(recipe, run.folder))
+        kind = "unet" if type(model.backbone).__name__.startswith("UNet") else "transformer"
+        metadata = {"noise": recipe.coupling.method, "immiscible_noise": json.dumps(facts, sort_keys=True)}
+        write_adapter(lora.adapter(kind, printable(model.name)), folder / LORA, metadata=metadata)
+    else:
+        tuned_model(recipe, run.folder).save(folder)
+    if model.scheduler is not None and recipe.coupling.method != "vanilla" and is_stochastic(model.scheduler):
+        _LOG.warning(
+            "the scheduler of %s adds fresh noise between its steps, which is wrong for a model that was trained on %s "
+            "noise; sample with a deterministic one, such as DDIMScheduler",
+            printable(model.name),
+            recipe.coupling.name,
+        )
+    write_json(folder / "training.json", facts)
+    return folder
+
+
+def tuned_model(recipe: FineTuneRecipe, training: Path) -> DiffusionModel:
+    """Returns the fine-tuned model with its last averaged weights, in the precision of the model that it was.
+
+    Args:
+        recipe: How the model was fine-tuned, with its model in memory.
+        training: Run folder of the training, whose last weights are there.
+    """
+    assert recipe.data is not None  # by the training
+    model, step = recipe.data.model, recipe.settings.snapshot_steps[-1]
+    denoiser = load_snapshot(recipe, training, step, model.device)
+    weights = artifact.check(training / "parts" / snapshot_key(step), verify=False)["sha256"]
+    change = f"fine-tuned to {weights}"
+    return model.with_modules(change, {model.backbone_name: denoiser.backbone.to(model.dtype)})
+
+
+def _last_weights(recipe: FineTuneRecipe, training: Path) -> dict[str, Any]:
+    return artifact.load(training / "parts" / snapshot_key(recipe.settings.snapshot_steps[-1])).tensors
+
+
+def _samplers(recipe: AnyRecipe) -> str:
+    return "deterministic ones only" if recipe.coupling.method != "vanilla" else "any"

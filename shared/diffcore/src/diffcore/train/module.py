@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from diffcore.denoiser import NetworkDenoiser
+from diffcore.denoiser import Denoiser
 from diffcore.noise import philox_normal, philox_uniform
 from diffcore.train.iteration import IterationModule, scheduled
 from diffcore.train.timesteps import TimeSampler, default_time_sampler
@@ -30,7 +30,8 @@ class DenoisingModule(IterationModule):
     use the same noise.
 
     Args:
-        denoiser: Network that learns epsilon, sample, v, flow or EDM prediction on its own schedule.
+        denoiser: Denoiser that learns epsilon, sample, v, flow or EDM prediction on its own schedule: all its weights,
+            or a LoRA (`train.lora`).
         optimizer: Makes the optimizer from the parameters.
         pair_noise: `(x0, noise, batch) -> noise`, with the iteration as `step` and the `rank` added to the batch; None
             keeps the independent draw.
@@ -45,7 +46,7 @@ class DenoisingModule(IterationModule):
 
     def __init__(
         self,
-        denoiser: NetworkDenoiser,
+        denoiser: Denoiser,
         *,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         pair_noise: PairNoise | None = None,

@@ -289,10 +289,38 @@ def test_plan_writes_what_the_library_builds_from_latents(painted: Path, tmp_pat
     assert len(read_plan(tmp_path / "pixels" / "plan.safetensors")) == 40
 
 
+def test_a_plan_of_buckets_exchanges_noise_inside_a_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    g = torch.Generator().manual_seed(0)
+    wide, tall = torch.randn(60, 4, 2, 8, generator=g), torch.randn(40, 4, 8, 2, generator=g)
+    file = tmp_path / "buckets.safetensors"
+    labels = {"labels.wide": torch.arange(60) % 2, "labels.tall": torch.arange(40) % 2}
+    save_file({"latents.wide": wide, "latents.tall": tall, **labels}, file)
+    assert run("plan", file, "--out", tmp_path / "out", "--window", "20", "--use-labels") == 0
+    plan = read_plan(tmp_path / "out" / "plan.safetensors")
+    samples = [*tall, *wide]  # in the order of the names
+    assert sorted(plan.order.tolist()) == list(range(100))
+    told = torch.cat([labels["labels.tall"], labels["labels.wide"]])
+    expected = NoisePlan.build(samples, plan.order, window=20, seed=0, labels=told)
+    assert torch.equal(plan.seeds, expected.seeds)
+    assert 0 < json.loads((tmp_path / "out" / "result.json").read_text())["distance_reduction"] < 0.3
+    capsys.readouterr()
+    assert main(app, ["diagnose", str(file), "--out", str(tmp_path / "no")]) == 2
+    assert "several shapes (4x8x2, 4x2x8)" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
 @pytest.mark.parametrize(
     ("tensors", "options", "told"),
     [
-        ({"images": torch.zeros(3, 4)}, [], "no floating tensor latents"),
+        ({"images": torch.zeros(3, 4)}, [], "no tensor latents, nor latents.NAME"),
+        ({"latents": torch.zeros(3, 4).long()}, [], "no floating tensor"),
+        ({"latents.a": torch.zeros(3, 4), "latents.b": torch.full((2, 5), torch.nan)}, [], "latent 0 of latents.b"),
+        (
+            {"latents.a": torch.zeros(3, 4), "latents.b": torch.zeros(2, 5), "labels.a": torch.zeros(3).long()},
+            [],
+            "labels for 1 of its 2 shapes",
+        ),
+        ({"latents.a": torch.zeros(3, 4), "labels.a": torch.zeros(2).long()}, [], "not one integer for each of 3"),
         ({"latents": torch.zeros(3, 4), "labels": torch.zeros(2).long()}, [], "not one integer for each of 3"),
         ({"latents": torch.zeros(3, 4)}, ["--use-labels"], "no labels for --use-labels"),
         ({"latents": torch.zeros(3, 4)}, ["--window", "0"], "--window is 0"),

@@ -234,7 +234,8 @@ def plan(
 
     Args:
         data: Cached latents, a safetensors file with a tensor `latents` (samples, ...) and perhaps integers `labels`;
-            or a folder or zip of images for a training in pixel space.
+            for buckets of several shapes with `latents.NAME` and `labels.NAME` each, whose samples are numbered in the
+            order of the names; or a folder or zip of images for a training in pixel space.
         epochs: Number of shuffled passes over the samples.
         window: Number of upcoming visits that exchange their noises.
         strength: Share of each window that is assigned; 1 is the paper, 0 ordinary noise.
@@ -263,7 +264,7 @@ def plan(
     labels = samples.labels if use_labels else None
     return Job("immiscible-noise plan", folder, output, config, samples.inputs)(
         lambda run, _: build_plan(samples.x0, labels, run, epochs=epochs, window=window, strength=strength, seed=seed),
-        plan=lambda: {"samples": len(samples.x0), "shape": "x".join(map(str, samples.x0.shape[1:])), **given},
+        plan=lambda: {"samples": len(samples.x0), "shape": samples.shapes, **given},
         report=write_page,
     )
 
@@ -313,6 +314,6 @@ def diagnose(
     folder = output.out or Path("runs") / f"diagnose-{data.stem}"
     return Job("immiscible-noise diagnose", folder, output, config, samples.inputs)(
         lambda run, _: diagnose_data(samples, run, batch_sizes, k, runtime.seed, shown),
-        plan=lambda: {"images": len(samples.x0), "shape": "x".join(map(str, samples.x0.shape[1:]))},
+        plan=lambda: {"images": len(samples.x0), "shape": samples.shapes},
         report=write_page,
     )

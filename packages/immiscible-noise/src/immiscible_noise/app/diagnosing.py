@@ -37,8 +37,9 @@ def shown_samples(samples: Samples, model: str | None, runtime: Runtime) -> Show
         runtime: Device and precision of the codec.
 
     Raises:
-        UserError: A model is given for images, or its latents have another shape.
+        UserError: A model is given for images, its latents have another shape, or there are several shapes.
     """
+    x0 = samples.table
     if samples.scale is not None:
         if model is not None:
             raise UserError("--model decodes latents; images need none, leave it out")
@@ -46,9 +47,8 @@ def shown_samples(samples: Samples, model: str | None, runtime: Runtime) -> Show
     if model is None:
         return Shown(None, "channel mean")
     loaded = load(model, runtime)
-    if samples.x0.ndim != 4 or samples.x0.shape[1] != loaded.shape[0]:
-        shape = "x".join(map(str, samples.x0.shape[1:]))
-        raise UserError(f"{printable(loaded.name)} decodes latents of {loaded.shape[0]} channels, not {shape}")
+    if x0.ndim != 4 or x0.shape[1] != loaded.shape[0]:
+        raise UserError(f"{printable(loaded.name)} decodes latents of {loaded.shape[0]} channels, not {samples.shapes}")
 
     def decoded(x0: Tensor) -> Tensor:
         return loaded.codec.decode(x0.to(loaded.device))
@@ -70,7 +70,7 @@ def diagnose_data(
         shown: How samples are shown.
     """
     result = diagnose_samples(
-        samples.x0, samples.labels, run, batch_sizes, k, seed, pictures=shown.pictures, shown_as=shown.called
+        samples.table, samples.labels, run, batch_sizes, k, seed, pictures=shown.pictures, shown_as=shown.called
     )
     advice = PRESETS[result["coupling"]]
     options = f"--method {advice.method}"

@@ -9,14 +9,23 @@ from diffcore.run import Run
 from immiscible_noise.files import write_plan
 from immiscible_noise.plan import NoisePlan
 
+_SEEN = 2048  # visits that the page shows
+
 
 def build_plan(
-    samples: Tensor, labels: Tensor | None, run: Run, *, epochs: int, window: int, strength: float, seed: int
+    samples: Tensor | list[Tensor],
+    labels: Tensor | None,
+    run: Run,
+    *,
+    epochs: int,
+    window: int,
+    strength: float,
+    seed: int,
 ) -> dict[str, Any]:
     """Writes the plan into the run folder and returns what it brings.
 
     Args:
-        samples: Clean samples in model space.
+        samples: Clean samples in model space; a list of them where they come in buckets of several shapes.
         labels: One label per sample, if noise is to be exchanged inside labels only.
         run: Run folder that receives `plan.safetensors`.
         epochs: Number of shuffled passes over the samples.
@@ -31,10 +40,7 @@ def build_plan(
     )
     path = run.folder / "plan.safetensors"
     write_plan(plan, path)
-    seen = torch.arange(min(len(plan), 2048))
-    x = samples[plan.order[seen]].float()
-    noise = plan.noise(seen, like=x)
-    planned, independent = ((x - n).flatten(1).norm(dim=1) for n in (noise, noise.roll(1, 0)))
+    planned, independent = _distances(plan, samples)
     run.save("gallery", {"planned": planned, "independent": independent})
     told = {
         "visits": len(plan),
@@ -45,3 +51,17 @@ def build_plan(
     }
     run.save("plan", {}, **told)
     return told
+
+
+def _distances(plan: NoisePlan, samples: Tensor | list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Returns the distances of the first samples to their noise, and to that of another sample of their shape."""
+    places: dict[tuple[int, ...], list[int]] = {}
+    for visit, index in enumerate(plan.order[:_SEEN].tolist()):
+        places.setdefault(tuple(samples[index].shape), []).append(visit)
+    found = []
+    for visits in map(torch.tensor, places.values()):
+        x = torch.stack([samples[index] for index in plan.order[visits].tolist()]).float()
+        noise = plan.noise(visits, like=x)
+        found.append(torch.stack([(x - n).flatten(1).norm(dim=1) for n in (noise, noise.roll(1, 0))]))
+    planned, independent = torch.cat(found, 1)
+    return planned, independent

@@ -72,8 +72,6 @@ bench: sync ## speed and memory against plain references; SMOKE=1 for tiny sizes
 
 integrations: sync ## comparisons with packages that stay out of the workspace, each in an environment of its own
 	@OMP_NUM_THREADS=1 $(UV) run --isolated --no-dev --package immiscible-noise --all-extras --with torchcfm \
-	  python benchmarks/run.py $(if $(SMOKE),--smoke) immiscible-noise
-	@OMP_NUM_THREADS=1 $(UV) run --isolated --no-dev --package immiscible-noise --all-extras --with torchcfm \
 	  python benchmarks/immiscible_torchcfm.py
 	@OMP_NUM_THREADS=1 $(UV) run --isolated --no-dev --package diffusion-featsel --all-extras --with timm \
 	  python benchmarks/featsel_timm.py

@@ -136,7 +136,7 @@ def report(rows: list[dict[str, Any]]) -> None:
         f"Written by `benchmarks/immiscible_torchcfm.py` (`make integrations`): batches of {TIMED_BATCH}, float32, one "
         f"thread with {processor}; all of torchcfm's `sample_plan` (distances, POT's network simplex, the draw of "
         f"pairs with replacement, indexing) beside all of `assign_noise`, {PAIRS} times in turn. Medians of processor "
-        "time, with quartiles; the machine had other work, so wall-clock ratios are for orientation. The distances "
+        "time, with quartiles; wall-clock ratios are for orientation. The distances "
         "reached are those of torchcfm's plan within a millionth (with bfloat16 costs, a ten-thousandth).",
         "",
         ", ".join(f"{name} {number}" for name, number in versions.items()) + ".",

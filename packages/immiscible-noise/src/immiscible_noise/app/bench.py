@@ -4,8 +4,6 @@ The reference functions restate, in a few lines each, what public training scrip
 and on the same machine in turn with ours.
 """
 
-import importlib
-import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -55,14 +53,9 @@ def cases(*, smoke: bool = False) -> list[Case]:
     ]
     if torch.cuda.is_available():
         result += [_solvers_on_device(pixels(size)) for size in (_TIMED[:1] if smoke else _TIMED)]
-    with_torchcfm = importlib.util.find_spec("torchcfm") is not None
-    if with_torchcfm:
-        result.append(same("assign, against torchcfm", large_pixels, torchcfm_assignment, goal=6.0))
     if has_lapx():
-        same, plain = partial(same, solver="lapx"), partial(_assignment, solver="lapx")
+        plain = partial(_assignment, solver="lapx")
         result.append(plain("assign with lapx, against cdist and scipy", large_pixels, cdist_assignment, goal=2.5))
-        if with_torchcfm:
-            result.append(same("assign with lapx, against torchcfm", large_pixels, torchcfm_assignment, goal=5.5))
     return result
 
 
@@ -89,17 +82,6 @@ def authors_assignment(x: Images, noise: Images, *, rows: int = 256) -> Images:
 def cdist_assignment(x: Images, noise: Images) -> Images:
     """Assigns as several trainers do: pairwise distances and scipy."""
     return noise[linear_sum_assignment(torch.cdist(x.flatten(1), noise.flatten(1)).cpu().numpy())[1]]
-
-
-def torchcfm_assignment(x: Images, noise: Images) -> Images:
-    """Does what torchcfm's ``sample_plan`` does, but returns each image's partner in the exact plan.
-
-    Its default draws pairs from the plan with replacement, so that a third of the images of a batch are left out.
-    """
-    sampler = importlib.import_module("torchcfm.optimal_transport").OTPlanSampler("exact")
-    plan = sampler.get_map(x, noise)
-    sampler.sample_map(plan, len(x))
-    return noise[torch.from_numpy(plan.argmax(1))]
 
 
 def authors_selection(x: Images, *, k: int, seed: int) -> Images:

@@ -121,7 +121,7 @@ def report(rows: list[dict[str, Any]], repeats: int) -> None:
         f"Written by `benchmarks/immiscible_ranks.py`: two gloo ranks on one machine, one thread each, {repeats} times "
         "in turn with two processes that each draw and assign the whole pool by themselves, so that both meet the same "
         "load. Medians of the slower rank's processor time over the slower single process's, with quartiles; the "
-        "machine has two cores and had other work, so wall-clock ratios are for orientation. Memory is what torch "
+        "machine has two cores; wall-clock ratios are for orientation. Memory is what torch "
         "holds at most above the images; the limit is a rank's rows of noise and one cost matrix, and where it is "
         "exceeded, that is the solver's working copy of the costs. Both find the same noise.",
         "",

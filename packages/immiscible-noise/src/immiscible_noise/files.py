@@ -73,7 +73,7 @@ def read_thresholds(path: Path | str) -> Thresholds:
     was never the fastest, twice the largest batch that was timed is taken.
 
     Args:
-        path: File that `immiscible-noise bench --json FILE` wrote.
+        path: JSON file that the benchmark of this package wrote.
 
     Raises:
         ValueError: The file holds no times of solvers.
@@ -96,7 +96,7 @@ def read_thresholds(path: Path | str) -> Thresholds:
         if match := _TIMED.fullmatch(name):
             timed.setdefault(match[1], {})[int(match[2])] = ratio
     if not timed:
-        raise ValueError(f"{path} holds no times of solvers; give a file that `immiscible-noise bench --json` wrote")
+        raise ValueError(f"{path} holds no times of solvers; give the JSON file of a benchmark of this package")
     found = Thresholds()
     for other, by_rows in timed.items():
         limit = 2 * max(by_rows)

@@ -9,12 +9,12 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean, stdev
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
 
 import torch
 from cyclopts import App
+from immiscible_tables import RESULTS, curves
 
 from diffcore.io.jsonfile import write_json, write_text
 from diffcore.run import Run
@@ -26,7 +26,6 @@ from immiscible_noise.study.compare import compare
 from immiscible_noise.study.digits import load_digits
 from immiscible_noise.study.settings import EvaluationSettings
 
-RESULTS = Path(__file__).resolve().parent / "results"
 COUPLINGS = [PRESETS["vanilla"], Coupling("assignment", window=256), PRESETS["knn"]]
 
 
@@ -48,27 +47,14 @@ def run(steps: int = 16_000, seeds: int = 3, out: Path = Path("runs/immiscible-b
         study = compare(images, inputs, part, COUPLINGS, range(seeds), settings, EvaluationSettings(), runtime)
         part.finish(study.summary())
         write_page(part)
-    numbers = study.sampling_steps()
     lines = [
         "# Batches of one image",
         "",
         f"Written by `benchmarks/immiscible_batch1.py`: Fréchet distance, mean ± deviation over {seeds} paired seeds; "
         f"real against real {study.floor:.2f}. Features: {study.features}.",
         "",
-        f"| coupling | images seen | {' | '.join(f'{n} sampling steps' for n in numbers)} |",
-        "|---|---|" + "---|" * len(numbers),
+        *curves(study),
     ]
-    for coupling in study.couplings():
-        for step in settings.snapshot_steps:
-            cells = []
-            for number in numbers:
-                found = [
-                    s.frechet
-                    for s in study.scores
-                    if (s.coupling, s.step, s.sampling_steps) == (coupling, step, number)
-                ]
-                cells.append(f"{mean(found):.3g}" + (f" ± {stdev(found):.2g}" if seeds > 1 else ""))
-            lines.append(f"| {coupling} | {step:,} | {' | '.join(cells)} |")
     write_json(RESULTS / "immiscible-batch1.json", {"summary": study.summary_rows(), "speedup": study.speedup_rows()})
     write_text(RESULTS / "immiscible-batch1.md", "\n".join([*lines, ""]))
     print("\n".join(lines))

@@ -14,26 +14,25 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
 
 import torch
 from cyclopts import App
+from immiscible_tables import record, spread
 
 from diffcore.data import ImageSet, load_images
-from diffcore.io.jsonfile import read_trusted, write_json, write_text
 from diffcore.run import Run
 from diffcore.runtime import Runtime
 from immiscible_noise.app.demo import SETTINGS
+from immiscible_noise.app.options import Presets
 from immiscible_noise.app.report import write_page
 from immiscible_noise.coupling import PRESETS, Preset
 from immiscible_noise.study.compare import Comparison, compare
 from immiscible_noise.study.digits import load_digits
 from immiscible_noise.study.settings import EvaluationSettings, Objective, TrainSettings
 
-RESULTS = Path(__file__).resolve().parent / "results"
 COUPLINGS: tuple[Preset, ...] = ("vanilla", "assignment", "half", "early", "flip")
 RECIPES: dict[Objective, str] = {"consistency": "original recipe", "consistency-improved": "improved recipe"}
 DIGITS = replace(SETTINGS, steps=3000, snapshots=9, snapshots_per_doubling=2)
@@ -50,7 +49,7 @@ def run(
     network: Literal["unet", "mlp"] = "unet",
     split: str | None = None,
     recipe: Literal["original", "improved", "both"] = "both",
-    couplings: tuple[Preset, ...] = COUPLINGS,
+    couplings: Presets = COUPLINGS,
     seeds: int = 3,
     steps: int | None = None,
     width: int | None = None,
@@ -88,7 +87,8 @@ def run(
             continue
         folder = out / f"{name.replace(', ', '-')}-{told.split()[0]}"
         study = studied(images, folder, replace(settings, objective=objective), couplings, seeds, samples)
-        record(f"{name}, {told}", study, settings, seeds)
+        section = table(f"{name}, {told}", study, settings, seeds)
+        record("immiscible-consistency", "Consistency training with assigned noise", f"{name}, {told}", section, study)
     return 0
 
 
@@ -107,24 +107,6 @@ def studied(
     return study
 
 
-def record(name: str, study: Comparison, settings: TrainSettings, seeds: int) -> None:
-    """Writes a study into the results, beside those that are there, and prints its table."""
-    kept = read_trusted(RESULTS / "immiscible-consistency.json") if _there("json") else {}
-    kept[name] = {
-        "table": table(name, study, settings, seeds),
-        "summary": study.summary_rows(),
-        "steps_to_equal_distance": study.speedup_rows(),
-        "curves": [
-            {"coupling": s.coupling, "seed": s.seed, "step": s.step, "steps": s.sampling_steps, "frechet": s.frechet}
-            for s in study.scores
-        ],
-    }
-    write_json(RESULTS / "immiscible-consistency.json", kept)
-    head = "# Consistency training with assigned noise\n\nWritten by `benchmarks/immiscible_consistency.py`.\n"
-    write_text(RESULTS / "immiscible-consistency.md", "\n".join([head, *(part["table"] for part in kept.values())]))
-    print(kept[name]["table"], flush=True)
-
-
 def table(name: str, study: Comparison, settings: TrainSettings, seeds: int) -> str:
     """Returns a study's table in Markdown."""
     faster = {(row["coupling"], row["sampling_steps"]): row for row in study.speedup_rows()}
@@ -140,19 +122,11 @@ def table(name: str, study: Comparison, settings: TrainSettings, seeds: int) -> 
         "|---|---|---|---|---|",
     ]
     for coupling in study.couplings():
-        cells = [_spread([s.frechet for s in study.final(coupling, steps)]) for steps in study.sampling_steps()]
+        cells = [spread([s.frechet for s in study.final(coupling, steps)]) for steps in study.sampling_steps()]
         row = faster.get((coupling, 1), {"fewer_steps_at_first": "–", "fewer_steps_for_good": "–"})
         cells += [row["fewer_steps_at_first"], row["fewer_steps_for_good"]]
         lines.append(f"| {coupling} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
-
-
-def _there(kind: str) -> bool:
-    return (RESULTS / f"immiscible-consistency.{kind}").exists()
-
-
-def _spread(values: list[float]) -> str:
-    return f"{mean(values):.3g} ± {stdev(values):.2g}" if len(values) > 1 else f"{values[0]:.3g}"
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ to the set in the features of the zoo's judge, over sampling steps. An interrupt
 import os
 import sys
 from pathlib import Path
-from statistics import mean, stdev
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
 
 import torch
 from cyclopts import App
+from immiscible_tables import RESULTS, curves
 
 from diffcore.data import ImageSet
 from diffcore.io.jsonfile import write_json, write_text
@@ -33,7 +33,6 @@ from immiscible_noise.study.finetune import FineTuner
 from immiscible_noise.study.settings import EvaluationSettings, FineTuneSettings
 from immiscible_noise.study.tuning_set import TuningSet
 
-RESULTS = Path(__file__).resolve().parent / "results"
 MODEL, JUDGE = "zoo:portraits-sd", "zoo:portraits-oracle"
 COUPLINGS = [PRESETS[name] for name in ("vanilla", "assignment", "half")]
 
@@ -94,7 +93,6 @@ def run(
         )
         part.finish(study.summary())
         write_page(part)
-    numbers = study.sampling_steps()
     lines = [
         "# Fine-tuning portraits on one rare kind",
         "",
@@ -103,17 +101,8 @@ def run(
         f"samples with its captions by DDIM, mean ± deviation over {seeds} paired seeds; real against real "
         f"{study.floor:.1f} at {study.floor_size} images. Features: {study.features}.",
         "",
-        f"| coupling | step | {' | '.join(f'{n} sampling steps' for n in numbers)} |",
-        "|---|---|" + "---|" * len(numbers),
+        *curves(study),
     ]
-    for coupling in study.couplings():
-        for step in settings.snapshot_steps:
-            cells = []
-            for number in numbers:
-                wanted = (coupling, step, number)
-                found = [s.frechet for s in study.scores if (s.coupling, s.step, s.sampling_steps) == wanted]
-                cells.append(f"{mean(found):.1f}" + (f" ± {stdev(found):.1f}" if seeds > 1 else ""))
-            lines.append(f"| {coupling} | {step:,} | {' | '.join(cells)} |")
     write_json(RESULTS / "immiscible-finetune.json", {"settings": config, "summary": study.summary_rows()})
     write_text(RESULTS / "immiscible-finetune.md", "\n".join([*lines, ""]))
     print("\n".join(lines))

@@ -15,16 +15,15 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
 
 import torch
 from cyclopts import App
+from immiscible_tables import curves, record
 
 from diffcore.data import ImageSet, load_images
-from diffcore.io.jsonfile import read_trusted, write_json, write_text
 from diffcore.run import Run
 from diffcore.runtime import Runtime
 from immiscible_noise.app.report import write_page
@@ -33,7 +32,6 @@ from immiscible_noise.study.compare import Comparison, compare
 from immiscible_noise.study.settings import EvaluationSettings, TrainSettings
 from immiscible_noise.study.train import recipe_for
 
-RESULTS = Path(__file__).resolve().parent / "results"
 COUPLINGS: tuple[Preset, ...] = ("vanilla", "assignment", "half")
 SETTINGS = TrainSettings(
     network="unet", batch_size=128, normalisation="standard", snapshots=3, learning_rate=5e-4, ema_decay=0.99,
@@ -89,7 +87,8 @@ def run(
         study = compare(images, inputs, part, chosen, range(seeds), settings, evaluation, Runtime(device=device))
         part.finish(study.summary())
         write_page(part)
-    record(name, study, settings, seeds)
+    title = "Natural images with assigned noise"
+    record("immiscible-images", title, name, table(name, study, settings, seeds), study)
     return 0
 
 
@@ -105,50 +104,14 @@ def seconds_per_image(images: ImageSet, settings: TrainSettings) -> float:
     return min(times) / len(x)
 
 
-def record(name: str, study: Comparison, settings: TrainSettings, seeds: int) -> None:
-    """Writes a study into the results, beside those that are there, and prints its table."""
-    kept = read_trusted(RESULTS / "immiscible-images.json") if (RESULTS / "immiscible-images.json").exists() else {}
-    kept[name] = {
-        "table": table(name, study, settings, seeds),
-        "summary": study.summary_rows(),
-        "steps_to_equal_distance": study.speedup_rows(),
-        "curves": [
-            {"coupling": s.coupling, "seed": s.seed, "step": s.step, "steps": s.sampling_steps, "frechet": s.frechet}
-            for s in study.scores
-        ],
-    }
-    write_json(RESULTS / "immiscible-images.json", kept)
-    head = "# Natural images with assigned noise\n\nWritten by `benchmarks/immiscible_images.py`.\n"
-    write_text(RESULTS / "immiscible-images.md", "\n".join([head, *(part["table"] for part in kept.values())]))
-    print(kept[name]["table"], flush=True)
-
-
 def table(name: str, study: Comparison, settings: TrainSettings, seeds: int) -> str:
-    """Returns a study's table in Markdown: Fréchet distance at each kept step."""
-    numbers = study.sampling_steps()
-    images = settings.steps * settings.batch_size
-    told = "A smoke run: the models are far from done. " if images < STUDY else ""
-    lines = [
-        f"## {name}",
-        "",
-        f"{told}U-Net of width {settings.width}, {settings.steps} steps of {settings.batch_size} images, "
-        f"{seeds} paired seed{'s' if seeds > 1 else ''}; real against real {study.floor:.2f}. Features: "
-        f"{study.features}.",
-        "",
-        f"| coupling | training steps | {' | '.join(f'{n} sampling steps' for n in numbers)} |",
-        "|---" * (2 + len(numbers)) + "|",
-    ]
-    for coupling in study.couplings():
-        for step in settings.snapshot_steps:
-            cells = []
-            for count in numbers:
-                values = [
-                    s.frechet for s in study.scores if (s.coupling, s.step, s.sampling_steps) == (coupling, step, count)
-                ]
-                spread = f" ± {stdev(values):.2g}" if len(values) > 1 else ""
-                cells.append(f"{mean(values):.3g}{spread}")
-            lines.append(f"| {coupling} | {step} | {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+    """Returns a study's section in Markdown."""
+    told = "A smoke run: the models are far from done. " if settings.steps * settings.batch_size < STUDY else ""
+    head = (
+        f"{told}U-Net of width {settings.width}, {settings.steps} steps of {settings.batch_size} images, {seeds} "
+        f"paired seed{'s' if seeds > 1 else ''}; real against real {study.floor:.2f}. Features: {study.features}."
+    )
+    return "\n".join([f"## {name}", "", head, "", *curves(study), ""])
 
 
 if __name__ == "__main__":

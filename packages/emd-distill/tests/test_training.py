@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from diffcore.cli import main
 from diffcore.denoiser import GuidedDenoiser
-from diffcore.errors import IncompatibleModelError, UserError
+from diffcore.errors import IncompatibleModelError, MachineError, UserError
 from diffcore.models import generate, load
 from diffcore.noise import row_noise
 from diffcore.run import Run
@@ -75,6 +76,8 @@ def test_a_training_leaves_a_generator_that_draws_what_was_seen_last(trained: Pa
         looks = harness.looks_of(run)
         result = run.result
     assert [look.fields["step"] for look in looks] == [0, 2, 4]
+    seconds = [look.fields["seconds"] for look in looks]
+    assert seconds[0] == 0 < seconds[1] < seconds[2]
     torch.testing.assert_close(looks[-1].tensors["pictures"], expected)
     assert not torch.equal(looks[0].tensors["pictures"], expected)
     assert loaded.facts["iterations"] == 4
@@ -120,6 +123,69 @@ def test_it_is_what_distill_trains(trained: Path, folder: Path):
     torch.testing.assert_close(weights(trained), done.generator.state_dict(), rtol=0, atol=0)
 
 
+def test_accumulated_batches_take_the_conditions_of_distill(folder: Path, tmp_path: Path):
+    told = ["--gradient-accumulation-steps", "2"]
+    assert main(app, ["train", str(folder / "classes"), *FEW, *told, "--out", str(tmp_path / "run")]) == 0
+    model = load(folder / "classes", CPU)
+    generator = OneStepGenerator(load(folder / "classes", CPU).denoiser.requires_grad_(True), 2.5)
+    settings = Settings(
+        loss=EMD(num_steps=1, gamma_z=0.05), steps=4, batch_size=4, learning_rate=3e-4, student_learning_rate=1e-3,
+        ema=0.998, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    turn = InTurn({"class_labels": torch.arange(10)}, 8, 0)
+    done = distill(model.denoiser, generator, model.shape, settings, conditions=turn)
+    torch.testing.assert_close(weights(tmp_path / "run"), done.generator.state_dict(), rtol=0, atol=0)
+
+
+def test_a_training_that_ends_early_is_no_success(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+            trainer.should_stop = True
+
+    fit = harness.fit
+    monkeypatch.setattr(harness, "fit", lambda *a, callbacks, **k: fit(*a, callbacks=[*callbacks, Stop()], **k))
+    command = ["train", str(folder / "classes"), *FEW, "--out", str(tmp_path / "run")]
+    assert "stopped before its last iteration" in said(command, capsys, 3)
+    assert not (tmp_path / "run" / "generator").exists()
+
+
+def test_samples_that_are_measured_share_no_latents_with_what_they_are_measured_against(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seeds: dict[int, set[int]] = {}
+    for name in ("drawn_images", "teacher_images"):
+        draw = getattr(harness, name)
+
+        def spy(*args: Any, draw: Any = draw, seed: int, **options: Any) -> Tensor:
+            seeds.setdefault(seed, set()).add(draw.__name__)
+            return draw(*args, seed=seed, **options)
+
+        monkeypatch.setattr(harness, name, spy)
+    command = ["train", str(folder / "classes"), *FEW, *WATCHED, "--steps", "1"]
+    command.remove("--steps"), command.remove("4")
+    assert main(app, [*command, "--out", str(tmp_path / "run")]) == 0
+    assert sorted(len(names) for names in seeds.values()) == [1, 1, 1]
+
+
+def test_seconds_of_training_go_on_from_a_checkpoint(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    told: dict[str, float] = {}
+
+    def fit(*args: Any, callbacks: list[L.Callback], **options: Any) -> bool:
+        (looks,) = (one for one in callbacks if isinstance(one, harness.Looks))
+        looks.load_state_dict({"seconds": 1000.0})
+        looks.on_train_start(L.Trainer(barebones=True), SimpleNamespace(iteration=3))
+        told.update(looks.state_dict())
+        raise MachineError("that is all")
+
+    monkeypatch.setattr(harness, "fit", fit)
+    said(["train", str(folder / "classes"), *FEW, "--out", str(tmp_path / "run")], capsys, 3)
+    assert 1000 <= told["seconds"] < 1500
+
+
 def interrupted(at: int, act: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes trainings end in one of their iterations."""
     fit = harness.fit
@@ -146,6 +212,9 @@ def test_the_same_command_goes_on_after_a_kill(
     assert main(app, command) == 0
     torch.testing.assert_close(weights(tmp_path / "run"), weights(trained), rtol=0, atol=0)
     assert (tmp_path / "run" / "log.jsonl").read_text() == (trained / "log.jsonl").read_text()
+    with Run.reopen(tmp_path / "run") as run, Run.reopen(trained) as whole:
+        for ours, theirs in zip(harness.looks_of(run), harness.looks_of(whole), strict=True):
+            assert torch.equal(ours.tensors["pictures"], theirs.tensors["pictures"])
 
 
 def test_a_pipeline_learns_its_prompts_with_guidance_and_encodes_each_once(

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from diffcore.cli import main
-from diffcore.data import load_images
+from diffcore.data import ImageSet, load_images
 from diffcore.denoiser import NetworkDenoiser
 from diffcore.errors import UserError
 from diffcore.io import artifact
@@ -37,7 +37,7 @@ from immiscible_noise.study.pairing import pair_noise_of
 from immiscible_noise.study.settings import FineTuneSettings
 from immiscible_noise.study.train import load_snapshot, read_recipe
 from immiscible_noise.study.tuned_recipe import FineTuneRecipe, told_of
-from immiscible_noise.study.tuning_set import TuningSet
+from immiscible_noise.study.tuning_set import TuningSet, check_images
 
 CPU = Runtime(device="cpu")
 WORDS = ("red", "green", "blue", "grey")
@@ -399,6 +399,32 @@ def test_a_tuner_trains_from_a_pipeline_in_memory_and_leaves_it_alone(tmp_path: 
     tuned = load_snapshot(recipe, tmp_path / "tuned", 2)
     assert_same(before, dict(data.model.backbone.state_dict()))
     assert any(not torch.equal(value, before[name]) for name, value in tuned.backbone.state_dict().items())
+
+
+def test_an_image_is_drawn_from_its_own_row_and_condition(tmp_path: Path):
+    data = tuning_set(tmp_path)
+    recipe = recipe_with(data, Coupling())
+    denoiser, rows, same = data.model.denoiser, torch.arange(3), torch.zeros(3, dtype=torch.int64)
+    drawn = recipe.generate(denoiser, rows, same, steps=2)
+    assert not torch.equal(drawn[0], drawn[1])
+    alone = recipe.generate(denoiser, rows[2:], same[2:], steps=2)
+    torch.testing.assert_close(alone, drawn[2:], atol=1e-5, rtol=1e-5)
+    other = recipe.generate(denoiser, rows, same + 1, steps=2)
+    assert not torch.allclose(other, drawn, atol=1e-6)
+    assert not torch.allclose(recipe.generate(denoiser, rows, same, steps=2, guidance=3.0), drawn, atol=1e-6)
+
+
+def test_more_classes_than_a_model_knows_are_refused(tmp_path: Path):
+    model = from_pipeline(tiny.pipeline("dit"))
+    known = int(model.backbone.config["num_embeds_ada_norm"])
+    names = tuple(f"class{number}" for number in range(known + 1))
+    pixels = torch.zeros(known + 1, 3, 16, 16, dtype=torch.uint8)
+    images = ImageSet(pixels, torch.arange(known + 1), names, names)
+    with pytest.raises(UserError, match=f"knows {known} classes, the images have {known + 1}"):
+        check_images(model, images)
+    check_images(model, replace(images, classes=names[:known]))
+    with pytest.raises(UserError, match="put the images of each class into a folder"):
+        check_images(model, replace(images, labels=None))
 
 
 @pytest.mark.parametrize(

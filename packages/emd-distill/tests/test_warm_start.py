@@ -24,6 +24,7 @@ from emd_distill.files.export import export
 from emd_distill.files.generators import load_generator
 from emd_distill.generator import OneStepGenerator
 from emd_distill.losses import EMD
+from emd_distill.module import DistillModule
 from emd_distill.noise_levels import noise_levels
 from emd_distill.warm_start import lifted, smaller, warm_start
 
@@ -189,6 +190,13 @@ def test_a_generator_with_another_latent_is_warmed_up_and_distilled():
     assert min(shares) > 0.1
 
 
+def test_lightning_draws_samples_and_latents_in_their_own_shapes():
+    student = NetworkDenoiser(Score(), EDMSchedule(), "edm")
+    module = DistillModule(four_modes(), Linear(5, 2), (5,), Settings(batch_size=4), data_shape=(2,), student=student)
+    drawn = module.draws(0, torch.arange(4))
+    assert (tuple(drawn.z.shape), tuple(drawn.eps.shape)) == ((4, 5), (4, 2))
+
+
 def test_draws_of_the_start_are_apart_from_those_of_the_training():
     seen: list[Tensor] = []
 
@@ -256,6 +264,21 @@ def test_an_interrupted_training_warms_up_no_second_time(folder: Path, tmp_path:
     assert main(app, command) == 0
     whole, parts = load_generator(folder / "run-classes").generator, load_generator(tmp_path / "run").generator
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
+
+
+def test_a_start_that_diverges_is_said_to(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    command = [
+        "train",
+        str(folder / "classes"),
+        *SMALL,
+        "--warm-up-learning-rate",
+        "1e30",
+        "--out",
+        str(tmp_path / "r"),
+    ]
+    assert main(app, [*command, "--out", str(tmp_path / "r")]) == 3
+    assert "give a smaller --warm-up-learning-rate" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "r" / "generator").exists()
 
 
 @pytest.mark.parametrize(

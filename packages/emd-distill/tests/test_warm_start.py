@@ -267,18 +267,10 @@ def test_an_interrupted_training_warms_up_no_second_time(folder: Path, tmp_path:
 
 
 def test_a_start_that_diverges_is_said_to(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    command = [
-        "train",
-        str(folder / "classes"),
-        *SMALL,
-        "--warm-up-learning-rate",
-        "1e30",
-        "--out",
-        str(tmp_path / "r"),
-    ]
-    assert main(app, [*command, "--out", str(tmp_path / "r")]) == 3
+    command = ["train", str(folder / "classes"), *SMALL, "--warm-up-learning-rate", "1e30"]
+    assert main(app, [*command, "--out", str(tmp_path / "run")]) == 3
     assert "give a smaller --warm-up-learning-rate" in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "r" / "generator").exists()
+    assert not (tmp_path / "run" / "generator").exists()
 
 
 @pytest.mark.parametrize(

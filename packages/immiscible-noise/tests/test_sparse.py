@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from diffcore.bench import peak_megabytes
 from immiscible_noise import assign_noise, sparse
 from immiscible_noise.assign import solve_costs
 from immiscible_noise.solvers import solve
@@ -110,7 +111,24 @@ def test_large_prices_hide_no_pair():
     expected = np.flatnonzero(costs - f[:, None] - g < 0)
     assert 100 < len(expected) < 2400
     table = torch.from_numpy(costs)
-    assert np.array_equal(sparse._below_zero(table, f, g, 30.0, torch.empty_like(table)), expected)
+    assert np.array_equal(sparse._below_zero(table, f, g, 30.0), expected)
+
+
+@pytest.mark.parametrize("kind", ["images", "noise", "repeated rows"])
+def test_large_tables_are_worked_on_in_parts(kind, monkeypatch):
+    costs = costs_of(kind, 560)
+    expected = costs[np.arange(560), solve(costs, "scipy")].astype(float).sum()
+    monkeypatch.setattr(sparse, "_SMALL", 0)
+    monkeypatch.setattr(sparse, "_TOGETHER", 70 * 560)  # parts of 71 rows, and one of 63
+    columns = solve_sparse(torch.from_numpy(costs))
+    assert costs[np.arange(560), columns].astype(float).sum() == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_large_table_takes_half_as_much_memory_again():
+    costs = torch.from_numpy(costs_of("images", 1100))
+    assert costs.numel() > sparse._SMALL
+    part = 4e-6 * sparse._TOGETHER
+    assert peak_megabytes(lambda: solve_sparse(costs)) < 2e-6 * costs.numel() + 3 * part
 
 
 @pytest.mark.parametrize("kind", ["images", "noise", "repeated rows", "a grid", "all alike"])

@@ -48,9 +48,10 @@ def test_the_total_is_the_dense_solvers(kind, n):
     assert exact[np.arange(n), columns].sum() == pytest.approx(best, rel=1e-9, abs=1e-9 * np.abs(exact).max())
 
 
+@pytest.mark.parametrize("n", [600, 1200])
 @pytest.mark.parametrize("kind", ["images", "noise", "one bright image"])
-def test_ordinary_batches_get_a_proof(kind):
-    assert solve_sparse(torch.from_numpy(costs_of(kind, 600))) is not None
+def test_ordinary_batches_get_a_proof(kind, n):
+    assert solve_sparse(torch.from_numpy(costs_of(kind, n))) is not None
 
 
 def test_pairs_that_were_missed_are_found_by_the_proof(monkeypatch):

@@ -24,7 +24,7 @@ from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from torch import Tensor
 
 _SWEEPS = 8
-_TEMPERATURE = 0.1  # in standard deviations of the costs
+_TEMPERATURE = 0.1  # in standard deviations of the costs of a middling row
 _LEAST_EXPONENT = -80.0  # exp of it is no denormal number, which processors are slow with
 _PER_ROW = 16  # pairs that are kept, on average
 _MOST_PAIRS = 64  # per row; beyond, the dense solver is faster
@@ -78,7 +78,7 @@ def solve_sparse(costs: Float[Tensor, "n n"]) -> Int[np.ndarray, "n"] | None:
 
 def _prices(table: Tensor) -> tuple[Float64[np.ndarray, "n"], Float64[np.ndarray, "n"]] | None:
     """Returns prices of rows and columns that leave small reduced costs; None where costs are alike or wild."""
-    spread = _TEMPERATURE * float(_sampled_rows(table).std())
+    spread = _TEMPERATURE * float(_sampled_rows(table).std(1).median())
     if not spread > 0:
         return None
     low, sums, kernel = table.amin(1), table.new_zeros(len(table)), []

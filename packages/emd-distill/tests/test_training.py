@@ -422,6 +422,8 @@ def test_the_level_of_the_generator_is_given_in_either_unit():
         (["--prompts", "prompts.txt"], "takes no prompts"),
         (["--validation-prompts", "a cat"], "takes no prompts"),
         (["--watch-recall", "3"], "five neighbours"),
+        (["--features", "dinosaur", *WATCHED], "no feature extractor"),
+        (["--features", "dino:nowhere", *WATCHED], "there is no nowhere"),
         (["--steps", "0"], "--steps"),
         (["--ema", "1"], "--ema"),
         (["--num-looks", "0"], "--num-looks"),
@@ -440,6 +442,17 @@ def test_bad_input_is_told_before_a_folder_is_made(
     assert not (tmp_path / "run").exists()
 
 
+def test_lines_of_a_file_of_prompts_that_are_left_out_are_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "mixed.txt"
+    path.write_bytes(b"a cat\r\n\r\na\tdog\r\n")
+    command = ["train", str(folder / "pipeline"), "--prompts", str(path), *FEW, "--dry-run", "--out"]
+    told = said([*command, str(tmp_path / "run")], capsys, code=0)
+    assert "mixed.txt line 3 holds the control character" in told
+    assert "blank lines" in told
+
+
 def test_more_bad_input(folder: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = ["--out", str(tmp_path / "run")]
     assert "takes prompts" in said(["train", str(folder / "pipeline"), *out], capsys)
@@ -447,7 +460,9 @@ def test_more_bad_input(folder: Path, trained: Path, tmp_path: Path, capsys: pyt
     assert "none twice" in said(["compare", str(folder / "classes"), "--losses", "sid", "sid", *out], capsys)
     assert "holds no generator" in said(["sample", str(folder), *out], capsys)
     assert "takes no prompts" in said(["sample", str(trained), "a cat", *out], capsys)
-    assert "--count" in said(["evaluate", str(trained), "--count", "3", *out], capsys)
+    assert "--count is 3;" in said(["evaluate", str(trained), "--count", "3", *out], capsys)
+    assert "--batch-size is 0;" in said(["sample", str(trained), "--batch-size", "0", *out], capsys)
+    assert "there is no nowhere" in said(["evaluate", str(trained), "--features", "dino:nowhere", *out], capsys)
     assert "--guidance-scale" in said(["evaluate", str(trained), "--guidance-scale", "2", *out], capsys)
     assert not (tmp_path / "run").exists()
     with pytest.raises(IncompatibleModelError, match="not the model"):

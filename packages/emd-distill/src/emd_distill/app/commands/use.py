@@ -41,8 +41,8 @@ def sample(
 
     Args:
         generator: Run folder of train, or the folder generator in it.
-        prompts: One or more prompts; a model of classes draws them in turn.
-        count: Number of images of each prompt; of all where there are none, rounded up to whole rounds of the classes.
+        prompts: One or more prompts; a model of classes draws each class.
+        count: Number of images of each prompt or class; of all where the model takes neither.
         batch_size: Number of images in one call of the network.
     """
     from diffcore.report import image_grid
@@ -50,8 +50,9 @@ def sample(
     from emd_distill.conditions import num_classes
     from emd_distill.quality import drawn_images
 
-    if count < 1 or batch_size < 1:
-        raise UserError("`count` and `batch_size` must be at least 1")
+    for name, number in (("count", count), ("batch_size", batch_size)):
+        if number < 1:
+            raise UserError(f"`{name}` is {number}; give at least 1")
     network, teacher, _, inputs = _loaded(generator, model, loading, runtime)
     table = _table(teacher, prompts)
     kinds = len(next(iter(table.values()))) if table else 1
@@ -103,7 +104,7 @@ def evaluate(
     Args:
         generator: Run folder of train, or the folder generator in it.
         images: Folder or zip of images to measure against; by default the teacher's samples.
-        prompts: File of prompts, for models that take them; by default as in the training, which then must be a file.
+        prompts: File of prompts, one a line, for models that take them, which need it.
         count: Number of images of each side.
         teacher_steps: Number of solver steps of the teacher; by default 18 for EDM networks and 50 for others.
         guidance_scale: Strength of the teacher's guidance; by default that of the training.
@@ -111,21 +112,33 @@ def evaluate(
             pixels for images up to 32 x 32 and random:0 for larger ones.
         batch_size: Number of images in one call of a network.
     """
-    from diffcore.data.prompts import load_prompts
     from emd_distill.app.evaluating import Evaluation, reference_of
+    from emd_distill.app.prompts import read_prompts
     from emd_distill.app.report import write_page
     from emd_distill.quality import LEAST
 
-    if count < LEAST or batch_size < 1:
-        raise UserError(f"`count` must be at least {LEAST} for five neighbours, and `batch_size` at least 1")
+    if count < LEAST:
+        raise UserError(f"`count` is {count}; five neighbours need at least {LEAST} images")
+    if batch_size < 1:
+        raise UserError(f"`batch_size` is {batch_size}; give at least 1")
     network, teacher, facts, inputs = _loaded(generator, model, loading, runtime)
-    read = None if prompts is None else load_prompts(prompts)
+    read = None if prompts is None else read_prompts(prompts)
     table = _table(teacher, () if read is None else read.distinct)
     trained = facts.get("settings", {})
     scale = float(trained.get("guidance_scale") or 1.0) if guidance_scale is None else guidance_scale
     told, more = reference_of(images, teacher)
     evaluation = Evaluation(
-        teacher, network, _rows(table, 2 * count), count, runtime, told, scale, teacher_steps, features, batch_size
+        teacher,
+        network,
+        _rows(table, 2 * count),
+        count,
+        runtime,
+        told,
+        scale,
+        teacher_steps,
+        features,
+        batch_size,
+        loading.allow_pickle,
     )
     evaluation.check()
     config = settings(

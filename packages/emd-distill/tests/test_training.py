@@ -453,6 +453,19 @@ def test_lines_of_a_file_of_prompts_that_are_left_out_are_told(
     assert "blank lines" in told
 
 
+def test_a_teacher_that_is_not_where_it_was_is_asked_for(
+    folder: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    moved = (folder / "classes").rename(folder / "moved")
+    try:
+        told = said(["sample", str(trained), "--out", str(tmp_path / "run")], capsys)
+        assert "the teacher of" in told
+        assert "point to it with --model" in told
+        assert main(app, ["sample", str(trained), "--model", str(moved), "--dry-run"]) == 0
+    finally:
+        moved.rename(folder / "classes")
+
+
 def test_more_bad_input(folder: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = ["--out", str(tmp_path / "run")]
     assert "takes prompts" in said(["train", str(folder / "pipeline"), *out], capsys)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from diffcore.cli import Job, LoadingAny, Output, settings
-from diffcore.errors import UserError, printable
+from diffcore.errors import ModelNotFoundError, UserError, printable
 from diffcore.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -164,7 +164,15 @@ def _loaded(
     weights = weights_of(folder)
     if weights is None:
         raise UserError(f"{printable(folder, 300)} holds no generator; give the run folder of a finished training")
-    loaded = load_generator(folder, model, runtime=runtime, **asdict(loading))
+    try:
+        loaded = load_generator(folder, model, runtime=runtime, **asdict(loading))
+    except ModelNotFoundError as error:
+        if model is not None:
+            raise
+        raise ModelNotFoundError(
+            f"the teacher of {printable(folder, 300)} was not found: {error}. If it was moved, or the training was "
+            "started in another folder, point to it with `model`"
+        ) from error
     assert loaded.model is not None
     inputs = {loaded.model.name: loaded.model.fingerprint, "generator": input_hash(weights)}
     return loaded.generator, loaded.model, loaded.facts, inputs

@@ -23,6 +23,7 @@ from diffcore.runtime import Runtime
 from diffcore.testing import tiny
 from emd_distill.app import training as harness
 from emd_distill.app.cli import app
+from emd_distill.app.commands.use import first_of
 from emd_distill.app.options_training import ChainOptions, LevelOptions, TrainingOptions, steps_of
 from emd_distill.conditions import InTurn, condition_table
 from emd_distill.cost import passes, weight_megabytes
@@ -318,6 +319,28 @@ def test_a_generator_is_sampled_at_fixed_seeds_whatever_the_batch(trained: Path,
     with torch.no_grad():
         x0 = loaded.generator(z, {"class_labels": torch.arange(20) // 2})
     torch.testing.assert_close(images[0], loaded.model.codec.decode(x0))
+
+
+def test_images_that_were_drawn_are_not_drawn_again(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fails(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    command = ["sample", str(trained), "--device", "cpu", "--out", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr("diffcore.report.image_grid", fails)
+        assert main(app, command) == 70
+    monkeypatch.setattr("emd_distill.quality.drawn_images", fails)
+    assert main(app, command) == 0
+    assert (tmp_path / "run" / "figures" / "grid.png").exists()
+
+
+def test_a_grid_shows_the_first_of_many_images():
+    images = torch.arange(300.0).view(-1, 1, 1, 1)
+    shown, columns = first_of(images, 3)
+    assert columns == 20
+    assert shown.flatten().tolist() == [*range(20), *range(100, 120), *range(200, 220)]
+    assert len(first_of(images, 1)[0]) == 300
+    assert len(first_of(torch.zeros(5000, 1, 1, 1), 5000)[0]) == 400
 
 
 def test_an_evaluation_ranks_the_teacher_itself_first(trained: Path, tmp_path: Path, folder: Path):

@@ -11,6 +11,8 @@ from diffcore.errors import ModelNotFoundError, UserError, printable
 from diffcore.runtime import Runtime
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from diffcore.denoiser import Condition
     from diffcore.models import DiffusionModel
     from diffcore.run import Run
@@ -20,6 +22,8 @@ Texts = Annotated[tuple[str, ...], Parameter(negative="")]
 Teacher = Annotated[
     str | None, Parameter(name="--model", help="Teacher, where it was moved since the training.", group="Model")
 ]
+
+_SHOWN = 20  # largest number of rows and of columns of a grid
 
 
 def sample(
@@ -33,7 +37,7 @@ def sample(
     runtime: Runtime = Runtime(),
     output: Output = Output(),
 ) -> int:
-    """Draw images with a trained generator, in one step each, as PNG files and one grid.
+    """Draw images with a trained generator, in one step each, as PNG files, and the first of them in a grid.
 
     Shortest form: emd-distill sample RUN
 
@@ -59,12 +63,15 @@ def sample(
     total = kinds * count
 
     def compute(run: "Run", _: Any) -> dict[str, Any]:
-        condition = _rows(table, total, each=count)
-        images = drawn_images(teacher, network, condition, total, seed=runtime.seed, batch_size=batch_size)
-        run.save("images", {"images": images})
+        if not run.has("images"):
+            condition = _rows(table, total, each=count)
+            drawn = drawn_images(teacher, network, condition, total, seed=runtime.seed, batch_size=batch_size)
+            run.save("images", {"images": drawn})
+        images = run.load("images").tensors["images"]
         for place, image in enumerate(images):
             run.figure(f"image-{place:05d}", Picture(image))
-        run.figure("grid", image_grid(images, columns=count if count > 1 and kinds > 1 else None))
+        shown, columns = first_of(images, kinds)
+        run.figure("grid", image_grid(shown, columns=columns))
         return {"images": total, "pixels": "x".join(map(str, images.shape[1:])), "grid": "figures/grid.png"}
 
     config = settings(
@@ -182,6 +189,19 @@ def _table(model: "DiffusionModel", prompts: tuple[str, ...]) -> "Condition":
     from emd_distill.conditions import condition_table
 
     return condition_table(model, prompts)
+
+
+def first_of(images: "Tensor", kinds: int) -> "tuple[Tensor, int | None]":
+    """Returns the images of a grid that can be looked at, and its columns: a row for each prompt or class.
+
+    Args:
+        images: All images, those of each prompt or class in turn.
+        kinds: Number of prompts or classes.
+    """
+    each = len(images) // kinds
+    if kinds == 1 or each == 1:
+        return images[: _SHOWN * _SHOWN], None
+    return images.unflatten(0, (kinds, each))[:_SHOWN, :_SHOWN].flatten(0, 1), min(each, _SHOWN)
 
 
 def _rows(table: "Condition", total: int, *, each: int = 1) -> "Condition":

@@ -224,6 +224,7 @@ def test_the_command_takes_a_trained_generator_and_a_zoo_model(tmp_path: Path, c
         (["digits", "--gamma-e", "1"], "--gamma-e is 1"),
         (["digits", "--level", "0"], "--level is 0"),
         (["digits", str(path), "--call-level", "2"], "--call-level is for the teacher alone"),
+        (["digits", "--call-level", "0"], "--call-level is 0"),
         (["digits", "--prompts", "a"], "--prompts were given"),
         (["digits", "--num", "1"], "--num is 1"),
     ):

@@ -139,6 +139,9 @@ def test_the_command_passes_a_good_teacher_and_names_what_is_wrong(tmp_path: Pat
     assert "In need of repair" in (tmp_path / "bad" / "report.html").read_text()
     # A finished run is only read, and fails again.
     assert told(capsys, "digits", "--out", str(tmp_path / "bad"), *words)[0] == 1
+    assert main(app, ["doctor", "digits", "--out", str(tmp_path / "bad"), "--threads", "1", *words]) == 1
+    printed = capsys.readouterr().out
+    assert all(problem in printed for problem in bad["problems"])
 
 
 def test_the_command_finds_a_model_that_is_loaded_as_another_type(tmp_path: Path, capsys):

@@ -23,6 +23,7 @@ from diffcore.runtime import Runtime
 from diffcore.testing import tiny
 from emd_distill.app import training as harness
 from emd_distill.app.cli import app
+from emd_distill.app.commands.use import first_of
 from emd_distill.app.options_training import ChainOptions, LevelOptions, TrainingOptions, steps_of
 from emd_distill.conditions import InTurn, condition_table
 from emd_distill.cost import passes, weight_megabytes
@@ -320,6 +321,28 @@ def test_a_generator_is_sampled_at_fixed_seeds_whatever_the_batch(trained: Path,
     torch.testing.assert_close(images[0], loaded.model.codec.decode(x0))
 
 
+def test_images_that_were_drawn_are_not_drawn_again(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fails(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    command = ["sample", str(trained), "--device", "cpu", "--out", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr("diffcore.report.image_grid", fails)
+        assert main(app, command) == 70
+    monkeypatch.setattr("emd_distill.quality.drawn_images", fails)
+    assert main(app, command) == 0
+    assert (tmp_path / "run" / "figures" / "grid.png").exists()
+
+
+def test_a_grid_shows_the_first_of_many_images():
+    images = torch.arange(300.0).view(-1, 1, 1, 1)
+    shown, columns = first_of(images, 3)
+    assert columns == 20
+    assert shown.flatten().tolist() == [*range(20), *range(100, 120), *range(200, 220)]
+    assert len(first_of(images, 1)[0]) == 300
+    assert len(first_of(torch.zeros(5000, 1, 1, 1), 5000)[0]) == 400
+
+
 def test_an_evaluation_ranks_the_teacher_itself_first(trained: Path, tmp_path: Path, folder: Path):
     run = tmp_path / "eval"
     few = ["--count", "30", "--teacher-steps", "3", "--device", "cpu"]
@@ -422,6 +445,8 @@ def test_the_level_of_the_generator_is_given_in_either_unit():
         (["--prompts", "prompts.txt"], "takes no prompts"),
         (["--validation-prompts", "a cat"], "takes no prompts"),
         (["--watch-recall", "3"], "five neighbours"),
+        (["--features", "dinosaur", *WATCHED], "no feature extractor"),
+        (["--features", "dino:nowhere", *WATCHED], "there is no nowhere"),
         (["--steps", "0"], "--steps"),
         (["--ema", "1"], "--ema"),
         (["--num-looks", "0"], "--num-looks"),
@@ -440,6 +465,30 @@ def test_bad_input_is_told_before_a_folder_is_made(
     assert not (tmp_path / "run").exists()
 
 
+def test_lines_of_a_file_of_prompts_that_are_left_out_are_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "mixed.txt"
+    path.write_bytes(b"a cat\r\n\r\na\tdog\r\n")
+    command = ["train", str(folder / "pipeline"), "--prompts", str(path), *FEW, "--dry-run", "--out"]
+    told = said([*command, str(tmp_path / "run")], capsys, code=0)
+    assert "mixed.txt line 3 holds the control character" in told
+    assert "blank lines" in told
+
+
+def test_a_teacher_that_is_not_where_it_was_is_asked_for(
+    folder: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    moved = (folder / "classes").rename(folder / "moved")
+    try:
+        told = said(["sample", str(trained), "--out", str(tmp_path / "run")], capsys)
+        assert "the teacher of" in told
+        assert "point to it with --model" in told
+        assert main(app, ["sample", str(trained), "--model", str(moved), "--dry-run"]) == 0
+    finally:
+        moved.rename(folder / "classes")
+
+
 def test_more_bad_input(folder: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = ["--out", str(tmp_path / "run")]
     assert "takes prompts" in said(["train", str(folder / "pipeline"), *out], capsys)
@@ -447,7 +496,9 @@ def test_more_bad_input(folder: Path, trained: Path, tmp_path: Path, capsys: pyt
     assert "none twice" in said(["compare", str(folder / "classes"), "--losses", "sid", "sid", *out], capsys)
     assert "holds no generator" in said(["sample", str(folder), *out], capsys)
     assert "takes no prompts" in said(["sample", str(trained), "a cat", *out], capsys)
-    assert "--count" in said(["evaluate", str(trained), "--count", "3", *out], capsys)
+    assert "--count is 3;" in said(["evaluate", str(trained), "--count", "3", *out], capsys)
+    assert "--batch-size is 0;" in said(["sample", str(trained), "--batch-size", "0", *out], capsys)
+    assert "there is no nowhere" in said(["evaluate", str(trained), "--features", "dino:nowhere", *out], capsys)
     assert "--guidance-scale" in said(["evaluate", str(trained), "--guidance-scale", "2", *out], capsys)
     assert not (tmp_path / "run").exists()
     with pytest.raises(IncompatibleModelError, match="not the model"):

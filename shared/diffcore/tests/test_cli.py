@@ -284,6 +284,15 @@ def test_emit_is_one_object_or_aligned_lines(capsys):
     ]
 
 
+def test_sentences_are_printed_whole_and_long_lists_are_not(capsys):
+    sentences = "The chain moved all samples. " * 20
+    emit({"answer": sentences, "names": ["name"] * 100})
+    answer, names = capsys.readouterr().out.splitlines()
+    assert answer.endswith(sentences)
+    assert names.endswith("…")
+    assert len(names) < 220
+
+
 @pytest.mark.parametrize(
     ("message", "told"),
     [

@@ -70,7 +70,7 @@ def condition_table(model: DiffusionModel, prompts: Sequence[str] = ()) -> Condi
     name = printable(model.name)
     if model.prompts is not None:
         if not prompts:
-            raise UserError(f"{name} takes prompts, which it learns to draw; give a file of `prompts`")
+            raise UserError(f"{name} takes prompts; give `prompts`")
         with torch.no_grad():
             parts = list(InBatches(_ENCODED)(list(prompts), model.prompts))
         return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}

@@ -66,7 +66,24 @@ def measured(reference: Float[Tensor, "n d"], found: Float[Tensor, "m d"]) -> Sc
     return Scores(distance, float(scores.precision), float(scores.recall), float(scores.coverage))
 
 
-def features_for(shape: Sequence[int], name: str | None, runtime: Runtime) -> tuple[str, Features]:
+def image_shape(model: DiffusionModel) -> tuple[int, int, int]:
+    """Returns channels, height and width of the images that a model draws.
+
+    Args:
+        model: Model whose codec turns samples into images.
+
+    Example:
+        >>> from diffcore.testing import tiny
+        >>> image_shape(tiny.model("unet2d"))
+        (3, 8, 8)
+    """
+    channels, factor = model.shape[0], int(getattr(model.codec, "factor", 1))
+    return channels if channels in (1, 3) else 3, model.shape[-2] * factor, model.shape[-1] * factor
+
+
+def features_for(
+    shape: Sequence[int], name: str | None, runtime: Runtime, *, allow_pickle: bool = False
+) -> tuple[str, Features]:
     """Returns the name of features, and the function from images to them.
 
     Args:
@@ -74,9 +91,10 @@ def features_for(shape: Sequence[int], name: str | None, runtime: Runtime) -> tu
         name: Name of an extractor of diffcore, or "pixels"; by default pixels of images up to 32 x 32, and random:0,
             fixed random weights, for larger ones.
         runtime: Device of the network.
+        allow_pickle: Whether extractors in TorchScript, which is code, may be run.
 
     Raises:
-        UserError: There is no such extractor.
+        UserError: There is no such extractor, or it may not be run.
 
     Example:
         >>> features_for((3, 8, 8), None, Runtime(device="cpu"))[0]
@@ -88,7 +106,7 @@ def features_for(shape: Sequence[int], name: str | None, runtime: Runtime) -> tu
     name = name or ("pixels" if size <= _PIXELS else "random:0")
     if name == "pixels":
         return name, lambda images: 2 * images.flatten(1).float() - 1
-    extractor = feature_extractor(name, runtime)
+    extractor = feature_extractor(name, runtime, allow_pickle=allow_pickle)
 
     def features(images: Tensor) -> Tensor:
         coloured = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images

@@ -16,7 +16,7 @@ from diffcore.models.generation import null_condition
 from diffcore.run import Run
 from diffcore.runtime import Runtime
 from emd_distill.generator import OneStepGenerator
-from emd_distill.quality import LEAST, drawn_images, features_for, measured, teacher_images
+from emd_distill.quality import LEAST, Features, drawn_images, features_for, image_shape, measured, teacher_images
 
 _SHOWN = 20
 
@@ -36,6 +36,7 @@ class Evaluation:
         teacher_steps: Number of solver steps of the teacher; None for the usual number.
         features: Name of the features; None for those that suit the size.
         batch_size: Number of images in one call of a network.
+        allow_pickle: Whether features of TorchScript, which is code, may be run.
     """
 
     model: DiffusionModel
@@ -48,6 +49,7 @@ class Evaluation:
     teacher_steps: int | None
     features: str | None
     batch_size: int
+    allow_pickle: bool = False
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -56,14 +58,16 @@ class Evaluation:
         return {"images_of_each": self.count, "against": against, "guidance_scale": self.guidance_scale}
 
     def check(self) -> None:
-        """Refuses guidance that the teacher does not have.
+        """Refuses guidance that the teacher does not have, and features that there are not.
 
         Raises:
-            UserError: The teacher has no condition that guidance could lead away from, or steps are below 1.
+            UserError: The teacher has no condition that guidance could lead away from, steps are below 1, or there is
+                no such extractor.
         """
         if self.teacher_steps is not None and self.teacher_steps < 1:
             raise UserError(f"`teacher_steps` is {self.teacher_steps}; give at least 1")
         self._uncond()
+        self._features()
 
     def __call__(self, run: Run) -> dict[str, Any]:
         """Draws, measures, and keeps tables and grids; returns the scores of the generator.
@@ -82,7 +86,7 @@ class Evaluation:
             reference = self._kept(run, "reference", lambda: self._teacher(seed + 1, self.count))
         else:
             reference = self.images.images.float() / 255
-        name, features = features_for(reference.shape[1:], self.features, self.runtime)
+        name, features = self._features()
         told = features(reference)
         scores = {who: measured(told, features(images)).to_json() for who, images in drawn.items()}
         rows = [{"images of": who, **{key: round(v, 3) for key, v in one.items()}} for who, one in scores.items()]
@@ -107,6 +111,9 @@ class Evaluation:
             "features": name,
             "scores": scores,
         }
+
+    def _features(self) -> tuple[str, Features]:
+        return features_for(image_shape(self.model), self.features, self.runtime, allow_pickle=self.allow_pickle)
 
     def _kept(self, run: Run, key: str, make: Any) -> Tensor:
         if not run.has(key):
@@ -172,8 +179,7 @@ def reference_of(images: Path | None, model: DiffusionModel) -> tuple[ImageSet |
     """
     if images is None:
         return None, {}
-    side = model.shape[-1] * getattr(model.codec, "factor", 1)
-    channels = model.shape[0] if model.shape[0] in (1, 3) else 3
+    channels, _, side = image_shape(model)
     read = load_images(images, size=side, channels=channels)
     if len(read) < LEAST:
         raise UserError(f"{printable(images, 300)} has {len(read)} readable images; give at least {LEAST}")

@@ -64,7 +64,9 @@ class Teacher:
         """
         if source is not None:
             return load_generator(source, self.model or self.denoiser).generator
-        return OneStepGenerator(copy.deepcopy(self.denoiser), time_of(self.denoiser, level or GENERATOR_SIGMA))
+        return OneStepGenerator(
+            copy.deepcopy(self.denoiser), time_of(self.denoiser, GENERATOR_SIGMA if level is None else level)
+        )
 
 
 def time_of(denoiser: NetworkDenoiser, ratio: float) -> float:

@@ -31,7 +31,16 @@ from emd_distill.generator import OneStepGenerator
 from emd_distill.lora import LoraDenoiser
 from emd_distill.losses import EMD
 from emd_distill.module import DistillModule
-from emd_distill.quality import Scores, drawn_images, features_for, losing_modes, measured, teacher_images
+from emd_distill.quality import (
+    Features,
+    Scores,
+    drawn_images,
+    features_for,
+    image_shape,
+    losing_modes,
+    measured,
+    teacher_images,
+)
 from emd_distill.warm_start import smaller, warm_start
 
 _LOG = logging.getLogger("diffcore.emd_distill")
@@ -54,6 +63,7 @@ class Training:
         runtime: Device, precision, seed and processes.
         shown: Conditions of the sample grid in place of the table's first ones.
         captions: Words below the grid.
+        allow_pickle: Whether features of TorchScript, which is code, may be run.
     """
 
     model: DiffusionModel
@@ -65,6 +75,7 @@ class Training:
     runtime: Runtime
     shown: Condition = field(default_factory=dict)
     captions: str = ""
+    allow_pickle: bool = False
 
     @cached_property
     def uncond(self) -> Condition | None:
@@ -106,6 +117,15 @@ class Training:
         except (UserError, ValueError) as error:
             told = str(error).replace("`t`", "`timestep`").replace("`width`", "`generator_width`")
             raise UserError(told) from error
+
+    def features(self) -> tuple[str, Features]:
+        """Returns the name of the features in which samples are measured, and the function from images to them.
+
+        Raises:
+            UserError: There are no such features.
+        """
+        shape = image_shape(self.model)
+        return features_for(shape, self.options.features, self.runtime, allow_pickle=self.allow_pickle)
 
     def rows(self, count: int, *, seen: bool = False) -> Condition:
         """Returns conditions of images, the table's in turn.
@@ -233,8 +253,7 @@ class Looks(L.Callback):
                 seed=training.runtime.seed + 1, batch_size=_ROWS,
             )  # fmt: skip
             reference = self.run.load("reference").tensors["features"]
-            features = features_for(images.shape[1:], training.options.features, training.runtime)[1]
-            scores = measured(reference, features(images)).to_json()
+            scores = measured(reference, training.features()[1](images)).to_json()
         self.run.save(look_key(step, self.prefix), {"pictures": made}, step=step, scores=scores, seconds=self._seconds)
         if warning := losing_modes(scored(self.run, self.prefix)):
             _LOG.warning("%s", warning)
@@ -287,7 +306,7 @@ def keep_reference(training: Training, run: Run) -> None:
         seed=training.runtime.seed + 2, steps=options.teacher_steps, guidance_scale=options.guidance_scale,
         uncond=training.uncond, batch_size=_ROWS,
     )  # fmt: skip
-    name, features = features_for(images.shape[1:], options.features, training.runtime)
+    name, features = training.features()
     run.save("reference", {"features": features(images), "pictures": images[:SHOWN]}, features=name)
 
 

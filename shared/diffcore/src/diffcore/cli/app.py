@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _PROGRESS_SECONDS = 30.0
+_SENTENCES, _LIST = 2000, 200  # most characters of a text and of a list that are printed
 # Options that the command line calls otherwise than the library calls the parameter.
 _RENAMED = {"folder": "out", "json_path": "json"}
 BUG, INTERRUPTED, TERMINATED = 70, 130, 143
@@ -162,7 +163,8 @@ def _rows(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
         if isinstance(item, Mapping):
             yield from _rows(item, f"{prefix}{name}.")
         else:
-            yield printable(f"{prefix}{name}", 200), printable(_figure(item), 200)
+            limit = _SENTENCES if isinstance(item, str) else _LIST
+            yield printable(f"{prefix}{name}", 200), printable(_figure(item), limit)
 
 
 def _figure(item: Any) -> str:

@@ -12,6 +12,8 @@ from emd_distill.app.options import Planned
 from emd_distill.app.options_training import ChainOptions, LevelOptions
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from diffcore.run import Run, RunMap
@@ -80,7 +82,11 @@ def doctor(
         (),
     )
     plan = {"teacher": known.name, "images": 0 if images is None else len(images)}
-    return job(compute, plan=plan, report=write_page, passed=lambda result: not result["problems"])
+
+    def shown(result: "Mapping[str, Any]") -> dict[str, Any]:
+        return {**result, "problems": "; ".join(result["problems"]) or "none"}
+
+    return job(compute, plan=plan, report=write_page, passed=lambda result: not result["problems"], shown=shown)
 
 
 def _data(teacher: "Teacher", folder: Path | None) -> "Tensor | None":

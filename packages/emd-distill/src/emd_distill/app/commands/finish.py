@@ -34,7 +34,7 @@ def export(
 ) -> int:
     """Write a generator as an ordinary folder of diffusers that draws in one step, and check that it does.
 
-    Shortest form: emd-distill export TEACHER GENERATOR --out FOLDER
+    Shortest form: emd-distill export MODEL RUN --out FOLDER
 
     Args:
         out: New folder of the model; nothing may be there.
@@ -100,6 +100,8 @@ def correct(
         raise UserError(f"`num` is {num}; give at least 2")
     if generator is not None and call_level is not None:
         raise UserError("`call_level` is for the teacher alone; the generator says its own level")
+    if call_level is not None and not call_level > 0:
+        raise UserError(f"`call_level` is {call_level}; give a positive sigma / alpha")
     known = read_teacher(teacher, loading, runtime, prompts)
     network = known.generator(generator, call_level)
 

@@ -107,13 +107,13 @@ def prepare(
         UserError: Model and options do not go together.
     """
     from diffcore.cli import load_model
-    from diffcore.data.prompts import load_prompts
+    from emd_distill.app.prompts import read_prompts
     from emd_distill.app.training import Training
     from emd_distill.conditions import condition_table
 
     if work.runtime.dtype == "float16":
         raise UserError("float16 lets the difference of two scores overflow or vanish; take --dtype bfloat16")
-    read = None if prompts is None else load_prompts(prompts)
+    read = None if prompts is None else read_prompts(prompts)
     loaded = load_model(model, work.loading, replace(work.runtime, dtype="float32"))  # weights that learn are float32
     texts = () if read is None else read.distinct
     table, shown = condition_table(loaded, texts), {}
@@ -125,7 +125,9 @@ def prepare(
     kind = "prompts" if texts else "classes"
     captions = f"{count:,} {kind}" if table else "none"
     level, sampler = levels.level(loaded.denoiser.schedule), levels.sampler(loaded.denoiser.schedule)
-    made = Training(loaded, model, table, level, sampler, training, work.runtime, shown, captions)
+    made = Training(
+        loaded, model, table, level, sampler, training, work.runtime, shown, captions, work.loading.allow_pickle
+    )
     return made, {} if read is None else {printable(read.path.name): read.sha256}
 
 
@@ -137,13 +139,16 @@ def check(prepared: "Training", told: Any) -> None:
         told: Settings of the training.
 
     Raises:
-        UserError: The levels do not suit the loss, the generator cannot be made, or the batch cannot be shared.
+        UserError: The levels do not suit the loss, the generator cannot be made, there are no such features, or the
+            batch cannot be shared.
     """
     from emd_distill.distill import check_levels, guided_student
 
     _ = prepared.generator()
     guided_student(prepared.model.denoiser, prepared.teacher, told.student_guidance)
     check_levels(prepared.model.denoiser, prepared.time_sampler, told.loss)
+    if prepared.options.watch_recall:
+        prepared.features()
     processes = prepared.runtime.devices * prepared.runtime.num_nodes
     if told.batch_size % processes:
         raise UserError(f"--batch-size is {told.batch_size}, no multiple of the {processes} processes")

@@ -11,7 +11,7 @@ def main() -> int:
     if any(find_spec(name) is None for name in _NEEDED):
         print(
             "immiscible-noise is installed without its command line; the assignment itself works from Python. For "
-            "demo, train, evaluate, compare, diagnose and bench: pip install 'immiscible-noise[train]'",
+            "its commands, such as demo, diagnose, train and plan: pip install 'immiscible-noise[train]'",
             file=sys.stderr,
         )
         return 2

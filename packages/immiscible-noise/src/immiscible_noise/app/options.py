@@ -1,6 +1,7 @@
 """Option groups of the commands, and the images that they name."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,8 +21,14 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("diffcore.immiscible_noise")
 
-Presets = Annotated[tuple[Preset, ...], Parameter(consume_multiple=True, negative="")]
-Numbers = Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative="")]
+
+def _as_typed(default: Sequence[object]) -> str:
+    return " ".join(map(str, default))
+
+
+_Several = Parameter(consume_multiple=True, negative="", show_default=_as_typed)
+Presets = Annotated[tuple[Preset, ...], _Several]
+Numbers = Annotated[tuple[int, ...], _Several]
 Noise = Annotated[Coupling, Parameter(name="*", group="Noise", negative="")]
 Evaluation = Annotated[EvaluationSettings, Parameter(name="*", group="Evaluation", consume_multiple=True, negative="")]
 

@@ -166,13 +166,13 @@ class EvaluationSettings:
     """How trained models are measured.
 
     Attributes:
-        sampling_steps: Numbers of solver steps; the gain is at few, a loss may be at many. None takes 1 and 2 for a
+        sampling_steps: Numbers of solver steps; the gain is at few, a loss may be at many; by default 1 and 2 for a
             consistency function, else 5, 10 and 50.
-        num_samples: Number of samples per measurement; None takes 3000, and 500 for a model with a codec.
+        num_samples: Number of samples per measurement; by default 3000, and 500 for a model with a codec.
         eta: Share of fresh noise in each solver step; above 0 only a model trained with vanilla noise samples
             correctly.
         guidance: Strength of classifier-free guidance, for models that were fine-tuned with captions; 1 is off.
-        sampling_batch: Number of samples per forward pass; None takes 1000, and 16 for a model with a codec.
+        sampling_batch: Number of samples per forward pass; by default 1000, and 16 for a model with a codec.
 
     Raises:
         ValueError: A number is out of its range.

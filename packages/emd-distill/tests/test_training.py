@@ -473,7 +473,7 @@ def test_lines_of_a_file_of_prompts_that_are_left_out_are_told(
     command = ["train", str(folder / "pipeline"), "--prompts", str(path), *FEW, "--dry-run", "--out"]
     told = said([*command, str(tmp_path / "run")], capsys, code=0)
     assert "mixed.txt line 3 holds the control character" in told
-    assert "blank lines" in told
+    assert "blank line" in told
 
 
 def test_a_teacher_that_is_not_where_it_was_is_asked_for(

@@ -190,6 +190,22 @@ def test_evaluate_measures_every_snapshot_and_tells_its_features(
     assert (out / "evaluation" / "report.html").exists()
 
 
+def test_images_that_do_not_fit_a_model_leave_no_evaluation(
+    painted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run("train", painted, "--out", tmp_path / "run", *SMALL)
+    told = refused(capsys, "evaluate", tmp_path / "run", painted, "--size", "4", *QUICK)
+    assert "the model makes 3x8x8 images, the data are 3x4x4" in told
+    assert not (tmp_path / "run" / "evaluation").exists()
+
+
+def test_few_labelled_images_are_measured_without_a_classifier(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    few = paint(tmp_path / "few", count=4)
+    options = ["--seeds", "1", "--couplings", "vanilla", *QUICK, *SMALL, "--json"]
+    assert run("compare", few, "--out", tmp_path / "run", *options) == 0
+    assert "principal components" in json.loads(capsys.readouterr().out)["features"]
+
+
 def test_evaluate_warns_where_sampling_is_biased(painted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     for method in ("assignment", "vanilla"):
         run("train", painted, "--out", tmp_path / method, "--method", method, *SMALL)
@@ -323,7 +339,7 @@ def test_a_plan_of_buckets_exchanges_noise_inside_a_shape(tmp_path: Path, capsys
         ({"latents.a": torch.zeros(3, 4), "labels.a": torch.zeros(2).long()}, [], "not one integer for each of 3"),
         ({"latents": torch.zeros(3, 4), "labels": torch.zeros(2).long()}, [], "not one integer for each of 3"),
         ({"latents": torch.zeros(3, 4)}, ["--use-labels"], "no labels for --use-labels"),
-        ({"latents": torch.zeros(3, 4)}, ["--window", "0"], "--window is 0"),
+        ({"latents": torch.zeros(3, 4)}, ["--window", "1"], "--window is 1"),
         ({"latents": torch.zeros(3, 4)}, ["--strength", "2"], "--strength is 2"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, (dict, list)) else None,
@@ -559,7 +575,7 @@ def test_options_out_of_range(painted: Path, capsys: pytest.CaptureFixture[str],
     ("tokens", "told"),
     [
         (["diagnose", "--k", "0"], "--k is 0"),
-        (["diagnose", "--batch-sizes", "64", "1"], "at least 2"),
+        (["diagnose", "--batch-sizes", "64", "1"], "--batch-sizes is 64 1; give numbers of at least 2"),
         (["diagnose", "--batch-sizes", "0", "-5"], "at least 2"),
         (["compare", "--couplings"], "names none"),
         (["compare", "--sampling-steps", "2", "2"], "each number once"),
@@ -568,6 +584,7 @@ def test_options_out_of_range(painted: Path, capsys: pytest.CaptureFixture[str],
         (["train", "--batch-size", "3", "--devices", "2"], "2 processes"),
         (["train", "--network", "unet", "--size", "9"], "--size 8"),
         (["train", "--network", "unet", "--width", "12"], "multiple of 8"),
+        (["train", "--batch-size", "16", "--window", "15"], "--window is 15, less than --batch-size 16"),
     ],
     ids=" ".join,
 )

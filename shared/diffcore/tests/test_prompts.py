@@ -64,7 +64,7 @@ def test_lines_columns_and_repeats_are_told(tmp_path):
     assert found.num_blank == 1
     assert found.notes == (
         "memorized laion.csv line 5 has 4 cells, the header 3; it is left out",
-        "memorized laion.csv has 1 blank lines; they are no prompts",
+        "memorized laion.csv: left out 1 blank line",
         "memorized laion.csv gives 1 prompts more than once, such as 'a cat'",
     )
 

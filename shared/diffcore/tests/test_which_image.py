@@ -155,7 +155,7 @@ def test_a_column_names_files_as_people_write_them(tmp_path, caplog, cell, place
     names = ["a.png", "sub/b.png"]
     found = paired(tmp_path, names, f"prompt,{column}\nx,{cell}\n", "csv")
     assert found == tuple(0 if name == place else -1 for name in names)
-    assert "has no prompt for 1 images, such as a.png" in caplog.text
+    assert "has no prompt for 1 image, such as a.png" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_captions_beside_images_are_prompts(tmp_path, caplog):
     found = {name: place for name, place in zip(names, places_of_prompts(prompts, names), strict=True)}
     told = {name: prompts.prompts[place] for name, place in found.items() if place >= 0}
     assert told == {"10.png": "ten", "9.jpg": "nine", "8.webp": ""}
-    assert "no prompt for 1 images, such as 7.png" in caplog.text
+    assert "no prompt for 1 image, such as 7.png" in caplog.text
 
 
 def test_captions_that_differ_are_left_out_and_other_files_named(tmp_path):

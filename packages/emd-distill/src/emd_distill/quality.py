@@ -6,6 +6,7 @@ loses the second, and its Fréchet distance may fall meanwhile: collapse looks l
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -66,7 +67,7 @@ def measured(reference: Float[Tensor, "n d"], found: Float[Tensor, "m d"]) -> Sc
     return Scores(distance, float(scores.precision), float(scores.recall), float(scores.coverage))
 
 
-def image_shape(model: DiffusionModel) -> tuple[int, int, int]:
+def image_shape(model: DiffusionModel) -> tuple[Literal[1, 3], int, int]:
     """Returns channels, height and width of the images that a model draws.
 
     Args:
@@ -77,8 +78,8 @@ def image_shape(model: DiffusionModel) -> tuple[int, int, int]:
         >>> image_shape(tiny.model("unet2d"))
         (3, 8, 8)
     """
-    channels, factor = model.shape[0], int(getattr(model.codec, "factor", 1))
-    return channels if channels in (1, 3) else 3, model.shape[-2] * factor, model.shape[-1] * factor
+    factor = int(getattr(model.codec, "factor", 1))
+    return 1 if model.shape[0] == 1 else 3, model.shape[-2] * factor, model.shape[-1] * factor
 
 
 def features_for(

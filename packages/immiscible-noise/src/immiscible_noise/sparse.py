@@ -182,6 +182,7 @@ def _potentials(
 def _below_zero(table: Tensor, f: np.ndarray, g: np.ndarray, largest: float) -> Int[np.ndarray, "pairs"]:
     """Returns the pairs whose reduced cost is below 0; float32 finds those in doubt, float64 decides."""
     largest = max(largest, abs(f).max(), abs(g).max())
-    pairs = _at_most(table, *_rounded(table, f, g), _ROUNDING * largest)
+    rounded_f, rounded_g = _rounded(table, f, g)
+    pairs = _at_most(table, rounded_f, rounded_g, _ROUNDING * largest)
     i, j = np.divmod(pairs, len(f))
     return pairs[_gather(table, pairs) - f[i] - g[j] < -_EXACT * largest]

@@ -126,10 +126,11 @@ def evaluate(
     """
     from immiscible_noise.app.report import write_page
     from immiscible_noise.app.training import bound_recipe
-    from immiscible_noise.study.compare import evaluate_training
+    from immiscible_noise.study.compare import check_evaluation, evaluate_training
 
     runtime.apply_threads()
     bound = bound_recipe(model, data, images, captions, runtime, base)
+    check_evaluation(bound.recipe, bound.images, evaluation)
     groups: dict[str, Any] = {"evaluation": evaluation, "features": features, "captions": captions, "images": images}
     config = settings(model=model, data=data, base=base, runtime=runtime, **groups)
     job = Job("immiscible-noise evaluate", output.out or model / "evaluation", output, config, bound.inputs)
@@ -247,9 +248,10 @@ def plan(
     from immiscible_noise.app.report import write_page
     from immiscible_noise.app.samples import read_samples
 
-    for name, value in (("--epochs", epochs), ("--window", window)):
-        if value < 1:
-            raise UserError(f"{name} is {value}; give a number of at least 1")
+    if epochs < 1:
+        raise UserError(f"--epochs is {epochs}; give a number of at least 1")
+    if window < 2:
+        raise UserError(f"--window is {window}; give a number of at least 2: one visit has nothing to exchange")
     if not 0 <= strength <= 1:
         raise UserError(f"--strength is {strength}; give a share from 0 to 1")
     samples = read_samples(data, images, normalisation)
@@ -303,9 +305,8 @@ def diagnose(
     if k < 1:
         raise UserError(f"--k is {k}; give the number of noise draws per image, at least 1")
     if not batch_sizes or min(batch_sizes) < 2:
-        raise UserError(
-            f"--batch-sizes is {batch_sizes}; give numbers of at least 2: one image has nothing to exchange"
-        )
+        given = " ".join(map(str, batch_sizes)) or "empty"
+        raise UserError(f"--batch-sizes is {given}; give numbers of at least 2: one image has nothing to exchange")
     runtime.apply_threads()
     samples = read_samples(data, images, normalisation, at_least=2)
     shown = shown_samples(samples, model, runtime)

@@ -310,7 +310,7 @@ def _check_new(images: ImageSet, couplings: Sequence[Coupling], training: TrainS
     size = images.images.shape[-1]
     if training.for_image_size(size).network == "unet":
         check_unet(size, training.width)
-    _check_processes(training, runtime)
+    _check_batches(training, couplings, runtime)
     if any(coupling.condition == "soft" for coupling in couplings):
         raise UserError("--condition soft is for captions; a new model is told labels at most: take block")
     if not training.class_conditional and any(coupling.condition != "auto" for coupling in couplings):
@@ -323,7 +323,7 @@ def _check_new(images: ImageSet, couplings: Sequence[Coupling], training: TrainS
 def _check_tuning(
     model: DiffusionModel, couplings: Sequence[Coupling], tuning: FineTuneSettings, runtime: Runtime
 ) -> None:
-    _check_processes(tuning, runtime)
+    _check_batches(tuning, couplings, runtime)
     layers = [f".{name}" for name, _ in model.backbone.named_modules()]
     for end in tuning.lora_targets if tuning.lora_rank else ():
         if not any(name.endswith(f".{end}") for name in layers):
@@ -335,7 +335,13 @@ def _check_tuning(
             raise UserError(f"{printable(model.name)} is told nothing of its images; leave out --condition")
 
 
-def _check_processes(settings: FitSettings, runtime: Runtime) -> None:
+def _check_batches(settings: FitSettings, couplings: Sequence[Coupling], runtime: Runtime) -> None:
+    for coupling in couplings:
+        if 0 < coupling.window < settings.batch_size:
+            raise UserError(
+                f"--window is {coupling.window}, less than --batch-size {settings.batch_size}: fewer images would "
+                "exchange noise than without it; give a larger one, or leave it out"
+            )
     processes = runtime.devices * runtime.num_nodes
     if settings.batch_size % processes:
         raise UserError(f"--batch-size is {settings.batch_size}, no multiple of the {processes} processes")

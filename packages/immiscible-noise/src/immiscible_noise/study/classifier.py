@@ -21,6 +21,7 @@ from diffcore.runtime import Runtime
 _LOG = logging.getLogger("diffcore.immiscible_noise")
 _FEATURES = 32
 _LEAST_LEARNT = 0.05  # accuracy above the most frequent label, below which features mean nothing
+_LEAST_IMAGES = 10
 _EPOCHS = 20
 _BATCH = 128
 _AUGMENTATION_NOISE = 0.05  # of the pixel range: real and generated images differ by such noise, classes do not
@@ -84,8 +85,10 @@ def train_classifier(images: ImageSet, *, device: torch.device | str = "cpu") ->
     Raises:
         UserError: There are too few images to hold some out, or they have no labels.
     """
-    if len(images) < 10 or images.labels is None:
-        raise UserError(f"a classifier needs at least 10 labelled images, not {len(images)}; give more, or labels")
+    if len(images) < _LEAST_IMAGES or images.labels is None:
+        raise UserError(
+            f"a classifier needs at least {_LEAST_IMAGES} labelled images, not {len(images)}; give more, or labels"
+        )
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(images), generator=generator)
     held_out, kept = order[: len(order) // 5], order[len(order) // 5 :]
@@ -129,9 +132,9 @@ def _weights_hash(network: nn.Module) -> str:
 def shared_classifier(images: ImageSet, run: Run, runtime: Runtime) -> TrainedClassifier | None:
     """Returns the study's feature extractor, trained once on the images' labels.
 
-    None without labels, and where the classifier learnt nothing from them.
+    None without labels, with too few images, and where the classifier learnt nothing from them.
     """
-    if images.labels is None:
+    if images.labels is None or len(images) < _LEAST_IMAGES:
         return None
     device = runtime.torch_device
     if run.missing(["classifier"]):

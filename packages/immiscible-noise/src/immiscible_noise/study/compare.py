@@ -253,6 +253,7 @@ def evaluate_training(
         UserError: The images do not fit the model.
     """
     check_evaluation(recipe, images, evaluation)
+    _warn_of_samplers(recipe, evaluation)
     classifier = shared_classifier(images, run, runtime)
     device, has_codec = runtime.torch_device, recipe.has_codec
     evaluator = Evaluator(images, classifier, evaluation, device, extractor=extractor, has_codec=has_codec)
@@ -262,7 +263,7 @@ def evaluate_training(
 
 
 def check_evaluation(recipe: AnyRecipe, images: ImageSet, evaluation: EvaluationSettings) -> None:
-    """Refuses images that a trained model cannot be measured with, and warns of samplers that are wrong for it.
+    """Refuses images and settings that a trained model cannot be measured with.
 
     Args:
         recipe: How the model was trained.
@@ -270,7 +271,7 @@ def check_evaluation(recipe: AnyRecipe, images: ImageSet, evaluation: Evaluation
         evaluation: Settings of the measurement.
 
     Raises:
-        UserError: The images do not fit the model.
+        UserError: The images do not fit the model, or it knows no guidance.
     """
     if images.images.shape[1:] != recipe.shape:
         size, wanted = (f"{c}x{h}x{w}" for c, h, w in (images.images.shape[1:], recipe.shape))
@@ -286,6 +287,10 @@ def check_evaluation(recipe: AnyRecipe, images: ImageSet, evaluation: Evaluation
         )
     if evaluation.guidance != 1 and isinstance(recipe, Recipe):
         raise UserError(f"`guidance` is {evaluation.guidance:g}, but this model knows no empty condition; leave it out")
+
+
+def _warn_of_samplers(recipe: AnyRecipe, evaluation: EvaluationSettings) -> None:
+    """Warns of samplers that add fresh noise to what a model makes that was trained on assigned noise."""
     if recipe.coupling.method != "vanilla" and evaluation.eta > 0:
         _LOG.warning(
             "this model was trained on %s noise: its output is no score, and stochastic sampling (eta %g) is biased",

@@ -43,10 +43,11 @@ def places_of_prompts(prompts: PromptSet, names: Sequence[str]) -> tuple[int, ..
     shown = printable(prompts.path.name)
     alone = [name for name, place in zip(names, places, strict=True) if place < 0]
     if alone:
-        _LOG.warning("%s has no prompt for %d images, such as %s", shown, len(alone), printable(alone[0]))
+        told = f"{len(alone)} image{'s' * (len(alone) > 1)}, such as {printable(alone[0])}"
+        _LOG.warning("%s has no prompt for %s", shown, told)
     unused = len(prompts) - len(set(places) - {-1})
     if unused:
-        _LOG.warning("%s has %d prompts of no image", shown, unused)
+        _LOG.warning("%s has %d prompt%s of no image", shown, unused, "s" * (unused > 1))
     return places
 
 

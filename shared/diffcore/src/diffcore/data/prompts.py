@@ -79,7 +79,7 @@ class PromptSet:
         if len(self.skipped) > 5:
             found.append(f"{name}: {len(self.skipped) - 5} more lines are left out")
         if self.num_blank:
-            found.append(f"{name} has {self.num_blank} blank lines; they are no prompts")
+            found.append(f"{name}: left out {self.num_blank} blank line{'s' * (self.num_blank > 1)}")
         repeated = [prompt for prompt, count in Counter(self.prompts).items() if count > 1]
         if repeated:
             found.append(f"{name} gives {len(repeated)} prompts more than once, such as {printable(repeated[0])!r}")

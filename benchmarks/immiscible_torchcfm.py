@@ -33,6 +33,7 @@ from torchcfm.optimal_transport import OTPlanSampler  # pyright: ignore[reportMi
 from diffcore.io.jsonfile import write_json, write_text
 from immiscible_noise import ExactAssignmentPlanSampler, assign_noise
 from immiscible_noise.app.bench import synthetic_images
+from immiscible_noise.cost import cost_matrix
 from immiscible_noise.solvers import has_lapx
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -97,7 +98,8 @@ def timed(shape: tuple[int, ...]) -> list[dict[str, Any]]:
         reached, wanted = squared(way(), images), squared(partners, images)
         assert reached <= wanted * (1 + (1e-4 if "bfloat16" in name else 1e-6)), (name, reached, wanted)
 
-    calls = {"torchcfm": partial(theirs.sample_plan, noise, images), **ways}
+    product = partial(cost_matrix, images.flatten(1), noise.flatten(1))
+    calls = {"torchcfm": partial(theirs.sample_plan, noise, images), "product": product, **ways}
     spent: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for pair in range(PAIRS):
         for name, call in calls.items() if pair % 2 == 0 else reversed(calls.items()):
@@ -116,6 +118,7 @@ def timed(shape: tuple[int, ...]) -> list[dict[str, Any]]:
                 "ratio_high": high,
                 "wall_ratio": statistics.median(wall),
                 "ms": 1e3 * statistics.median(one[0] for one in spent[name]),
+                "product_ms": 1e3 * statistics.median(one[0] for one in spent["product"]),
                 "torchcfm_ms": 1e3 * statistics.median(one[0] for one in spent["torchcfm"]),
             }
         )
@@ -141,18 +144,18 @@ def report(rows: list[dict[str, Any]]) -> None:
         "",
         ", ".join(f"{name} {number}" for name, number in versions.items()) + ".",
         "",
-        "| data | solver | torchcfm / ours | by wall clock | ours, ms | torchcfm, ms |",
-        "|---|---|---|---|---|---|",
+        "| data | solver | torchcfm / ours | by wall clock | ours, ms | float32 costs alone, ms | torchcfm, ms |",
+        "|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {row['data']} | {row['way']} | {row['ratio']:.1f} ({row['ratio_low']:.1f}-{row['ratio_high']:.1f}) | "
-        f"{row['wall_ratio']:.1f} | {row['ms']:.0f} | {row['torchcfm_ms']:.0f} |"
+        f"{row['wall_ratio']:.1f} | {row['ms']:.0f} | {row['product_ms']:.0f} | {row['torchcfm_ms']:.0f} |"
         for row in rows
     ]
     lines += [
         "",
-        f"The goal is {GOAL:g} for images of 3x32x32, by what `auto` takes. For latents of 4x64x64 the matrix product "
-        "of the costs is the larger part on both sides, and bounds the ratio.",
+        f"The goal is {GOAL:g} for images of 3x32x32, by what `auto` takes. The costs are a matrix product: where "
+        "the processor is slow at it, as for latents of 4x64x64 everywhere, it bounds the ratio.",
     ]
     write_json(RESULTS / "immiscible-torchcfm.json", {"versions": versions, "processor": processor, "rows": rows})
     write_text(RESULTS / "immiscible-torchcfm.md", "\n".join([*lines, ""]))

@@ -226,7 +226,8 @@ def test_pictures_of_the_class_are_seen_beside_the_subjects(place: Training):
     (place.folder / "class").mkdir(exist_ok=True)
     picture(9).save("class/1.png")
     place.train("--out", "kept", "--class-images", "class", "--class-prompt", "a toy", "--num-members", "2")
-    assert (vectors("kept") - vectors("whole")[:2]).abs().max() > 1e-5
+    changed = (vectors("kept") - vectors("whole")[:2]).abs().max()
+    assert changed > 1e-3
     place.train(
         "--out",
         "nothing",
@@ -239,7 +240,7 @@ def test_pictures_of_the_class_are_seen_beside_the_subjects(place: Training):
         "--num-members",
         "2",
     )
-    assert (vectors("nothing") - vectors("whole")[:2]).abs().max() < 1e-6
+    assert (vectors("nothing") - vectors("whole")[:2]).abs().max() < 1e-3 * changed  # sums are rounded otherwise
     for words, message in (
         (["--class-images", "class"], "need a --class-prompt"),
         (["--class-prompt", "a toy"], "give them with --class-images"),

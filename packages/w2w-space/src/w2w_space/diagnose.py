@@ -182,8 +182,11 @@ def nearest_members(
     Raises:
         UserError: The space was written without its members.
     """
-    distance, place = _distances(space, z).min(1)
-    cosine = torch.nn.functional.cosine_similarity(z.float(), space.members[place].float())
+    _require_members(space)
+    place = torch.cdist(z.float(), space.members.float()).argmin(1)
+    nearest = space.members[place].float()
+    # Distances of many pairs come from a matrix product, which leaves a point some way from itself.
+    distance, cosine = (z.float() - nearest).norm(dim=1), torch.nn.functional.cosine_similarity(z.float(), nearest)
     return [space.names[i] for i in place.tolist()], distance, cosine
 
 
@@ -196,14 +199,14 @@ def members_by_distance(point: Point) -> list[tuple[str, float]]:
     Raises:
         UserError: The space was written without its members.
     """
-    distances, places = _distances(point.space, point.z[None])[0].sort()
+    _require_members(point.space)
+    distances, places = (point.space.members.float() - point.z.float()).norm(dim=1).sort()
     return [(point.space.names[i], d) for i, d in zip(places.tolist(), distances.tolist(), strict=True)]
 
 
-def _distances(space: Space, z: Float[Tensor, "b m"]) -> Float[Tensor, "b n"]:
+def _require_members(space: Space) -> None:
     if not len(space.members):
         raise UserError("the space was written without its members; nearest ones cannot be told")
-    return torch.cdist(z.float(), space.members.float())
 
 
 def nearest_among_members(space: Space) -> Float[Tensor, " n"]:

@@ -21,6 +21,7 @@ from w2w_space.directions import Direction, Directions
 Unit = Literal["std", "max", "raw"]
 Metric = Literal["whitened", "euclidean"]
 _NEARLY_ALL = 99.9  # percent of the members, beyond whom an edit is warned about
+_ROUNDING = 1e-4  # in standard deviations
 _LEAST_LEFT = 0.1  # of a direction's length, below which the request contradicts the data
 
 
@@ -160,7 +161,8 @@ def _placed(row: Direction, before: Point, after: Point) -> Placed:
     members = row.place(after.peers)
     if not len(members):
         return Placed(row.name, float(row.place(before.z)), end, math.nan, (math.nan, math.nan))
-    share = 100 * float((members < end).double().mean())
+    # A place that a member has counts as reached, whatever the rounding.
+    share = 100 * float((members < end - math.copysign(_ROUNDING, end)).double().mean())
     return Placed(row.name, float(row.place(before.z)), end, share, (float(members.min()), float(members.max())))
 
 

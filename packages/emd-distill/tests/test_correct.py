@@ -83,7 +83,7 @@ def test_a_chain_goes_on_from_any_segment_bit_for_bit(gamma_z):
 def test_the_same_command_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from emd_distill.app import correcting
 
-    few = ["--steps", "60", "--student-steps", "2", "--student-batch", "8", "--num", "20", "--threads", "1"]
+    few = ["--steps", "60", "--student-steps", "2", "--student-batch", "8", "--count", "20", "--threads", "1"]
     command = ["correct", "digits", *few, "--out"]
     assert main(app, [*command, str(tmp_path / "whole")]) == 0
     child = os.fork()
@@ -196,7 +196,7 @@ def test_the_score_of_a_generator_is_learned_from_its_samples():
         fit_student(teacher, generator, SHAPE, lambda u: u, steps=0)
 
 
-FEW = ["--steps", "4", "--student-steps", "2", "--student-batch", "8", "--num", "20", "--threads", "1"]
+FEW = ["--steps", "4", "--student-steps", "2", "--student-batch", "8", "--count", "20", "--threads", "1"]
 
 
 def test_the_command_writes_pictures_and_figures(tmp_path: Path, capsys):
@@ -216,7 +216,7 @@ def test_the_command_writes_pictures_and_figures(tmp_path: Path, capsys):
 def test_the_command_takes_a_trained_generator_and_a_zoo_model(tmp_path: Path, capsys):
     path = save_generator(tmp_path / "g.safetensors", OneStepGenerator(load_teacher(), 1.5))
     assert main(app, ["correct", "digits", str(path), "--out", str(tmp_path / "run"), *FEW]) == 0
-    few = ["--steps", "1", "--student-steps", "1", "--student-batch", "2", "--num", "2", "--threads", "1"]
+    few = ["--steps", "1", "--student-steps", "1", "--student-batch", "2", "--count", "2", "--threads", "1"]
     assert main(app, ["correct", "zoo:digits8-edm", "--out", str(tmp_path / "zoo"), *few]) == 0
     capsys.readouterr()
     for words, said in (
@@ -226,7 +226,7 @@ def test_the_command_takes_a_trained_generator_and_a_zoo_model(tmp_path: Path, c
         (["digits", str(path), "--call-level", "2"], "--call-level is for the teacher alone"),
         (["digits", "--call-level", "0"], "--call-level is 0"),
         (["digits", "--prompts", "a"], "--prompts were given"),
-        (["digits", "--num", "1"], "--num is 1"),
+        (["digits", "--count", "1"], "--count is 1"),
     ):
         assert main(app, ["correct", *words, "--out", str(tmp_path / "bad")]) == 2
         assert said in " ".join(capsys.readouterr().err.split())

@@ -31,6 +31,7 @@ from diffcore.train import StepSampler
 from diffcore.train.module import NOISE, TIMESTEP
 from immiscible_noise import Coupling, assign_noise, assign_noise_softly, warn_if_stochastic
 from immiscible_noise.app.cli import app
+from immiscible_noise.app.options import FineTuning, Training
 from immiscible_noise.study.export import LORA
 from immiscible_noise.study.finetune import CaptionedBatches, FineTuneModule, FineTuner
 from immiscible_noise.study.pairing import pair_noise_of
@@ -291,6 +292,23 @@ def test_two_processes_fine_tune_as_one(painted: Path, model: Path, tmp_path: Pa
     assert float((outputs[2] - outputs[0]).abs().max()) > 1e-3
 
 
+@pytest.mark.parametrize("rank", [0, 2], ids=["whole", "lora"])
+def test_gradient_checkpointing_keeps_fewer_activations_for_the_same_gradients(tmp_path: Path, rank: int):
+    data = tuning_set(tmp_path)
+    x_t, t, states = predictions()
+    kept, gradients = [], []
+    for options in (FineTuning("tiny"), FineTuning("tiny", gradient_checkpointing=True)):
+        recipe = replace(recipe_with(data, Coupling()), settings=replace(options.settings(Training()), lora_rank=rank))
+        denoiser, sizes = recipe.denoiser(), list[int]()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.nbytes) or x, lambda x: x):  # noqa: B023
+            denoiser(x_t, t.float(), {"encoder_hidden_states": states}).output.square().sum().backward()
+        kept.append(sum(sizes))
+        gradients.append({name: part.grad for name, part in denoiser.named_parameters() if part.requires_grad})
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert kept[1] < kept[0] / 2
+    assert not data.model.backbone.is_gradient_checkpointing, "the model itself stays as it was"
+
+
 def test_with_strength_zero_it_is_vanilla_to_the_last_bit(painted: Path, model: Path, tmp_path: Path):
     for name, options in {"off": ["--strength", "0"], "vanilla": ["--method", "vanilla"], "on": []}.items():
         command = ["train", painted, "--model", model, "--out", tmp_path / name, *FEW, *RATE, *options]
@@ -450,6 +468,15 @@ def test_options_that_do_not_fit_leave_no_folder(
 ):
     given = [model if option == "MODEL" else option for option in options]
     assert told in refused(capsys, "train", painted, "--out", tmp_path / "out", *given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_network_without_blocks_to_compute_again_is_refused(
+    painted: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(diffusers.UNet2DConditionModel, "_supports_gradient_checkpointing", False)
+    command = ["train", painted, "--model", model, "--gradient-checkpointing", "--out", tmp_path / "out"]
+    assert "leave out --gradient-checkpointing" in refused(capsys, *command)
     assert not (tmp_path / "out").exists()
 
 

@@ -95,7 +95,7 @@ def _student(run: Run, teacher: Teacher, generator: OneStepGenerator, chain: Cor
         conditions=teacher.conditions,
         steps=chain.student_steps,
         batch_size=chain.student_batch,
-        learning_rate=chain.student_rate,
+        learning_rate=chain.student_learning_rate,
         seed=seed,
         on_step=lambda step: next(bar, None),
     )

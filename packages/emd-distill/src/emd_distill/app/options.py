@@ -20,7 +20,7 @@ class CorrectionOptions:
         kappa: Variance of the generator's samples, which bounds the step of the latents at low noise.
         student_steps: Number of steps in which the score of the generator's samples is learned first.
         student_batch: Number of samples of each such step.
-        student_rate: Learning rate of the score.
+        student_learning_rate: Learning rate of the score.
     """
 
     steps: int = 300
@@ -30,7 +30,7 @@ class CorrectionOptions:
     kappa: float = 0.25
     student_steps: int = 400
     student_batch: int = 128
-    student_rate: float = 1e-3
+    student_learning_rate: float = 1e-3
 
     def __post_init__(self) -> None:
         for name in ("steps", "student_steps", "student_batch"):
@@ -40,8 +40,9 @@ class CorrectionOptions:
             raise UserError(f"`gamma_e` is {self.gamma_e}; it must lie between 0 and 1")
         if not self.gamma_z >= 0 or not self.kappa >= 0:
             raise UserError(f"`gamma_z` is {self.gamma_z} and `kappa` {self.kappa}; they must be at least 0")
-        if not self.level > 0 or not self.student_rate > 0:
-            raise UserError(f"`level` is {self.level} and `student_rate` {self.student_rate}; they must be positive")
+        for name in ("level", "student_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"`{name}` is {getattr(self, name)}; give a positive number")
 
 
 @Parameter(name="*", group="Planned training", negative="")

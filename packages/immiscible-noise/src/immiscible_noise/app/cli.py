@@ -100,7 +100,7 @@ def train(
 
 @app.command
 def evaluate(
-    model: Path,
+    run: Path,
     data: Path,
     *,
     base: str | None = None,
@@ -120,8 +120,8 @@ def evaluate(
     fine-tuned model is sampled with the captions of the folder.
 
     Args:
-        model: Run folder of train.
-        data: Folder or zip of the images it was trained on, or of others of the same kind.
+        run: Run folder of train.
+        data: Folder or zip of the images that its model was trained on, or of others of the same kind.
         base: Model that was fine-tuned, where it is no longer at the place that the training names.
     """
     from immiscible_noise.app.report import write_page
@@ -129,15 +129,15 @@ def evaluate(
     from immiscible_noise.study.compare import check_evaluation, evaluate_training
 
     runtime.apply_threads()
-    bound = bound_recipe(model, data, images, captions, runtime, base)
+    bound = bound_recipe(run, data, images, captions, runtime, base)
     check_evaluation(bound.recipe, bound.images, evaluation)
     groups: dict[str, Any] = {"evaluation": evaluation, "features": features, "captions": captions, "images": images}
-    config = settings(model=model, data=data, base=base, runtime=runtime, **groups)
-    job = Job("immiscible-noise evaluate", output.out or model / "evaluation", output, config, bound.inputs)
+    config = settings(run=run, data=data, base=base, runtime=runtime, **groups)
+    job = Job("immiscible-noise evaluate", output.out or run / "evaluation", output, config, bound.inputs)
 
-    def compute(run: Any, _: Any) -> dict[str, Any]:
-        recipe, extractor = bound.with_data(run), features.load(runtime)
-        study = evaluate_training(model, recipe, bound.images, run, evaluation, runtime, extractor=extractor)
+    def compute(part: Any, _: Any) -> dict[str, Any]:
+        recipe, extractor = bound.with_data(part), features.load(runtime)
+        study = evaluate_training(run, recipe, bound.images, part, evaluation, runtime, extractor=extractor)
         return study.summary()
 
     return job(

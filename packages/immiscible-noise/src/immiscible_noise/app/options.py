@@ -158,6 +158,8 @@ class FineTuning:
         lora_targets: Ends of the names of the layers that the LoRA changes.
         weight_decay: Decoupled weight decay of AdamW.
         caption_dropout: Share of the visits in which an image comes without its caption, for classifier-free guidance.
+        gradient_checkpointing: Keep few activations, and compute the others again: less memory, more time, the same
+            weights.
     """
 
     model: str | None = None
@@ -166,6 +168,7 @@ class FineTuning:
     lora_targets: Annotated[tuple[str, ...] | None, Parameter(consume_multiple=True)] = None
     weight_decay: float | None = None
     caption_dropout: float | None = None
+    gradient_checkpointing: bool | None = None
 
     def __post_init__(self) -> None:
         if self.model is None and self._given:

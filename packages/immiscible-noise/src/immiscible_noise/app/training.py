@@ -328,6 +328,10 @@ def _check_tuning(
     for end in tuning.lora_targets if tuning.lora_rank else ():
         if not any(name.endswith(f".{end}") for name in layers):
             raise UserError(f"--lora-targets names {printable(end)}, in which no layer of {printable(model.name)} ends")
+    if tuning.gradient_checkpointing and not getattr(model.backbone, "_supports_gradient_checkpointing", False):
+        raise UserError(
+            f"{printable(model.name)} has no blocks that could be computed again; leave out --gradient-checkpointing"
+        )
     if needs(model) is None:
         if tuning.caption_dropout:
             raise UserError(f"{printable(model.name)} takes no captions; leave out --caption-dropout")

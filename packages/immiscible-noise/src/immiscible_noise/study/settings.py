@@ -119,6 +119,8 @@ class FineTuneSettings(FitSettings):
         learning_rate: Step size of AdamW; None takes 1e-5 for a whole network and 1e-4 for a LoRA.
         weight_decay: Decoupled weight decay of AdamW.
         caption_dropout: Share of the visits in which an image comes without its caption, for classifier-free guidance.
+        gradient_checkpointing: Keep few activations, and compute the others again in the backward pass: less memory,
+            more time, the same weights.
 
     Raises:
         ValueError: A number is out of its range.
@@ -137,6 +139,7 @@ class FineTuneSettings(FitSettings):
     learning_rate: float | None = None
     weight_decay: float = 0.01
     caption_dropout: float = 0.0
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

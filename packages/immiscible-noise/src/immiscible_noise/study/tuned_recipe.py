@@ -96,8 +96,14 @@ class FineTuneRecipe:
     def denoiser(self) -> Denoiser:
         """Returns the model's denoiser, copied in float32, or a new LoRA on its own weights."""
         if self.settings.lora_rank:
-            return self.lora()
-        return copy.deepcopy(self._data.model.denoiser).float().requires_grad_(True)
+            denoiser = self.lora()
+            backbone: Any = denoiser.network.backbone
+        else:
+            denoiser = copy.deepcopy(self._data.model.denoiser).float().requires_grad_(True)
+            backbone = denoiser.backbone
+        if self.settings.gradient_checkpointing:
+            backbone.enable_gradient_checkpointing()
+        return denoiser
 
     def lora(self, weights: Mapping[str, Tensor] | None = None) -> "LoraDenoiser":
         """Returns the LoRA on the model's own weights.

@@ -70,7 +70,7 @@ def correct(
         Path | None, Parameter(help="Generator file or folder; by default the teacher in one step.")
     ] = None,
     *,
-    num: int = 200,
+    count: int = 200,
     prompts: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
     call_level: float | None = None,
     chain: CorrectionOptions = CorrectionOptions(),
@@ -86,7 +86,7 @@ def correct(
     train with one.
 
     Args:
-        num: Number of samples to draw.
+        count: Number of samples to draw.
         prompts: Prompts that the samples take in turn, for teachers that take prompts.
         call_level: Ratio sigma / alpha at which the teacher is called once, where no generator is given.
     """
@@ -96,8 +96,8 @@ def correct(
     from emd_distill.app.report import write_page
     from emd_distill.app.teachers import read_teacher
 
-    if num < 2:
-        raise UserError(f"`num` is {num}; give at least 2")
+    if count < 2:
+        raise UserError(f"`count` is {count}; give at least 2")
     if generator is not None and call_level is not None:
         raise UserError("`call_level` is for the teacher alone; the generator says its own level")
     if call_level is not None and not call_level > 0:
@@ -106,9 +106,9 @@ def correct(
     network = known.generator(generator, call_level)
 
     def compute(run: "Run", map: "RunMap") -> dict[str, Any]:
-        return run_chains(run, known, network, chain, num, runtime.seed)
+        return run_chains(run, known, network, chain, count, runtime.seed)
 
-    options = {"teacher": teacher, "generator": generator, "num": num, "prompts": prompts, "call_level": call_level}
+    options = {"teacher": teacher, "generator": generator, "count": count, "prompts": prompts, "call_level": call_level}
     job = Job(
         "emd-distill correct",
         output.out or Path("runs") / f"correct-{known.name}",
@@ -117,7 +117,7 @@ def correct(
         {known.name: known.fingerprint} | ({} if generator is None else {"generator": _digest(generator)}),
         (),
     )
-    plan = {"teacher": known.name, "t of the call": network.t, "samples": num, "Langevin steps": chain.steps}
+    plan = {"teacher": known.name, "t of the call": network.t, "samples": count, "Langevin steps": chain.steps}
     return job(compute, plan=plan, report=write_page)
 
 

@@ -73,6 +73,20 @@ def test_the_weight_leaves_the_share_that_was_asked_for(target: float, start: fl
     assert float(found.share) == pytest.approx(target, abs=0.01)
 
 
+@pytest.mark.parametrize("conditions", ["one for all", "one each"])
+@pytest.mark.parametrize("size", [16, 64])
+def test_a_share_that_no_weight_leaves_lets_the_search_go_on_with_the_next_batch(size: int, conditions: str):
+    weight = 1.0
+    for seed in range(8):  # every batch starts from the weight of the one before
+        x, noise = draw(size, 8, seed=3 * seed), draw(size, 8, seed=3 * seed + 1)
+        text = torch.ones(size, 6) if conditions == "one for all" else draw(size, 6, seed=3 * seed + 2)
+        found = assign_noise_softly(x, noise, text, start=weight)  # a row and its own noise alone are more than 0.01
+        assert torch.equal(found.noise, assign_noise(x, noise) if conditions == "one for all" else noise)
+        weight = found.weight
+    x, noise, text = draw(64, 8), draw(64, 8, seed=1), draw(64, 6, seed=2)
+    assert float(assign_noise_softly(x, noise, text, target=0.1, start=weight).share) == pytest.approx(0.1, abs=0.01)
+
+
 def test_soft_assignment_is_the_optimum_of_its_cost():
     x, noise, text = draw(6, 4), draw(6, 4, seed=1), draw(6, 5, seed=2)
     found = assign_noise_softly(x, noise, text, target=0.3)

@@ -29,6 +29,7 @@ from .batch import check_pair
 from .cost import cost_matrix
 
 _STEPS = 10
+_MOST = 1e3  # of what an exchange can gain: beyond, only conditions nearly equal could still exchange
 
 
 class SoftAssignment(NamedTuple):
@@ -106,13 +107,18 @@ def assign_noise_softly(
 
 
 def _weight(distance: Tensor, apart: Tensor, target: float, start: Tensor | float) -> Tensor:
-    """Returns the weight at which r is the target: doubled or halved until it is passed, then halved in between."""
-    weight = torch.as_tensor(start, dtype=distance.dtype, device=distance.device).clamp_min(1e-6)
+    """Returns the weight at which r is the target: times or over 4 until it is passed, then halved in between.
+
+    Where the target lies below what any weight leaves, such as one condition for all, the weight stops at a bound.
+    """
+    most = _MOST * (distance.diagonal()[:, None] - distance).amax()
+    weight = torch.as_tensor(start, dtype=distance.dtype, device=distance.device).clamp_min(1e-6).minimum(most)
     low, high = torch.zeros_like(weight), torch.full_like(weight, torch.inf)
     for _ in range(2 * _STEPS):
         above = _share(distance, apart, weight) > target  # too many may exchange: the weight must grow
         low, high = torch.where(above, weight, low), torch.where(above, high, weight)
         weight = torch.where(high.isinf(), 4 * weight, torch.where(low == 0, weight / 4, (low + high) / 2))
+        weight = weight.minimum(most)
     return weight
 
 

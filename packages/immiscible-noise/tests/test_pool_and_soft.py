@@ -48,7 +48,12 @@ def test_a_pool_of_the_batchs_size_is_an_assignment():
 
 @pytest.mark.parametrize(
     ("noise", "message"),
-    [(draw(2, 5), "2 rows for 3 images"), (draw(4, 6), r"of \[6\]"), (torch.full((4, 5), torch.nan), "noise\\[0\\]")],
+    [
+        (draw(2, 5), "2 rows for 3 images"),
+        (draw(4, 6), r"of \[6\]"),
+        (torch.full((4, 5), torch.nan), r"noise\[0\]"),
+        (torch.zeros(4, 5, dtype=torch.int32), "noise is torch.int32"),
+    ],
 )
 @pytest.mark.usefixtures("as_shipped")
 def test_pools_that_do_not_fit(noise: torch.Tensor, message: str):
@@ -125,6 +130,14 @@ STOCHASTIC = [
     diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
     diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
     diffusers.LCMScheduler(),
+    diffusers.FlowMatchLCMScheduler(),
+    diffusers.LTXEulerAncestralRFScheduler(),
+    diffusers.SASolverScheduler(),
+    diffusers.UnCLIPScheduler(),
+    diffusers.DDPMWuerstchenScheduler(),
+    diffusers.CogVideoXDPMScheduler(),
+    diffusers.KarrasVeScheduler(),
+    diffusers.SCMScheduler(),
 ]
 DETERMINISTIC = [
     diffusers.DDIMScheduler(),
@@ -133,6 +146,7 @@ DETERMINISTIC = [
     diffusers.DPMSolverMultistepScheduler(),
     diffusers.UniPCMultistepScheduler(),
     diffusers.FlowMatchEulerDiscreteScheduler(),
+    diffusers.LTXEulerAncestralRFScheduler(eta=0.0),
 ]
 ASSIGNED = {"noise": {"method": "assignment", "strength": 1.0}}
 
@@ -159,6 +173,7 @@ def test_ddim_is_stochastic_with_eta_and_consistency_models_from_the_second_step
     assert is_stochastic(diffusers.DDIMScheduler(), eta=0.5)
     assert is_stochastic(diffusers.CMStochasticIterativeScheduler(), steps=2)
     assert not is_stochastic(diffusers.CMStochasticIterativeScheduler(), steps=1)
+    assert not is_stochastic(diffusers.FlowMatchLCMScheduler(), steps=1)
 
 
 def test_soft_assignment_of_a_share_leaves_the_other_rows_as_they_were():

@@ -107,7 +107,7 @@ class Comparison:
         return rows
 
     def speedup_table(self) -> list[dict[str, Any]]:
-        """Returns `speedup_rows` in numbers: mean, least and most over the seeds; None where some seed never arrives."""
+        """Returns `speedup_rows` in numbers: mean, least and most over seeds; None where some seed never arrives."""
         if "vanilla" not in self.couplings():
             return []
         rows = []

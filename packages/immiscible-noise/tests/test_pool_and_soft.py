@@ -118,10 +118,14 @@ def test_soft_arguments_that_do_not_fit():
         assign_noise_softly(x, noise, draw(3, 2))
     with pytest.raises(ValueError, match="target is 0"):
         assign_noise_softly(x, noise, draw(4, 2), target=0.0)
-    bad = draw(4, 2)
-    bad[2] = torch.nan
-    with pytest.raises(ValueError, match="NaN"):
-        assign_noise_softly(x, noise, bad)
+    for bad in range(3):
+        given = [x, noise, draw(4, 2)]
+        given[bad] = given[bad].clone()
+        given[bad][2] = torch.nan
+        with pytest.raises(ValueError, match=rf"^{('x', 'noise', 'conditions')[bad]}\[2\] holds NaN"):
+            assign_noise_softly(*given)
+        with pytest.raises(ValueError, match=r"\[2\] holds NaN"):
+            assign_noise_softly(*given, strength=0.75, generator=torch.Generator().manual_seed(1))
 
 
 STOCHASTIC = [

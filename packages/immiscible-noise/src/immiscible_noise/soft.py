@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .assign import solve_costs
-from .batch import check_pair
+from .batch import check_pair, non_finite_message
 from .cost import cost_matrix
 
 _STEPS = 10
@@ -91,7 +91,10 @@ def assign_noise_softly(
     if count < len(x):
         rows = torch.randperm(len(x), generator=generator, device=None if generator is None else generator.device)
         rows = rows[:count].sort().values.to(x.device)
-        found = assign_noise_softly(x[rows], noise[rows], conditions[rows], target=target, start=start)
+        try:
+            found = assign_noise_softly(x[rows], noise[rows], conditions[rows], target=target, start=start)
+        except ValueError:  # which counts the chosen rows alone
+            raise ValueError(non_finite_message(x=x, noise=noise, conditions=conditions)) from None
         assigned = noise.clone()
         assigned[rows] = found.noise
         return SoftAssignment(assigned, found.weight, found.share)
@@ -102,7 +105,10 @@ def assign_noise_softly(
     unit = functional.normalize(conditions.flatten(1).float(), dim=1)
     apart = (1 - unit @ unit.T).clamp_min(0).fill_diagonal_(0)
     weight = _weight(distance, apart, target, start)
-    columns = solve_costs(distance + weight * apart)
+    try:
+        columns = solve_costs(distance + weight * apart)
+    except ValueError:
+        raise ValueError(non_finite_message(x=x, noise=noise, conditions=conditions)) from None
     return SoftAssignment(noise[columns.to(noise.device)], weight, _share(distance, apart, weight))
 
 

@@ -48,6 +48,19 @@ def test_a_resumed_training_meets_the_same_noise():
     assert not torch.isin(first, other).any()
 
 
+@pytest.mark.parametrize(("accumulate", "resumed_at"), [(1, 3), (2, 4)])
+def test_every_epoch_meets_noise_of_its_own(accumulate: int, resumed_at: int):
+    """Three batches an epoch; with two to a step, the second step of an epoch has one and counts as full."""
+    ahead = AssignedAhead(batches(3), seed=1, accumulate=accumulate)
+    first, second = ([batch["noise"] for batch in ahead] for _ in range(2))
+    assert not torch.isin(torch.cat(first), torch.cat(second)).any()
+    resumed = AssignedAhead(batches(3), seed=1, accumulate=accumulate, first_batch=resumed_at)
+    assert all(torch.equal(a, batch["noise"]) for a, batch in zip(second, resumed, strict=True))
+    left = AssignedAhead(batches(3), seed=1)
+    next(iter(left))  # an epoch that is left goes on with the next index
+    assert torch.equal(next(iter(left))["noise"], left.noises(1, batches(1))[0])
+
+
 def test_tensors_come_with_their_noise():
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     ((images, noise),) = AssignedAhead([x], seed=0)

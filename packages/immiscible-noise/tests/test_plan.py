@@ -71,6 +71,33 @@ def test_labels_are_those_of_the_samples():
         assert not torch.equal(plan.seeds, plain.seeds)
 
 
+def test_masks_are_those_of_the_samples():
+    mask = torch.rand(40, 1, 4, 4, generator=torch.Generator().manual_seed(1)) > 0.5
+    plan = NoisePlan.build(LATENTS, ORDER, window=24, mask=mask)
+    otherwise = NoisePlan.build(LATENTS.masked_fill(~mask, 100.0), ORDER, window=24, mask=mask)
+    assert torch.equal(plan.seeds, otherwise.seeds)  # what the padding holds does not matter
+    assert not torch.equal(plan.seeds, NoisePlan.build(LATENTS, ORDER, window=24).seeds)
+    for_all, for_each = mask[:1], mask[:1].expand(40, 1, 4, 4)
+    plans = [NoisePlan.build(LATENTS, ORDER, window=24, mask=given) for given in (for_all, for_each)]
+    assert torch.equal(plans[0].seeds, plans[1].seeds)
+
+
+@pytest.mark.parametrize("samples", [LATENTS, [*LATENTS, *torch.randn(20, 4, 4, 6)]], ids=["one shape", "buckets"])
+def test_the_seed_fixes_which_rows_are_assigned_window_by_window(samples: Tensor | list[Tensor]):
+    order = torch.arange(len(samples)).repeat(2)
+    plan, again = (NoisePlan.build(samples, order, window=10, strength=0.5) for _ in range(2))
+    assert torch.equal(plan.seeds, again.seeds)
+    short = NoisePlan.build(samples, order[: len(samples)], window=10, strength=0.5)
+    assert torch.equal(plan.seeds[: len(samples)], short.seeds)
+    assert not torch.equal(plan.seeds, NoisePlan.build(samples, order, window=10).seeds)
+
+
+def test_labels_and_masks_are_one_for_each_sample():
+    for name, rows in (("labels", torch.arange(41)), ("mask", torch.ones(24, 1, 4, 4))):
+        with pytest.raises(ValueError, match=f"{name} has {len(rows)} rows, but there are 40 samples"):
+            NoisePlan.build(LATENTS, ORDER, window=24, **{name: rows})
+
+
 def test_buckets_exchange_noise_with_their_like():
     samples = [torch.randn(4, 4, 4 if i % 3 else 6, generator=torch.Generator().manual_seed(i)) for i in range(30)]
     plan, plain = (NoisePlan.build(samples, window=8, strength=s) for s in (1.0, 0.0))

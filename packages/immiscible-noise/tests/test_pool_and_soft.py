@@ -48,7 +48,12 @@ def test_a_pool_of_the_batchs_size_is_an_assignment():
 
 @pytest.mark.parametrize(
     ("noise", "message"),
-    [(draw(2, 5), "2 rows for 3 images"), (draw(4, 6), r"of \[6\]"), (torch.full((4, 5), torch.nan), "noise\\[0\\]")],
+    [
+        (draw(2, 5), "2 rows for 3 images"),
+        (draw(4, 6), r"of \[6\]"),
+        (torch.full((4, 5), torch.nan), r"noise\[0\]"),
+        (torch.zeros(4, 5, dtype=torch.int32), "noise is torch.int32"),
+    ],
 )
 @pytest.mark.usefixtures("as_shipped")
 def test_pools_that_do_not_fit(noise: torch.Tensor, message: str):
@@ -71,6 +76,20 @@ def test_the_weight_leaves_the_share_that_was_asked_for(target: float, start: fl
     found = assign_noise_softly(x, noise, text, target=target, start=start)
     assert share(x, noise, text, float(found.weight)) == pytest.approx(target, abs=0.01)
     assert float(found.share) == pytest.approx(target, abs=0.01)
+
+
+@pytest.mark.parametrize("conditions", ["one for all", "one each"])
+@pytest.mark.parametrize("size", [16, 64])
+def test_a_share_that_no_weight_leaves_lets_the_search_go_on_with_the_next_batch(size: int, conditions: str):
+    weight = 1.0
+    for seed in range(8):  # every batch starts from the weight of the one before
+        x, noise = draw(size, 8, seed=3 * seed), draw(size, 8, seed=3 * seed + 1)
+        text = torch.ones(size, 6) if conditions == "one for all" else draw(size, 6, seed=3 * seed + 2)
+        found = assign_noise_softly(x, noise, text, start=weight)  # a row and its own noise alone are more than 0.01
+        assert torch.equal(found.noise, assign_noise(x, noise) if conditions == "one for all" else noise)
+        weight = found.weight
+    x, noise, text = draw(64, 8), draw(64, 8, seed=1), draw(64, 6, seed=2)
+    assert float(assign_noise_softly(x, noise, text, target=0.1, start=weight).share) == pytest.approx(0.1, abs=0.01)
 
 
 def test_soft_assignment_is_the_optimum_of_its_cost():
@@ -99,10 +118,14 @@ def test_soft_arguments_that_do_not_fit():
         assign_noise_softly(x, noise, draw(3, 2))
     with pytest.raises(ValueError, match="target is 0"):
         assign_noise_softly(x, noise, draw(4, 2), target=0.0)
-    bad = draw(4, 2)
-    bad[2] = torch.nan
-    with pytest.raises(ValueError, match="NaN"):
-        assign_noise_softly(x, noise, bad)
+    for bad in range(3):
+        given = [x, noise, draw(4, 2)]
+        given[bad] = given[bad].clone()
+        given[bad][2] = torch.nan
+        with pytest.raises(ValueError, match=rf"^{('x', 'noise', 'conditions')[bad]}\[2\] holds NaN"):
+            assign_noise_softly(*given)
+        with pytest.raises(ValueError, match=r"\[2\] holds NaN"):
+            assign_noise_softly(*given, strength=0.75, generator=torch.Generator().manual_seed(1))
 
 
 STOCHASTIC = [
@@ -111,6 +134,14 @@ STOCHASTIC = [
     diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
     diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
     diffusers.LCMScheduler(),
+    diffusers.FlowMatchLCMScheduler(),
+    diffusers.LTXEulerAncestralRFScheduler(),
+    diffusers.SASolverScheduler(),
+    diffusers.UnCLIPScheduler(),
+    diffusers.DDPMWuerstchenScheduler(),
+    diffusers.CogVideoXDPMScheduler(),
+    diffusers.KarrasVeScheduler(),
+    diffusers.SCMScheduler(),
 ]
 DETERMINISTIC = [
     diffusers.DDIMScheduler(),
@@ -119,6 +150,7 @@ DETERMINISTIC = [
     diffusers.DPMSolverMultistepScheduler(),
     diffusers.UniPCMultistepScheduler(),
     diffusers.FlowMatchEulerDiscreteScheduler(),
+    diffusers.LTXEulerAncestralRFScheduler(eta=0.0),
 ]
 ASSIGNED = {"noise": {"method": "assignment", "strength": 1.0}}
 
@@ -145,6 +177,7 @@ def test_ddim_is_stochastic_with_eta_and_consistency_models_from_the_second_step
     assert is_stochastic(diffusers.DDIMScheduler(), eta=0.5)
     assert is_stochastic(diffusers.CMStochasticIterativeScheduler(), steps=2)
     assert not is_stochastic(diffusers.CMStochasticIterativeScheduler(), steps=1)
+    assert not is_stochastic(diffusers.FlowMatchLCMScheduler(), steps=1)
 
 
 def test_soft_assignment_of_a_share_leaves_the_other_rows_as_they_were():

@@ -11,6 +11,7 @@ from immiscible_noise.ranks import _AT_A_TIME, _WITH_ONE_SEED, _GlobalNoise
 
 X = torch.randn(8, 2, 3, 3, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([7, 1, 7, 1, 1, 7, 7, 1])
+TOO_FEW = "labels has 3 rows, x has 4; give one label for each image"
 
 
 def global_noise(step: int, count: int = 8) -> Tensor:
@@ -59,9 +60,45 @@ def test_what_is_wrong_on_one_rank_is_raised_on_both():
 
 
 @pytest.mark.usefixtures("as_shipped")
-def test_labels_that_do_not_fit():
-    with pytest.raises(ValueError, match="labels has 3 rows, x has 8"):
-        assign_across_ranks(X, seed=0, step=0, labels=LABELS[:3])
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (LABELS[:3], "labels has 3 rows, x has 8"),
+        (LABELS / 10, r"labels is torch.float32 of shape \[8\]"),
+        (LABELS[:, None], r"labels is torch.int64 of shape \[8, 1\]"),
+    ],
+)
+def test_labels_that_do_not_fit(labels: Tensor, message: str):
+    with pytest.raises(ValueError, match=message):
+        assign_across_ranks(X, seed=0, step=0, labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("second", "messages"),
+    [
+        (
+            LABELS[:3],
+            ["labels of rank 1 do not fit its images", TOO_FEW],
+        ),
+        (None, ["labels are given on rank 0, not on rank 1; give them on all, or on none"] * 2),
+    ],
+    ids=["too few", "none"],
+)
+@pytest.mark.usefixtures("as_shipped")
+def test_labels_that_do_not_fit_on_one_rank_are_told_on_both(second: Tensor | None, messages: list[str]):
+    def work(rank: int) -> str:
+        with pytest.raises(ValueError, match="label") as raised:
+            assign_across_ranks(X[:4], seed=0, step=0, labels=LABELS[:4] if rank == 0 else second)
+        return str(raised.value)
+
+    assert run_forked(work, timeout_seconds=60) == messages
+
+
+@pytest.mark.usefixtures("as_shipped")
+@pytest.mark.parametrize("options", [{"cost": "l3"}, {"precision": "float16"}, {"solver": "best"}], ids=str)
+def test_options_that_are_unknown(options: dict):
+    with pytest.raises(ValueError, match="choose from"):
+        assign_across_ranks(X, seed=0, step=0, **options)
 
 
 def test_costs_and_type_are_the_callers():

@@ -23,6 +23,9 @@ class AssignedAhead:
     error in the worker is raised where its batch would have come, with the batch's index. Under gradient accumulation,
     `accumulate` batches at a time exchange their noises.
 
+    Each epoch iterates over it again and meets new noise: its first batch takes the index after the last of the epoch
+    before, in which an optimizer step with fewer batches counts as full.
+
     Args:
         loader: Loader, or any other iterable, of batches whose clean samples are as the diffusion sees them: pixels, or
             cached latents.
@@ -30,7 +33,8 @@ class AssignedAhead:
         noise_key: Name under which the noise is put.
         labels_key: Name of the labels in a batch, or None to give none.
         seed: Number that fixes the noise of all batches together with `first_batch`.
-        first_batch: Index of the first batch that comes, for a training that is resumed.
+        first_batch: Index of the first batch that comes, for a training that is resumed: the number of optimizer steps
+            before it times `accumulate`.
         accumulate: Number of batches in an optimizer step, which are assigned as one. The last step may have fewer.
         **options: Keyword arguments of `assign_noise`.
 
@@ -64,6 +68,7 @@ class AssignedAhead:
             )
         self.loader, self.key, self.noise_key, self.labels_key = loader, key, noise_key, labels_key
         self.seed, self.first_batch, self.accumulate, self.options = seed, first_batch, accumulate, options
+        self._following = first_batch
 
     def __len__(self) -> int:
         return len(self.loader)  # pyright: ignore[reportArgumentType]  of loaders that have a length
@@ -71,7 +76,7 @@ class AssignedAhead:
     def __iter__(self) -> Iterator[Any]:
         with ThreadPoolExecutor(1, "assigned-ahead") as worker:
             waiting: _Step | None = None
-            loader, index, failed, ended = iter(self.loader), self.first_batch, None, False
+            loader, index, failed, ended = iter(self.loader), self._following, None, False
             while not ended:
                 batches = []
                 try:
@@ -84,7 +89,7 @@ class AssignedAhead:
                 if batches:
                     following = _Step(index, batches, worker.submit(self.noises, index, batches))
                     yield from self._with_noises(waiting)
-                    waiting, index = following, index + len(batches)
+                    waiting, index = following, index + self.accumulate
             yield from self._with_noises(waiting)
             if failed is not None:
                 raise failed
@@ -117,6 +122,7 @@ class AssignedAhead:
             which = f"batch {last}" if last == step.first else f"batches {step.first} to {last}"
             error.add_note(f"the noise of {which} could not be assigned")
             raise
+        self._following = step.first + self.accumulate
         for batch, noise in zip(step.batches, noises, strict=True):
             yield {**batch, self.noise_key: noise} if isinstance(batch, Mapping) else (batch, noise)
 

@@ -8,11 +8,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def check_images(x: Tensor) -> None:
-    """Raises an error unless images are a batch of floating type."""
-    _check_floating("x", x)
+def check_images(x: Tensor, name: str = "x") -> None:
+    """Raises an error unless images, or noise of that name, are a batch of floating type."""
+    _check_floating(name, x)
     if x.ndim == 0:
-        raise ValueError("x is a single number; the first dimension must be the batch")
+        raise ValueError(f"{name} is a single number; the first dimension must be the batch")
 
 
 def check_pair(x: Tensor, noise: Tensor) -> None:

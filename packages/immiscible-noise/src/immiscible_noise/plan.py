@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .assign import Options, assign_noise
+from .batch import mixed_seed
 
 _FEW = 50  # samples
 
@@ -74,15 +75,17 @@ class NoisePlan:
                 follow one another. None visits each once.
             window: Number of upcoming visits that exchange their noises, at least 1.
             seed: Number that fixes all noises.
-            generator: Source of the assigned rows, for `strength` below 1.
-            **options: Keyword arguments of `assign_noise`; `labels` holds one label per sample.
+            generator: Source of the assigned rows, for `strength` below 1; None lets `seed` fix them too.
+            **options: Keyword arguments of `assign_noise`; `labels` holds one label per sample, `mask` one row per
+                sample or one row for all.
 
         Warns:
             UserWarning: There are fewer than 50 samples, each of which would always meet noise from the same side; or
                 a sample changes from one reading to the next, so that the plan is of other crops than the network sees.
 
         Raises:
-            ValueError: `window` is below 1, the order names a sample that is not there, or `assign_noise` refuses.
+            ValueError: `window` is below 1, the order names a sample that is not there, labels or masks are not one for
+                each sample, or `assign_noise` refuses.
         """
         if window < 1:
             raise ValueError(f"window is {window}; give the number of visits that exchange noise, at least 1")
@@ -91,15 +94,19 @@ class NoisePlan:
         if bool(beyond.any()):
             place = int(beyond.nonzero()[0])
             raise ValueError(f"order[{place}] is {int(visits[place])}, but there are {len(samples)} samples")
+        _check_rows(options, len(samples))
         _warn_of_samples(samples, options.get("strength", 1.0))
         seeds = _draw_seeds(seed, len(visits))
         for places in _windows(samples, visits, window):
             x = torch.stack([samples[int(i)] for i in visits[places]]).cpu()
             told: Options = {**options}
             if (labels := options.get("labels")) is not None:
-                told["labels"] = _labels_of(labels, visits[places])
+                told["labels"] = _rows_of(labels, visits[places])
+            if (mask := options.get("mask")) is not None:
+                told["mask"] = _rows_of(mask.expand(len(samples), *mask.shape[1:]), visits[places]).cpu()
             drawn = noise_of(seeds[places], x.shape[1:])
-            _, info = assign_noise(x, drawn, generator=generator, return_info=True, **told)
+            chosen = generator or torch.Generator().manual_seed(mixed_seed(seed, int(places[0])))
+            _, info = assign_noise(x, drawn, generator=chosen, return_info=True, **told)
             seeds[places] = seeds[places][info.permutation]
         return cls(visits, seeds, window, torch.__version__)
 
@@ -163,5 +170,12 @@ def _windows(samples: Any, visits: Tensor, window: int) -> list[Tensor]:
     return [part for found in places.values() for part in torch.tensor(found).split(window)]
 
 
-def _labels_of(labels: Any, indices: Tensor) -> Any:
-    return labels[indices.to(labels.device)] if isinstance(labels, Tensor) else [labels[i] for i in indices.tolist()]
+def _check_rows(options: Options, count: int) -> None:
+    for name in ("labels", "mask"):
+        given = options.get(name)
+        if given is not None and len(given) != count and not (name == "mask" and len(given) == 1):
+            raise ValueError(f"{name} has {len(given)} rows, but there are {count} samples; give one for each")
+
+
+def _rows_of(given: Any, indices: Tensor) -> Any:
+    return given[indices.to(given.device)] if isinstance(given, Tensor) else [given[i] for i in indices.tolist()]

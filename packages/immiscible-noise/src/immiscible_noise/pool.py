@@ -38,7 +38,7 @@ def choose_noise(
         torch.Size([8, 4, 8, 8])
     """
     check_images(x)
-    check_images(noise)
+    check_images(noise, "noise")
     check_choice("score", score, Score)
     if x.shape[1:] != noise.shape[1:]:
         raise ValueError(f"x has rows of shape {list(x.shape[1:])}, noise of {list(noise.shape[1:])}; make them equal")

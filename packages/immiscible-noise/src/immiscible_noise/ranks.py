@@ -19,9 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .assign import solve_costs
-from .batch import check_images, mixed_seed
+from .batch import check_choice, check_images, mixed_seed
 from .cost import Cost, Precision, cost_matrix
-from .solvers import Solver
+from .solvers import Solver, check_solver
 
 _WITH_ONE_SEED = 32  # rows of noise
 _AT_A_TIME = 128  # rows of noise whose costs are computed together, a multiple of those with one seed
@@ -56,8 +56,8 @@ def assign_across_ranks(
             parallelism that is the data-parallel group.
 
     Raises:
-        ValueError: The images are no batch of floating type, hold NaN or infinity on any rank, or the labels do not fit
-            them. All ranks raise together.
+        ValueError: The images are no batch of floating type, or an option is unknown. Images hold NaN or infinity on
+            any rank, labels do not fit them, or only some ranks give labels: all ranks raise together.
 
     Example:
         >>> x = torch.randn(8, 3, 8, 8)
@@ -65,10 +65,10 @@ def assign_across_ranks(
         torch.Size([8, 3, 8, 8])
     """
     check_images(x)
-    if labels is not None and len(labels) != len(x):
-        raise ValueError(f"labels has {len(labels)} rows, x has {len(x)}; give one label for each image")
-    alone = not (dist.is_available() and dist.is_initialized())
-    rank, sizes = (0, [len(x)]) if alone else _sizes(x, group)
+    check_choice("cost", cost, Cost)
+    check_choice("precision", precision, Precision)
+    check_solver(solver)
+    rank, sizes = _sizes(x, labels, group)
     first = sum(sizes[:rank])
     noise, own = _GlobalNoise(x, seed, step), slice(first, first + len(x))
     with torch.no_grad():
@@ -144,11 +144,36 @@ class _GlobalNoise:
         return found
 
 
-def _sizes(x: Tensor, group: Any) -> tuple[int, list[int]]:
-    """Returns this rank's place and the number of images on each rank."""
-    counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(counts, torch.tensor([len(x)], device=x.device), group=group)
-    return dist.get_rank(group), [int(count) for count in counts]
+def _sizes(x: Tensor, labels: Tensor | None, group: Any) -> tuple[int, list[int]]:
+    """Returns this rank's place and the number of images on each rank.
+
+    Raises:
+        ValueError: Labels of some rank do not fit, on all ranks.
+    """
+    wrong = None if labels is None else _misfit(labels, len(x))
+    if not (dist.is_available() and dist.is_initialized()):
+        if wrong:
+            raise ValueError(wrong)
+        return 0, [len(x)]
+    own = torch.tensor([len(x), labels is not None, wrong is not None], device=x.device)
+    every = [torch.zeros_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, own, group=group)
+    sizes, labelled, misfits = torch.stack(every).T.tolist()
+    if any(misfits):
+        raise ValueError(wrong or f"labels of rank {misfits.index(1)} do not fit its images")
+    if len(set(labelled)) > 1:
+        with_labels, without = labelled.index(1), labelled.index(0)
+        raise ValueError(f"labels are given on rank {with_labels}, not on rank {without}; give them on all, or on none")
+    return dist.get_rank(group), sizes
+
+
+def _misfit(labels: Tensor, count: int) -> str | None:
+    """Returns what is wrong with the labels of one rank, in words."""
+    if len(labels) != count:
+        return f"labels has {len(labels)} rows, x has {count}; give one label for each image"
+    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
+        return f"labels is {labels.dtype} of shape {list(labels.shape)}; give one integer for each image"
+    return None
 
 
 def _share(rows: Tensor, sizes: list[int], group: Any) -> None:

@@ -11,12 +11,24 @@ from typing import Any
 _STOCHASTIC = (  # by name: importing diffusers takes seconds, and the package does without it
     "DDPMScheduler",
     "DDPMParallelScheduler",
+    "DDPMWuerstchenScheduler",
+    "UnCLIPScheduler",
     "EulerAncestralDiscreteScheduler",
     "KDPM2AncestralDiscreteScheduler",
+    "KarrasVeScheduler",
+    "SASolverScheduler",
+    "CogVideoXDPMScheduler",
     "DPMSolverSDEScheduler",
     "RePaintScheduler",
     "ScoreSdeVeScheduler",
     "CosineDPMSolverMultistepScheduler",
+)
+_FROM_THE_SECOND_STEP = (
+    "CMStochasticIterativeScheduler",
+    "LCMScheduler",
+    "FlowMatchLCMScheduler",
+    "TCDScheduler",
+    "SCMScheduler",
 )
 
 
@@ -35,10 +47,12 @@ def is_stochastic(scheduler: Any, *, eta: float = 0.0, steps: int = 50) -> bool:
     """
     scheduler = getattr(scheduler, "scheduler", scheduler)
     config, kind = getattr(scheduler, "config", {}), type(scheduler).__name__
-    if kind in ("CMStochasticIterativeScheduler", "LCMScheduler", "TCDScheduler"):
+    if kind in _FROM_THE_SECOND_STEP:
         return steps > 1
     if kind in _STOCHASTIC or str(config.get("algorithm_type", "")).startswith("sde"):
         return True
+    if kind == "LTXEulerAncestralRFScheduler":
+        return config.get("eta", 1.0) > 0
     return bool(config.get("stochastic_sampling")) or (eta > 0 and "DDIM" in kind)
 
 

@@ -25,10 +25,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from .assign import solve_costs
-from .batch import check_pair
+from .batch import check_pair, non_finite_message
 from .cost import cost_matrix
 
 _STEPS = 10
+_MOST = 1e3  # of what an exchange can gain: beyond, only conditions nearly equal could still exchange
 
 
 class SoftAssignment(NamedTuple):
@@ -90,7 +91,10 @@ def assign_noise_softly(
     if count < len(x):
         rows = torch.randperm(len(x), generator=generator, device=None if generator is None else generator.device)
         rows = rows[:count].sort().values.to(x.device)
-        found = assign_noise_softly(x[rows], noise[rows], conditions[rows], target=target, start=start)
+        try:
+            found = assign_noise_softly(x[rows], noise[rows], conditions[rows], target=target, start=start)
+        except ValueError:  # which counts the chosen rows alone
+            raise ValueError(non_finite_message(x=x, noise=noise, conditions=conditions)) from None
         assigned = noise.clone()
         assigned[rows] = found.noise
         return SoftAssignment(assigned, found.weight, found.share)
@@ -101,18 +105,26 @@ def assign_noise_softly(
     unit = functional.normalize(conditions.flatten(1).float(), dim=1)
     apart = (1 - unit @ unit.T).clamp_min(0).fill_diagonal_(0)
     weight = _weight(distance, apart, target, start)
-    columns = solve_costs(distance + weight * apart)
+    try:
+        columns = solve_costs(distance + weight * apart)
+    except ValueError:
+        raise ValueError(non_finite_message(x=x, noise=noise, conditions=conditions)) from None
     return SoftAssignment(noise[columns.to(noise.device)], weight, _share(distance, apart, weight))
 
 
 def _weight(distance: Tensor, apart: Tensor, target: float, start: Tensor | float) -> Tensor:
-    """Returns the weight at which r is the target: doubled or halved until it is passed, then halved in between."""
-    weight = torch.as_tensor(start, dtype=distance.dtype, device=distance.device).clamp_min(1e-6)
+    """Returns the weight at which r is the target: times or over 4 until it is passed, then halved in between.
+
+    Where the target lies below what any weight leaves, such as one condition for all, the weight stops at a bound.
+    """
+    most = _MOST * (distance.diagonal()[:, None] - distance).amax()
+    weight = torch.as_tensor(start, dtype=distance.dtype, device=distance.device).clamp_min(1e-6).minimum(most)
     low, high = torch.zeros_like(weight), torch.full_like(weight, torch.inf)
     for _ in range(2 * _STEPS):
         above = _share(distance, apart, weight) > target  # too many may exchange: the weight must grow
         low, high = torch.where(above, weight, low), torch.where(above, high, weight)
         weight = torch.where(high.isinf(), 4 * weight, torch.where(low == 0, weight / 4, (low + high) / 2))
+        weight = weight.minimum(most)
     return weight
 
 

@@ -106,6 +106,22 @@ class Comparison:
                 rows.append(row)
         return rows
 
+    def speedup_table(self) -> list[dict[str, Any]]:
+        """Returns `speedup_rows` in numbers: mean, least and most over seeds; None where some seed never arrives."""
+        if "vanilla" not in self.couplings():
+            return []
+        rows = []
+        for coupling, steps in product(self.couplings(), self.sampling_steps()):
+            if coupling == "vanilla":
+                continue
+            row: dict[str, Any] = {"coupling": coupling, "sampling_steps": steps}
+            for name, for_good in (("at_first", False), ("for_good", True)):
+                found = self.steps_to_equal(coupling, steps, for_good=for_good)
+                row |= {f"fewer_steps_{name}": found.mean, f"{name}_least": found.least, f"{name}_most": found.most}
+                row |= {f"{name}_reached": found.reached, "seeds": found.pairs}
+            rows.append(row)
+        return rows
+
     def summary_rows(self) -> list[dict[str, Any]]:
         """Returns one row per coupling and number of sampling steps: mean, deviation and ratio over the seeds."""
         rows = []
@@ -150,7 +166,7 @@ class Comparison:
         run.save("comparison", {}, **fields, floor_size=self.floor_size, recipes=recipes)
         run.table("scores", [asdict(score) for score in self.scores])
         run.table("summary", self.summary_rows())
-        run.table("steps_to_equal_distance", self.speedup_rows())
+        run.table("steps_to_equal_distance", self.speedup_table())
 
     @classmethod
     def load(cls, folder: Path) -> "Comparison":

@@ -13,7 +13,8 @@ class FitSettings:
 
     Attributes:
         steps: Number of optimizer steps.
-        batch_size: Number of images per step over all devices: the pool that noise is assigned in.
+        batch_size: Number of images per step over all devices. Noise is assigned among those of each device, and under
+            a coupling with a `window` among those of all.
         warmup: Number of steps over which the learning rate rises.
         ema_decay: Upper bound of the moving average's decay.
         snapshots: Number of sets of weights that are kept, at steps that double up to the last.

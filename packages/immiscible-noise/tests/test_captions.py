@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,7 @@ def test_where_there_are_none_it_says_what_to_do(flat: Path):
     with pytest.raises(UserError, match="no folder for each class"):
         read_captions(flat, load_images(flat), prompt="a {class}")
     assert read_captions(flat, load_images(flat), prompt="a sks toy").captions == ("a sks toy",) * 3
+    (flat / "a.txt").write_text("first")
+    archive = Path(shutil.make_archive(str(flat.parent / "packed"), "zip", flat))
+    with pytest.raises(UserError, match="is an archive, inside which no captions are read: unpack it"):
+        read_captions(archive, load_images(archive))

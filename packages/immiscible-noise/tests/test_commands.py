@@ -195,7 +195,10 @@ def test_images_that_do_not_fit_a_model_leave_no_evaluation(
 ):
     run("train", painted, "--out", tmp_path / "run", *SMALL)
     told = refused(capsys, "evaluate", tmp_path / "run", painted, "--size", "4", *QUICK)
-    assert "the model makes 3x8x8 images, the data are 3x4x4" in told
+    assert "the model makes 3x8x8 images, the data are 3x4x4; give --size 8" in told
+    assert refused(capsys, "evaluate", tmp_path / "run", painted, "--grey", *QUICK).endswith("leave out --grey")
+    told = refused(capsys, "evaluate", tmp_path / "run", painted, "--features", "nonsense", *QUICK)
+    assert "nonsense is no feature extractor" in told
     assert not (tmp_path / "run" / "evaluation").exists()
 
 
@@ -213,6 +216,10 @@ def test_evaluate_warns_where_sampling_is_biased(painted: Path, tmp_path: Path, 
         assert run("evaluate", tmp_path / method, painted, "--eta", "1", *QUICK) == 0
         warned = [record for record in caplog.records if "stochastic sampling" in record.message]
         assert bool(warned) == (method == "assignment")
+    page = (tmp_path / "vanilla" / "evaluation" / "report.html").read_text()
+    assert "fresh noise in each step (eta 1)" in page
+    assert "Nothing here speaks for stochastic samplers" not in page
+    assert "the couplings differ" not in page  # there is one
 
 
 def test_evaluate_takes_one_and_two_steps_of_a_consistency_function_and_warns_of_the_second(
@@ -329,6 +336,7 @@ def test_a_plan_of_buckets_exchanges_noise_inside_a_shape(tmp_path: Path, capsys
     ("tensors", "options", "told"),
     [
         ({"images": torch.zeros(3, 4)}, [], "no tensor latents, nor latents.NAME"),
+        ({f"t{i}": torch.zeros(3) for i in range(9)}, [], "it has t0, t1, t2, t3, t4, …"),
         ({"latents": torch.zeros(3, 4).long()}, [], "no floating tensor"),
         ({"latents.a": torch.zeros(3, 4), "latents.b": torch.full((2, 5), torch.nan)}, [], "latent 0 of latents.b"),
         (
@@ -578,7 +586,8 @@ def test_options_out_of_range(painted: Path, capsys: pytest.CaptureFixture[str],
         (["diagnose", "--batch-sizes", "64", "1"], "--batch-sizes is 64 1; give numbers of at least 2"),
         (["diagnose", "--batch-sizes", "0", "-5"], "at least 2"),
         (["compare", "--couplings"], "names none"),
-        (["compare", "--sampling-steps", "2", "2"], "each number once"),
+        (["compare", "--sampling-steps", "2", "2"], "--sampling-steps is 2 2; give each number once"),
+        (["compare", "--features", "nonsense"], "nonsense is no feature extractor"),
         (["compare", "--sampling-batch", "0"], "--sampling-batch is 0"),
         (["compare", "--couplings", "vanilla", "ignore"], "--class-conditional"),
         (["train", "--batch-size", "3", "--devices", "2"], "2 processes"),
@@ -595,6 +604,26 @@ def test_settings_that_do_not_fit_leave_no_folder(
     verb, *options = tokens
     assert told in refused(capsys, verb, painted, "--out", tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("verb", ["train", "compare", "diagnose"])
+def test_what_this_machine_cannot_do_leaves_no_folder(
+    painted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for options, told in ((["--device", "cuda"], "try --device auto"), (["--dtype", "float16"], "--dtype bfloat16")):
+        assert told in refused(capsys, verb, painted, "--out", tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_baseline_is_refused_before_anything_is_timed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("immiscible_noise.app.bench.cases", lambda **_: pytest.fail("cases were made"))
+    assert "with --baseline" in refused(capsys, "bench", "--fail-below", "0.8")
+    message = refused(capsys, "bench", "--baseline", tmp_path / "none.json")
+    assert message.endswith("none.json is no file; give as --baseline one that --json named")
 
 
 def test_one_image_is_too_few_to_measure(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -677,6 +706,12 @@ def test_a_model_of_another_size(painted: Path, tmp_path: Path, capsys: pytest.C
     run("train", painted, "--out", tmp_path / "run", *SMALL)
     message = refused(capsys, "evaluate", tmp_path / "run", painted, "--size", "16", "--out", tmp_path / "e", *QUICK)
     assert "--size 8" in message
+
+
+def test_images_are_read_for_an_evaluation_as_they_were_for_the_training(tmp_path: Path):
+    data, out = paint(tmp_path / "data", size=12), tmp_path / "run"
+    assert run("train", data, "--out", out, "--size", "8", "--grey", *small(steps=2, snapshots=1)) == 0
+    assert run("evaluate", out, data, *QUICK) == 0
 
 
 def test_a_conditional_model_needs_the_labels_that_it_was_trained_on(

@@ -97,8 +97,13 @@ def test_threads_are_one_and_put_back():
 
 
 def test_bad_baselines(tmp_path):
+    def unmade() -> list[Case]:
+        raise AssertionError("the cases were made before the baseline was looked at")
+
     with pytest.raises(UserError, match="with `baseline`"):
-        run_cases([], fail_below=0.8)
+        run_cases(unmade, fail_below=0.8)
+    with pytest.raises(UserError, match="is no file; give as `baseline`"):
+        run_cases(unmade, baseline=tmp_path / "none.json")
     file = tmp_path / "other.json"
     file.write_text('{"a": 1}')
     with pytest.raises(UserError, match="`json_path`"):

@@ -140,7 +140,7 @@ def compare(case: Case, repeats: int = 7, *, smoke: bool = False) -> Comparison:
 
 
 def run_cases(
-    cases: Sequence[Case],
+    cases: Sequence[Case] | Callable[[], Sequence[Case]],
     *,
     smoke: bool = False,
     repeats: int = 7,
@@ -156,7 +156,7 @@ def run_cases(
     baseline's.
 
     Args:
-        cases: The comparisons to run, in order.
+        cases: The comparisons to run, in order; or a function that makes them, once the baseline is read.
         smoke: Whether only agreement is checked, without timing.
         repeats: Number of timed pairs per case.
         json_path: The JSON file to write, with rows of name, value and unit.
@@ -171,7 +171,7 @@ def run_cases(
     torch.set_num_threads(1)
     try:
         results = []
-        for case in cases:
+        for case in cases() if callable(cases) else cases:
             results.append(compare(case, repeats, smoke=smoke))
             if not smoke:
                 _print_line(results[-1])
@@ -238,6 +238,8 @@ def _baseline_ratios(baseline: Path | None, fail_below: float | None) -> dict[st
         if fail_below is not None:
             raise UserError("`fail_below` compares with an earlier run; give its file with `baseline`")
         return {}
+    if not baseline.is_file():
+        raise UserError(f"{printable(baseline, 300)} is no file; give as `baseline` one that `json_path` named")
     try:
         values = {row["name"]: row["value"] for row in jsonfile.read_json(baseline)}
         return {name.removesuffix(_RATIO): float(value) for name, value in values.items() if name.endswith(_RATIO)}

@@ -117,7 +117,7 @@ def evaluate(
 
     Distances are taken in the features of a small classifier that is trained once on the folder's labels (its accuracy
     and hash are printed), or without labels in principal components of the pixels, or in those of --features. A
-    fine-tuned model is sampled with the captions of the folder.
+    fine-tuned model is sampled with the captions of the folder. Images are read at the size of the training.
 
     Args:
         run: Run folder of train.
@@ -131,12 +131,13 @@ def evaluate(
     runtime.apply_threads()
     bound = bound_recipe(run, data, images, captions, runtime, base)
     check_evaluation(bound.recipe, bound.images, evaluation)
+    extractor = features.load(runtime)
     groups: dict[str, Any] = {"evaluation": evaluation, "features": features, "captions": captions, "images": images}
     config = settings(run=run, data=data, base=base, runtime=runtime, **groups)
     job = Job("immiscible-noise evaluate", output.out or run / "evaluation", output, config, bound.inputs)
 
     def compute(part: Any, _: Any) -> dict[str, Any]:
-        recipe, extractor = bound.with_data(part), features.load(runtime)
+        recipe = bound.with_data(part)
         study = evaluate_training(run, recipe, bound.images, part, evaluation, runtime, extractor=extractor)
         return study.summary()
 
@@ -189,6 +190,7 @@ def compare(
         raise UserError("--guidance is for fine-tuned models; a new one knows no empty condition, leave it out")
     runtime.apply_threads()
     work = prepare(data, images, training, tuning, captions, runtime, chosen, at_least=2)
+    extractor = features.load(runtime)
 
     def compute(run: Any, _: Any) -> dict[str, Any]:
         trainer, numbers = work.trainer(run), range(runtime.seed, runtime.seed + seeds)
@@ -202,7 +204,7 @@ def compare(
             work.settings,
             evaluation,
             runtime,
-            extractor=features.load(runtime),
+            extractor=extractor,
             trainer=trainer,
         ).summary()
 
@@ -307,6 +309,7 @@ def diagnose(
     if not batch_sizes or min(batch_sizes) < 2:
         given = " ".join(map(str, batch_sizes)) or "empty"
         raise UserError(f"--batch-sizes is {given}; give numbers of at least 2: one image has nothing to exchange")
+    _ = runtime.torch_dtype  # refuses what this machine cannot do before anything is read
     runtime.apply_threads()
     samples = read_samples(data, images, normalisation, at_least=2)
     shown = shown_samples(samples, model, runtime)

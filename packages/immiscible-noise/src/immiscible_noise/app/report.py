@@ -52,11 +52,17 @@ _MAY = (
     "The gain belongs to deterministic sampling in few steps. At many steps full assignment is often equal or worse; "
     "strength 0.5 kept most of the gain and lost nothing in our measurements on small images.",
 )
+_DETERMINISTIC = (
+    "Nothing here speaks for stochastic samplers (ancestral, SDE, eta above 0): a model trained on assigned noise is "
+    "no score there, and they can ruin its samples."
+)
+_STOCHASTIC = (
+    "The samples were drawn with fresh noise in each step (eta {eta:g}), which is right for vanilla noise only: a "
+    "model trained on other noise is no score. Nothing here speaks for deterministic sampling."
+)
 _MAY_NOT = (
     "A lower training loss is no evidence: assigned noise is easier to predict by construction.",
-    "The distances are in the features named below, of these very images; they are not comparable with published FIDs.",
-    "Nothing here speaks for stochastic samplers (ancestral, SDE, eta above 0): a model trained on assigned noise is "
-    "no score there, and they can ruin its samples.",
+    "The distances are in the features named above, of these very images; they are not comparable with published FIDs.",
     "Small images exaggerate every effect, good and bad: the tilt of the noise weighs in as one over the square root "
     "of the number of pixels.",
     "With a condition, ignoring labels lets the noise carry the class in training and not in sampling.",
@@ -83,8 +89,11 @@ def write_page(run: Run) -> Path:
     if verb == "plan":
         _add_plan(report, run)
     if compared:
-        report.section("What may be concluded").points(*_MAY)
-        report.section("What may not").points(*_MAY_NOT)
+        if verb != "evaluate":
+            report.section("What may be concluded").points(*_MAY)
+        eta = float(run.record["config"].get("eta", 0))
+        sampler = _STOCHASTIC.format(eta=eta) if eta > 0 else _DETERMINISTIC
+        report.section("What may not be concluded").points(*_MAY_NOT, sampler)
     return report.save()
 
 

@@ -77,9 +77,10 @@ def read_samples(data: Path, images: Data, normalisation: str, *, at_least: int 
         raise UserError(f"{printable(data)} cannot be read as a safetensors file: {printable(error, 200)}") from error
     names = ["latents"] if "latents" in tensors else sorted(name for name in tensors if name.startswith("latents."))
     if not names:
+        found = sorted(tensors)
+        held = ", ".join(map(printable, found[:5])) + (", …" if len(found) > 5 else "")
         raise UserError(
-            f"{printable(data)} has no tensor latents, nor latents.NAME for each shape; "
-            f"it has {', '.join(map(printable, sorted(tensors))) or 'nothing'}"
+            f"{printable(data)} has no tensor latents, nor latents.NAME for each shape; it has {held or 'nothing'}"
         )
     for name in names:
         _check(data, tensors, name)

@@ -1,7 +1,7 @@
 """What `train`, `compare` and `evaluate` do with a folder of images, for new models and for fine-tuned ones."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +200,7 @@ def prepare(
     Raises:
         UserError: Settings do not fit the images, the model, the machine or one another.
     """
+    _ = runtime.torch_dtype  # refuses what this machine cannot do before anything is read
     if tuning.model is None:
         if captions.given:
             raise UserError(f"`{captions.given}` is for fine-tuning; name the model that is fine-tuned with `model`")
@@ -237,7 +238,7 @@ def bound_recipe(
     Args:
         training: Run folder of the training.
         data: Folder or zip of images.
-        images: How they are read.
+        images: How they are read; by default at the size and in the channels of the training.
         captions: Where the captions are, for a model that was fine-tuned with captions.
         runtime: Device and precision of the model.
         base: Model that was fine-tuned, where it is no longer at the place that the training names.
@@ -245,7 +246,10 @@ def bound_recipe(
     Raises:
         UserError: The folder is no training, or images, captions and model do not fit.
     """
+    _ = runtime.torch_dtype  # refuses what this machine cannot do before anything is read
     recipe = read_recipe(training)
+    channels, side = recipe.shape[:2]
+    images = replace(images, size=images.size or side, grey=images.grey or channels == 1)
     if not isinstance(recipe, FineTuneRecipe):
         if captions.given or base:
             raise UserError(f"`{captions.given or 'base'}` is for fine-tuned models, and this one was trained anew")

@@ -61,6 +61,11 @@ def read_captions(
     beside = _beside(data)
     if beside is not None:
         return _paired(images, beside, "files beside the images")
+    if not images.classes and data.is_file():
+        raise UserError(
+            f"{printable(data)} is an archive, inside which no captions are read: unpack it, name a file of captions "
+            "with `captions`, or give all images one `prompt`"
+        )
     if not images.classes:
         raise UserError(
             f"{printable(data)} has no captions: put a .txt file beside each image, a metadata.jsonl with file_name "

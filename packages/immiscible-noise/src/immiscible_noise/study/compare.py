@@ -291,10 +291,10 @@ def check_evaluation(recipe: AnyRecipe, images: ImageSet, evaluation: Evaluation
     """
     if images.images.shape[1:] != recipe.shape:
         size, wanted = (f"{c}x{h}x{w}" for c, h, w in (images.images.shape[1:], recipe.shape))
-        raise UserError(
-            f"the model makes {wanted} images, the data are {size}; give `size` {recipe.shape[1]}"
-            + (" and `grey=True`" if recipe.shape[0] == 1 else "")
-        )
+        changes = [] if images.images.shape[-1] == recipe.shape[1] else [f"give `size` {recipe.shape[1]}"]
+        if images.images.shape[1] != recipe.shape[0]:
+            changes.append("give `grey=True`" if recipe.shape[0] == 1 else "leave out `grey`")
+        raise UserError(f"the model makes {wanted} images, the data are {size}; {' and '.join(changes)}")
     classes = recipe.num_classes if isinstance(recipe, Recipe) else None
     if classes is not None and (images.labels is None or len(images.classes) != classes):
         raise UserError(

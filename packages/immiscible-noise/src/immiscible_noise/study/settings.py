@@ -190,10 +190,11 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         steps = (1,) if self.sampling_steps is None else self.sampling_steps
+        told = " ".join(map(str, steps)) or "empty"
         if not steps or min(steps) < 1:
-            raise ValueError(f"`sampling_steps` is {self.sampling_steps}; give numbers of at least 1")
+            raise ValueError(f"`sampling_steps` is {told}; give numbers of at least 1")
         if len(set(steps)) < len(steps):
-            raise ValueError(f"`sampling_steps` is {self.sampling_steps}; give each number once")
+            raise ValueError(f"`sampling_steps` is {told}; give each number once")
         if self.sampling_batch is not None and self.sampling_batch < 1:
             raise ValueError(f"`sampling_batch` is {self.sampling_batch}; give a number of at least 1")
         if self.num_samples is not None and self.num_samples < 2:

@@ -25,7 +25,7 @@ def add_package_commands(app: App, *, timed: str) -> None:
     def bench(*, timing: Timing = Timing()) -> int:
         from diffcore.bench import run_cases
 
-        return run_cases(import_module(f"{package}.app.bench").cases(smoke=timing.smoke), **asdict(timing))
+        return run_cases(lambda: import_module(f"{package}.app.bench").cases(smoke=timing.smoke), **asdict(timing))
 
     def report(run: Path, *, json: Flag = False) -> int:
         from diffcore.run import Run

@@ -59,8 +59,10 @@ def fit(
         Whether this process is the one that writes results (rank 0).
 
     Raises:
+        UserError: The device asked for is not here, or cannot compute in the precision asked for.
         MachineError: The loss became NaN or infinite; the last good checkpoint is kept.
     """
+    _ = runtime.torch_dtype  # refuses what the device cannot do before anything is written
     checkpoint = folder / "checkpoints" / "last.ckpt"
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     module.num_iterations = steps

@@ -146,8 +146,8 @@ def test_two_ranks_assign_together():
 
 
 def test_options_that_ranks_do_not_know_are_refused():
-    with pytest.raises(ValueError, match="across_ranks takes no strength"):
-        ImmiscibleCallback(across_ranks=True, strength=0.5)
+    with pytest.raises(ValueError, match="across_ranks takes no condition"):
+        ImmiscibleCallback(across_ranks=True, condition="ignore")
 
 
 @pytest.mark.parametrize(

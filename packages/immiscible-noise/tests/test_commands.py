@@ -498,15 +498,33 @@ def test_a_training_killed_at_any_moment_continues_to_the_same_weights(
     assert_same(weights(out, 200), weights(uninterrupted, 200))
 
 
-def test_two_processes_train_as_one(painted: Path, tmp_path: Path):
-    """Vanilla, so that nothing depends on which rows share a rank; assignment works on each rank's share."""
-    command = ["train", painted, "--method", "vanilla", "--device", "cpu", *SMALL]
+@pytest.mark.parametrize(
+    "noise",
+    [["--method", "vanilla"], ["--scope", "global", "--class-conditional"], ["--scope", "global", "--strength", "0.5"]],
+    ids=" ".join,
+)
+def test_two_processes_train_as_one(painted: Path, tmp_path: Path, noise: list[str]):
+    """Vanilla, or assigned over both shares, so that nothing depends on which rows share a rank."""
+    command = ["train", painted, *noise, "--device", "cpu", *SMALL]
     assert run(*command, "--out", tmp_path / "one") == 0
     child = start(*command, "--out", tmp_path / "two", "--devices", "2", "--strategy", "ddp_fork")
     assert exit_code(child) == 0
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_a_run_goes_on_with_as_many_processes_unless_noise_is_assigned_over_all(
+    painted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    two = ["--devices", "2", "--strategy", "ddp_fork"]
+    for name, noise in {"local": [], "global": ["--scope", "global"]}.items():
+        command = ["train", painted, *noise, "--device", "cpu", *SMALL, "--out", tmp_path / name]
+        assert run(*command) == 0
+        if noise:
+            assert run(*command, *two) == 0  # finished, and only read
+        else:
+            assert "processes: nothing -> 2" in refused(capsys, *command, *two)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *tokens: object, code: int = 2) -> str:

@@ -50,7 +50,19 @@ def test_presets_go_by_their_names_and_others_by_what_differs():
     assert Coupling("assignment", strength=0.25, cost="l2").name == "assignment-strength=0.25-cost=l2"
 
 
-@pytest.mark.parametrize(("options", "message"), [({"strength": 1.5}, "`strength` is 1.5"), ({"k": 0}, "`k` is 0")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strength": 1.5}, "`strength` is 1.5"),
+        ({"k": 0}, "`k` is 0"),
+        ({"window": -1}, "`window` is -1"),
+        ({"scope": "global", "window": 8}, "`scope` is global and `window` is 8"),
+        ({"scope": "global", "condition": "soft"}, "`scope` is global and `condition` is soft"),
+        ({"method": "knn", "strength": 0.5}, "`strength` is 0.5, which method knn does not have"),
+        ({"method": "vanilla", "scope": "global"}, "`scope` is global, which method vanilla does not have"),
+        ({"k": 8}, "`k` is 8, which method assignment does not have; leave it out, or take `method` knn"),
+    ],
+)
 def test_settings_out_of_range(options: dict, message: str):
     with pytest.raises(ValueError, match=message):
         Coupling(**options)

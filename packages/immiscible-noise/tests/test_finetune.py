@@ -480,6 +480,17 @@ def test_a_network_without_blocks_to_compute_again_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_captions_of_their_own_are_not_compared_over_processes(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    data = paint(tmp_path / "data", captions=12)
+    command = ["train", data, "--model", model, "--scope", "global", *FEW, "--out", tmp_path / "out"]
+    assert "take --window 4 in place of --scope" in refused(capsys, *command)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="`scope` is global"):
+        told_of(Coupling(scope="global"), tuning_set(tmp_path / "b", captions=12))
+
+
 def test_images_without_captions_are_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for path in paint(tmp_path / "data").glob("*.txt"):
         path.unlink()

@@ -22,7 +22,15 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from .batch import check_choice, check_images, check_pair, draw_noise, non_finite_message
+from .batch import (
+    check_choice,
+    check_images,
+    check_pair,
+    check_strength,
+    choose_rows,
+    draw_noise,
+    non_finite_message,
+)
 from .blocks import Labels, label_table, same_block, split_blocks
 from .cost import Cost, Precision, cost_matrix, pair_costs
 from .info import AssignmentInfo, SolvedBlock
@@ -142,15 +150,14 @@ def assign_noise(
     check_choice("cost", cost, Cost)
     check_choice("precision", precision, Precision)
     check_solver(solver)
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength is {strength}, outside [0, 1]; give 0 for ordinary training, 1 for the paper")
+    check_strength(strength)
     if precision != "float32" and cost == "l1":
         raise ValueError("cost='l1' has no matrix product that precision could round; leave it at 'float32'")
     keep = None if mask is None else _expand_mask(mask, x)
 
     with torch.no_grad():
         flat_x, flat_noise = _flatten(x), _flatten(noise)
-        rows = _choose_rows(len(x), strength, generator)
+        rows = choose_rows(len(x), strength, generator)
         permutation, solved, ran = torch.arange(len(x), device=x.device), (), "none"
         if len(rows) > 1:
             table, taking = _take(table, rows), _take(keep, rows)
@@ -204,7 +211,11 @@ def immiscible_noise_like(
 
 
 def solve_costs(
-    costs: Float[Tensor, "b b"], table: Int[Tensor, "b m"] | None = None, solver: Solver = "auto"
+    costs: Float[Tensor, "b b"],
+    table: Int[Tensor, "b m"] | None = None,
+    solver: Solver = "auto",
+    *,
+    rows: Int[Tensor, "b"] | None = None,
 ) -> Int[Tensor, "b"]:
     """Returns, on the host, the noise row of every image in the assignment of least total cost.
 
@@ -212,6 +223,7 @@ def solve_costs(
         costs: Cost of each image with each noise, as `cost_matrix` gives them.
         table: Labels as integers; rows exchange noise only where they are equal. None: all rows do.
         solver: Exact solver, as for `assign_noise`.
+        rows: Numbers of the images in their batch, for messages; by default from 0.
 
     Raises:
         ValueError: A cost is NaN or infinite, or the solver is not installed.
@@ -222,7 +234,8 @@ def solve_costs(
     try:
         return _match(costs, table, solver)[0]
     except FloatingPointError:
-        row = int((~torch.isfinite(costs)).any(1).nonzero()[0])
+        place = int((~torch.isfinite(costs)).any(1).nonzero()[0])
+        row = place if rows is None else int(rows[place])
         raise ValueError(f"the costs of image {row} hold NaN or infinite values; look at the images") from None
 
 
@@ -310,15 +323,6 @@ def _expand_mask(mask: Tensor, x: Tensor) -> Tensor:
 
 def _flatten(batch: Tensor) -> Tensor:
     return batch.detach().reshape(len(batch), math.prod(batch.shape[1:]))
-
-
-def _choose_rows(num_rows: int, strength: float, generator: torch.Generator | None) -> Int[Tensor, "m"]:
-    """Returns the rows that take part, ascending. Full and zero strength draw no random number."""
-    count = round(strength * num_rows)
-    if count in (0, num_rows):
-        return torch.arange(count)
-    device = None if generator is None else generator.device
-    return torch.randperm(num_rows, generator=generator, device=device)[:count].sort().values
 
 
 def _take(batch: Tensor | None, rows: Int[Tensor, "m"]) -> Any:

@@ -4,7 +4,7 @@ import hashlib
 from typing import Any, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -45,6 +45,21 @@ def draw_noise(x: Float[Tensor, "b *data"], generator: torch.Generator | None) -
     """Returns ``torch.randn`` of the shape, type and device of ``x``, drawn on the generator's device."""
     device = x.device if generator is None else generator.device
     return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
+
+
+def check_strength(strength: float) -> None:
+    """Raises an error unless a share of rows lies in [0, 1]."""
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength is {strength}, outside [0, 1]; give 0 for ordinary training, 1 to assign all rows")
+
+
+def choose_rows(num_rows: int, strength: float, generator: torch.Generator | None) -> Int[Tensor, "m"]:
+    """Returns the rows that take part, ascending. Full and zero strength draw no random number."""
+    count = round(strength * num_rows)
+    if count in (0, num_rows):
+        return torch.arange(count)
+    device = None if generator is None else generator.device
+    return torch.randperm(num_rows, generator=generator, device=device)[:count].sort().values
 
 
 def mixed_seed(*numbers: int) -> int:

@@ -44,7 +44,7 @@ class ImmiscibleCallback(L.Callback):
         seed: int = 0,
         **options: Unpack[Options],
     ) -> None:
-        if across_ranks and (unknown := sorted(set(options) - {"cost", "solver", "precision"})):
+        if across_ranks and (unknown := sorted(set(options) - {"cost", "strength", "solver", "precision"})):
             raise ValueError(f"across_ranks takes no {', '.join(unknown)}; leave it out, or assign inside each rank")
         self.key, self.noise_key, self.labels_key = key, noise_key, labels_key
         self.across_ranks, self.seed = across_ranks, seed

@@ -13,6 +13,11 @@ from typing import Any, Literal
 _SOFT_SHARE = 0.2
 """Share of the other pairs of a batch that may still exchange noise under soft conditions: that of C2OT's code."""
 
+_SETTINGS_OF = {
+    "assignment": ("strength", "cost", "condition", "flip", "window", "scope"),
+    "knn": ("k", "score"),
+}
+
 Preset = Literal["vanilla", "assignment", "half", "ignore", "knn", "knn-inner", "early", "flip"]
 
 
@@ -34,11 +39,15 @@ class Coupling:
             optimal transport).
         window: Number of upcoming samples over which noise is assigned, for batches that are too small to exchange it;
             0 assigns inside the batch. Trainings read it, as they know what comes; elsewhere build a `NoisePlan`.
+        scope: local assigns inside each process's share of a batch; global over the shares of all processes, as one
+            process would that held them all. Trainings read it.
         until: Share of the training after which noise is drawn independently again, an ablation. Trainings read it;
             a call of the coupling does not know how far training has come.
 
     Raises:
-        ValueError: `strength`, `k` or `until` is out of its range, or soft conditions come with a cost other than sq.
+        ValueError: `strength`, `k` or `until` is out of its range, soft conditions come with a cost other than sq, the
+            scope is global with soft conditions or with a window, which spans all processes anyway, or a setting is one
+            of another method.
 
     Example:
         >>> import torch
@@ -57,6 +66,7 @@ class Coupling:
     score: Literal["l2", "inner"] = "l2"
     flip: bool = False
     window: int = 0
+    scope: Literal["local", "global"] = "local"
     until: float = 1.0
 
     def __post_init__(self) -> None:
@@ -68,13 +78,20 @@ class Coupling:
             raise ValueError(
                 f"`cost` is {self.cost} with soft conditions, which add to squared distances; leave it at sq"
             )
-        if self.window < 0 or (self.window and self.method != "assignment"):
-            raise ValueError(
-                f"`window` is {self.window} with method {self.method}; give 0, or a number of samples with method "
-                "assignment"
-            )
+        if self.window < 0:
+            raise ValueError(f"`window` is {self.window}; give a number of samples, or 0 to assign inside the batch")
+        if self.scope == "global" and (self.window or self.condition == "soft"):
+            other = f"`window` is {self.window}" if self.window else "`condition` is soft"
+            raise ValueError(f"`scope` is global and {other}, which do not go together; leave `scope` out")
         if not 0 <= self.until <= 1:
             raise ValueError(f"`until` is {self.until}; give a share of the training from 0 to 1")
+        for method, names in _SETTINGS_OF.items():
+            changed = [name for name in names if getattr(self, name) != getattr(Coupling, name)]
+            if changed and self.method != method:
+                raise ValueError(
+                    f"`{changed[0]}` is {getattr(self, changed[0])}, which method {self.method} does not have; leave "
+                    f"it out, or take `method` {method}"
+                )
 
     def __call__(
         self,

@@ -10,6 +10,7 @@ The authors' code gathers noise and distances and lets the first rank solve. Mul
 benefit of assigning across ranks over assigning inside each: measure it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +20,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .assign import solve_costs
-from .batch import check_choice, check_images, mixed_seed
+from .batch import check_choice, check_images, check_strength, choose_rows, mixed_seed
 from .cost import Cost, Precision, cost_matrix
 from .solvers import Solver, check_solver
 
+Draw = Callable[[Int[Tensor, " m"]], Tensor]
 _WITH_ONE_SEED = 32  # rows of noise
 _AT_A_TIME = 128  # rows of noise whose costs are computed together, a multiple of those with one seed
 
@@ -34,6 +36,7 @@ def assign_across_ranks(
     step: int,
     labels: Int[Tensor, " b"] | None = None,
     cost: Cost = "sq",
+    strength: float = 1.0,
     solver: Solver = "auto",
     precision: Precision = "float32",
     group: Any = None,
@@ -50,6 +53,7 @@ def assign_across_ranks(
         labels: Labels of this rank's images, as integers that mean the same on all ranks; noise is exchanged inside a
             label only.
         cost: Distance that is made least, as for `assign_noise`.
+        strength: Share of the images of all ranks, chosen at random, that are assigned among themselves.
         solver: Exact solver, as for `assign_noise`.
         precision: Number format of the factors of the costs, as for `assign_noise`.
         group: Process group of the ranks that hold different data; None takes all. Under tensor or pipeline
@@ -65,36 +69,93 @@ def assign_across_ranks(
         torch.Size([8, 3, 8, 8])
     """
     check_images(x)
+    return assign_drawn_across_ranks(
+        x,
+        _GlobalNoise(x, seed, step).rows,
+        labels=labels,
+        cost=cost,
+        strength=strength,
+        solver=solver,
+        precision=precision,
+        generator=torch.Generator().manual_seed(mixed_seed(seed, step, -1)),
+        group=group,
+    )
+
+
+def assign_drawn_across_ranks(
+    x: Float[Tensor, "b *data"],
+    draw: Draw,
+    *,
+    labels: Int[Tensor, " b"] | None = None,
+    cost: Cost = "sq",
+    strength: float = 1.0,
+    solver: Solver = "auto",
+    precision: Precision = "float32",
+    generator: torch.Generator | None = None,
+    group: Any = None,
+) -> Float[Tensor, "b *data"]:
+    """Assigns noise of the caller's over the batches of all ranks, and returns this rank's share.
+
+    Errors are those of `assign_across_ranks`.
+
+    Args:
+        x: Clean batch of this rank as the diffusion sees it.
+        draw: Makes rows of the noise from their numbers in the batches of all ranks one after another; the numbers lie
+            on the host, the rows on the device of `x`. It is asked for every row, and for this rank's rows again.
+        labels: Labels of this rank's images, as for `assign_across_ranks`.
+        cost: Distance that is made least, as for `assign_noise`.
+        strength: Share of the images of all ranks, chosen at random, that are assigned among themselves.
+        solver: Exact solver, as for `assign_noise`.
+        precision: Number format of the factors of the costs, as for `assign_noise`.
+        generator: Source of the choice of rows, for `strength` between 0 and 1, in the same state on all ranks.
+        group: Process group of the ranks that hold different data; None takes all.
+
+    Example:
+        >>> x, noise = torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8)
+        >>> torch.equal(assign_drawn_across_ranks(x, lambda rows: noise[rows]), assign_noise(x, noise))
+        True
+    """
+    check_images(x)
     check_choice("cost", cost, Cost)
     check_choice("precision", precision, Precision)
+    check_strength(strength)
     check_solver(solver)
     rank, sizes = _sizes(x, labels, group)
-    first = sum(sizes[:rank])
-    noise, own = _GlobalNoise(x, seed, step), slice(first, first + len(x))
+    total, first = sum(sizes), sum(sizes[:rank])
+    rows, own = choose_rows(total, strength, generator).cpu(), slice(first, first + len(x))
     with torch.no_grad():
-        columns = _columns(x.detach().flatten(1), noise, own, labels, sizes, (cost, precision), solver, group)
-        return noise.rows(columns[own])
+        flat, columns = x.detach().flatten(1), torch.arange(total)
+        if len(rows) < total:
+            ranks = torch.bucketize(rows, torch.tensor(sizes).cumsum(0), right=True)
+            sizes = torch.bincount(ranks, minlength=len(sizes)).tolist()
+            mine = rows.split(sizes)[rank] - first
+            flat, labels = flat[mine.to(x.device)], None if labels is None else labels[mine.to(labels.device)]
+        if len(rows) > 1:
+            found = _columns(flat, draw, rows, labels, rank, sizes, (cost, precision), solver, group)
+            columns[rows] = rows[found]
+        return draw(columns[own])
 
 
 def _columns(
     flat: Float[Tensor, "b d"],
-    noise: "_GlobalNoise",
-    own: slice,
+    draw: Draw,
+    rows: Int[Tensor, " m"],
     labels: Int[Tensor, " b"] | None,
+    rank: int,
     sizes: list[int],
     how: tuple[Cost, Precision],
     solver: Solver,
     group: Any,
-) -> Int[Tensor, "g"]:
-    """Returns the noise row of every image of the global batch, on the host.
+) -> Int[Tensor, " m"]:
+    """Returns, on the host, which noise each of the images that take part gets, as places among them.
 
     The costs are freed on return, before the noise is drawn again.
     """
-    total, (cost, precision) = sum(sizes), how
-    dtype = torch.promote_types(flat.dtype, torch.float32)
-    costs = torch.empty((total, total), dtype=dtype, device=flat.device)
-    for place, part in enumerate(costs[own].split(_AT_A_TIME, dim=1)):
-        drawn = noise.rows(torch.arange(part.shape[1]) + place * _AT_A_TIME)
+    total, first, (cost, precision) = len(rows), sum(sizes[:rank]), how
+    own = slice(first, first + len(flat))
+    costs = flat.new_empty((total, total), dtype=torch.promote_types(flat.dtype, torch.float32))
+    for numbers, part in zip(rows.split(_AT_A_TIME), costs[own].split(_AT_A_TIME, dim=1), strict=True):
+        drawn = draw(numbers)
         part.copy_(cost_matrix(flat, drawn.flatten(1), cost=cost, precision=precision))
         del drawn  # before the next are drawn
     table = None
@@ -102,9 +163,9 @@ def _columns(
         table = torch.empty((total, 1), dtype=torch.int64, device=flat.device)
         table[own, 0] = labels.to(table)
     if len(sizes) > 1:
-        for rows in (costs, *(() if table is None else (table,))):
-            _share(rows, sizes, group)
-    return solve_costs(costs, table, solver)
+        for part in (costs, *(() if table is None else (table,))):
+            _share(part, sizes, group)
+    return solve_costs(costs, table, solver, rows=rows)
 
 
 @dataclass(frozen=True, eq=False)

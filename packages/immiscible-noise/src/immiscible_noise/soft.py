@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .assign import solve_costs
-from .batch import check_pair, non_finite_message
+from .batch import check_pair, check_strength, choose_rows, non_finite_message
 from .cost import cost_matrix
 
 _STEPS = 10
@@ -85,12 +85,9 @@ def assign_noise_softly(
         raise ValueError(f"conditions has {len(conditions)} rows, x has {len(x)}; give one for each image")
     if not 0 < target <= 1:
         raise ValueError(f"target is {target}; give a share above 0, up to 1")
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength is {strength}, outside [0, 1]; give 0 for ordinary training, 1 to assign all rows")
-    count = round(strength * len(x))
-    if count < len(x):
-        rows = torch.randperm(len(x), generator=generator, device=None if generator is None else generator.device)
-        rows = rows[:count].sort().values.to(x.device)
+    check_strength(strength)
+    rows = choose_rows(len(x), strength, generator).to(x.device)
+    if len(rows) < len(x):
         try:
             found = assign_noise_softly(x[rows], noise[rows], conditions[rows], target=target, start=start)
         except ValueError:  # which counts the chosen rows alone
@@ -100,8 +97,8 @@ def assign_noise_softly(
         return SoftAssignment(assigned, found.weight, found.share)
     if len(x) < 2:
         return SoftAssignment(noise.clone(), torch.as_tensor(float(start)), torch.ones(()))
-    images, rows = x.flatten(1).float(), noise.flatten(1).float()
-    distance = (2 * cost_matrix(images, rows)).add_(rows.square().sum(1))  # less |x_i|^2, which both sides hold
+    images, drawn = x.flatten(1).float(), noise.flatten(1).float()
+    distance = (2 * cost_matrix(images, drawn)).add_(drawn.square().sum(1))  # less |x_i|^2, which both sides hold
     unit = functional.normalize(conditions.flatten(1).float(), dim=1)
     apart = (1 - unit @ unit.T).clamp_min(0).fill_diagonal_(0)
     weight = _weight(distance, apart, target, start)

@@ -95,7 +95,7 @@ class Training:
     Attributes:
         steps: Number of optimizer steps; 10000 by default, 1000 with --model.
         batch_size: Number of images per step over all devices; 256 by default, 16 with --model. Noise is assigned among
-            those of each device, and with --window among those of all.
+            those of each device, and with --scope global or --window among those of all.
         learning_rate: Step size of Adam; 1e-3 by default. With --model it is AdamW's, 1e-5 by default and 1e-4 for a
             LoRA.
         warmup: Number of steps over which the learning rate rises; 0 by default.

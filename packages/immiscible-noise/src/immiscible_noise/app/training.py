@@ -207,18 +207,26 @@ def prepare(
         loaded, inputs = images.read(data, at_least=at_least)
         new = training.new()
         _check_new(loaded, couplings, new, runtime)
-        return Work(loaded, inputs, couplings, new, flat(training=new))
+        return Work(loaded, inputs, couplings, new, flat(training=new) | _processes(couplings, runtime))
     settings = tuning.settings(training)
     model = load(tuning.model, runtime)
     loaded, _ = images.read(data, at_least=at_least, model=model)
     captioned = captions.read(data, loaded, model, images.split)
     _check_tuning(model, couplings, settings, runtime)
+    if captioned.captions and not captioned.shared:
+        for coupling in couplings:
+            if coupling.scope == "global" and coupling.condition == "auto":
+                raise UserError(
+                    "hardly any two images have the same caption, and --scope global compares none; add --condition "
+                    f"ignore, or take --window {settings.batch_size} in place of --scope, which compares them"
+                )
     return TuningWork(
         captioned.images,
         inputs_of(data, captioned, model),
         couplings,
         settings,
-        flat(training=settings, model=tuning.model, captions=captions.captions, prompt=captions.prompt),
+        flat(training=settings, model=tuning.model, captions=captions.captions, prompt=captions.prompt)
+        | _processes(couplings, runtime),
         model,
         tuning.model,
         captioned,
@@ -341,6 +349,13 @@ def _check_tuning(
             raise UserError(f"{printable(model.name)} takes no captions; leave out --caption-dropout")
         if any(coupling.condition != "auto" for coupling in couplings):
             raise UserError(f"{printable(model.name)} is told nothing of its images; leave out --condition")
+
+
+def _processes(couplings: Sequence[Coupling], runtime: Runtime) -> dict[str, int]:
+    """Returns the number of processes where it changes the result: each assigns noise inside its own share."""
+    number = runtime.devices * runtime.num_nodes
+    local = any(one.method == "assignment" and not one.window and one.scope == "local" for one in couplings)
+    return {"processes": number} if local and number > 1 else {}
 
 
 def _check_batches(settings: FitSettings, couplings: Sequence[Coupling], runtime: Runtime) -> None:

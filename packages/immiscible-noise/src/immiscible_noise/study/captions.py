@@ -1,6 +1,7 @@
 """The caption of each image, wherever people keep them: beside the image, in a table, or as the folder's name."""
 
 import logging
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +30,12 @@ class Captioned:
     images: ImageSet
     captions: tuple[str, ...]
     source: str
+
+    @property
+    def shared(self) -> bool:
+        """Whether at least half of the images have the caption of another image too."""
+        counts = Counter(self.captions)
+        return 2 * sum(count for count in counts.values() if count > 1) >= len(self.captions)
 
 
 def read_captions(

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from diffcore.noise import mix_seed, philox_normal
 from diffcore.train import PairNoise, StepSampler
+from diffcore.train.module import NOISE
 from immiscible_noise.coupling import Coupling
+from immiscible_noise.ranks import assign_drawn_across_ranks
 from immiscible_noise.study.settings import FitSettings
 
 # Streams of the run's seed, apart from those of the trainer: which rows are assigned, and candidates.
@@ -94,6 +96,8 @@ def pair_noise_of(coupling: Coupling, seed: int, settings: FitSettings, batches:
         if windows is not None:
             return windows(x0, noise, batch)
         step_seed = mix_seed(seed, batch["step"], _STREAMS[coupling.method])
+        if coupling.scope == "global":
+            return _across_ranks(coupling, x0, batch, seed, mix_seed(step_seed))
         generator = torch.Generator(x0.device).manual_seed(mix_seed(step_seed, batch["rank"]))
         return coupling(
             x0,
@@ -105,3 +109,21 @@ def pair_noise_of(coupling: Coupling, seed: int, settings: FitSettings, batches:
         )
 
     return pair
+
+
+def _across_ranks(coupling: Coupling, x0: Tensor, batch: Mapping[str, Any], seed: int, step_seed: int) -> Tensor:
+    """Returns this rank's noise, assigned over the batches of all ranks: what one process would give to its rows."""
+
+    def draw(rows: Tensor) -> Tensor:
+        noise = philox_normal(seed, rows.to(x0.device), x0.shape[1:], step=batch["step"], stream=NOISE)
+        return noise.to(x0.dtype)
+
+    assigned = assign_drawn_across_ranks(
+        x0,
+        draw,
+        labels=None if coupling.condition == "ignore" else batch.get("labels"),
+        cost=coupling.cost,
+        strength=coupling.strength,
+        generator=torch.Generator(x0.device).manual_seed(step_seed),
+    )
+    return -assigned if coupling.flip else assigned

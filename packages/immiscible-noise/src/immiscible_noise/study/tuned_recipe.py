@@ -206,7 +206,8 @@ def told_of(coupling: Coupling, data: TuningSet) -> Told:
         data: Images and conditions of the training.
 
     Raises:
-        UserError: The coupling heeds conditions, and the model takes none.
+        UserError: The coupling heeds conditions, and the model takes none; or it would compare captions over several
+            processes.
     """
     if data.places is None:
         if coupling.condition != "auto":
@@ -214,9 +215,16 @@ def told_of(coupling: Coupling, data: TuningSet) -> Told:
                 f"`condition` is {coupling.condition}, but {data.model.name} is told nothing of images; leave it out"
             )
         return "nothing"
-    if coupling.condition == "auto":
-        return "block" if data.shares_conditions else "soft"
-    return coupling.condition
+    if coupling.condition != "auto":
+        return coupling.condition
+    if data.shares_conditions:
+        return "block"
+    if coupling.scope == "global":
+        raise UserError(
+            "`scope` is global, and hardly any two images have the same caption; give `condition` ignore, or `window`, "
+            "which compares captions over all processes"
+        )
+    return "soft"
 
 
 def recipe_of(fields: Mapping[str, Any]) -> AnyRecipe:

@@ -123,6 +123,9 @@ def test_a_plan_is_stored_and_another_torch_is_told(tmp_path: Path):
 def test_a_file_that_is_no_plan(tmp_path: Path):
     from safetensors.torch import save_file
 
+    (tmp_path / "text.safetensors").write_text("order\n0\n1\n" * 10)
+    with pytest.raises(ValueError, match="holds no plan, or is damaged"):
+        read_plan(tmp_path / "text.safetensors")
     save_file({"order": torch.arange(3)}, str(tmp_path / "other.safetensors"))
     with pytest.raises(ValueError, match="holds no plan"):
         read_plan(tmp_path / "other.safetensors")

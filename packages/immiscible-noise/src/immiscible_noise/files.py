@@ -48,15 +48,20 @@ def read_plan(path: Path | str) -> NoisePlan:
         path: File that `write_plan` wrote.
 
     Raises:
-        ValueError: The file holds no plan.
+        ValueError: The file holds no plan, or is damaged.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(str(path), framework="pt") as file:
-        told = file.metadata() or {}
-        if told.get("format") != _FORMAT:
-            raise ValueError(f"{path} holds no plan; give a file that `write_plan` wrote")
-        order, seeds = file.get_tensor("order"), file.get_tensor("seeds")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            told = file.metadata() or {}
+            if told.get("format") != _FORMAT:
+                raise ValueError(f"{path} holds no plan; give a file that `write_plan` wrote")
+            order, seeds = file.get_tensor("order"), file.get_tensor("seeds")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} holds no plan, or is damaged ({error}); give a file that `write_plan` wrote"
+        ) from error
     if told["torch_version"] != torch.__version__:
         warnings.warn(
             f"the plan's noises were made with torch {told['torch_version']}, this is {torch.__version__}, which may "

@@ -1,5 +1,6 @@
 """The command diagnose: measurements of samples, pictures of them, and the options of `train` that follow."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from diffcore.runtime import Runtime
 from immiscible_noise.app.samples import Samples
 from immiscible_noise.coupling import PRESETS
 from immiscible_noise.study.diagnosis import Pictures, diagnose_samples
+
+_LOG = logging.getLogger("diffcore.immiscible_noise")
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,9 @@ def diagnose_data(
         seed: Number that fixes batches and noise.
         shown: How samples are shown.
     """
+    if beyond := [size for size in batch_sizes if size > len(samples.table)]:
+        told, rest = " and ".join(map(str, beyond)), "" if len(beyond) < len(batch_sizes) else "; took all at once"
+        _LOG.info("left out batch sizes of %s: there are %d samples%s", told, len(samples.table), rest)
     result = diagnose_samples(
         samples.table, samples.labels, run, batch_sizes, k, seed, pictures=shown.pictures, shown_as=shown.called
     )

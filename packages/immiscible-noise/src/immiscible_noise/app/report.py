@@ -109,8 +109,8 @@ def _curves(study: Comparison) -> Figure:
         seeds, seen = (sorted(set(values)) for values in zip(*frechet, strict=True))
         values = [[frechet[seed, n] for n in seen] for seed in seeds]
         # One legend entry per colour and one per dash; a leading underscore keeps the rest out.
-        named = _NAMES.get(coupling, coupling) if dash == 0 else f"{steps} steps" if place == 0 else "_"
-        label = f"{named}, {steps} steps" if place == dash == 0 else named
+        named = _NAMES.get(coupling, coupling) if dash == 0 else counted(steps) if place == 0 else "_"
+        label = f"{named}, {counted(steps)}" if place == dash == 0 else named
         series.append(Series.over_seeds(label, seen, values, color=place, dash=dash))
     return lines_with_band(series, x_label="training images seen", y_label="Fréchet distance", log_x=True, log_y=True)
 
@@ -118,9 +118,13 @@ def _curves(study: Comparison) -> Figure:
 def _final_bars(study: Comparison) -> Figure:
     """Plots the distances after the last training step, with the range over the seeds."""
     bars = [
-        (f"{steps} steps, {_NAMES.get(coupling, coupling)}", [s.frechet for s in study.final(coupling, steps)], place)
+        (
+            f"{counted(steps)}, {_NAMES.get(coupling, coupling)}",
+            [s.frechet for s in study.final(coupling, steps)],
+            place,
+        )
         for steps in study.sampling_steps()
-        for place, coupling in enumerate(study.couplings())
+        for place, name in enumerate(study.couplings())
     ]
     labels, distances, colors = zip(*bars, strict=True)
     return bar_with_interval(
@@ -169,8 +173,8 @@ def _add_samples(report: Report, study: Comparison, folder: Path) -> None:
     images = torch.cat([grids.tensors[row][:_GRID_COLUMNS] for row in rows])
     report.images(
         images,
-        f"{grids.fields['sampling_steps']} solver steps; each column starts from the same noise with every coupling, "
-        f"seed {min(s.seed for s in study.scores)}.",
+        f"{counted(grids.fields['sampling_steps'], 'solver step')}; each column starts from the same noise with every "
+        f"coupling, seed {min(s.seed for s in study.scores)}.",
         columns=_GRID_COLUMNS,
         row_labels=[_NAMES.get(row, row) for row in rows],
     )
@@ -276,16 +280,21 @@ def _add_plan(report: Report, run: Run) -> None:
     )
 
 
+def counted(number: int, noun: str = "step") -> str:
+    """Returns a number of things in words, such as "1 step" and "5 steps"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def verdict(study: Comparison) -> str:
     """Returns the answer in a sentence."""
     steps = study.sampling_steps()[0]
     means = {name: mean(s.frechet for s in study.final(name, steps)) for name in study.couplings()}
-    vanilla = means.pop("vanilla", None)
+    vanilla, told = means.pop("vanilla", None), counted(steps, "solver step")
     if vanilla is None or not means:
         name = study.couplings()[0]
-        return f"{_NAMES.get(name, name)}: Fréchet distance {vanilla or means[name]:.3g} at {steps} solver steps."
+        return f"{_NAMES.get(name, name)}: Fréchet distance {vanilla or means[name]:.3g} at {told}."
     parts = [f"{_NAMES.get(name, name)} {value:.3g} ({_ratio(study, name, steps)})" for name, value in means.items()]
-    return f"Fréchet distance at {steps} solver steps: vanilla {vanilla:.3g}, {', '.join(parts)}."
+    return f"Fréchet distance at {told}: vanilla {vanilla:.3g}, {', '.join(parts)}."
 
 
 def _ratio(study: Comparison, coupling: str, steps: int) -> str:
@@ -299,8 +308,9 @@ def _condition_sentence(study: Comparison) -> str:
         score = study.final(name, study.sampling_steps()[0])[0]
         told.append(f"{_CONDITIONS.get(name, name)}: {score.accuracy or 0:.1%} of the samples show the digit asked for")
     return (
-        f"{'; '.join(told)} ({study.sampling_steps()[0]} solver steps). Where labels are ignored, the noise of a batch "
-        "carries the class in training; in sampling it does not, and the model looks for the class in the wrong place."
+        f"{'; '.join(told)} ({counted(study.sampling_steps()[0], 'solver step')}). Where labels are ignored, the noise "
+        "of a batch carries the class in training; in sampling it does not, and the model looks for the class in the "
+        "wrong place."
     )
 
 

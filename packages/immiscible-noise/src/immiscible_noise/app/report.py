@@ -118,11 +118,7 @@ def _curves(study: Comparison) -> Figure:
 def _final_bars(study: Comparison) -> Figure:
     """Plots the distances after the last training step, with the range over the seeds."""
     bars = [
-        (
-            f"{counted(steps)}, {_NAMES.get(coupling, coupling)}",
-            [s.frechet for s in study.final(coupling, steps)],
-            place,
-        )
+        (f"{counted(steps)}, {_NAMES.get(name, name)}", [s.frechet for s in study.final(name, steps)], place)
         for steps in study.sampling_steps()
         for place, name in enumerate(study.couplings())
     ]

@@ -514,6 +514,26 @@ def test_two_processes_train_as_one(painted: Path, tmp_path: Path, noise: list[s
         torch.testing.assert_close(two[name], value, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        (["--batch-size", "2"], True),
+        (["--batch-size", "16"], False),
+        (["--batch-size", "2", "--window", "64"], False),
+        (["--batch-size", "2", "--method", "vanilla"], False),
+        (["--batch-size", "2", "--condition", "ignore"], False),
+        (["--batch-size", "16", "--devices", "8"], True),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_batches_in_which_few_images_share_their_class(
+    painted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, options: list[str], warned: bool
+):
+    command = ["train", painted, "--class-conditional", *SMALL, *options, "--out", tmp_path / "out", "--dry-run"]
+    assert run(*command) == 0
+    assert ("meet no other of their class" in caplog.text) == warned
+
+
 def test_a_run_goes_on_with_as_many_processes_unless_noise_is_assigned_over_all(
     painted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

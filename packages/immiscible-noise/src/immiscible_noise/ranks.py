@@ -111,6 +111,7 @@ def assign_drawn_across_ranks(
         group: Process group of the ranks that hold different data; None takes all.
 
     Example:
+        >>> from immiscible_noise import assign_noise
         >>> x, noise = torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8)
         >>> torch.equal(assign_drawn_across_ranks(x, lambda rows: noise[rows]), assign_noise(x, noise))
         True

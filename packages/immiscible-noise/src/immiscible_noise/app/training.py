@@ -1,6 +1,8 @@
 """What `train`, `compare` and `evaluate` do with a folder of images, for new models and for fine-tuned ones."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,9 @@ from immiscible_noise.study.settings import FineTuneSettings, FitSettings, Train
 from immiscible_noise.study.train import read_recipe, recipe_for, train
 from immiscible_noise.study.tuned_recipe import FineTuneRecipe
 from immiscible_noise.study.tuning_set import TuningSet, needs
+
+_LOG = logging.getLogger("diffcore.immiscible_noise")
+_MOST_ALONE = 0.25  # of the images, which have no other of their class in a batch
 
 
 @dataclass(frozen=True)
@@ -207,6 +212,8 @@ def prepare(
         loaded, inputs = images.read(data, at_least=at_least)
         new = training.new()
         _check_new(loaded, couplings, new, runtime)
+        if new.class_conditional and loaded.labels is not None:
+            _warn_of_few_alike(loaded.labels.tolist(), "class", couplings, new, runtime)
         return Work(loaded, inputs, couplings, new, flat(training=new) | _processes(couplings, runtime))
     settings = tuning.settings(training)
     model = load(tuning.model, runtime)
@@ -220,6 +227,10 @@ def prepare(
                     "hardly any two images have the same caption, and --scope global compares none; add --condition "
                     f"ignore, or take --window {settings.batch_size} in place of --scope, which compares them"
                 )
+    if captioned.shared:
+        _warn_of_few_alike(captioned.captions, "caption", couplings, settings, runtime)
+    elif needs(model) == "classes" and loaded.labels is not None:
+        _warn_of_few_alike(loaded.labels.tolist(), "class", couplings, settings, runtime)
     return TuningWork(
         captioned.images,
         inputs_of(data, captioned, model),
@@ -349,6 +360,28 @@ def _check_tuning(
             raise UserError(f"{printable(model.name)} takes no captions; leave out --caption-dropout")
         if any(coupling.condition != "auto" for coupling in couplings):
             raise UserError(f"{printable(model.name)} is told nothing of its images; leave out --condition")
+
+
+def _warn_of_few_alike(
+    told: Sequence[Hashable], kind: str, couplings: Sequence[Coupling], settings: FitSettings, runtime: Runtime
+) -> None:
+    """Warns where most images meet no other of their class in a batch, so that they keep the noise that was drawn."""
+    shares = [count / len(told) for count in Counter(told).values()]
+    for coupling in couplings:
+        if coupling.method != "assignment" or coupling.window or coupling.condition not in ("auto", "block"):
+            continue
+        processes = 1 if coupling.scope == "global" else runtime.devices * runtime.num_nodes
+        others = settings.batch_size // processes - 1
+        alone = sum(share * (1 - share) ** others for share in shares)
+        if alone > _MOST_ALONE:
+            _LOG.warning(
+                "in batches of %d, %.0f %% of the images meet no other of their %s, and keep the noise that was drawn; "
+                "take --window 1024, larger batches, or --condition ignore",
+                others + 1,
+                100 * alone,
+                kind,
+            )
+            return
 
 
 def _processes(couplings: Sequence[Coupling], runtime: Runtime) -> dict[str, int]:

@@ -34,8 +34,8 @@ class Captioned:
     @property
     def shared(self) -> bool:
         """Whether at least half of the images have the caption of another image too."""
-        counts = Counter(self.captions)
-        return 2 * sum(count for count in counts.values() if count > 1) >= len(self.captions)
+        alike = sum(count for count in Counter(self.captions).values() if count > 1)
+        return 0 < len(self.captions) <= 2 * alike
 
 
 def read_captions(

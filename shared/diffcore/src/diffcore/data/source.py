@@ -222,7 +222,9 @@ def _about_order(path: Path, classes: Sequence[str], as_text: Sequence[str]) -> 
 def _about_others(source: ImageSource) -> list[str]:
     if not source.others:
         return []
-    told = f"{printable(source.path.name)} holds {len(source.others)} files that are no images and do not count"
+    count = len(source.others)
+    kind = "file that is no image" if count == 1 else "files that are no images"
+    told = f"{printable(source.path.name)} holds {count} {kind}"
     stems = {str(PurePosixPath(name).with_suffix("")) for name in source.names}
     beside = [name for name in source.others if str(PurePosixPath(name).with_suffix("")) in stems]
     captions = [name for name in beside if PurePosixPath(name).suffix.lower() in (".txt", ".caption")]

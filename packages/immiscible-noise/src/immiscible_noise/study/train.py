@@ -136,7 +136,7 @@ def fit_recipe(
         callbacks=[
             ema,
             Snapshots(run, ema, settings.snapshot_steps, settings.batch_size, part=recipe.kept_part),
-            SampleGrid(run, ema, partial(_grid, recipe), every=max(settings.steps // 4, 1)),
+            SampleGrid(run, ema, partial(_grid, recipe), every=-(-settings.steps // 4)),
             ConsoleSummary(f"training {recipe.coupling.name}"),
         ],
         checkpoint_every=settings.checkpoint_every,

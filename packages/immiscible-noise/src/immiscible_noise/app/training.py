@@ -1,6 +1,7 @@
 """What `train`, `compare` and `evaluate` do with a folder of images, for new models and for fine-tuned ones."""
 
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -381,6 +382,8 @@ def _warn_of_few_alike(
                 100 * alone,
                 kind,
             )
+            # Of single batches the library says the same, of each again.
+            warnings.filterwarnings("ignore", "all .* labels of this batch differ", UserWarning)
             return
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,8 +35,17 @@ class Captioned:
     @property
     def shared(self) -> bool:
         """Whether at least half of the images have the caption of another image too."""
-        alike = sum(count for count in Counter(self.captions).values() if count > 1)
-        return 0 < len(self.captions) <= 2 * alike
+        return mostly_shared(self.captions)
+
+
+def mostly_shared(conditions: Sequence[Hashable]) -> bool:
+    """Returns whether at least half of some conditions stand there more than once; False where there are none.
+
+    Args:
+        conditions: Condition of each image: captions, or their numbers.
+    """
+    alike = sum(count for count in Counter(conditions).values() if count > 1)
+    return 0 < len(conditions) <= 2 * alike
 
 
 def read_captions(

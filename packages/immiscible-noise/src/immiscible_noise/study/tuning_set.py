@@ -19,6 +19,7 @@ from diffcore.models import DiffusionModel, condition_keys
 from diffcore.models.codec import PixelCodec
 from diffcore.models.prompts import joined
 from diffcore.run import Run
+from immiscible_noise.study.captions import mostly_shared
 
 _LOG = logging.getLogger("diffcore.immiscible_noise")
 _UNIT = 256  # images, or captions, that are encoded and kept together
@@ -99,9 +100,7 @@ class TuningSet:
     @property
     def shares_conditions(self) -> bool:
         """Whether at least half of the images have the condition of another image too."""
-        if self.places is None:
-            return False
-        return bool((self.places.bincount()[self.places] > 1).float().mean() >= 0.5)
+        return self.places is not None and mostly_shared(self.places.tolist())
 
 
 def needs(model: DiffusionModel) -> str | None:
